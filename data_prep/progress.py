@@ -22,6 +22,7 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self._start = self._last_line = time.monotonic()
         self._first: int | None = None
+        self._shown = 0
         self._bar: Any = None
         self._task: Any = None
 
@@ -46,13 +47,14 @@ class Progress:
 
     def update(self, count: int, note: str = "") -> None:
         if self._first is None:
-            self._first = count
+            self._first = self._shown = count
         if self._bar is not None:
             self._bar.update(self._task, completed=count, note=note)
             return
         now = time.monotonic()
-        if now - self._last_line >= PLAIN_EVERY_S or (count == self.total and count > self._first):
-            self._last_line = now
+        finished = count == self.total and count > self._shown
+        if finished or (count < self.total and now - self._last_line >= PLAIN_EVERY_S):
+            self._last_line, self._shown = now, count
             speed = (count - self._first) / max(now - self._start, 1e-9)
             share = 100 * count // max(self.total, 1)
             text = f"{self.title}: {count}/{self.total} {self.unit} ({share} %), {speed:.1f}/s"

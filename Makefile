@@ -1,0 +1,52 @@
+# make demo       the whole pipeline, small, on sample photographs (ARGS="--photos DIR" for yours)
+# make test       the fast tests and one run of the whole flow, at most ten minutes
+# make test-all   the rest: crashes, the product as a user runs it
+# make lint       style and types
+# make up         Prefect server, worker and MLflow, local
+# make setup      the virtual environment that all of them use; made once
+#
+# A Python of your choice: make PYTHON=python3.12 setup
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+ARGS ?=
+
+.PHONY: help setup demo test test-all lint up
+
+help:
+	@sed -n '/^[^\#]/q;/^$$/q;s/^\# \{0,1\}//p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is missing or older than Python 3.11: run 'make PYTHON=python3.11 setup'" \
+	    "with the name of a newer one." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "make: $(PYTHON) cannot make virtual environments: install its venv package" \
+	    "(Debian, Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup
+	@$(BIN)/dpnet demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not e2e and not gpu" $(ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -m "slow or e2e" $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+up: setup
+	@$(BIN)/dpnet up

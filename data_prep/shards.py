@@ -1,0 +1,210 @@
+"""Shards: WebDataset tars with an index beside each, byte-identical for the same samples.
+
+A shard is `<name>.tar` and `<name>.parquet`. Any WebDataset reader reads the tar alone; with the
+index, any sample is one range read. The index is written after the tar and holds the tar's hash in
+its metadata, so an index whose hash fits is the mark of a finished shard. `<split>.urls` lists a
+split's tars, one path per line, relative to the stage's folder.
+"""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from data_prep.digest import sha256_bytes
+from data_prep.errors import PipelineError
+from data_prep.stage import FileRecord
+from data_prep.storage import Store
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_BLOCK = 512
+_TAR_SHA256, _TAR_SIZE = b"tar_sha256", b"tar_size"
+
+
+class Place(Protocol):
+    """Where files go: a `data_prep.stage.Work`, or a `Folder` in a worker process."""
+
+    @property
+    def store(self) -> Store: ...
+
+    def key(self, path: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of a store; unlike a `Work` it can be sent to another process."""
+
+    store: Store
+    folder: str
+
+    def key(self, path: str) -> str:
+        return f"{self.folder}/{path}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside a tar; its data is at bytes [offset, offset + size)."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def encode_tar(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> tuple[bytes, list[Member]]:
+    """A tar of `(key, {extension: data})` samples, and its members in order.
+
+    Members stand in the order given. USTAR headers with time, user and group 0, so the same samples
+    give the same bytes. A key has only letters, digits, `_` and `-`, and at most 80 of them.
+    """
+    tar = io.BytesIO()
+    members: list[Member] = []
+    for key, files in samples:
+        assert _KEY.fullmatch(key), f"bad sample key {key!r}"
+        assert len(key) <= 80, f"sample key {key!r} is too long for a tar header"
+        for extension, data in files.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(data)
+            tar.write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+            members.append(Member(info.name, tar.tell(), len(data)))
+            tar.write(data)
+            tar.write(bytes(-len(data) % _BLOCK))
+    tar.write(bytes(2 * _BLOCK))
+    return tar.getvalue(), members
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}"
+
+
+def write_file(place: Place, path: str, data: bytes, *, content: bool = True) -> FileRecord:
+    """Write one file under the stage's folder."""
+    place.store.write(place.key(path), data)
+    return FileRecord(path, len(data), sha256_bytes(data), content)
+
+
+def encode_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str] | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> bytes:
+    """A parquet file of `rows`, deterministic.
+
+    `columns` names the columns and their pyarrow types ("string", "int64", …); without it they come
+    from the rows, which must not be empty then.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = (
+        pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+        if columns is not None
+        else None
+    )
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode_table(data: bytes) -> list[dict[str, Any]]:
+    """The rows of a parquet file."""
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    return rows
+
+
+def write_shard(
+    work: Place,
+    name: str,
+    samples: Iterable[tuple[str, Mapping[str, bytes]]],
+    rows: Sequence[Mapping[str, Any]],
+) -> list[FileRecord]:
+    """Write `<name>.tar`, then its index; the records of both.
+
+    The first file of a sample is its payload, which the index points at. `rows` has one row per
+    sample in the same order: `key` and any further columns, the same in each row. Added here:
+    `offset` and `size` of the payload in the tar, and `sha256` of its stored bytes.
+    """
+    digests: list[tuple[str, str]] = []
+
+    def hashed() -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        for key, files in samples:
+            extension = next(iter(files))
+            digests.append((f"{key}.{extension}", sha256_bytes(files[extension])))
+            yield key, files
+
+    tar, members = encode_tar(hashed())
+    at = {member.name: member for member in members}
+    assert len(at) == len(members), f"{name}: two members have the same name"
+    assert len(digests) == len(rows) > 0, f"{name}: {len(digests)} samples, {len(rows)} rows"
+    index = []
+    for row, (payload, sha256) in zip(rows, digests, strict=True):
+        assert row["key"] == payload.partition(".")[0], f"{name}: rows are in another order"
+        place = {"offset": at[payload].offset, "size": at[payload].size, "sha256": sha256}
+        index.append({"key": row["key"], **place, **row})
+    tar_record = write_file(work, f"{name}.tar", tar)
+    mark = {_TAR_SHA256: tar_record.sha256.encode(), _TAR_SIZE: str(len(tar)).encode()}
+    return [tar_record, write_file(work, f"{name}.parquet", encode_table(index, metadata=mark))]
+
+
+def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
+    """The records of a shard that is there whole, its tar checked by hash; None if it is not."""
+    import pyarrow.parquet as pq
+
+    try:
+        index = work.store.read(work.key(f"{name}.parquet"))
+        mark = pq.read_schema(io.BytesIO(index)).metadata or {}
+        tar = work.store.read(work.key(f"{name}.tar"))
+    except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
+        return None
+    sha256 = sha256_bytes(tar)
+    if mark.get(_TAR_SHA256) != sha256.encode():
+        return None
+    return [
+        FileRecord(f"{name}.tar", len(tar), sha256),
+        FileRecord(f"{name}.parquet", len(index), sha256_bytes(index)),
+    ]
+
+
+def write_urls(work: Place, split: str, names: Iterable[str]) -> FileRecord:
+    """Write `<split>.urls`: the tars of the shards `names` ("train-000000", …), in this order."""
+    return write_file(work, f"{split}.urls", "".join(f"{name}.tar\n" for name in names).encode())
+
+
+def split_shards(store: Store, folder: str, split: str) -> list[str]:
+    """Keys of a split's tars under the root, in order. `folder` is the stage's folder."""
+    try:
+        lines = store.read(f"{folder}/{split}.urls").decode().split()
+    except FileNotFoundError:
+        raise PipelineError(
+            f"{store.uri}/{folder} has no split {split!r}: there is no {split}.urls in it."
+        ) from None
+    return [posixpath.normpath(posixpath.join(folder, line)) for line in lines]
+
+
+def read_index(store: Store, tar_key: str) -> list[dict[str, Any]]:
+    """Rows of the parquet beside the tar, in tar order (see `write_shard`)."""
+    return decode_table(store.read(f"{tar_key.removesuffix('.tar')}.parquet"))
+
+
+def iterate_shard(store: Store, tar_key: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of a shard in tar order: (key, {extension: data})."""
+    current, files = "", dict[str, bytes]()
+    with tarfile.open(fileobj=io.BytesIO(store.read(tar_key))) as tar:
+        for info in tar:
+            key, _, extension = info.name.partition(".")
+            member = tar.extractfile(info)
+            assert member is not None, f"{tar_key}: {info.name} is not a file"
+            if key != current:
+                if files:
+                    yield current, files
+                current, files = key, {}
+            files[extension] = member.read()
+    if files:
+        yield current, files

@@ -1,0 +1,205 @@
+"""The arguments of the command `dpnet`. Standard library only, so that `--help` answers at once.
+
+`args.command` names the function of `dpnet/commands.py` that carries the command out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DEMO_ROOT = "./dpnet-demo"
+
+_DESCRIPTION = (
+    "From raw photographs to a registered DPNet inpainting model, resumable at any point."
+)
+_EPILOG = """\
+first steps:
+  dpnet demo                                    everything, small, in ./dpnet-demo
+  dpnet inpaint photo.png mask.png -o out.png   fill what is white in the mask
+  dpnet COMMAND --help                          options and an example of each command
+
+exit status: 0 done, 1 failed (one sentence says why), 2 wrong usage, 130 stopped
+"""
+_STAGES = {
+    "train": "train a model",
+    "evaluate": "evaluate the trained model beside its peers",
+    "register": "register the evaluated model",
+}
+_NOT_BUILT = {
+    "export": "write a model for deployment",
+    "up": "start a local Prefect server, a worker and MLflow",
+    "deploy": "create the Prefect deployments",
+}
+_Parsers = Any  # argparse names the type of subparsers with an underscore
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpnet",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(top)
+    _add_pipeline(top)
+    for kind in ("images", "masks"):
+        _add_shards(top, kind)
+    for stage, what in _STAGES.items():
+        _add_stage(top, stage, stage, what)
+    _add_verify(top, "walk the chain of digests and check every file's hash", "dpnet-demo")
+    _add_inpaint(top)
+    for name, what in _NOT_BUILT.items():
+        _add(top, name, "not_built", f"{what} (not built yet)", f"dpnet {name}").set_defaults(
+            wanted=name
+        )
+    return parser
+
+
+def _add(
+    parsers: _Parsers, name: str, command: str, what: str, example: str, more: str = ""
+) -> argparse.ArgumentParser:
+    """A command with the options that all have."""
+    parser: argparse.ArgumentParser = parsers.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.\n{more}".strip(),
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object, the last line"
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="show tracebacks and the logs of the parts"
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_group(parsers: _Parsers, name: str, what: str, example: str) -> _Parsers:
+    group = parsers.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return group.add_subparsers(metavar="COMMAND", required=True)
+
+
+def _add_pipeline(parsers: _Parsers) -> None:
+    example = "dpnet pipeline run places2 --root /data/dpnet --set images.source=/data/places2"
+    group = _add_group(parsers, "pipeline", "the whole pipeline as one Prefect flow run", example)
+    _add_config(_add(group, "run", "pipeline_run", "run every stage that is not done yet", example))
+
+
+def _add_demo(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "demo",
+        "demo",
+        "run the whole pipeline, small, on sample photographs",
+        "dpnet demo --photos ~/Pictures --root /tmp/mine",
+        "Run again, it skips what is done and goes on with what was stopped.",
+    )
+    parser.add_argument(
+        "--root", help=f"where everything is stored (default: DPNET_ROOT, else {DEMO_ROOT})"
+    )
+    parser.add_argument("--photos", metavar="DIR", help="use these photographs instead")
+    parser.add_argument(
+        "--fresh", action="store_true", help="start over: remove first what a demo left there"
+    )
+    _add_set(parser)
+
+
+def _add_shards(parsers: _Parsers, kind: str) -> None:
+    example = f"dpnet {kind} build demo --root ./dpnet-demo"
+    group = _add_group(parsers, kind, f"build, verify and inspect {kind}", example)
+    _add_stage(group, "build", kind, f"prepare the {kind} of a config", f"{kind} build")
+    folder = f"dpnet-demo/{kind}/demo/0123456789ab"
+    _add_verify(group, f"check every hash of prepared {kind}", folder, f"{kind} verify")
+    inspect = _add(
+        group,
+        "inspect",
+        "not_built",
+        f"show what a folder of {kind} holds (not built yet)",
+        f"dpnet {kind} inspect {folder}",
+    )
+    inspect.add_argument("uri", metavar="URI", help="the stage's folder")
+    inspect.set_defaults(wanted=f"{kind} inspect")
+
+
+def _add_stage(parsers: _Parsers, name: str, stage: str, what: str, command: str = "") -> None:
+    parser = _add(
+        parsers,
+        name,
+        "stage",
+        what,
+        f"dpnet {command or name} demo --root ./dpnet-demo",
+        "What it needs of earlier stages is run first where it is not done yet.",
+    )
+    parser.set_defaults(stage=stage)
+    _add_config(parser)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help="a packaged config (demo, places2, …) or a YAML file"
+    )
+    parser.add_argument(
+        "--root", help="where everything is stored (default: DPNET_ROOT, else the config's)"
+    )
+    _add_set(parser)
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        metavar="OPTION=VALUE",
+        action="append",
+        default=[],
+        help="change an option of the config, as train.steps=100; may be repeated",
+    )
+
+
+def _add_verify(parsers: _Parsers, what: str, example: str, command: str = "verify") -> None:
+    parser = _add(
+        parsers,
+        "verify",
+        "verify",
+        what,
+        f"dpnet {command} {example} --json",
+        "Exit status 1 if anything is missing or altered.",
+    )
+    parser.add_argument("uri", metavar="URI", help="a root, a stage's folder or models:/NAME@ALIAS")
+    parser.add_argument(
+        "--root", help=f"where models:/… is looked up (default: DPNET_ROOT, else {DEMO_ROOT})"
+    )
+
+
+def _add_inpaint(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "inpaint",
+        "inpaint",
+        "fill the hole of a photograph of any size",
+        "dpnet inpaint photo.png mask.png -o filled.png --root ./dpnet-demo",
+        "What is black in the mask stays as it is, to the bit.",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="the photograph")
+    parser.add_argument("mask", metavar="MASK", help="a picture of its size, white where to fill")
+    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="file to write")
+    parser.add_argument(
+        "--root", help=f"where models are looked up (default: DPNET_ROOT, else {DEMO_ROOT})"
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        help="a run's folder, models:/NAME@champion or models:/NAME/VERSION"
+        " (default: the root's champion)",
+    )
+    parser.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="side of the squares it works on"
+    )

@@ -1,0 +1,44 @@
+"""Two peers without learning, to see what a model is worth: mean fill and Telea's method.
+
+Both take an image uint8 [H, W, 3] and a mask `valid` uint8 [H, W] (1 = known, 0 = hole), and give
+the composite, uint8 [H, W, 3]: known pixels are those of the image, bit for bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+
+TELEA_RADIUS = 3  # pixels; the radius of OpenCV's own example
+MID_GREY = 128  # where no pixel is known
+
+
+def mean_fill(image: Image, valid: Image) -> Image:
+    """The hole filled with the mean colour of this image's known pixels, rounded."""
+    known = image[valid > 0]
+    colour = np.rint(known.mean(axis=0)) if len(known) else np.full(3, MID_GREY)
+    return _composite(image, valid, colour.astype(np.uint8))
+
+
+def telea(image: Image, valid: Image) -> Image:
+    """OpenCV's fast-marching inpainting (Telea, J. Graphics Tools 9(1), 2004).
+
+    It treats the three channels alike, so their order does not matter. An image without a known
+    pixel gets mid grey, for OpenCV would leave the truth in it.
+    """
+    import cv2
+
+    if not valid.any():
+        return mean_fill(image, valid)
+    hole = (valid == 0).astype(np.uint8)
+    # The hole is emptied first, so that nothing of the truth can pass through.
+    filled = cv2.inpaint(
+        _composite(image, valid, np.uint8(0)), hole, TELEA_RADIUS, cv2.INPAINT_TELEA
+    )
+    return _composite(image, valid, filled)
+
+
+def _composite(image: Image, valid: Image, fill: Image | np.uint8) -> Image:
+    return np.where(valid[..., None] > 0, image, fill)

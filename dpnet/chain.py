@@ -1,0 +1,71 @@
+"""The five stages in their order: what each takes from those before it.
+
+`call` runs a stage; the flow passes one that makes it a Prefect task. A stage that is committed is
+skipped by itself, so running the chain up to a stage builds only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.images import prepare_images
+from data_prep.masks import prepare_masks
+from data_prep.photos import write_sample_photographs
+from data_prep.progress import say
+from data_prep.stage import StageRef
+from data_prep.storage import LocalStore, Store
+from dpnet.config import Config
+from dpnet.evaluate import evaluate
+from dpnet.register import register
+from dpnet.train import train
+
+SAMPLE = Path("sample-photographs")  # as images.source: those that scikit-image carries
+PHOTOS = "photos"  # folder of the root that they are written to
+
+StageName = Literal["images", "masks", "train", "evaluate", "register"]
+Call = Callable[..., StageRef]
+
+
+def call_plainly(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+    return stage(*arguments)
+
+
+def run_chain(
+    config: Config, store: Store, wanted: StageName = "register", call: Call = call_plainly
+) -> list[StageRef]:
+    """Run the stages that `wanted` needs, and it last; their references in that order."""
+    refs: list[StageRef] = []
+
+    def run(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+        ref = call(title, stage, *arguments, store)
+        refs.append(ref)
+        say(f"{title}: {'done before' if ref.skipped else f'done in {ref.seconds:.1f} s'}")
+        return ref
+
+    if wanted != "masks":
+        images = run("prepare images", prepare_images, with_photographs(config, store).images)
+    if wanted != "images":
+        masks = run("prepare masks", prepare_masks, config.masks)
+    if wanted in ("images", "masks"):
+        return refs
+    trained = run(
+        "train", train, config.model, config.losses, config.train, config.name, images, masks
+    )
+    if wanted == "train":
+        return refs
+    evaluation = run("evaluate", evaluate, config.evaluate, images, masks, trained)
+    if wanted == "register":
+        run("register", register, config.registry, trained, evaluation)
+    return refs
+
+
+def with_photographs(config: Config, store: Store) -> Config:
+    """`config` with the sample photographs written out as files, if it asks for them."""
+    if config.images.source != SAMPLE:
+        return config
+    top = store.folder if isinstance(store, LocalStore) else Path.home() / ".cache" / "dpnet"
+    write_sample_photographs(top / PHOTOS)
+    images = config.images.model_copy(update={"source": top / PHOTOS})
+    return config.model_copy(update={"images": images})

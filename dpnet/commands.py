@@ -1,0 +1,129 @@
+"""What each command does: its result as JSON values, and the same as text for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import PipelineError, StorageError, storage_error
+from data_prep.storage import LocalStore, Store, open_store
+from dpnet.arguments import DEMO_ROOT
+from dpnet.config import load_config, resolve_root
+from dpnet.summary import as_text, place, stages_text
+
+Outcome = tuple[dict[str, Any], str]
+
+
+def demo(args: Namespace) -> Outcome:
+    from dpnet.demo import claim_root, clear_root
+
+    overrides = list(args.set)
+    if args.photos is not None:
+        # A JSON string is a YAML string, whatever characters the path has.
+        overrides.append(f"images.source={json.dumps(str(Path(args.photos).absolute()))}")
+    store = open_store(resolve_root(args.root, load_config("demo", overrides)))
+    if not isinstance(store, LocalStore):
+        raise PipelineError(
+            f"the demo needs a local folder, not {store.uri}: use"
+            f" `dpnet pipeline run demo --root {store.uri}`."
+        )
+    if args.fresh:
+        clear_root(store)
+    claim_root(store)
+    again = "dpnet demo" if args.root is None else f"dpnet demo --root {args.root}"
+    return _run_flow("demo", store, overrides, args, again, embedded=True)
+
+
+def pipeline_run(args: Namespace) -> Outcome:
+    store = open_store(resolve_root(args.root, load_config(args.config, args.set)))
+    again = f"dpnet pipeline run {args.config} --root {place(store)}"
+    return _run_flow(args.config, store, args.set, args, again, embedded=False)
+
+
+def _run_flow(
+    config: str,
+    store: Store,
+    overrides: Sequence[str],
+    args: Namespace,
+    again: str,
+    *,
+    embedded: bool,
+) -> Outcome:
+    from dpnet.demo import PREFECT_HOME
+    from flows.local import run_pipeline
+
+    start = time.monotonic()
+    check_root(store)
+    top = store.folder if isinstance(store, LocalStore) else Path.home() / ".cache" / "dpnet"
+    summary = run_pipeline(
+        config, place(store), overrides, top / PREFECT_HOME, embedded=embedded, debug=args.debug
+    )
+    # The flow's own time leaves out the server's start, which its user waits for too.
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    return {"ok": True, **summary}, as_text(summary, again)
+
+
+def stage(args: Namespace) -> Outcome:
+    from dpnet.chain import run_chain
+
+    config = load_config(args.config, args.set)
+    store = open_store(resolve_root(args.root, config))
+    check_root(store)
+    stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
+    return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
+
+
+def verify(args: Namespace) -> Outcome:
+    from dpnet.verify import verify_uri
+
+    found = verify_uri(args.uri, _root_to_read(args))
+    lines = [f"{p.where}: {p.problem}" for p in found.problems]
+    size = f"{found.files} files ({found.bytes / 1e6:.1f} MB) of {found.stages} stages"
+    lines.append(f"{size}: " + ("all as they were made" if found.ok else f"{len(lines)} problems"))
+    return found.to_json(), "\n".join(lines)
+
+
+def inpaint(args: Namespace) -> Outcome:
+    from dpnet.inpainting import TILE, inpaint_files
+
+    result = inpaint_files(
+        Path(args.image),
+        Path(args.mask),
+        Path(args.out),
+        root=_root_to_read(args),
+        model=args.model,
+        tile=TILE if args.tile is None else args.tile,
+    )
+    size = f"{result['width']} x {result['height']}"
+    text = f"{result['out']}: {size}, filled with {result['model']} in {result['seconds']} s"
+    return {"ok": True, **result}, text
+
+
+def not_built(args: Namespace) -> Outcome:
+    raise PipelineError(f"`dpnet {args.wanted}` is not built yet: a later version brings it.")
+
+
+def check_root(store: Store) -> None:
+    """Raise StorageError unless an object can be written: better known before hours of work."""
+    probe = f".probe-{secrets.token_hex(4)}"
+    try:
+        store.write(probe, b"")
+        store.delete(probe)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # as under /proc
+            raise StorageError(
+                f"the root {store.uri} cannot be created: choose another --root."
+            ) from error
+        if isinstance(error.__cause__, OSError):
+            raise storage_error(error.__cause__, f"the root {store.uri}") from error
+        raise
+
+
+def _root_to_read(args: Namespace) -> str:
+    return str(args.root or os.environ.get("DPNET_ROOT") or DEMO_ROOT)

@@ -1,0 +1,49 @@
+"""Pull-push: a smooth fill of the hole from the known colours, coarse to fine.
+
+The scheme is the Lumigraph's (Gortler et al., 1996, section 3.4): pull averages the known pixels
+level by level, push fills from the coarsest level what a finer one does not know.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LEVELS = 7
+SATURATION = 4.0  # a coarse pixel counts as fully known once a quarter of its window is
+
+
+def pull_push(image: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
+    """Fill the hole smoothly.
+
+    Args:
+        image: N C H W, 0 in the hole. valid: N 1 H W in {0, 1}. mean: N C 1 1, what a sample
+            without any known pixel in reach is filled with.
+
+    Returns:
+        N C H W in fp32; known pixels keep their values.
+    """
+    colour, weight = image.float(), valid.float()
+    pulled = [(colour, weight)]
+    for _ in range(LEVELS):
+        channels = colour.shape[1]
+        joined = _halve(torch.cat([colour, weight], dim=1))
+        colour, weight = joined[:, :channels], joined[:, channels:]
+        saturated = (weight * SATURATION).clamp(max=1)
+        colour = colour * (saturated / weight.clamp(min=1e-8))
+        weight = saturated
+        pulled.append((colour, weight))
+    filled = colour + (1 - weight) * mean
+    for colour, weight in reversed(pulled[:-1]):
+        size = (colour.shape[2], colour.shape[3])
+        above = F.interpolate(filled, size=size, mode="bilinear", align_corners=False)
+        filled = colour + (1 - weight) * above
+    return filled
+
+
+def _halve(x: Tensor) -> Tensor:
+    """Smooth with the binomial kernel 1 3 3 1 and keep every second pixel; sizes round up."""
+    kernel = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device) / 8
+    weight = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
+    return F.conv2d(F.pad(x, (1, 2, 1, 2)), weight, stride=2, groups=x.shape[1])

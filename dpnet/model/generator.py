@@ -1,0 +1,167 @@
+"""DPNet's generator: a mask-aware pyramidal encoder and a decoder with pyramidal attention.
+
+Resolutions, for an input of side S: encoder S, S/2, S/4, then two more layers at S/8 and S/16 whose
+patches serve the attention as keys; decoder S/4 (attention), S/2, S.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpnet.model.attention import PyramidAttention, key_layers
+from dpnet.model.config import ModelConfig, preset
+from dpnet.model.fill import pull_push
+from dpnet.model.normalization import DecoderNorm, EncoderNorm
+from dpnet.model.pyramid import Level, MaskAwareConv, pyramid_levels
+
+MULTIPLE = 16  # the coarsest layer's stride
+SLOPE = 0.2
+SMOOTH_SCALE = 4.0  # brings the smooth fill's deviation near the unit variance of the features
+
+
+def activate(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, SLOPE)
+
+
+class EncoderLayer(nn.Module):
+    """Mask-aware convolution, normalization by the new mask, activation."""
+
+    def __init__(
+        self, channels_in: int, channels_out: int, levels: list[Level], stride: int, c: ModelConfig
+    ) -> None:
+        super().__init__()
+        self.conv = MaskAwareConv(channels_in, levels, stride=stride, mask=c.mask)
+        self.norm = EncoderNorm(channels_out, c.normalization)
+
+    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        x, m = self.conv(x, m)
+        return activate(self.norm(x, m)), m
+
+
+class ResidualBlock(nn.Module):
+    """y = F + f(F) with two mask-aware pyramids; mask max(m, m')."""
+
+    def __init__(self, channels: int, c: ModelConfig) -> None:
+        super().__init__()
+        levels = pyramid_levels(channels, channels, pyramid=c.pyramid)
+        self.first = EncoderLayer(channels, channels, levels, 1, c)
+        self.second = MaskAwareConv(channels, levels, mask=c.mask)
+        self.norm = EncoderNorm(channels, c.normalization)
+        if c.normalization in ("dynamic", "region"):
+            # Begin near the identity, so that depth costs no signal at the start.
+            nn.init.constant_(self.norm.gamma, 0.2)
+
+    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        y, m1 = self.first(x, m)
+        y, m2 = self.second(y, m1)
+        return x + self.norm(y, m2), torch.maximum(m, m2)
+
+
+class DecoderLayer(nn.Module):
+    """Upsample, join the encoder's feature, 3x3 convolution, normalization, activation."""
+
+    def __init__(
+        self, below: int, skip: int, channels: int, c: ModelConfig, colours: int = 0
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(below + skip + colours, channels, 3, padding=1)
+        nn.init.kaiming_normal_(self.conv.weight, a=SLOPE)
+        self.norm = DecoderNorm(channels, skip, c.guide, c.normalization)
+
+    def forward(self, x: Tensor, feature: Tensor, m: Tensor, *extra: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = self.conv(torch.cat([x, feature, *extra], dim=1))
+        return activate(self.norm(x, m, feature))
+
+
+class Generator(nn.Module):
+    """`forward(image_N3HW in [0, 1], valid_N1HW) -> N3HW in [0, 1]`: the raw prediction.
+
+    `valid` is 1 where a pixel is known, 0 in the hole. What the image holds in the hole, NaN
+    included, has no influence. Any size: the input is padded to a multiple of 16 and cropped back.
+
+    Our choice, to spare the first thousand steps that other networks spend on finding colours: the
+    output is (tanh(atanh(2 mu - 1) + y) + 1) / 2 with mu the sample's mean known colour and y from
+    a convolution that starts at 0, so training starts from mean fill; and the decoder's last two
+    convolutions see, as three channels more, how far a smooth fill of the hole is from mu.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        full, half, quarter = config.widths
+        self.stem = EncoderLayer(3, full, [Level(7, 1, full)], 1, config)
+        self.down1 = self._down(full, half)
+        self.down2 = self._down(half, quarter)
+        self.blocks = nn.ModuleList(ResidualBlock(quarter, config) for _ in range(config.blocks))
+        self.attention: PyramidAttention | None = None
+        if config.attention == "pyramid":
+            self.down3 = self._down(quarter, quarter)
+            self.down4 = self._down(quarter, quarter)
+        if config.attention != "none":
+            layers = key_layers(config.attention, [quarter] * 3)
+            self.attention = PyramidAttention(quarter, layers, config.attention_dim)
+        self.middle = DecoderNorm(quarter, quarter, config.guide, config.normalization)
+        self.up1 = DecoderLayer(quarter, half, half, config)
+        self.up2 = DecoderLayer(half, full, full, config, colours=3)
+        self.out = nn.Conv2d(full + 3, 3, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        assert self.out.bias is not None
+        nn.init.zeros_(self.out.bias)
+
+    def _down(self, channels_in: int, channels_out: int) -> EncoderLayer:
+        levels = pyramid_levels(channels_in, channels_out, pyramid=self.config.pyramid)
+        return EncoderLayer(channels_in, channels_out, levels, 2, self.config)
+
+    def forward(self, image: Tensor, valid: Tensor) -> Tensor:
+        height, width = image.shape[2:]
+        # Padding counts as unknown, so it changes nothing but the grid.
+        pad = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
+        valid = F.pad(valid.float(), pad)
+        # Emptied by selection: NaN times 0 would still be NaN.
+        image = torch.where(valid > 0, F.pad(image, pad), 0.0)
+        mean = known_mean(image, valid)
+        x0 = torch.where(valid > 0, 2 * (image - mean), 0.0)
+
+        f1, m_stem = self.stem(x0, valid)
+        m1 = valid
+        f2, m2 = self.down1(f1, m_stem)
+        f4, m4 = self.down2(f2, m2)
+        m = m4
+        for block in self.blocks:
+            f4, m = block(f4, m)
+        x = f4
+        if self.attention is not None:
+            layers = [f4]
+            if self.config.attention == "pyramid":
+                f8, m8 = self.down3(f4, m)
+                f16, _m16 = self.down4(f8, m8)
+                layers += [f8, f16]
+            x = self.attention(x, layers, valid)
+        x = activate(self.middle(x, m4, f4))
+        x = self.up1(x, f2, m2)
+        centre = to_logit(mean)
+        smooth = SMOOTH_SCALE * (to_logit(pull_push(image, valid, mean)) - centre).to(x.dtype)
+        x = self.up2(x, f1, m1, smooth)
+        y = self.out(torch.cat([x, smooth], dim=1)).float()
+        y = (torch.tanh(y + centre) + 1) / 2
+        return y[:, :, :height, :width]
+
+
+def to_logit(colour: Tensor) -> Tensor:
+    """Inverse of (tanh(y) + 1) / 2, for colours a little inside [0, 1]."""
+    return torch.atanh((2 * colour - 1).clamp(-0.95, 0.95))
+
+
+def known_mean(image: Tensor, valid: Tensor) -> Tensor:
+    """Mean colour of the known pixels, N311 in fp32; mid grey where none is known."""
+    count = valid.sum(dim=(2, 3), keepdim=True)
+    total = (image.float() * valid).sum(dim=(2, 3), keepdim=True)
+    return torch.where(count > 0, total / count.clamp(min=1), 0.5)
+
+
+def build_generator(config: ModelConfig | str) -> Generator:
+    """The generator of a config or of a preset's name."""
+    return Generator(preset(config) if isinstance(config, str) else config)

@@ -1,0 +1,139 @@
+"""Losses of the generator and the discriminator.
+
+The paper publishes neither losses nor weights: all of this is our choice, of what comparable
+systems use. Shape suffix as elsewhere; `valid` is N1HW, 1 where a pixel is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Adversarial = Literal["nsgan", "hinge"]
+
+
+def l1_terms(prediction: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean absolute error (over the hole, over the known part), each a mean over samples.
+
+    Each sample is divided by its own share, so that the result does not depend on how a batch is
+    split over ranks. A sample without a hole (or without known pixels) adds 0 to that term.
+    """
+    error = (prediction.float() - truth.float()).abs().mean(dim=1, keepdim=True)
+    hole = 1 - valid
+    terms = [
+        (error * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3)).clamp(min=1)
+        for region in (hole, valid)
+    ]
+    return terms[0].mean(), terms[1].mean()
+
+
+def generator_adversarial(fake_logits: Tensor, kind: Adversarial) -> Tensor:
+    """What the generator minimises: -log sigma(D(fake)) or -D(fake)."""
+    fake = fake_logits.float()
+    return F.softplus(-fake).mean() if kind == "nsgan" else -fake.mean()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: Adversarial) -> Tensor:
+    """Binary cross-entropy on the map, or the hinge loss; the mean over real and fake."""
+    real, fake = real_logits.float(), fake_logits.float()
+    if kind == "nsgan":
+        return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def total_variation(composite: Tensor, valid: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours of which at least one lies in the hole."""
+    hole = 1 - valid
+    x = composite.float()
+    across = torch.maximum(hole[:, :, :, 1:], hole[:, :, :, :-1])
+    down = torch.maximum(hole[:, :, 1:], hole[:, :, :-1])
+    total = ((x[:, :, :, 1:] - x[:, :, :, :-1]).abs() * across).mean()
+    return total + ((x[:, :, 1:] - x[:, :, :-1]).abs() * down).mean()
+
+
+# Channels of VGG's convolutions up to relu4_1 and their indices in torchvision's `features`;
+# "M" is a pooling.
+_VGG: dict[str, list[int | str]] = {
+    "vgg16": [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512],
+    "vgg19": [64, 64, "M", 128, 128, "M", 256, 256, 256, 256, "M", 512],
+}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VGGFeatures(nn.Module):
+    """The first activation of each of VGG's stages, of an image in [0, 1].
+
+    `state` holds torchvision's names (`features.0.weight` ...); stages that it does not reach are
+    left out, at least three must be there. Frozen.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], kind: Literal["vgg16", "vgg19"]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        stage: list[nn.Module] = []
+        index, channels, first = 0, 3, True
+        for width in _VGG[kind]:
+            if width == "M":
+                stage.append(nn.MaxPool2d(2))
+                index, first = index + 1, True
+                continue
+            if f"features.{index}.weight" not in state:
+                break
+            assert isinstance(width, int)
+            conv = nn.Conv2d(channels, width, 3, padding=1)
+            conv.load_state_dict(
+                {name: state[f"features.{index}.{name}"] for name in ("weight", "bias")}
+            )
+            stage += [conv, nn.ReLU()]
+            index, channels = index + 2, width
+            if first:
+                self.stages.append(nn.Sequential(*stage))
+                stage, first = [], False
+        if len(self.stages) < 3:
+            raise ValueError(
+                f"the weights hold {len(self.stages)} stages of {kind}, three are needed: give a"
+                " state dict with torchvision's names (features.0.weight and so on)."
+            )
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        x = (image - self.mean) / self.std
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def perceptual(predicted: Iterable[Tensor], true: Iterable[Tensor]) -> Tensor:
+    """Mean absolute difference of features, summed over layers."""
+    return torch.stack(
+        [(p.float() - t.float()).abs().mean() for p, t in zip(predicted, true, strict=True)]
+    ).sum()
+
+
+def style(predicted: Iterable[Tensor], true: Iterable[Tensor]) -> Tensor:
+    """Mean absolute difference of Gram matrices divided by C H W, summed over layers."""
+    return torch.stack(
+        [(gram(p) - gram(t)).abs().mean() for p, t in zip(predicted, true, strict=True)]
+    ).sum()
+
+
+def gram(x: Tensor) -> Tensor:
+    """Gram matrix of NCHW over (C H W), N C C in fp32.
+
+    Divided before the product, half by half, so that it neither overflows nor underflows.
+    """
+    n, c, h, w = x.shape
+    flat = x.float().reshape(n, c, h * w) / (c * h * w) ** 0.5
+    product: Tensor = flat @ flat.transpose(1, 2)
+    return product

@@ -1,0 +1,132 @@
+"""Prefect's server beside one command: started for it, gone with it.
+
+Its port is free by construction (the socket is bound here and handed over), its database lies in
+`home`, and its noise goes to `home/server.log`. It is out of reach of a terminal's Ctrl-C, so that
+the last states of a stopped flow still reach it, and it ends when its parent does: its standard
+input is a pipe that only the parent holds, and a `kill -9` closes it too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.errors import PipelineError
+
+START_TIMEOUT_S = 120.0
+SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_ENABLED": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    "DO_NOT_TRACK": "1",
+    # Only what one flow run needs is started; the rest (scheduler, late runs, …) has no work here.
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+}
+
+
+@contextmanager
+def embedded_server(
+    home: Path, env: Mapping[str, str], meanwhile: Callable[[Path, str], None]
+) -> Iterator[bool]:
+    """Run a server with its database in `home` while in the block.
+
+    `meanwhile(home, API address)` is called while it starts. Yields whether no other command uses
+    `home` now: then a flow run that the database calls running is one that was killed.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("ab") as lock:
+        alone = _lock_alone(lock.fileno())
+        if alone and not (home / "created").exists():
+            _remove_database(home)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+            process = _start(home, env, listener)
+        try:
+            meanwhile(home, url)
+            _wait_until_healthy(url, process, home / "server.log")
+            (home / "created").touch()
+            # Others may start now; while one was creating the database they had to wait.
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield alone
+        finally:
+            _stop(process)
+
+
+def _lock_alone(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        return False
+    return True
+
+
+def _remove_database(home: Path) -> None:
+    """A server that was killed while it created its database left one that no other can use."""
+    for path in home.glob("prefect.db*"):
+        path.unlink()
+
+
+def _start(home: Path, env: Mapping[str, str], listener: socket.socket) -> subprocess.Popen[bytes]:
+    with (home / "server.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(listener.fileno())],
+            env={**env, **SETTINGS, "PREFECT_HOME": str(home)},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+
+
+def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            # The socket listens already: the answer comes as soon as the server is up.
+            with urllib.request.urlopen(f"{url}/health", timeout=START_TIMEOUT_S):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise PipelineError(f"Prefect's embedded server did not start: see {log} for the reason.")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def _serve(listener: int) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    import uvicorn
+
+    uvicorn.run(
+        "prefect.server.api.server:create_app", factory=True, fd=listener, log_level="error"
+    )
+
+
+def _exit_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))
