@@ -32,6 +32,7 @@ _OS_ADVICE = {
     errno.EACCES: "permission denied: choose another --root or change its permissions",
     errno.EPERM: "not permitted: choose another --root or change its permissions",
     errno.ENOTDIR: "a file stands where a folder is needed: choose another --root or move the file",
+    errno.EEXIST: "a file stands where a folder is needed: choose another --root or move the file",
     errno.EISDIR: "a folder stands where a file is needed: move it away",
     errno.ENAMETOOLONG: "the path is too long: choose a shorter --root",
 }

@@ -17,6 +17,7 @@ from data_prep.errors import PipelineError, storage_error
 from dpnet.arguments import build_parser
 
 STOPPED = 130
+_STOPPED = "stopped; the same command resumes."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,13 +65,14 @@ def _explain(error: BaseException) -> tuple[str, int]:
                 1,
             )
     # KeyboardInterrupt, and what Prefect and Ray make of SIGTERM while they are at work.
-    return "stopped; the same command resumes.", STOPPED
+    return _STOPPED, STOPPED
 
 
 def _stop_on_signals() -> None:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt once; after that they end the process at once."""
 
     def end(number: int, frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), f"dpnet: {_STOPPED}\n".encode())
         os._exit(STOPPED)
 
     def stop(number: int, frame: FrameType | None) -> None:

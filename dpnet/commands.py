@@ -33,6 +33,7 @@ def demo(args: Namespace) -> Outcome:
             f"the demo needs a local folder, not {store.uri}: use"
             f" `dpnet pipeline run demo --root {store.uri}`."
         )
+    check_root(store)
     if args.fresh:
         clear_root(store)
     claim_root(store)

@@ -31,7 +31,10 @@ def claim_root(store: LocalStore) -> None:
     """Mark the folder as a demo's. Raises PipelineError if it holds something else."""
     if store.exists(MARKER):
         return
-    if store.folder.is_dir() and any(store.folder.iterdir()):
+    hidden = (".probe-", ".staged-")  # what a command that was killed while writing may leave
+    if store.folder.is_dir() and any(
+        not path.name.startswith(hidden) for path in store.folder.iterdir()
+    ):
         raise PipelineError(
             f"{store.folder} is not empty and no demo made it: choose another --root, or use it"
             f" with `dpnet pipeline run demo --root {store.folder}`."

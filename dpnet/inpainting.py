@@ -221,8 +221,8 @@ def _predict(
 
     device = next((p.device for p in generator.parameters()), torch.device("cpu"))
     with torch.inference_mode():
-        image_N3HW = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
-        valid_N1HW = torch.from_numpy(np.ascontiguousarray(valid)).to(device)[:, None]
+        image_N3HW = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)
+        valid_N1HW = torch.from_numpy(np.array(valid)).to(device)[:, None]
         raw_N3HW = generator(image_N3HW.float() / 255, valid_N1HW.float())
         prediction = raw_N3HW.float().permute(0, 2, 3, 1).cpu().numpy()
     if not np.isfinite(prediction).all():

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -86,6 +87,7 @@ def _quiet_ray(ray: Any, scratch: Path, workers: int, gpus: bool) -> Iterator[No
     if ray.is_initialized():
         raise PipelineError("Ray already runs in this process: shut it down before training.")
     logging.getLogger("ray").setLevel(logging.ERROR)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     ray.init(
         address="local",
         num_cpus=workers + 1,
@@ -96,6 +98,9 @@ def _quiet_ray(ray: Any, scratch: Path, workers: int, gpus: bool) -> Iterator[No
         object_store_memory=128 << 20,  # nothing large passes through it
         _temp_dir=str(scratch),
     )
+    if threading.current_thread() is threading.main_thread():
+        for each, handler in handlers.items():  # Ray's own of SIGTERM aborts the process
+            signal.signal(each, handler)
     try:
         yield
     finally:

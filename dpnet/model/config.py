@@ -60,7 +60,7 @@ PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         widths=(16, 32, 64),
         blocks=2,
-        attention_dim=32,
+        attention_dim=16,
         guide=15,
         discriminator_widths=(16, 32, 64, 128),
     ),
