@@ -12,7 +12,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -23,19 +22,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_prep.errors import PipelineError
 from data_prep.storage import open_store
-from dpnet.data import Batch, Samples, TrainingBatches, validation_pairs
+from dpnet.data import Samples, TrainingBatches
 from dpnet.model import ModelConfig, build_discriminator, build_generator
 from dpnet.model import losses as L
 from dpnet.model.config import preset
-from dpnet.model.generator import known_mean
 from dpnet.train import LossSettings, ModelSettings, TrainJob, TrainSettings
+from dpnet.validation import Validation, to_device
 
 LOG_EVERY = 25  # steps that one record of the log averages
 STATE, LOG = "state.pt", "log.jsonl"
 M = TypeVar("M", bound=nn.Module)
 BETA2 = 0.99
-VALIDATION_BATCH = 32
-PSNR_CAP = 100.0
 
 
 class Session(Protocol):
@@ -79,7 +76,7 @@ def train_loop(job: TrainJob, session: Session) -> None:
             log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
     step_fn = Step(state, job.losses, settings, session.world)
     if state.step == 0:
-        log.append(validation.measure(state, session))
+        log.append(validation.measure(state.ema, state.step, session.rank, session.world))
     meter = Meter()
     for step, batch in batches.ahead(state.step, settings.steps):
         start = time.monotonic()
@@ -91,7 +88,7 @@ def train_loop(job: TrainJob, session: Session) -> None:
             log.append(meter.record(state.step))
         session.progress(state.step, _note(log, terms))
         if state.step % settings.validate_every == 0 or last:
-            log.append(validation.measure(state, session))
+            log.append(validation.measure(state.ema, state.step, session.rank, session.world))
         if state.step % settings.checkpoint_every == 0 or last:
             save_checkpoint(state, log, session)
 
@@ -246,54 +243,6 @@ class Step:
         optimizer.step()
 
 
-class Validation:
-    """Hole PSNR of the averaged generator on frozen pairs of the val split."""
-
-    def __init__(self, images: Samples, masks: Samples, job: TrainJob) -> None:
-        self.images, self.masks = images, masks
-        digests = (job.images.content_digest, job.masks.content_digest)
-        self.pairs = validation_pairs(
-            images, masks, digests, seed=job.settings.seed, count=job.settings.validation_pairs
-        )
-
-    @torch.no_grad()
-    def measure(self, state: TrainState, session: Session) -> dict[str, Any]:
-        """Log record: mean hole PSNR in dB of the network and of mean fill."""
-        sums = torch.zeros(3, dtype=torch.float64)
-        mine = self.pairs[session.rank :: session.world]
-        for start in range(0, len(mine), VALIDATION_BATCH):
-            image, valid = to_device(
-                self._batch(mine[start : start + VALIDATION_BATCH]), session.device
-            )
-            mean = known_mean(image * valid, valid).expand_as(image)
-            predicted = state.ema(image, valid)
-            sums += torch.tensor(
-                [
-                    float(hole_psnr(predicted, image, valid).sum()),
-                    float(hole_psnr(mean, image, valid).sum()),
-                    len(image),
-                ]
-            )
-        if session.world > 1:
-            sums = sums.to(session.device)
-            torch.distributed.all_reduce(sums)
-        ours, mean_fill = (sums[:2] / sums[2]).tolist()
-        return {
-            "kind": "validation",
-            "step": state.step,
-            "hole_psnr": round(ours, 4),
-            "mean_fill_psnr": round(mean_fill, 4),
-            "pairs": len(self.pairs),
-            "parameters": sum(p.numel() for p in state.ema.parameters()),
-        }
-
-    def _batch(self, pairs: Iterable[tuple[int, int]]) -> Batch:
-        import numpy as np
-
-        both = [(self.images.image(i), self.masks.valid(m)) for i, m in pairs]
-        return Batch(np.stack([i for i, _ in both]), np.stack([v for _, v in both]))
-
-
 class Meter:
     """Means of the loss terms since the last record."""
 
@@ -344,27 +293,6 @@ def rate(step: int, settings: TrainSettings) -> float:
     return warm * (
         settings.final_rate + (1 - settings.final_rate) * (1 + math.cos(math.pi * done)) / 2
     )
-
-
-def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """PSNR in dB over the hole's pixels after rounding to 8 bits, one value per sample.
-
-    A sample without a hole has a perfect prediction; perfect is capped at 100 dB.
-    """
-    hole = 1 - valid
-    levels = (predicted.float() * 255).round() - (truth.float() * 255).round()
-    squared = (levels.square() * hole).sum(dim=(1, 2, 3)) / (3 * hole.sum(dim=(1, 2, 3))).clamp(
-        min=1
-    )
-    psnr: Tensor = 10 * torch.log10(255**2 / squared)
-    return psnr.clamp(max=PSNR_CAP)
-
-
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """N3HW in [0, 1] (channels_last) and N1HW in {0, 1}, both float32."""
-    image = torch.from_numpy(batch.image).to(device).permute(0, 3, 1, 2).float() / 255
-    valid = torch.from_numpy(batch.valid).to(device)[:, None].float()
-    return image, valid
 
 
 def model_config(settings: ModelSettings) -> ModelConfig:

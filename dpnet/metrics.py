@@ -117,8 +117,14 @@ def bootstrap_mean(
     if len(values) == 0:
         raise ValueError("the mean of no values is not defined")
     data = np.asarray(values, dtype=np.float64)
-    # One resample at a time: all at once would need resamples x values indices in memory.
-    means = [data[rng.integers(0, len(data), len(data))].mean() for _ in range(resamples)]
+    # Some resamples at a time: all at once would need resamples x values indices in memory.
+    some = max(1, min(resamples, 1_000_000 // len(data)))
+    means = np.concatenate(
+        [
+            data[rng.integers(0, len(data), (min(some, resamples - start), len(data)))].mean(axis=1)
+            for start in range(0, resamples, some)
+        ]
+    )
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(data.mean()), float(low), float(high))
 

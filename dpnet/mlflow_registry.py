@@ -34,14 +34,17 @@ def connect(uri: str) -> Iterator[Any]:
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
 
-    for name in ("alembic", "mlflow"):  # which would tell every migration of the schema
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # They would tell every migration of the schema, and tracebacks of what is raised anyway.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         if uri.startswith(_SQLITE):
             _create_database(Path(uri.removeprefix(_SQLITE)))
         yield MlflowClient(tracking_uri=uri, registry_uri=uri)
     except (MlflowException, SQLAlchemyError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        # SQLAlchemy may begin with advice to programmers, in a line of its own.
+        lines = [line for line in str(error).splitlines() if not line.startswith("(raised as")]
+        reason = lines[0] if lines else type(error).__name__
         raise PipelineError(
             f"MLflow at {_public(uri)} refused the registration ({reason}): check"
             " register.tracking_uri and that it can be written, then run the same command again."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -78,27 +80,41 @@ def photographs(folder: Path, count: int = 12) -> Path:
 def real_data(store: LocalStore, **masks: Any) -> tuple[StageRef, StageRef]:
     """Real image and mask stages of SIZE pixels, with two evaluation masks of each ratio bin."""
     source = photographs(store.folder / "photos")
-    images = ImagesConfig(source=source, name="small", size=SIZE, val=0.2, test=0.4)
+    images = ImagesConfig(source=source, name="small", size=SIZE, val=0.1, test=0.4)
     config = MasksConfig(name="small", size=SIZE, train=4, **({"eval_per_bin": 2} | masks))
     return prepare_images(images, store), prepare_masks(config, store)
 
 
-@functools.cache
-def mlflow_database() -> bytes:
-    """A new MLflow database; making one takes seconds, so tests copy it."""
-    from dpnet.mlflow_registry import connect
+class NewDatabase(NamedTuple):
+    data: bytes
+    output: str  # what making it printed
+    files: list[str]  # what there was in its folder
 
+
+@functools.cache
+def new_database() -> NewDatabase:
+    """A new MLflow database from a fresh process; making one takes seconds, so tests copy it."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "mlflow.db")
-        with connect(f"sqlite:///{path}"):
-            pass
-        return path.read_bytes()
+        code = (
+            "from dpnet.mlflow_registry import connect\n"
+            f"with connect('sqlite:///{folder}/mlflow.db') as client: client.search_experiments()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
+        files = sorted(path.name for path in Path(folder).iterdir())
+        return NewDatabase(Path(folder, "mlflow.db").read_bytes(), done.stdout, files)
 
 
 def new_store(folder: Path) -> LocalStore:
     """A root that has an MLflow database already."""
     store = LocalStore(folder)
-    store.write("mlflow.db", mlflow_database())
+    store.write("mlflow.db", new_database().data)
     return store
 
 
@@ -110,7 +126,7 @@ def run_and_evaluation(
         store,
         "train",
         "runs",
-        {"model/generator.safetensors": b"weights", "model/model.json": b"{}"},
+        {"model/generator.safetensors": f"{psnr}".encode(), "model/model.json": b"{}"},
         settings={"train": {"steps": 5}, "psnr": psnr, "pairs": pairs},
     )
     figures = {"mean_over_bins": {"dpnet": {"hole_psnr": psnr, "ssim": None}}}
@@ -119,7 +135,7 @@ def run_and_evaluation(
         store,
         "evaluate",
         "evaluations",
-        {"report.json": b"{}"},
+        {"report.json": f"{psnr} {pairs}".encode()},
         inputs={"run": run},
         summary=summary,
     )

@@ -13,8 +13,9 @@ from data_prep.images import ImagesConfig, prepare_images
 from data_prep.masks import MasksConfig, prepare_masks
 from data_prep.storage import open_store
 from dpnet.data import Samples, TrainingBatches, validation_pairs
-from dpnet.loop import STATE, hole_psnr, rate, train_loop
+from dpnet.loop import STATE, rate, train_loop
 from dpnet.train import LossSettings, ModelSettings, TrainJob, TrainSettings, train_request
+from dpnet.validation import hole_psnr
 from dpnet.weights import load_generator, save_generator
 
 

@@ -1,13 +1,12 @@
 import json
+import shutil
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 import small_root
 
 from data_prep.errors import ConfigError, PipelineError
-from data_prep.storage import open_store
+from data_prep.storage import LocalStore, open_store
 from dpnet import mlflow_registry
 from dpnet import register as register_module
 from dpnet.register import CHALLENGER, CHAMPION, RegisterSettings, find_record, judge, register
@@ -16,6 +15,15 @@ from dpnet.register import CHALLENGER, CHAMPION, RegisterSettings, find_record, 
 @pytest.fixture
 def store(tmp_path):
     return small_root.new_store(tmp_path / "root")
+
+
+def elsewhere(store, database):
+    """The same root in another place, with another MLflow database."""
+    # A new place, for MLflow keeps a database that it knows open.
+    folder = store.folder.parent / "elsewhere"
+    shutil.copytree(store.folder, folder)
+    (folder / "mlflow.db").write_bytes(database)
+    return LocalStore(folder)
 
 
 def registered(store, psnr, model="dpnet", **options):
@@ -137,7 +145,7 @@ def test_a_registration_taken_up_late_does_not_depose_a_newer_champion(store, mo
 
 def test_a_lost_database_is_made_again_from_storage(store, capsys):
     digests = [registered(store, psnr).request_digest for psnr in (20.0, 21.0)]
-    store.write("mlflow.db", small_root.mlflow_database())
+    store = elsewhere(store, small_root.new_database().data)
     ref = registered(store, 19.0)
     assert ref.summary["version"] == 3
     versions, aliases = in_mlflow(store)
@@ -150,7 +158,7 @@ def test_a_database_with_other_versions_is_refused(store, tmp_path):
     registered(store, 20.0)
     other = small_root.new_store(tmp_path / "other")
     registered(other, 22.0)
-    store.write("mlflow.db", other.read("mlflow.db"))
+    store = elsewhere(store, other.read("mlflow.db"))
     with pytest.raises(PipelineError, match=r"version 1 of dpnet .* register\.model"):
         registered(store, 21.0)
 
@@ -191,16 +199,18 @@ def test_nothing_is_written_in_the_working_directory(store, tmp_path, monkeypatc
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_a_new_database_appears_whole_and_without_talk(tmp_path):
-    # In a fresh process, for MLflow sets its logging up when it is imported.
-    code = (
-        "from dpnet.mlflow_registry import connect\n"
-        f"with connect('sqlite:///{tmp_path}/new.db') as client: client.search_experiments()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    assert done.stdout == ""
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["new.db"]
+def test_a_new_database_is_made_without_talk_and_without_litter():
+    made = small_root.new_database()
+    assert made.output == ""
+    assert made.files == ["mlflow.db"]
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    # MLflow takes no half-made one up again.
+    monkeypatch.setattr(mlflow_registry.LocalStore, "create", killed)
+    with pytest.raises(Killed), mlflow_registry.connect(f"sqlite:///{tmp_path}/new.db"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_root_on_s3_needs_a_tracking_uri(store):

@@ -179,7 +179,7 @@ def test_a_registered_model_is_walked_back(registered):
     for reference in ("models:/dpnet@champion", "models:/dpnet/1"):
         result = verify_uri(reference, str(store.folder))
         assert (result.ok, result.stages, result.records) == (True, 3, 1)
-    store.write(f"{run.folder}/model/generator.safetensors", b"WEIGHTS")
+    store.write(f"{run.folder}/model/generator.safetensors", b"21.0")
     result = verify_uri("models:/dpnet@champion", str(store.folder))
     assert problems(result) == [
         (f"{run.folder}/model/generator.safetensors", "was altered: another sha256")

@@ -1,0 +1,189 @@
+"""The demo as a newcomer meets it: killed in the middle, run again, and its model used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+from skimage import data
+
+pytestmark = pytest.mark.e2e
+
+SETTINGS = ("train.steps=60", "train.checkpoint_every=10", "train.validate_every=30")
+STAGES = ["images", "masks", "train", "evaluate", "register"]
+
+
+def command(*argv: str) -> list[str]:
+    return [sys.executable, "-m", "dpnet", *argv]
+
+
+def environment() -> dict[str, str]:
+    """The user's, in which no other Prefect, Ray or root is set up."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RAY_", "DPNET_"))}
+
+
+def run(*argv: str, cwd: Path) -> dict[str, Any]:
+    """The object that a command which succeeds prints with --json."""
+    done = subprocess.run(
+        command(*argv, "--json"),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def demo(cwd: Path, *more: str) -> dict[str, Any]:
+    return run("demo", *(f"--set={setting}" for setting in SETTINGS), *more, cwd=cwd)
+
+
+def processes_of(session: int) -> set[int]:
+    """Living processes of a session."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.add(int(folder.name))
+    return found
+
+
+def kill_tree(session: int) -> None:
+    """kill -9 of every process, as often as new ones turn up."""
+    while left := processes_of(session):
+        for process in left:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.1)
+
+
+def checkpoints(cwd: Path) -> list[Path]:
+    """Whole ones: the newest may be half written."""
+    return sorted(cwd.glob("dpnet-demo/runs/demo-*/step-*/"))[:-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a demo was killed in its training, after at least one whole checkpoint."""
+    cwd = tmp_path_factory.mktemp("newcomer")
+    argv = command("demo", *(f"--set={setting}" for setting in SETTINGS))
+    process = subprocess.Popen(argv, cwd=cwd, env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 600
+    while not checkpoints(cwd) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert process.poll() is None, "it ended before it could be killed"
+    kill_tree(process.pid)
+    assert process.wait() == -signal.SIGKILL
+    assert checkpoints(cwd)
+    return cwd
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path) -> dict[str, Any]:
+    return demo(folder)
+
+
+def test_after_a_kill_the_same_command_goes_on_from_the_last_checkpoint(
+    resumed: dict[str, Any],
+) -> None:
+    stages = {stage["stage"]: stage for stage in resumed["stages"]}
+    assert [name for name in STAGES if stages[name]["skipped"]] == ["images", "masks"]
+    assert stages["train"]["summary"]["steps"] == 60
+    assert 10 <= stages["train"]["summary"]["resumed_from"] < 60
+    assert resumed["registered"]["alias"] == "champion"
+
+
+def test_the_third_time_every_stage_is_skipped_within_20_seconds(
+    folder: Path, resumed: dict[str, Any]
+) -> None:
+    start = time.monotonic()
+    again = demo(folder)
+    assert time.monotonic() - start < 20
+    assert all(stage["skipped"] for stage in again["stages"])
+    assert again["mean_over_bins"] == resumed["mean_over_bins"]
+
+
+def test_the_shards_are_read_by_webdataset(folder: Path, resumed: dict[str, Any]) -> None:
+    tars = sorted(str(path) for path in folder.glob("dpnet-demo/images/*/*/train-*.tar"))
+    sample = next(iter(wds.WebDataset(tars, shardshuffle=False)))
+    assert {"__key__", "png", "json"} <= set(sample)
+
+
+def test_every_file_verifies_and_an_altered_one_is_found(
+    folder: Path, resumed: dict[str, Any], tmp_path: Path
+) -> None:
+    assert run("verify", "dpnet-demo", cwd=folder)["problems"] == []
+    shutil.copytree(folder / "dpnet-demo", tmp_path / "copy")
+    shard = next((tmp_path / "copy").glob("images/*/*/train-000000.tar"))
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    done = subprocess.run(command("verify", str(tmp_path / "copy")), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "train-000000.tar: was altered" in done.stdout
+
+
+def test_the_champion_fills_a_photograph_of_any_size(
+    folder: Path, resumed: dict[str, Any], tmp_path: Path
+) -> None:
+    photo = data.chelsea()[:211, :301]
+    mask = np.zeros(photo.shape[:2], np.uint8)
+    mask[40:90, 100:180] = 255
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    names = [str(tmp_path / name) for name in ("photo.png", "mask.png")]
+    run("inpaint", *names, "-o", str(tmp_path / "out.png"), "--root", "dpnet-demo", cwd=folder)
+    filled = np.asarray(Image.open(tmp_path / "out.png"))
+    assert filled.shape == photo.shape
+    assert (filled[mask == 0] == photo[mask == 0]).all()
+    assert (filled[mask == 255] != photo[mask == 255]).any()
+
+
+def test_ctrl_c_ends_it_with_one_sentence_and_no_process_is_left(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        command("demo"),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("prepare images: done"):
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "dpnet: stopped; the same command resumes."
+    assert "Traceback" not in rest
+    deadline = time.monotonic() + 10
+    while processes_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(process.pid) == set()
+
+
+def test_fresh_starts_over(folder: Path, resumed: dict[str, Any]) -> None:
+    small = ("masks.train=200", "masks.eval_per_bin=4", "train.steps=4", "train.checkpoint_every=4")
+    again = demo(folder, "--fresh", *(f"--set={setting}" for setting in small))
+    assert not any(stage["skipped"] for stage in again["stages"])
+    assert again["registered"]["version"] == 1
