@@ -119,10 +119,10 @@ def check_root(store: Store) -> None:
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):  # as under /proc
             raise StorageError(
-                f"the root {store.uri} cannot be created: choose another --root."
+                f"the root {place(store)} cannot be created: choose another --root."
             ) from error
         if isinstance(error.__cause__, OSError):
-            raise storage_error(error.__cause__, f"the root {store.uri}") from error
+            raise storage_error(error.__cause__, f"the root {place(store)}") from error
         raise
 
 

@@ -7,6 +7,7 @@ the hole. Known pixels come back bit for bit.
 from __future__ import annotations
 
 import time
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,7 @@ def inpaint_large(
     height, width = valid.shape
     boxes = [
         (slice(y, min(y + tile, height)), slice(x, min(x + tile, width)))
-        for y in _starts(height, tile)
-        for x in _starts(width, tile)
+        for y, x in product(_starts(height, tile), _starts(width, tile))
     ]
     boxes = [box for box in boxes if not valid[box].all()]
     if any(not valid[box].any() for box in boxes):
@@ -74,10 +74,8 @@ def inpaint_large(
     weights = np.zeros((height, width, 1), np.float32)
     with Progress("inpaint", len(boxes), "tiles") as progress:
         for done, box in enumerate(boxes, 1):
-            rows, columns = (
-                _ramp(part, side, tile) for part, side in zip(box, valid.shape, strict=True)
-            )
-            weight = np.outer(rows, columns)[..., None]
+            ramps = (_ramp(part, side, tile) for part, side in zip(box, valid.shape, strict=True))
+            weight = np.outer(*ramps)[..., None]
             total[box] += weight * _predict(generator, image[box][None], valid[box][None])[0]
             weights[box] += weight
             progress.update(done)
@@ -202,8 +200,7 @@ def load_model(root: str, reference: str = "") -> tuple[nn.Module, str]:
             )
     from dpnet.weights import load_generator
 
-    generator = load_generator(store, folder)
-    return on_fastest_device(generator), used
+    return on_fastest_device(load_generator(store, folder)), used
 
 
 def on_fastest_device(generator: nn.Module) -> nn.Module:
@@ -293,10 +290,8 @@ def _open(path: Path) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: check the path.") from None
-    except IsADirectoryError:
-        raise PipelineError(f"{path} is a folder: give one picture.") from None
-    except PermissionError:
-        raise PipelineError(f"{path} cannot be read: permission denied.") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise PipelineError(f"{path} cannot be read: {error.strerror}.") from None
     except Image.DecompressionBombError as error:
         raise PipelineError(f"{path} is too large to open: {error}") from None
     except (OSError, ValueError, SyntaxError) as error:

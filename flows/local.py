@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import PipelineError
 from data_prep.progress import say
 from flows.server import embedded_server
 
@@ -34,7 +35,8 @@ def run_pipeline(
     database in `home`, and nothing of the user's Prefect profile is used.
     """
     os.environ.update({} if debug else QUIET)  # before Prefect's import, which sets logging up
-    if not embedded and _api_is_configured():
+    if not embedded and (url := _configured_api()):
+        _check_reachable(url)
         return _run(config, root, overrides)
     with _embedded(home):
         return _run(config, root, overrides)
@@ -46,10 +48,20 @@ def _run(config: str, root: str, overrides: Sequence[str]) -> dict[str, Any]:
     return dpnet_pipeline(config=config, root=root, overrides=list(overrides))
 
 
-def _api_is_configured() -> bool:
+def _configured_api() -> str | None:
     from prefect.settings import get_current_settings
 
-    return get_current_settings().api.url is not None
+    return get_current_settings().api.url
+
+
+def _check_reachable(url: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    if error := get_client(sync_client=True).api_healthcheck():
+        raise PipelineError(
+            f"the Prefect API at {url} cannot be reached ({type(error).__name__}): start that"
+            " server, or unset PREFECT_API_URL to run on an embedded one."
+        )
 
 
 @contextmanager

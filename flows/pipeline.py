@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from pydantic import Field
 
 from data_prep.stage import StageRef
 from data_prep.storage import open_store
@@ -24,25 +23,23 @@ from dpnet.config import load_config, resolve_root
 from dpnet.summary import as_markdown, summarize
 
 
-@flow(name="dpnet-pipeline", persist_result=False, validate_parameters=True)
+@flow(name="dpnet-pipeline", persist_result=False)
 def dpnet_pipeline(
-    config: Annotated[
-        str,
-        Field(description="A packaged config (demo, places2, …) or the path of a YAML file."),
-    ] = "demo",
-    root: Annotated[
-        str | None,
-        Field(description="Where everything is stored; by default DPNET_ROOT or the config's."),
-    ] = None,
-    overrides: Annotated[
-        list[str],
-        Field(description="Options to change, each like train.steps=10."),
-    ] = [],  # noqa: B006 (Prefect shows it in the form; nothing changes it)
+    config: str = "demo",
+    root: str = "",
+    overrides: list[str] = [],  # noqa: B006 (plain types make a plain form in the Prefect UI)
 ) -> dict[str, Any]:
     """Prepare images and masks, train DPNet, evaluate it and register the model.
 
-    Stages that are committed under the root are skipped. Running it again after a failure goes on
-    where it stopped.
+    Stages that are committed under the root are skipped, so running it again after a failure goes
+    on where it stopped.
+
+    Args:
+        config: A packaged config (demo, places2, celeba-hq, paris-street-view) or the path of a
+            YAML file on the machine that runs it.
+        root: Where everything is stored, a folder or s3://bucket/prefix; empty means DPNET_ROOT or
+            the config's.
+        overrides: Options to change, each like train.steps=10.
     """
     start = time.monotonic()
     resolved = load_config(config, overrides)

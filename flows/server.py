@@ -8,8 +8,10 @@ input is a pipe that only the parent holds, and a `kill -9` closes it too.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,9 +23,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.errors import PipelineError
+from data_prep.errors import PipelineError, storage_error
 
 START_TIMEOUT_S = 120.0
+_LEAST_FREE = 4 << 20  # bytes; a new database takes more than one megabyte, and SQLite a journal
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_ENABLED": "false",
@@ -100,6 +103,8 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
+    if shutil.disk_usage(log.parent).free < _LEAST_FREE:
+        raise storage_error(OSError(errno.ENOSPC, ""), str(log.parent))
     raise PipelineError(f"Prefect's embedded server did not start: see {log} for the reason.")
 
 

@@ -58,7 +58,7 @@ class ModelConfig:
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
-        widths=(16, 32, 64),
+        widths=(8, 32, 64),
         blocks=2,
         attention_dim=16,
         guide=15,
