@@ -30,8 +30,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' || { \
 	  echo "make: $(PYTHON) cannot make virtual environments: install its venv package" \
 	    "(Debian, Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
+	@echo "make: installing the packages of constraints.txt into $(VENV): minutes and gigabytes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -37,13 +38,13 @@ def demo(args: Namespace) -> Outcome:
     if args.fresh:
         clear_root(store)
     claim_root(store)
-    again = "dpnet demo" if args.root is None else f"dpnet demo --root {args.root}"
+    again = _typed("demo", root=args.root, photos=args.photos, sets=args.set)
     return _run_flow("demo", store, overrides, args, again, embedded=True)
 
 
 def pipeline_run(args: Namespace) -> Outcome:
     store = open_store(resolve_root(args.root, load_config(args.config, args.set)))
-    again = f"dpnet pipeline run {args.config} --root {place(store)}"
+    again = _typed("pipeline", "run", args.config, root=args.root, sets=args.set)
     return _run_flow(args.config, store, args.set, args, again, embedded=False)
 
 
@@ -68,6 +69,15 @@ def _run_flow(
     # The flow's own time leaves out the server's start, which its user waits for too.
     summary["seconds"] = round(time.monotonic() - start, 1)
     return {"ok": True, **summary}, as_text(summary, again)
+
+
+def _typed(*words: str, root: str | None, photos: str | None = None, sets: Sequence[str]) -> str:
+    """The command as it was typed, to be typed again with more steps."""
+    options = {"--root": root, "--photos": photos}
+    typed = ["dpnet", *words]
+    typed += [word for option, value in options.items() if value for word in (option, value)]
+    typed += [word for each in sets if "train.steps" not in each for word in ("--set", each)]
+    return shlex.join(typed)
 
 
 def stage(args: Namespace) -> Outcome:

@@ -1,7 +1,8 @@
 """Pull-push: a smooth fill of the hole from the known colours, coarse to fine.
 
 The scheme is the Lumigraph's (Gortler et al., 1996, section 3.4): pull averages the known pixels
-level by level, push fills from the coarsest level what a finer one does not know.
+level by level, push fills from the coarsest level what a finer one does not know. At each level the
+fill is relaxed a little towards the mean of its neighbours, which brings it near the harmonic fill.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LEVELS = 7
+RELAXATIONS = 2
 SATURATION = 4.0  # a coarse pixel counts as fully known once a quarter of its window is
 
 
@@ -39,6 +41,8 @@ def pull_push(image: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         size = (colour.shape[2], colour.shape[3])
         above = F.interpolate(filled, size=size, mode="bilinear", align_corners=False)
         filled = colour + (1 - weight) * above
+        for _ in range(RELAXATIONS):
+            filled = colour + (1 - weight) * _neighbours(filled)
     return filled
 
 
@@ -47,3 +51,8 @@ def _halve(x: Tensor) -> Tensor:
     kernel = torch.tensor([1.0, 3.0, 3.0, 1.0], device=x.device) / 8
     weight = (kernel[:, None] * kernel).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(F.pad(x, (1, 2, 1, 2)), weight, stride=2, groups=x.shape[1])
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """Mean of each pixel's eight neighbours; beyond the border the nearest pixel is repeated."""
+    return (9 * F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1) - x) / 8

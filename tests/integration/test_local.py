@@ -1,0 +1,98 @@
+"""The embedded Prefect server: what it leaves, what it takes up, what it does not touch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+# The real embedded server and engine with a flow that only sleeps: `argv` is its home and seconds.
+SLEEPER = """
+import sys, time, types
+from pathlib import Path
+
+def dpnet_pipeline(config, root, overrides):
+    from prefect import flow
+
+    @flow(name="sleeper")
+    def sleeper():
+        print("running", flush=True)
+        time.sleep(float(root))
+        return {}
+
+    return sleeper()
+
+sys.modules["flows.pipeline"] = types.ModuleType("flows.pipeline")
+sys.modules["flows.pipeline"].dpnet_pipeline = dpnet_pipeline
+from flows.local import run_pipeline
+run_pipeline("demo", sys.argv[2], [], Path(sys.argv[1]), embedded=True)
+"""
+# What a user may have set for a Prefect of theirs. Nothing listens there.
+ENVIRONMENT = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+
+
+def start(home: Path, seconds: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(home), str(seconds)],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def servers_of(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [int(c) for c in children if b"flows.server" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_a_killed_command_takes_its_server_along_and_the_next_marks_its_run_crashed(
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "prefect"
+    home.mkdir()
+    # What a server leaves that is killed while it creates its database.
+    (home / "prefect.db").write_bytes(b"half of a database")
+    with start(home, 120) as killed:
+        assert killed.stdout is not None
+        assert killed.stdout.readline() == "running\n"
+        (server,) = servers_of(killed.pid)
+        killed.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while is_alive(server) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(server)
+    with start(home, 0) as again:
+        again.communicate(timeout=120)
+    assert again.returncode == 0
+    with sqlite3.connect(home / "prefect.db") as database:
+        rows = database.execute("select state_type from flow_run order by created").fetchall()
+    assert rows == [("CRASHED",), ("COMPLETED",)]
+
+
+def test_a_prefect_api_that_is_configured_but_not_there_is_one_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpnet", "pipeline", "run", "demo", "--root", str(tmp_path)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("dpnet: the Prefect API at http://127.0.0.1:9/api cannot be")
+    assert len(done.stderr.splitlines()) == 1
