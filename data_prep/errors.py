@@ -7,6 +7,7 @@ without a traceback and exits 1; anything else that escapes is a bug and shows i
 from __future__ import annotations
 
 import errno
+import os
 
 
 class PipelineError(Exception):
@@ -36,6 +37,14 @@ _OS_ADVICE = {
     errno.EISDIR: "a folder stands where a file is needed: move it away",
     errno.ENAMETOOLONG: "the path is too long: choose a shorter --root",
 }
+
+
+def storage_error_in(text: str, where: str) -> StorageError | None:
+    """The same for an error that came from another process as text, where it is one of storage."""
+    for code in _OS_ADVICE:
+        if os.strerror(code) in text:
+            return storage_error(OSError(code, os.strerror(code)), where)
+    return None
 
 
 def storage_error(error: OSError, where: str) -> StorageError:

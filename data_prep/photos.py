@@ -18,9 +18,9 @@ PHOTOGRAPHS = {
     "train": (
         "astronaut.png",
         "clock_motion.png",
-        "coffee.png",
         "coins.png",
         "grass.png",
+        "gravel.png",
         "hubble_deep_field.jpg",
         "moon.png",
         "motorcycle_left.png",
@@ -28,7 +28,7 @@ PHOTOGRAPHS = {
         "retina.jpg",
     ),
     "val": ("brick.png", "camera.png"),
-    "test": ("chelsea.png", "gravel.png", "rocket.jpg"),
+    "test": ("chelsea.png", "coffee.png", "rocket.jpg"),
 }
 
 

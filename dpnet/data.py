@@ -52,7 +52,12 @@ class Samples:
 
     def payload(self, position: int) -> bytes:
         row = self.rows[position]
-        data = self.store.read_range(row["shard"], row["offset"], row["size"])
+        try:
+            data = self.store.read_range(row["shard"], row["offset"], row["size"])
+        except FileNotFoundError:
+            raise PipelineError(
+                f"{self.store.uri}/{row['shard']} is missing: run `dpnet verify` on the root."
+            ) from None
         if len(data) != row["size"]:
             raise PipelineError(
                 f"{self.store.uri}/{row['shard']} is shorter than its index says:"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import PipelineError
+from data_prep.errors import PipelineError, storage_error_in
 from data_prep.stage import FileRecord, Work
 from data_prep.storage import LocalStore
 from dpnet.train import TrainJob
@@ -69,7 +69,7 @@ def run_local(job: TrainJob, work: Work, report: Report) -> Outcome:
                     failure_config=FailureConfig(max_failures=1, controller_failure_limit=2),
                 ),
             )
-            result = _fit(trainer, status, report)
+            result = _fit(trainer, status, report, f"{root.uri}/{work.folder}")
             checkpoint = result.checkpoint
             if checkpoint is None:
                 raise PipelineError(
@@ -107,7 +107,7 @@ def _quiet_ray(ray: Any, scratch: Path, workers: int, gpus: bool) -> Iterator[No
         ray.shutdown()
 
 
-def _fit(trainer: Any, status: Path, report: Report) -> Any:
+def _fit(trainer: Any, status: Path, report: Report, where: str) -> Any:
     """`trainer.fit()` in a thread, so that Ctrl-C stays ours and progress can be shown.
 
     In the main thread Ray would take over the handler of SIGINT and not give it back.
@@ -128,22 +128,26 @@ def _fit(trainer: Any, status: Path, report: Report) -> Any:
         if "step" in seen:
             report(seen["step"], seen["note"])
     if "error" in outcome:
-        raise _plain(outcome["error"]) from outcome["error"]
+        raise _plain(outcome["error"], where) from outcome["error"]
     return outcome["result"]
 
 
-def _plain(error: BaseException) -> BaseException:
-    """The worker's own error, where it is one that a user can act on."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
+def _plain(error: BaseException, where: str) -> BaseException:
+    """What to tell of an error of Ray Train's: the worker's own, where a user can act on it."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    if controller := getattr(error, "controller_failure", None):
+        failures.append(controller)
+    for failure in failures:
         cause: BaseException | None = failure
         while cause is not None:
             if isinstance(cause, PipelineError):
                 return PipelineError(str(cause))
             cause = getattr(cause, "cause", None) or cause.__cause__
         text = f"{type(failure).__name__}: {failure}".strip().splitlines()[-1]
+        if full := storage_error_in(text, where):
+            return full
         return PipelineError(
-            f"a training worker failed ({text}); run the same command again, it resumes from the"
+            f"training failed ({text}): run the same command again, it resumes from the"
             " last checkpoint."
         )
     return error
