@@ -152,7 +152,7 @@ class Generator(nn.Module):
 
 def to_logit(colour: Tensor) -> Tensor:
     """Inverse of (tanh(y) + 1) / 2, for colours a little inside [0, 1]."""
-    return torch.atanh((2 * colour - 1).clamp(-0.95, 0.95))
+    return torch.atanh((2 * colour - 1).clamp(-0.99, 0.99))
 
 
 def known_mean(image: Tensor, valid: Tensor) -> Tensor:
