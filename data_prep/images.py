@@ -230,8 +230,8 @@ def _build(work: Work, config: ImagesConfig, sources: Sequence[Source]) -> Produ
     for kind in ("failed", "ignored"):
         rows = [row for row in done.unusable if row["kind"] == kind]
         if rows:
-            files = "1 file" if len(rows) == 1 else f"{len(rows)} files"
-            say(f"{files} {kind}, first {rows[0]['key']}: {rows[0]['reason']}")
+            number = "1 file" if len(rows) == 1 else f"{len(rows)} files"
+            say(f"{number} {kind}, first {rows[0]['key']}: {rows[0]['reason']}")
     keys = [source.key for source in done.usable]
     splits, notes = assign_splits(keys, fixed, config.val, config.test)
     for note in notes:

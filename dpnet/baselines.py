@@ -1,6 +1,6 @@
-"""Two peers without learning, to see what a model is worth: mean fill and Telea's method.
+"""Peers without learning, to see what a model is worth: mean fill, Telea's method, pull-push.
 
-Both take an image uint8 [H, W, 3] and a mask `valid` uint8 [H, W] (1 = known, 0 = hole), and give
+All take an image uint8 [H, W, 3] and a mask `valid` uint8 [H, W] (1 = known, 0 = hole), and give
 the composite, uint8 [H, W, 3]: known pixels are those of the image, bit for bit.
 """
 
@@ -20,6 +20,20 @@ def mean_fill(image: Image, valid: Image) -> Image:
     known = image[valid > 0]
     colour = np.rint(known.mean(axis=0)) if len(known) else np.full(3, MID_GREY)
     return _composite(image, valid, colour.astype(np.uint8))
+
+
+def smooth_fill(image: Image, valid: Image) -> Image:
+    """Pull-push, the smooth fill that DPNet's decoder is shown (see `dpnet.model.fill`)."""
+    import torch
+
+    from dpnet.model.fill import pull_push
+    from dpnet.model.generator import known_mean
+
+    known = torch.from_numpy(valid)[None, None].float()
+    pixels = torch.from_numpy(_composite(image, valid, np.uint8(0)))
+    colour = pixels.permute(2, 0, 1)[None].float() / 255
+    filled = pull_push(colour, known, known_mean(colour, known))[0].permute(1, 2, 0)
+    return _composite(image, valid, (filled * 255).round().to(torch.uint8).numpy())
 
 
 def telea(image: Image, valid: Image) -> Image:

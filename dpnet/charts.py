@@ -11,7 +11,7 @@ from typing import Any
 from dpnet.protocol import METHODS
 
 INK = "#123457"  # stands for the page's text colour until the SVG is written out
-COLOURS = {"dpnet": "#2f7de1", "telea": "#d9730d", "mean_fill": "#8a8f98"}
+COLOURS = {"dpnet": "#2f7de1", "smooth_fill": "#2a9d6f", "telea": "#d9730d", "mean_fill": "#8a8f98"}
 _OTHERS = ("#2f7de1", "#d9730d", "#2e9e6b", "#b455c8", "#c9a100", "#d64550", "#8a8f98")
 
 Points = Sequence[tuple[float, float]]
@@ -60,7 +60,7 @@ def bins_chart(
     """
     figure, axes = _figure("hole, share of the picture", title)
     for number, (method, triples) in enumerate(values.items()):
-        x = [at + 0.16 * (number - (len(values) - 1) / 2) for at in range(len(groups))]
+        x = [at + 0.15 * (number - (len(values) - 1) / 2) for at in range(len(groups))]
         means = [mean for mean, _, _ in triples]
         below = [mean - low for mean, low, _ in triples]
         above = [high - mean for mean, _, high in triples]

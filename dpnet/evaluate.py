@@ -132,10 +132,11 @@ class _Bench:
 
 def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
     """The composite of every method; `filled` is DPNet's."""
-    from dpnet.baselines import mean_fill, telea
+    from dpnet.baselines import mean_fill, smooth_fill, telea
 
     return {
         "dpnet": filled,
+        "smooth_fill": smooth_fill(truth, valid),
         "telea": telea(truth, valid),
         "mean_fill": mean_fill(truth, valid),
     }

@@ -12,10 +12,15 @@ if TYPE_CHECKING:
 
 Rows = list[dict[str, Any]]  # of metrics.parquet: one for each pair and method
 
-METHODS = {"dpnet": "DPNet", "telea": "Telea", "mean_fill": "Mean fill"}
+METHODS = {
+    "dpnet": "DPNet",
+    "smooth_fill": "Smooth fill",  # what DPNet's decoder is shown: the difference is learnt
+    "telea": "Telea",
+    "mean_fill": "Mean fill",
+}
 METRICS = ("hole_psnr", "psnr", "ssim", "l1")  # those that get a mean and an interval
 
-PROTOCOL_VERSION = 1  # counts up when a definition below changes, so that all is measured again
+PROTOCOL_VERSION = 2  # counts up when a definition below changes, so that all is measured again
 PROTOCOL = {
     "Pairs": "Each mask of the evaluation set (or of as many as asked for, spread over the bins) is"
     " laid on one picture of the split. The digests of both sets and the seed decide on which, so"
@@ -31,7 +36,8 @@ PROTOCOL = {
     "Bins": "By the mask's share of hole pixels: above the lower bound, up to the upper. The"
     " headline is the mean of the bins' means.",
     "Intervals": "95 % percentile bootstrap of the mean, 1,000 resamples of the pairs.",
-    "Peers": "Mean fill: the mean colour of the picture's known pixels. Telea: OpenCV's"
+    "Peers": "Smooth fill: pull-push, the fill without weights that DPNet's decoder is shown."
+    " Mean fill: the mean colour of the picture's known pixels. Telea: OpenCV's"
     " fast-marching inpainting, radius 3.",
 }
 _NO_WEIGHTS = (

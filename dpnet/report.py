@@ -112,10 +112,12 @@ def _headline(report: Mapping[str, Any]) -> str:
         f"<span>{name}</span></div>"
         for method, name in METHODS.items()
     )
-    against = " and ".join(
+    peers = [
         _compared(psnr["dpnet"] - psnr[method], METHODS[method])
-        for method in ("mean_fill", "telea")
-    )
+        for method in METHODS
+        if method != "dpnet"
+    ]
+    against = f"{', '.join(peers[:-1])} and {peers[-1]}"
     return (
         f'<p class="lead">On {report["pairs"]:,} held-out pairs of picture and mask, DPNet is'
         f' {against}.</p>\n<div class="tiles">{tiles}</div>\n<p class="note">Hole PSNR: over the'
@@ -124,7 +126,7 @@ def _headline(report: Mapping[str, Any]) -> str:
 
 
 def _compared(gain: float, peer: str) -> str:
-    name = peer[0].lower() + peer[1:] if peer == "Mean fill" else peer
+    name = peer.lower() if " " in peer else peer  # Telea is a name
     if abs(gain) < 0.005:
         return f"level with {name}"
     return f"<b>{abs(gain):.2f} dB {'above' if gain > 0 else 'below'}</b> {name}"

@@ -2,7 +2,8 @@
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5d6675; --line: #dfe3e8;
-  --paper: #ffffff; --panel: #f5f7f9; --dpnet: #2f7de1; --telea: #d9730d; --mean_fill: #8a8f98; }
+  --paper: #ffffff; --panel: #f5f7f9;
+  --dpnet: #2f7de1; --smooth_fill: #2a9d6f; --telea: #d9730d; --mean_fill: #8a8f98; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #323a45;
   --paper: #14181e; --panel: #1c222a; } }
 * { box-sizing: border-box; }
@@ -16,13 +17,14 @@ h3 { font-size: 1rem; margin: 1.6rem 0 .5rem; }
 .lead { font-size: 1.1rem; margin: 0 0 1.2rem; }
 .note { color: var(--soft); font-size: .875rem; }
 small { color: var(--soft); font-weight: normal; }
-.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 14px; }
 .tile { background: var(--panel); border-radius: 10px; padding: 14px 18px;
   border-top: 4px solid var(--line); }
 .tile b { display: block; font-size: 1.8rem; line-height: 1.3;
   font-variant-numeric: tabular-nums; }
 .tile b small { font-size: 1rem; }
 .tile.dpnet { border-color: var(--dpnet); } .tile.telea { border-color: var(--telea); }
+.tile.smooth_fill { border-color: var(--smooth_fill); }
 .tile.mean_fill { border-color: var(--mean_fill); }
 figure { margin: 0; }
 .chart { margin-bottom: 1.2rem; }

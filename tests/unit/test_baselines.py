@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dpnet.baselines import mean_fill, telea
+from dpnet.baselines import mean_fill, smooth_fill, telea
 from dpnet.metrics import hole_psnr
 
 
@@ -21,7 +21,7 @@ def valid() -> np.ndarray:
     return valid
 
 
-@pytest.mark.parametrize("fill", [mean_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
 def test_known_pixels_are_untouched(fill, image, valid) -> None:
     composite = fill(image, valid)
     assert composite.dtype == np.uint8
@@ -29,14 +29,14 @@ def test_known_pixels_are_untouched(fill, image, valid) -> None:
     assert (composite[valid == 0] != image[valid == 0]).any()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
 def test_what_is_under_the_hole_does_not_matter(fill, image, valid) -> None:
     other = image.copy()
     other[valid == 0] = 255 - other[valid == 0]
     assert (fill(other, valid) == fill(image, valid)).all()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
 def test_inputs_are_not_written_to(fill, image, valid) -> None:
     image_before, valid_before = image.copy(), valid.copy()
     fill(image, valid)
@@ -44,12 +44,12 @@ def test_inputs_are_not_written_to(fill, image, valid) -> None:
     assert (valid == valid_before).all()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
 def test_without_a_hole_the_image_comes_back(fill, image) -> None:
     assert (fill(image, np.ones((32, 32), np.uint8)) == image).all()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
 def test_without_a_known_pixel_the_fill_is_mid_grey(fill, image) -> None:
     assert (fill(image, np.zeros((32, 32), np.uint8)) == 128).all()
 
