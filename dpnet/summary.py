@@ -41,6 +41,7 @@ def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float)
         "mean_over_bins": {
             m: {k: figures["mean_over_bins"][m][k] for k in METRICS} for m in METHODS
         },
+        "smooth_fill_psnr": figures["mean_over_bins"]["smooth_fill"]["hole_psnr"],
         "report": f"{place(store)}/{evaluation}/report.html",
         "registered": by_stage["register"].summary,
         "seconds": round(seconds, 1),
@@ -62,6 +63,8 @@ def as_text(summary: Summary, again: str) -> str:
         stages_text(summary["stages"]),
         "",
         figures_text(summary),
+        "The smooth fill that DPNet's decoder is shown has"
+        f" {summary['smooth_fill_psnr']:.2f} dB by itself.",
         "",
         f"report      {summary['report']}",
         f"registered  {model}: {registered['reason']}",

@@ -22,7 +22,12 @@ SUMMARIES: dict[str, dict[str, Any]] = {
 }
 FIGURES = {
     method: {"hole_psnr": psnr, "psnr": 30.0, "ssim": 0.91234, "l1": 1.234}
-    for method, psnr in (("dpnet", 23.456), ("telea", 24.0), ("mean_fill", 20.0))
+    for method, psnr in (
+        ("dpnet", 23.456),
+        ("telea", 24.0),
+        ("mean_fill", 20.0),
+        ("smooth_fill", 23.0),
+    )
 }
 
 
