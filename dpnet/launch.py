@@ -176,9 +176,10 @@ def _worker(config: dict[str, Any]) -> None:
 
     from dpnet.loop import train_loop
 
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config["job"].settings.workers))
-    train_loop(config["job"], RaySession(Path(config["status"])))
+    job: TrainJob = config["job"]
+    if not job.settings.gpus:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.settings.workers))
+    train_loop(job, RaySession(Path(config["status"])))
 
 
 class RaySession:

@@ -1,5 +1,6 @@
 """The training loop without Ray: one process, real shards, a session that keeps folders."""
 
+import json
 import shutil
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from data_prep.images import ImagesConfig, prepare_images
 from data_prep.masks import MasksConfig, prepare_masks
 from data_prep.storage import open_store
 from dpnet.data import Samples, TrainingBatches, validation_pairs
-from dpnet.loop import STATE, rate, train_loop
+from dpnet.loop import LOG, STATE, rate, train_loop
 from dpnet.train import LossSettings, ModelSettings, TrainJob, TrainSettings, train_request
 from dpnet.validation import hole_psnr
 from dpnet.weights import load_generator, save_generator
@@ -125,6 +126,29 @@ def test_training_changes_every_part_and_the_discriminator_waits_for_its_turn(pr
     assert not equal(last["generator"], last["ema"])
     assert first["discriminator_optimizer"]["state"] == {}
     assert last["discriminator_optimizer"]["state"] != {}
+
+
+def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp_path):
+    shapes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128)}
+    weights = {}
+    for i, (out, into) in shapes.items():
+        weights[f"features.{i}.weight"] = torch.randn(out, into, 3, 3) / (9 * into) ** 0.5
+        weights[f"features.{i}.bias"] = torch.zeros(out)
+    file = tmp_path / "vgg19.pth"
+    torch.save(weights, file)
+    losses = LossSettings(adversarial=0, total_variation=0.1, vgg_weights=str(file))
+    job = make_job(prepared, losses, steps=2)
+    train_loop(job, Session(tmp_path))
+    records = [json.loads(r) for r in (tmp_path / "step-00000002" / LOG).read_text().splitlines()]
+    (record,) = [r for r in records if r["kind"] == "train"]
+    assert set(record["losses"]) == {"hole", "valid", "perceptual", "style", "total_variation"}
+    assert all(value > 0 for value in record["losses"].values())
+    assert (
+        "vgg" in train_request(job.model, losses, job.settings, "t", job.images, job.masks).sources
+    )
+    file.write_bytes(b"not weights")
+    with pytest.raises(PipelineError, match=r"vgg_weights .* cannot be used"):
+        train_loop(job, Session(tmp_path / "again"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_and_term(prepared, tmp_path, monkeypatch):
