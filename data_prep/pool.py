@@ -18,12 +18,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Any, TypeVar
+from queue import SimpleQueue
+from typing import Any, TypeVar, cast
 
 from data_prep.errors import PipelineError
 
 T = TypeVar("T")
 R = TypeVar("R")
+_Result = tuple[R | None, BaseException | None] | None
 
 
 def cores() -> int:
@@ -44,17 +46,24 @@ def run_tasks(
     if workers <= 1:
         yield from map(function, tasks)
         return
+    # A thread of ours drives the pool, and this one meets it at two queues alone: a Ctrl-C inside
+    # one of the pool's locks would leave it locked, and the pool waiting for it for ever.
+    results: SimpleQueue[_Result[R]] = SimpleQueue()
+    tickets: SimpleQueue[bool] = SimpleQueue()
+    for _ in range(2 * workers):
+        tickets.put(True)
     ends, alive = multiprocessing.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, _Context(), _start_worker, (ends,))
-    pending: deque[Future[R]] = deque()
+    driver = threading.Thread(
+        target=_drive, args=(function, tasks, workers, ends, tickets, results), daemon=True
+    )
+    driver.start()
     try:
-        for task in tasks:
-            pending.append(pool.submit(function, task))
-            if len(pending) == 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-        pool.shutdown()
+        while (result := results.get()) is not None:
+            value, error = result
+            if error is not None:
+                raise error
+            tickets.put(True)
+            yield cast(R, value)
     except BrokenProcessPool:
         raise PipelineError(
             "a worker process was ended from outside, perhaps for want of memory:"
@@ -62,8 +71,38 @@ def run_tasks(
         ) from None
     finally:
         alive.close()  # workers still at work end at once
-        pool.shutdown(cancel_futures=True)
+        tickets.put(False)
+        driver.join()
         ends.close()
+
+
+def _drive(
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    workers: int,
+    ends: Connection,
+    tickets: SimpleQueue[bool],
+    results: SimpleQueue[_Result[R]],
+) -> None:
+    """Hand out a task for each ticket; put each result or the error, None after the last."""
+    # Workers inherit this, so that a Ctrl-C cannot hit one that is not yet ready to ignore it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pool = ProcessPoolExecutor(workers, _Context(), _start_worker, (ends,))
+    pending: deque[Future[R]] = deque()
+    try:
+        for task in tasks:
+            if len(pending) == 2 * workers:
+                results.put((pending.popleft().result(), None))
+            if not tickets.get():
+                return
+            pending.append(pool.submit(function, task))
+        while pending:
+            results.put((pending.popleft().result(), None))
+        results.put(None)
+    except BaseException as error:  # raised where the results are taken
+        results.put((None, error))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(ends: Connection) -> None:

@@ -118,8 +118,8 @@ def wait_until_gone(pids: set[int]) -> None:
 
 
 def children(pid: int) -> set[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {int(child) for child in listed}
+    lists = Path(f"/proc/{pid}/task").glob("*/children")  # each thread has its own
+    return {int(child) for listed in lists for child in listed.read_text().split()}
 
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path: Path) -> None:
