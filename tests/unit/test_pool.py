@@ -82,7 +82,8 @@ def test_there_is_at_least_one_core() -> None:
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
 from contextlib import closing
 sys.path.insert(0, {tests!r})
 from data_prep.pool import run_tasks
