@@ -2,7 +2,7 @@
 # make test       the fast tests and one run of the whole flow, at most ten minutes
 # make test-all   the rest: crashes, the product as a user runs it
 # make lint       style and types
-# make up         Prefect server, worker and MLflow, local
+# make up         Prefect server, worker and MLflow, local (not built yet)
 # make setup      the virtual environment that all of them use; made once
 #
 # A Python of your choice: make PYTHON=python3.12 setup

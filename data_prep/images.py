@@ -213,7 +213,8 @@ def _check_failures(config: ImagesConfig, done: SortedOut) -> None:
         raise PipelineError(f"{config.source} holds no image file (of type {known}).")
     if not done.usable:
         raise PipelineError(
-            f"none of the {images} image files in {config.source} is usable: {first}."
+            f"none of the {images} image files in {config.source} is usable: {first};"
+            " give whole photographs that are large enough."
         )
     if len(failed) > max(1, config.max_failure_ratio * images):
         raise PipelineError(

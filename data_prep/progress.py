@@ -48,6 +48,7 @@ class Progress:
     def update(self, count: int, note: str = "") -> None:
         if self._first is None:
             self._first = self._shown = count
+            self._start = time.monotonic()  # what came before the first was no work of this kind
         if self._bar is not None:
             self._bar.update(self._task, completed=count, note=note)
             return

@@ -81,16 +81,24 @@ class Source:
         return {column: row[column] for column in COLUMNS}
 
 
+def check_folder(folder: Path) -> None:
+    """Raise PipelineError unless `folder` is one: cheap enough to be asked before all work."""
+    if not folder.exists():
+        raise PipelineError(
+            f"the photo folder {folder.absolute()} does not exist: give another with --photos or"
+            " images.source (it counts from the folder that the command runs in)."
+        )
+    if not folder.is_dir():
+        raise PipelineError(f"{folder} is a file: images.source must be a folder of photographs.")
+
+
 def list_items(folder: Path) -> list[Item]:
     """Every file below `folder` that is not hidden, sorted by key.
 
     Symbolic links are followed, each folder once. Raises PipelineError when the folder is missing,
     is a file, cannot be read or holds no file.
     """
-    if not folder.exists():
-        raise PipelineError(f"the photo folder {folder} does not exist: check images.source.")
-    if not folder.is_dir():
-        raise PipelineError(f"{folder} is a file: images.source must be a folder of photographs.")
+    check_folder(folder)
     items: list[Item] = []
     seen: set[tuple[int, int]] = set()
 

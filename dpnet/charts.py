@@ -104,7 +104,7 @@ def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
 
 def _legend(axes: Any) -> None:
     axes.legend(
-        frameon=False, labelcolor=INK, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
+        frameon=False, labelcolor=INK, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1)
     )
 
 

@@ -22,8 +22,12 @@ _STOPPED = "stopped; the same command resumes."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command in `argv` and return its exit status."""
-    args = build_parser().parse_args(argv)
     _stop_on_signals()
+    try:
+        args = build_parser().parse_args(argv)
+    except KeyboardInterrupt:
+        print(f"dpnet: {_STOPPED}", file=sys.stderr, flush=True)
+        return 130
     try:
         from dpnet import commands
 

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.errors import PipelineError, StorageError, storage_error
 from data_prep.storage import LocalStore, Store, open_store
 from dpnet.arguments import DEMO_ROOT
-from dpnet.config import load_config, resolve_root
+from dpnet.config import Config, load_config, resolve_root
 from dpnet.summary import as_text, place, stages_text
 
 Outcome = tuple[dict[str, Any], str]
@@ -28,7 +28,9 @@ def demo(args: Namespace) -> Outcome:
     if args.photos is not None:
         # A JSON string is a YAML string, whatever characters the path has.
         overrides.append(f"images.source={json.dumps(str(Path(args.photos).absolute()))}")
-    store = open_store(resolve_root(args.root, load_config("demo", overrides)))
+    resolved = load_config("demo", overrides)
+    _check_source(resolved)
+    store = open_store(resolve_root(args.root, resolved))
     if not isinstance(store, LocalStore):
         raise PipelineError(
             f"the demo needs a local folder, not {store.uri}: use"
@@ -43,7 +45,9 @@ def demo(args: Namespace) -> Outcome:
 
 
 def pipeline_run(args: Namespace) -> Outcome:
-    store = open_store(resolve_root(args.root, load_config(args.config, args.set)))
+    resolved = load_config(args.config, args.set)
+    _check_source(resolved)
+    store = open_store(resolve_root(args.root, resolved))
     again = _typed("pipeline", "run", args.config, root=args.root, sets=args.set)
     return _run_flow(args.config, store, args.set, args, again, embedded=False)
 
@@ -96,7 +100,10 @@ def verify(args: Namespace) -> Outcome:
     found = verify_uri(args.uri, _root_to_read(args))
     lines = [f"{p.where}: {p.problem}" for p in found.problems]
     size = f"{found.files} files ({found.bytes / 1e6:.1f} MB) of {found.stages} stages"
-    lines.append(f"{size}: " + ("all as they were made" if found.ok else f"{len(lines)} problems"))
+    lines.append(
+        f"{size}: "
+        + ("all as they were made" if found.ok else f"{len(lines)} problem{'s'[: len(lines) > 1]}")
+    )
     return found.to_json(), "\n".join(lines)
 
 
@@ -117,7 +124,16 @@ def inpaint(args: Namespace) -> Outcome:
 
 
 def not_built(args: Namespace) -> Outcome:
-    raise PipelineError(f"`dpnet {args.wanted}` is not built yet: a later version brings it.")
+    raise PipelineError(f"`dpnet {args.wanted}` is not built yet: `dpnet --help` lists what is.")
+
+
+def _check_source(config: Config) -> None:
+    """Raise PipelineError where the photo folder is missing, before a server is started for it."""
+    from data_prep.sources import check_folder
+    from dpnet.chain import SAMPLE
+
+    if config.images.source != SAMPLE:
+        check_folder(Path(config.images.source))
 
 
 def check_root(store: Store) -> None:

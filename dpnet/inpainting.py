@@ -295,4 +295,6 @@ def _open(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PipelineError(f"{path} is too large to open: {error}") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise PipelineError(f"{path} is not a readable picture: {error}.") from None
+        raise PipelineError(
+            f"{path} is not a picture that can be read: give a whole JPEG, PNG or WebP file."
+        ) from error

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import PipelineError, storage_error_in
+from data_prep.progress import say
 from data_prep.stage import FileRecord, Work
 from data_prep.storage import LocalStore
 from dpnet.train import TrainJob
@@ -57,6 +58,7 @@ def run_local(job: TrainJob, work: Work, report: Report) -> Outcome:
     )
     settings = job.settings
     try:
+        say("train: starting Ray")
         with _quiet_ray(ray, scratch, settings.workers, settings.gpus):
             trainer = TorchTrainer(
                 _worker,
@@ -113,6 +115,7 @@ def _fit(trainer: Any, status: Path, report: Report, where: str) -> Any:
     In the main thread Ray would take over the handler of SIGINT and not give it back.
     """
     outcome: dict[str, Any] = {}
+    told = False
 
     def fit() -> None:
         try:
@@ -125,6 +128,9 @@ def _fit(trainer: Any, status: Path, report: Report, where: str) -> Any:
     while thread.is_alive():
         thread.join(0.5)
         seen = _read(status)
+        if seen.get("resumed_from", 0) and not told:
+            told = True
+            say(f"train: goes on from the checkpoint of step {seen['resumed_from']}")
         if "step" in seen:
             report(seen["step"], seen["note"])
     if "error" in outcome:

@@ -182,11 +182,12 @@ def _judged(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
 def judge(psnr: float, pairs: str, champion: Mapping[str, Any] | None) -> tuple[str, str]:
     """The alias of a new version with hole PSNR `psnr` on `pairs`, and why, in one sentence."""
     if champion is None:
-        return CHAMPION, "There was no champion."
+        return CHAMPION, "It is the first version."
     name, its = f"version {champion['version']}", champion["hole_psnr"]
     if champion["pairs_digest"] != pairs:
         return CHALLENGER, f"The champion, {name}, was evaluated on other pairs: not comparable."
-    if psnr > its:
+    # By what people are shown: a gain that vanishes in rounding is none.
+    if round(psnr, 2) > round(its, 2):
         return CHAMPION, f"Its hole PSNR of {psnr:.2f} dB is above the {its:.2f} dB of {name}."
     return CHALLENGER, f"Its hole PSNR of {psnr:.2f} dB is not above the {its:.2f} dB of {name}."
 

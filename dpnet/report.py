@@ -25,7 +25,14 @@ TABLES = (
     ("ssim", "SSIM", 4, True),
     ("l1", "L1, %", 3, False),
 )
-STRIP = ("truth", "masked", "dpnet", "telea", "mean_fill")  # a picture row, left to right
+STRIP = (
+    "truth",
+    "masked",
+    "dpnet",
+    "smooth_fill",
+    "telea",
+    "mean_fill",
+)  # a picture row, left to right
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ figure { margin: 0; }
 .chart { margin-bottom: 1.2rem; }
 .chart svg { width: 100%; height: auto; max-width: 680px; display: block; }
 .chart svg text { font-family: inherit !important; }
-.charts, .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr));
-  gap: 28px; }
+.charts, .tables { display: grid; gap: 28px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)); }
 .chart figcaption { font-weight: 600; margin-bottom: .3rem; }
 table { width: 100%; border-collapse: collapse; font-size: .9rem;
   font-variant-numeric: tabular-nums; align-self: start; }

@@ -161,7 +161,10 @@ def _build(job: TrainJob, work: Work) -> Produced:
     from dpnet.launch import run_local
 
     if job.losses.vgg_weights is None and (job.losses.perceptual or job.losses.style):
-        say("train: no losses.vgg_weights, so the perceptual and style terms are off.")
+        say(
+            "train: the perceptual and style losses are off, they need a file of VGG weights"
+            " (losses.vgg_weights)"
+        )
     steps = job.settings.steps
     with Progress("train", steps, "steps") as progress:
         outcome = run_local(job, work, progress.update)

@@ -18,7 +18,8 @@ from dpnet.model.pyramid import Level, MaskAwareConv, pyramid_levels
 
 MULTIPLE = 16  # the coarsest layer's stride
 SLOPE = 0.2
-SMOOTH_SCALE = 4.0  # brings the smooth fill's deviation near the unit variance of the features
+FOLLOW = 50.0  # makes the share of the smooth fill learn faster than the weights do
+FLAT = 0.02  # the least deviation: a photograph of one colour must not be divided by 0
 
 
 def activate(x: Tensor) -> Tensor:
@@ -82,10 +83,12 @@ class Generator(nn.Module):
     `valid` is 1 where a pixel is known, 0 in the hole. What the image holds in the hole, NaN
     included, has no influence. Any size: the input is padded to a multiple of 16 and cropped back.
 
-    Our choice, to spare the first thousand steps that other networks spend on finding colours: the
-    output is (tanh(atanh(2 mu - 1) + y) + 1) / 2 with mu the sample's mean known colour and y from
-    a convolution that starts at 0, so training starts from mean fill; and the decoder's last two
-    convolutions see, as three channels more, how far a smooth fill of the hole is from mu.
+    Our choice, to spare the first thousand steps that other networks spend on finding colours: with
+    l = atanh(2 colour - 1), mu the mean of a sample's known colours and s the deviation of its
+    known l from l(mu), the network sees (l - l(mu)) / s and gives (tanh(l(mu) + s y) + 1) / 2, so
+    that errors are small where the photograph has little contrast. y is the last convolution's
+    output plus a learnt share of a smooth fill of the hole in the same units, which the decoder's
+    last layer sees as well. Both start at 0, so training starts from mean fill.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -106,7 +109,8 @@ class Generator(nn.Module):
         self.middle = DecoderNorm(quarter, quarter, config.guide, config.normalization)
         self.up1 = DecoderLayer(quarter, half, half, config)
         self.up2 = DecoderLayer(half, full, full, config, colours=3)
-        self.out = nn.Conv2d(full + 3, 3, 3, padding=1)
+        self.follow = nn.Parameter(torch.zeros(3, 1, 1))  # share of the smooth fill, see FOLLOW
+        self.out = nn.Conv2d(full, 3, 3, padding=1)
         nn.init.zeros_(self.out.weight)
         assert self.out.bias is not None
         nn.init.zeros_(self.out.bias)
@@ -123,9 +127,11 @@ class Generator(nn.Module):
         # Emptied by selection: NaN times 0 would still be NaN.
         image = torch.where(valid > 0, F.pad(image, pad), 0.0)
         mean = known_mean(image, valid)
-        x0 = torch.where(valid > 0, 2 * (image - mean), 0.0)
+        centre = to_logit(mean)
+        away = torch.where(valid > 0, to_logit(image) - centre, 0.0)
+        scale = torch.sqrt(known_mean(away.square().mean(1, keepdim=True), valid, 1.0) + FLAT**2)
 
-        f1, m_stem = self.stem(x0, valid)
+        f1, m_stem = self.stem(away / scale, valid)
         m1 = valid
         f2, m2 = self.down1(f1, m_stem)
         f4, m4 = self.down2(f2, m2)
@@ -142,24 +148,26 @@ class Generator(nn.Module):
             x = self.attention(x, layers, valid)
         x = activate(self.middle(x, m4, f4))
         x = self.up1(x, f2, m2)
-        centre = to_logit(mean)
-        smooth = SMOOTH_SCALE * (to_logit(pull_push(image, valid, mean)) - centre).to(x.dtype)
+        smooth = ((to_logit(pull_push(image, valid, mean)) - centre) / scale).to(x.dtype)
         x = self.up2(x, f1, m1, smooth)
-        y = self.out(torch.cat([x, smooth], dim=1)).float()
-        y = (torch.tanh(y + centre) + 1) / 2
+        y = self.out(x).float() + FOLLOW * self.follow * smooth.float()
+        y = (torch.tanh(centre + scale * y) + 1) / 2
         return y[:, :, :height, :width]
 
 
 def to_logit(colour: Tensor) -> Tensor:
     """Inverse of (tanh(y) + 1) / 2, for colours a little inside [0, 1]."""
-    return torch.atanh((2 * colour - 1).clamp(-0.99, 0.99))
+    return torch.atanh((2 * colour - 1).clamp(-0.999, 0.999))
 
 
-def known_mean(image: Tensor, valid: Tensor) -> Tensor:
-    """Mean colour of the known pixels, N311 in fp32; mid grey where none is known."""
+def known_mean(image: Tensor, valid: Tensor, empty: float = 0.5) -> Tensor:
+    """Mean of the known pixels by channel, NC11 in fp32; `empty` where none is known.
+
+    `image` is 0 in the hole.
+    """
     count = valid.sum(dim=(2, 3), keepdim=True)
     total = (image.float() * valid).sum(dim=(2, 3), keepdim=True)
-    return torch.where(count > 0, total / count.clamp(min=1), 0.5)
+    return torch.where(count > 0, total / count.clamp(min=1), empty)
 
 
 def build_generator(config: ModelConfig | str) -> Generator:

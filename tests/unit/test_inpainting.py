@@ -303,13 +303,13 @@ def test_a_missing_file_is_told(files, root):
 
 def test_a_file_that_is_no_picture_is_told(files, root):
     (files / "text.png").write_text("not a picture")
-    with pytest.raises(PipelineError, match=r"text\.png is not a readable picture"):
+    with pytest.raises(PipelineError, match=r"text\.png is not a picture that can be read"):
         fill(files, root[0], mask="text.png")
 
 
 def test_a_picture_that_is_cut_short_is_told(files, root):
     (files / "half.png").write_bytes((files / "photo.png").read_bytes()[:2000])
-    with pytest.raises(PipelineError, match=r"half\.png is not a readable picture"):
+    with pytest.raises(PipelineError, match=r"half\.png is not a picture that can be read"):
         fill(files, root[0], image="half.png")
 
 

@@ -63,7 +63,7 @@ def test_the_first_version_becomes_champion(store):
         "model": "dpnet",
         "version": 1,
         "alias": CHAMPION,
-        "reason": "There was no champion.",
+        "reason": "It is the first version.",
         "hole_psnr": 20.0,
     }
     assert in_mlflow(store) == ({1: ref.request_digest}, {CHAMPION: 1})

@@ -60,7 +60,7 @@ def test_a_name_that_is_not_unicode_is_listed_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda path: None, "does not exist: check images.source"),
+        (lambda path: None, "does not exist: give another with --photos"),
         (lambda path: path.write_text(""), "is a file: images.source must be a folder"),
         (lambda path: path.mkdir(), "is empty: put photographs into it"),
         (lambda path: (path / "sub").mkdir(parents=True), "is empty: put photographs into it"),
