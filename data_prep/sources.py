@@ -90,6 +90,12 @@ def check_folder(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise PipelineError(f"{folder} is a file: images.source must be a folder of photographs.")
+    try:
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise storage_error(error, str(folder)) from error
+    if empty:
+        raise PipelineError(f"the photo folder {folder} is empty: put photographs into it.")
 
 
 def list_items(folder: Path) -> list[Item]:

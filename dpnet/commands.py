@@ -119,7 +119,8 @@ def inpaint(args: Namespace) -> Outcome:
         tile=TILE if args.tile is None else args.tile,
     )
     size = f"{result['width']} x {result['height']}"
-    text = f"{result['out']}: {size}, filled with {result['model']} in {result['seconds']} s"
+    done = f"filled with {result['model']}" if result["filled"] else "as it was"
+    text = f"{result['out']}: {size}, {done} in {result['seconds']} s"
     return {"ok": True, **result}, text
 
 

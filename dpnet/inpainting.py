@@ -158,6 +158,7 @@ def inpaint_files(
         )
     generator, used = load_model(root, model)
     result = inpaint_photograph(generator, picture, hole, tile, str(image), str(mask))
+    filled = result is not picture  # without a hole it comes back as it is
     if out.suffix.lower() in _JPEG:
         say(f"{out.suffix} is lossy, so known pixels change a little too: .png keeps them exactly.")
         result = result.convert("L" if result.mode in ("1", "L") else "RGB")
@@ -168,6 +169,7 @@ def inpaint_files(
         reason = getattr(error, "strerror", None) or error
         raise PipelineError(f"cannot write {out}: {reason}; choose another path.") from error
     return {
+        "filled": filled,
         "out": str(out),
         "width": result.width,
         "height": result.height,

@@ -21,7 +21,7 @@ from data_prep import digest
 from data_prep.errors import PipelineError
 from data_prep.progress import Progress
 from data_prep.stage import MANIFEST, FileRecord, Request, StageRef, read_manifest
-from data_prep.storage import Store, open_store
+from data_prep.storage import LocalStore, Store, open_store
 from dpnet.register import CHAMPION, INPUTS, RECORD, find_record
 
 CHUNK = 8 << 20  # bytes read at once, so that memory stays small with large shards
@@ -70,6 +70,11 @@ def verify_uri(uri: str, root: str = "") -> Verification:
     if uri.startswith("models:/"):
         return verify(open_store(root), uri)
     store = open_store(uri.removesuffix(MANIFEST).rstrip("/") or ".")
+    if isinstance(store, LocalStore) and not store.folder.is_dir():
+        what = "is a file" if store.folder.exists() else "does not exist"
+        raise PipelineError(
+            f"{store.folder} {what}: name a root, a stage's folder in it or models:/NAME@champion."
+        )
     try:
         folder = str(json.loads(store.read(MANIFEST))["folder"])
     except (FileNotFoundError, NotADirectoryError):

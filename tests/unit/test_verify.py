@@ -152,7 +152,7 @@ def test_a_file_of_an_earlier_version_is_found_beside_the_stage(store, chain):
 
 def test_a_folder_without_a_finished_stage_is_refused_with_advice(tmp_path):
     with pytest.raises(PipelineError, match="holds no finished stage: name a root"):
-        verify_uri(str(tmp_path / "nothing"))
+        verify_uri(str(tmp_path))
 
 
 def test_an_unfinished_stage_is_told(store, chain):
@@ -240,3 +240,11 @@ def test_a_large_file_is_hashed_in_pieces(store, monkeypatch):
     assert verify(store).ok
     store.write(f"{stage.folder}/big", bytes(range(99)) + b"\0")
     assert not verify(store).ok
+
+
+def test_what_is_not_there_or_no_folder_is_told(tmp_path):
+    with pytest.raises(PipelineError, match="nosuch does not exist: name a root"):
+        verify_uri(str(tmp_path / "nosuch"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(PipelineError, match="file is a file: name a root"):
+        verify_uri(str(tmp_path / "file"))
