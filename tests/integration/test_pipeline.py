@@ -148,13 +148,15 @@ def test_the_registered_model_fills_a_photograph_of_another_size(
 def test_a_failing_stage_is_one_sentence_and_a_failed_flow_run(
     pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    (tmp_path / "empty").mkdir()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "broken.jpg").write_bytes(b"no picture")  # an empty folder never reaches the flow
     root = tmp_path / "root"
-    source = f"images.source={tmp_path / 'empty'}"
+    source = f"images.source={photos}"
     ran = run("pipeline", "run", pipeline.config, "--root", str(root), "--set", source)
     assert ran.status == 1
     assert ran.result["ok"] is False
-    assert str(tmp_path / "empty") in ran.result["error"]
+    assert f"image files in {photos} is usable" in ran.result["error"]
     assert ran.err.splitlines()[-1] == f"dpnet: {ran.result['error']}"
     assert "Traceback" not in ran.err
     failed = Pipeline(pipeline.config, root, ran, ran)
