@@ -26,6 +26,14 @@ class LeaseLostError(PipelineError):
     """Another runner has taken this stage over, so this one may no longer commit."""
 
 
+class ItemError(Exception):
+    """One item of a source cannot be used, by a fault of its own; the message is the reason.
+
+    It is recorded as that item's failure. What may pass (network, rights, a full disk) is a
+    `PipelineError` instead, and ends the build.
+    """
+
+
 _OS_ADVICE = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again, it resumes",
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",

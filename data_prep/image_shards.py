@@ -61,10 +61,10 @@ def build_shard(shard: Shard) -> list[FileRecord]:
     extension = pictures.FILE_EXTENSION[shard.cutting.format]
     rows = [_row(shard, sample) for sample in shard.samples]
     samples = (
-        (sample.key, {extension: stored[sample.key], "json": _sidecar(row, sample)})
+        (sample.key, {extension: stored[sample.key], "json": _sidecar(row, sample)}, row)
         for sample, row in zip(shard.samples, rows, strict=True)
     )
-    return write_shard(shard.place, shard.name, samples, rows)
+    return write_shard(shard.place, shard.name, samples)
 
 
 def forget_decoded() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,14 @@ from data_prep.mask_plan import (
 from data_prep.mask_recipes import RECIPES, RECIPES_VERSION, draw, hole_ratio
 from data_prep.pool import cores, run_tasks
 from data_prep.progress import Progress, say
-from data_prep.shards import Folder, finished_shard, shard_name, write_shard, write_urls
+from data_prep.shards import (
+    Folder,
+    ShardSample,
+    finished_shard,
+    shard_name,
+    write_shard,
+    write_urls,
+)
 from data_prep.stage import FileRecord, Produced, Request, StageRef, Work, run_stage
 from data_prep.storage import Store
 
@@ -227,16 +234,21 @@ def _make_shard(
     finished = finished_shard(place, name)
     if finished is not None:
         return finished
-    samples, rows = [], []
-    for position, wanted in enumerate(masks, start=number * config.shard_samples):
+    return write_shard(place, name, _samples(config, split, number * config.shard_samples, masks))
+
+
+def _samples(
+    config: MasksConfig, split: str, first: int, masks: Sequence[Any]
+) -> Iterator[ShardSample]:
+    for position, wanted in enumerate(masks, start=first):
         if split == "train":
             seed = split_seed(config.seed, split)
             candidate, mask = training_mask(config.recipes, seed, wanted, config.size)
         else:
             candidate = wanted
             mask = draw(candidate.recipe, candidate.seed, candidate.index, config.size)
-        row = {
-            "key": f"{split}-{position:08d}",
+        key = f"{split}-{position:08d}"
+        columns = {
             "split": split,
             "width": config.size,
             "height": config.size,
@@ -247,7 +259,5 @@ def _make_shard(
             "index": candidate.index,
             "touches_border": touches_border(mask),
         }
-        files = {"png": encode_png(mask), "json": json.dumps(row).encode()}
-        samples.append((str(row["key"]), files))
-        rows.append(row)
-    return write_shard(place, name, samples, rows)
+        sidecar = json.dumps({"key": key, **columns}).encode()
+        yield key, {"png": encode_png(mask), "json": sidecar}, columns

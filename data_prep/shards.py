@@ -8,13 +8,16 @@ split's tars, one path per line, relative to the stage's folder.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import posixpath
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
 
 from data_prep.digest import sha256_bytes
 from data_prep.errors import PipelineError
@@ -24,6 +27,9 @@ from data_prep.storage import Store
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BLOCK = 512
 _TAR_SHA256, _TAR_SIZE = b"tar_sha256", b"tar_size"
+
+# Key, {extension: data}, and further columns of the index, the same for each sample of a shard.
+ShardSample = tuple[str, Mapping[str, bytes], Mapping[str, Any]]
 
 
 class Place(Protocol):
@@ -46,35 +52,39 @@ class Folder:
         return f"{self.folder}/{path}"
 
 
-@dataclass(frozen=True)
-class Member:
-    """A file inside a tar; its data is at bytes [offset, offset + size)."""
+class TarWriter:
+    """Writes a tar of samples to `file` as they come; `sha256` and `size` are those of the tar.
 
-    name: str
-    offset: int
-    size: int
-
-
-def encode_tar(samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> tuple[bytes, list[Member]]:
-    """A tar of `(key, {extension: data})` samples, and its members in order.
-
-    Members stand in the order given. USTAR headers with time, user and group 0, so the same samples
-    give the same bytes. A key has only letters, digits, `_` and `-`, and at most 80 of them.
+    USTAR headers with time, user and group 0, so the same samples give the same bytes. A key has
+    only letters, digits, `_` and `-`, and at most 80 of them.
     """
-    tar = io.BytesIO()
-    members: list[Member] = []
-    for key, files in samples:
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.size = 0
+        self._file, self._hash = file, hashlib.sha256()
+
+    def add(self, key: str, files: Mapping[str, bytes]) -> int:
+        """Append a sample; the offset of its first file's data."""
         assert _KEY.fullmatch(key), f"bad sample key {key!r}"
         assert len(key) <= 80, f"sample key {key!r} is too long for a tar header"
+        first = self.size + _BLOCK
         for extension, data in files.items():
             info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(data)
-            tar.write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
-            members.append(Member(info.name, tar.tell(), len(data)))
-            tar.write(data)
-            tar.write(bytes(-len(data) % _BLOCK))
-    tar.write(bytes(2 * _BLOCK))
-    return tar.getvalue(), members
+            self._write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+            self._write(data)
+            self._write(bytes(-len(data) % _BLOCK))
+        return first
+
+    def close(self) -> str:
+        """Write the end mark; the tar's sha256."""
+        self._write(bytes(2 * _BLOCK))
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -119,38 +129,30 @@ def decode_table(data: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def write_shard(
-    work: Place,
-    name: str,
-    samples: Iterable[tuple[str, Mapping[str, bytes]]],
-    rows: Sequence[Mapping[str, Any]],
-) -> list[FileRecord]:
-    """Write `<name>.tar`, then its index; the records of both.
+def write_shard(work: Place, name: str, samples: Iterable[ShardSample]) -> list[FileRecord]:
+    """Write `<name>.tar` and then its index; the records of both.
 
-    The first file of a sample is its payload, which the index points at. `rows` has one row per
-    sample in the same order: `key` and any further columns, the same in each row. Added here:
-    `offset` and `size` of the payload in the tar, and `sha256` of its stored bytes.
+    Samples are taken one by one and held on disk, not in memory. The first file of a sample is its
+    payload, which the index points at: to a sample's own columns it adds `key`, `offset` and `size`
+    of the payload in the tar, and `sha256` of its stored bytes.
     """
-    digests: list[tuple[str, str]] = []
-
-    def hashed() -> Iterator[tuple[str, Mapping[str, bytes]]]:
-        for key, files in samples:
-            extension = next(iter(files))
-            digests.append((f"{key}.{extension}", sha256_bytes(files[extension])))
-            yield key, files
-
-    tar, members = encode_tar(hashed())
-    at = {member.name: member for member in members}
-    assert len(at) == len(members), f"{name}: two members have the same name"
-    assert len(digests) == len(rows) > 0, f"{name}: {len(digests)} samples, {len(rows)} rows"
-    index = []
-    for row, (payload, sha256) in zip(rows, digests, strict=True):
-        assert row["key"] == payload.partition(".")[0], f"{name}: rows are in another order"
-        place = {"offset": at[payload].offset, "size": at[payload].size, "sha256": sha256}
-        index.append({"key": row["key"], **place, **row})
-    tar_record = write_file(work, f"{name}.tar", tar)
-    mark = {_TAR_SHA256: tar_record.sha256.encode(), _TAR_SIZE: str(len(tar)).encode()}
-    return [tar_record, write_file(work, f"{name}.parquet", encode_table(index, metadata=mark))]
+    index: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    with tempfile.NamedTemporaryFile(prefix="dpnet-shard-") as file:
+        tar = TarWriter(cast(BinaryIO, file))
+        for key, files, columns in samples:
+            assert key not in seen, f"{name}: two samples have the key {key}"
+            seen.add(key)
+            payload = next(iter(files.values()))
+            place = {"offset": tar.add(key, files), "size": len(payload)}
+            index.append({"key": key, **place, "sha256": sha256_bytes(payload), **columns})
+        assert index, f"{name} has no samples"
+        sha256 = tar.close()
+        file.flush()
+        work.store.upload(work.key(f"{name}.tar"), Path(file.name))
+    mark = {_TAR_SHA256: sha256.encode(), _TAR_SIZE: str(tar.size).encode()}
+    written = write_file(work, f"{name}.parquet", encode_table(index, metadata=mark))
+    return [FileRecord(f"{name}.tar", tar.size, sha256), written]
 
 
 def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
