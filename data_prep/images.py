@@ -1,44 +1,50 @@
-"""The stage that turns a folder of photographs into image shards.
+"""The stage that turns raw photographs, wherever they lie, into image shards.
 
-List, hash and inspect every file: the request depends on that alone. Then sort out what cannot be
-used, give every photograph a split, cut, encode and write, shard after shard.
+List the source, plan by the keys alone, read and prepare every picture once, sort out duplicates by
+their hashes, commit. What an earlier version of the dataset holds already is not read again.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data_prep import pictures
-from data_prep.digest import sha256_json
+from data_prep.digest import sha256_bytes
 from data_prep.errors import PipelineError
+from data_prep.image_build import build, forget_records
 from data_prep.image_plan import (
-    SPLITS,
-    Box,
+    PICTURE,
+    UNSURE,
+    Hashes,
+    Past,
+    Plan,
     assign_splits,
-    draw_boxes,
-    has_split_folders,
-    mixed_order,
-    split_folder,
-    tile_boxes,
+    item_kinds,
+    key_hashes,
+    match_keys,
+    plan_items,
 )
-from data_prep.image_shards import Cutting, Sample, Shard, build_shard, forget_decoded
-from data_prep.pool import cores, run_tasks
+from data_prep.image_shards import DUPLICATE, FAILED, SAMPLE, hash_items
+from data_prep.listing import ROWS, SPLITS, Listing
+from data_prep.pool import Map, cores, run_tasks
 from data_prep.progress import Progress, say
-from data_prep.shards import Folder, encode_table, shard_name, write_file, write_urls
-from data_prep.sources import COLUMNS, Source, examine, known_sources, list_items
-from data_prep.stage import FileRecord, Produced, Request, StageRef, Work, run_stage
+from data_prep.raw import LAYOUTS, Source, open_source
+from data_prep.resolution import resolve
+from data_prep.stage import Request, StageRef, run_stage
 from data_prep.storage import Store
+from data_prep.versions import OUTCOMES, Version, known_members, latest, versions
 
-_FAILURES = {"key": "string", "kind": "string", "sha256": "string", "reason": "string"}
-_DUPLICATES = {"key": "string", "sha256": "string", "kept": "string"}
-_POOL_SAMPLES = 512  # below, starting worker processes costs more than it gains
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+POOL_ITEMS = 512  # below, starting worker processes costs more than it gains
+HASHED_AT_ONCE = 256  # items in one task that only hashes
+MAX_PIXELS = 64_000_000  # so that one worker stays under 700 MB
+_FORMAT = 1  # raise it when the same items would give other bytes
 
 Side = Annotated[int, Field(ge=16, le=8192)]
 
@@ -52,17 +58,31 @@ class ImagesConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: Path = Field(description="Folder of photographs, searched with its sub-folders.")
+    source: str = Field(
+        description="Folder, zip, tar, Parquet file or list (csv, txt, jsonl) of photographs, or a"
+        " prefix of s3:// with any of them.",
+    )
+    layout: Literal[tuple(LAYOUTS)] = Field(  # type: ignore[valid-type]
+        default="auto",
+        description="How the source is laid out: a published dataset, or auto: folders train, val"
+        " and test are splits if they are there.",
+    )
     name: str = Field(
         default="photographs",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=60,
         description="Name of the dataset; its versions lie under images/NAME.",
     )
-    mode: Literal["center-crop", "tiles"] = Field(
-        default="center-crop", description="One centred square of each photograph, or many tiles."
+    mode: Literal["center-crop", "short-side", "keep", "tiles"] = Field(
+        default="center-crop",
+        description="center-crop: one centred square of each photograph; short-side: all of it, its"
+        " shorter side `size` pixels; keep: its file as it is; tiles: many squares.",
     )
     size: int = Field(
         default=256, ge=16, le=4096, description="Side of a stored sample, in pixels."
+    )
+    resample: Literal["area", "lanczos"] = Field(
+        default="area", description="Filter that makes photographs smaller; both antialias."
     )
     tile: Annotated[tuple[Side, ...], BeforeValidator(_sides)] = Field(
         default=(256,),
@@ -76,28 +96,43 @@ class ImagesConfig(BaseModel):
         description="Distance of neighbouring tiles, as a share of their side.",
     )
     max_tiles: int = Field(
-        default=0, ge=0, description="Most tiles of one photograph, drawn by hash; 0: all."
+        default=64, ge=1, le=10_000, description="Most tiles of one photograph, drawn by hash."
     )
     format: pictures.Format = Field(default="jpeg", description="File format of the samples.")
     quality: int = Field(default=95, ge=1, le=100, description="Of jpeg and webp.")
-    shard_samples: int = Field(default=1000, ge=1, le=100_000, description="Samples in a shard.")
+    shard_samples: int = Field(
+        default=1000, ge=1, le=100_000, description="Most samples in a shard."
+    )
     val: float = Field(
-        default=0.05, gt=0, le=0.4, description="Share of photographs for validation."
+        default=0.05,
+        gt=0,
+        le=0.4,
+        description="Share of photographs for validation, where the source has no such split.",
     )
     test: float = Field(
-        default=0.05, gt=0, le=0.4, description="Share of photographs for the final test."
+        default=0.05,
+        gt=0,
+        le=0.4,
+        description="Share of photographs for the final test, where the source has no such split.",
     )
     min_side: int = Field(
         default=0,
         ge=0,
         description="Least pixels of a photograph's shorter side; 0: nothing is enlarged, so"
-        " `size` for center-crop. Tiles always need their own side.",
+        " `size` for center-crop and short-side. Tiles always need their own side.",
     )
     max_pixels: int = Field(
-        default=pictures.MAX_PIXELS,
+        default=MAX_PIXELS,
         ge=1,
         le=178_000_000,
-        description="Most pixels of a photograph.",
+        description="Most pixels of a photograph. More than the default may take a worker process"
+        " above 700 MB.",
+    )
+    max_bytes: int = Field(
+        default=128_000_000,
+        ge=1,
+        le=2_000_000_000,
+        description="Most bytes of a photograph's file.",
     )
     max_failure_ratio: float = Field(
         default=0.05,
@@ -107,8 +142,13 @@ class ImagesConfig(BaseModel):
     )
     dedupe: Literal["content", "off"] = Field(
         default="content",
-        description="content: of identical files the one with the lowest key stays; off: all stay,"
-        " and copies may lie in different splits.",
+        description="content: of identical files the one with the lowest key stays, and none is in"
+        " two splits; off: all stay, and copies may lie in different splits.",
+    )
+    near_duplicates: Literal["report", "drop", "off"] = Field(
+        default="report",
+        description="Pictures of train that are nearly the same as one of val or test: report them,"
+        " also drop them from train, or do not look.",
     )
     workers: int = Field(default=0, ge=0, le=256, description="Processes; 0: one per core.")
 
@@ -123,179 +163,258 @@ class ImagesConfig(BaseModel):
         """Least pixels of a photograph's shorter side."""
         if self.mode == "tiles":
             return max(self.min_side, min(self.tile))
-        return self.min_side or self.size
+        return self.min_side or (1 if self.mode == "keep" else self.size)
+
+    @property
+    def cutting(self) -> pictures.Cutting:
+        return pictures.Cutting(
+            mode=self.mode,
+            size=self.size,
+            format=self.format,
+            quality=self.quality,
+            resample=self.resample,
+            max_pixels=self.max_pixels,
+            min_side=self.needed_side,
+            tile=tuple(sorted(set(self.tile))),
+            tile_stride=self.tile_stride,
+            max_tiles=self.max_tiles,
+        )
+
+    @property
+    def shard_items(self) -> int:
+        """Most photographs in a shard."""
+        return max(1, self.shard_samples // (self.max_tiles if self.mode == "tiles" else 1))
 
     def settings(self) -> dict[str, Any]:
         """The part that changes the output."""
-        common = {"mode", "size", "format", "shard_samples", "val", "test", "max_pixels", "dedupe"}
-        settings = self.model_dump(mode="json", include=common)
-        settings["needed_side"] = self.needed_side
+        common = {"mode", "shard_samples", "val", "test", "max_pixels", "max_bytes", "layout"}
+        settings = self.model_dump(mode="json", include=common | {"dedupe", "near_duplicates"})
+        settings |= {"needed_side": self.needed_side, "format_version": _FORMAT}
         if self.mode == "tiles":
             settings |= {"tile": sorted(set(self.tile)), "tile_stride": self.tile_stride}
             settings["max_tiles"] = self.max_tiles
-        if self.format != "png":
-            settings["quality"] = self.quality
+        if self.mode != "keep":
+            settings |= {"size": self.size, "resample": self.resample, "format": self.format}
+            if self.format != "png":
+                settings["quality"] = self.quality
+        if self.near_duplicates != "drop":
+            del settings["near_duplicates"]  # looking changes no shard
         return settings
 
 
-def prepare_images(config: ImagesConfig, store: Store) -> StageRef:
+def prepare_images(
+    config: ImagesConfig,
+    store: Store,
+    run: Map = run_tasks,
+    *,
+    retry_failed: bool = False,
+    repack: bool = False,
+) -> StageRef:
     """Shards of the photographs in `config.source`, made now unless they are there.
+
+    Where a version of the dataset was made with the same settings, only what is new, changed or
+    gone since is worked on; with `retry_failed` also what failed then, and with `repack` everything
+    is, without regard to it. `run` says where the work is done; the bytes are the same.
 
     Raises PipelineError when too few photographs can be used, or too many files cannot.
     """
-    top = f"images/{config.name}"
-    items = list_items(config.source.expanduser())
-    known = known_sources(store, top)
-    sources = examine(items, known, config.max_pixels, config.workers or cores())
-    raw = sha256_json([(source.key, source.sha256) for source in sources])
-    request = Request("images", config.name, top, config.settings(), sources={"raw": raw})
-    return run_stage(store, request, lambda work: _build(work, config, sources), say)
+    source = open_source(config.source, config.layout)
+    settings = config.settings()
+    parent = None if repack else latest(store, config.name, settings)
+    listing = source.list(known_members(parent))
+    hashes = key_hashes(listing.table["key"])
+    kind = item_kinds(listing, source.uri)
+    workers = run_workers(config, len(listing), run)
+    past = None
+    if parent is not None:
+        past = compare(config, listing, hashes, kind, parent, source, run, workers, retry_failed)
+    plan = _plan(config, listing, hashes, kind, past)
+    if parent is not None and plan.same_as_parent:
+        if retry_failed:
+            say(f"images: nothing to try again in {parent.folder}.")
+        return parent.reference
+    for note in plan.notes:
+        say(f"images: {note}")
+    sources = {"listing": listing_digest(listing)}
+    if retry_failed and past is not None:
+        sources["retried"] = sha256_bytes((past.row[plan.before < 0]).tobytes())
+    request = Request(
+        "images",
+        config.name,
+        f"images/{config.name}",
+        settings,
+        inputs={"parent": parent.reference} if parent is not None else {},
+        sources=sources,
+    )
+    if parent is not None:
+        version = parent.number + 1
+    else:
+        version = 1 + max(
+            (m["summary"]["version"] for m in versions(store, config.name)), default=0
+        )
+    ref = run_stage(
+        store,
+        request,
+        lambda work: build(work, config, plan, source, parent, version, run, workers),
+        say,
+    )
+    if not ref.skipped:
+        forget_records(store, ref.folder)
+    return ref
 
 
-@dataclass(frozen=True)
-class SortedOut:
-    """Where every listed file went: each is in exactly one of the three."""
-
-    usable: list[Source]
-    unusable: list[dict[str, str]]  # rows of failures.parquet
-    duplicates: list[dict[str, str]]  # rows of duplicates.parquet
-
-    def count(self, kind: str) -> int:
-        return sum(row["kind"] == kind for row in self.unusable)
+def run_workers(config: ImagesConfig, items: int, run: Map) -> int:
+    """What to pass as the number of workers; 0 is all that a cluster has."""
+    if run is not run_tasks:
+        return config.workers
+    return (config.workers or cores()) if items > POOL_ITEMS else 1
 
 
-def sort_out(config: ImagesConfig, sources: Sequence[Source], fixed: bool) -> SortedOut:
-    """Part the usable photographs from the rest.
+def listing_digest(listing: Listing) -> str:
+    """Digest of what was asked to be prepared: keys, sizes, and what the source says of splits.
 
-    `sources` are sorted by key; `fixed`: they have split folders, what lies outside is ignored.
+    Not of fingerprints: touching a file or moving the folder asks for nothing new.
     """
-    done = SortedOut([], [], [])
-    kept: dict[str, str] = {}  # by sha256
-    for source in sources:
-        sha256 = source.sha256
-        kind, reason = _why_not(config, source, fixed)
-        if kind:
-            row = {"key": source.key, "kind": kind, "sha256": sha256, "reason": reason}
-            done.unusable.append(row)
-        elif config.dedupe == "content" and sha256 in kept:
-            row = {"key": source.key, "sha256": sha256, "kept": kept[sha256]}
-            done.duplicates.append(row)
-        else:
-            kept[sha256] = source.key
-            done.usable.append(source)
-    assert len(done.usable) + len(done.unusable) + len(done.duplicates) == len(sources)
-    return done
+    import hashlib
+
+    import numpy as np
+    import pyarrow as pa
+
+    sha256 = hashlib.sha256()
+    split = "split" in listing.table.column_names
+    for start in range(0, len(listing), ROWS):
+        part = listing.table.slice(start, ROWS).combine_chunks()
+        keys = part["key"].combine_chunks()
+        if isinstance(keys, pa.ChunkedArray):
+            keys = keys.chunk(0)
+        text = "\0".join(keys.to_pylist()).encode()
+        sha256.update(len(text).to_bytes(8, "little") + text)
+        sha256.update(part["size"].to_numpy().astype("<i8").tobytes())
+        if split:
+            sha256.update(part["split"].to_numpy().astype(np.int8).tobytes())
+    for key in sorted(listing.problems):
+        sha256.update(f"{key}\0{listing.problems[key]}\0".encode())
+    return sha256.hexdigest()
 
 
-def _why_not(config: ImagesConfig, source: Source, fixed: bool) -> tuple[str, str]:
-    """("ignored" or "failed", the reason) of a file that cannot be used; empty if it can."""
-    if not source.item.is_image:
-        kind = f"extension .{source.item.extension}" if source.item.extension else "no extension"
-        return "ignored", f"not an image: {kind}"
-    if fixed and split_folder(source.key) is None:
-        return "ignored", "outside the folders train, val, validation and test"
-    if source.error:
-        return "failed", source.error
-    size = f"it has {source.width}x{source.height} pixels"
-    if source.width * source.height > config.max_pixels:
-        return "failed", f"{size}, images.max_pixels is {config.max_pixels}"
-    if min(source.width, source.height) < config.needed_side:
-        return "failed", f"{size}, its shorter side needs {config.needed_side}"
-    return "", ""
+def compare(
+    config: ImagesConfig,
+    listing: Listing,
+    hashes: Hashes,
+    kind: NDArray[np.int8],
+    parent: Version,
+    source: Source,
+    run: Map,
+    workers: int,
+    retry_failed: bool,
+) -> Past:
+    """What the parent version says of the listing's items, and what of it still holds.
+
+    An item with another fingerprint is read and hashed: with the same bytes it is the same.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    old = parent.table
+    row = match_keys(hashes, listing.table["key"], parent.hashes(), old["key"])
+    names = parent.names()
+    outcome = parent.outcomes()
+    found = np.flatnonzero((row >= 0) & (kind >= UNSURE))
+    at = row[found]
+    marks = [listing.table[c].to_numpy()[found] for c in ("fingerprint", "size")]
+    before = [old[c].to_numpy()[at] for c in ("fingerprint", "size")]
+    same = (marks[0] == before[0]) & (marks[1] == before[1]) & (marks[0] != 0)
+    sha256, hashed = parent.sha256()
+    touched = np.flatnonzero(~same & hashed[at])
+    if len(touched):
+        now = _hash(config, listing, found[touched], source, run, workers)
+        known = [sha256[r].tobytes().hex() for r in at[touched]]
+        same[touched] = [a == b for a, b in zip(now, known, strict=True)]
+    holds = np.zeros(len(listing), np.bool_)
+    holds[found] = same
+    if retry_failed:
+        holds[found] &= outcome[at] != OUTCOMES.index(FAILED)
+    split = pc.index_in(old["split"], pa.array(SPLITS)).fill_null(-1).to_numpy().astype(np.int8)
+    stored = pc.index_in(old["shard"], pa.array(names, pa.string()))
+    past = Past(row, holds, stored.fill_null(-1).to_numpy().astype(np.int32), split, names)
+    _take_back(config, past, parent, outcome, sha256)
+    return past
 
 
-def _check_failures(config: ImagesConfig, done: SortedOut) -> None:
-    failed = [row for row in done.unusable if row["kind"] == "failed"]
-    images = len(done.usable) + len(done.duplicates) + len(failed)
-    first = "; ".join(f"{row['key']}: {row['reason']}" for row in failed[:2])
-    if not images:
+def _take_back(
+    config: ImagesConfig,
+    past: Past,
+    parent: Version,
+    outcome: NDArray[np.int8],
+    sha256: NDArray[np.uint8],
+) -> None:
+    """A duplicate whose other copy is gone or has changed holds no longer: it is wanted now."""
+    import numpy as np
+
+    rows = past.row[past.holds]
+    usable = np.zeros(len(outcome), np.bool_)
+    usable[rows] = np.isin(outcome[rows], [OUTCOMES.index(o) for o in (SAMPLE, DUPLICATE)])
+    phash = parent.table["phash"].to_numpy()
+    still = resolve(sha256, phash, usable, past.split, config.dedupe, config.near_duplicates)
+    back = usable & (outcome == OUTCOMES.index(DUPLICATE))
+    back[still.rows] = False
+    past.holds[past.holds] = ~back[rows]
+
+
+def _hash(
+    config: ImagesConfig,
+    listing: Listing,
+    rows: NDArray[np.int64],
+    source: Source,
+    run: Map,
+    workers: int,
+) -> list[str]:
+    """The sha256 of the bytes of these items, empty where they cannot be read."""
+    starts = range(0, len(rows), HASHED_AT_ONCE)
+    tasks = (
+        (source, list(listing.items(rows[start : start + HASHED_AT_ONCE])), config.max_bytes)
+        for start in starts
+    )
+    hashes: list[str] = []
+    with (
+        Progress("compare items", len(rows), "items") as progress,
+        closing(run(hash_items, tasks, workers if len(rows) > POOL_ITEMS else 1)) as results,
+    ):
+        for part in results:
+            hashes += part
+            progress.update(len(hashes))
+    return hashes
+
+
+def _plan(
+    config: ImagesConfig,
+    listing: Listing,
+    hashes: Hashes,
+    kind: NDArray[np.int8],
+    past: Past | None,
+) -> Plan:
+    import numpy as np
+
+    given = np.full(len(listing), -1, np.int8)
+    if "split" in listing.table.column_names:
+        given = listing.table["split"].to_numpy().astype(np.int8)
+    given[kind < UNSURE] = -1
+    before = None
+    if past is not None:
+        before = np.where(past.row >= 0, past.split[past.row], -1).astype(np.int8)
+    wanted = kind == PICTURE if (kind == PICTURE).any() else kind == UNSURE
+    if not wanted.any():
         known = ", ".join(sorted(pictures.EXTENSIONS))
         raise PipelineError(f"{config.source} holds no image file (of type {known}).")
-    if not done.usable:
-        raise PipelineError(
-            f"none of the {images} image files in {config.source} is usable: {first};"
-            " give whole photographs that are large enough."
-        )
-    if len(failed) > max(1, config.max_failure_ratio * images):
-        raise PipelineError(
-            f"{len(failed)} of the {images} image files in {config.source} cannot be used"
-            f" ({first}): remove them, or raise images.max_failure_ratio, which is"
-            f" {config.max_failure_ratio:g}."
-        )
-
-
-def _build(work: Work, config: ImagesConfig, sources: Sequence[Source]) -> Produced:
-    fixed = has_split_folders([source.key for source in sources if source.item.is_image])
-    done = sort_out(config, sources, fixed)
-    _check_failures(config, done)
-    for kind in ("failed", "ignored"):
-        rows = [row for row in done.unusable if row["kind"] == kind]
-        if rows:
-            number = "1 file" if len(rows) == 1 else f"{len(rows)} files"
-            say(f"{number} {kind}, first {rows[0]['key']}: {rows[0]['reason']}")
-    keys = [source.key for source in done.usable]
-    splits, notes = assign_splits(keys, fixed, config.val, config.test)
-    for note in notes:
-        say(note)
-    tables = {
-        "sources.parquet": encode_table([source.row() for source in sources], COLUMNS),
-        "failures.parquet": encode_table(done.unusable, _FAILURES),
-        "duplicates.parquet": encode_table(done.duplicates, _DUPLICATES),
-        "config.json": json.dumps(config.model_dump(mode="json"), indent=1).encode(),
-    }
-    # None of these is a picture: a new text file or copy among the photographs retrains nothing.
-    files = [write_file(work, path, data, content=False) for path, data in tables.items()]
-    shards = _plan_shards(work, config, done.usable, splits)
-    files += _build_shards(shards, config)
-    figures = {}
-    for split in SPLITS:
-        own = [shard for shard in shards if shard.split == split]
-        files.append(write_urls(work, split, [shard.name for shard in own]))
-        figures[split] = {"samples": sum(len(s.samples) for s in own), "shards": len(own)}
-    summary = {
-        "splits": figures,
-        "photographs": len(done.usable),
-        "failed": done.count("failed"),
-        "ignored": done.count("ignored"),
-        "duplicates": len(done.duplicates),
-    }
-    return Produced(files, summary)
-
-
-def _plan_shards(
-    work: Work, config: ImagesConfig, usable: Sequence[Source], splits: Mapping[str, str]
-) -> list[Shard]:
-    by_key, shards = {source.key: source for source in usable}, []
-    place = Folder(work.store, work.folder)
-    how = Cutting(config.size, config.format, config.quality, config.max_pixels)
-    for split in SPLITS:
-        boxes = {key: _boxes(config, by_key[key]) for key in by_key if splits[key] == split}
-        order = [Sample(name, by_key[key], box) for name, key, box in mixed_order(boxes)]
-        for number, start in enumerate(range(0, len(order), config.shard_samples)):
-            own = order[start : start + config.shard_samples]
-            shards.append(Shard(place, shard_name(split, number), split, own, how))
-    return shards
-
-
-def _boxes(config: ImagesConfig, source: Source) -> list[Box] | list[None]:
-    if config.mode == "center-crop":
-        return [None]
-    boxes = tile_boxes(source.width, source.height, sorted(set(config.tile)), config.tile_stride)
-    return draw_boxes(source.key, boxes, config.max_tiles) if config.max_tiles else boxes
-
-
-def _build_shards(shards: Sequence[Shard], config: ImagesConfig) -> list[FileRecord]:
-    total = sum(len(shard.samples) for shard in shards)
-    workers = (config.workers or cores()) if total > _POOL_SAMPLES else 1
-    files, count = list[FileRecord](), 0
-    try:
-        with (
-            Progress("prepare images", total, "images") as progress,
-            closing(run_tasks(build_shard, shards, workers)) as results,
-        ):
-            for shard, records in zip(shards, results, strict=True):
-                files += records
-                progress.update(count := count + len(shard.samples))
-    finally:
-        forget_decoded()
-    return files
+    split, notes = assign_splits(given, wanted, hashes.draw, config.val, config.test, before)
+    return plan_items(
+        listing,
+        hashes,
+        kind,
+        split,
+        notes,
+        shard_items=config.shard_items,
+        by_size=config.mode == "keep",
+        past=past,
+    )

@@ -15,11 +15,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from data_prep.errors import LeaseLostError, PipelineError
+from data_prep.processes import boot, process_start
 from data_prep.storage import Store
 
 HEARTBEAT_S = 10.0
@@ -153,9 +153,9 @@ def _owner() -> dict[str, Any]:
     return {
         "owner": secrets.token_hex(8),
         "host": socket.gethostname(),
-        "boot": _boot(),
+        "boot": boot(),
         "pid": os.getpid(),
-        "started": _process_start(os.getpid()),
+        "started": process_start(os.getpid()),
     }
 
 
@@ -171,22 +171,4 @@ def _is_dead_here(other: dict[str, Any], me: dict[str, Any]) -> bool:
     """Whether the owner was a process of this boot of this machine that has ended."""
     if not me["boot"] or other.get("boot") != me["boot"] or other.get("host") != me["host"]:
         return False
-    return _process_start(int(other.get("pid", -1))) != other.get("started")
-
-
-def _boot() -> str:
-    """The running kernel's id with the process namespace, so that a container is not mistaken."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""  # no /proc: only the heartbeat tells
-
-
-def _process_start(pid: int) -> str:
-    """The kernel's start tick of a process, empty if it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    return process_start(int(other.get("pid", -1))) != other.get("started")

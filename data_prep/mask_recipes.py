@@ -211,8 +211,16 @@ def _walk(
     points = [(int(x), int(y))]
     end = size - 1.0
     for step_x, step_y in zip(dx.tolist(), dy.tolist(), strict=True):
-        x = min(max(x + step_x, 0.0), end)
-        y = min(max(y + step_y, 0.0), end)
+        x += step_x  # comparisons rather than min and max: a mask has a thousand of these
+        if x < 0:
+            x = 0.0
+        elif x > end:
+            x = end
+        y += step_y
+        if y < 0:
+            y = 0.0
+        elif y > end:
+            y = end
         points.append((int(x), int(y)))
     return points
 

@@ -8,48 +8,63 @@ Training and evaluation masks come from different random streams.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from data_prep.errors import ConfigError, PipelineError
-from data_prep.mask_plan import (
-    BINS,
-    Candidate,
-    fill_bins,
-    measured,
-    pick_recipe,
-    ratio_bin,
-    recipes_by_bin,
-    split_seed,
-    training_mask,
+from data_prep.external_masks import (
+    COLUMNS,
+    EXTERNAL,
+    FilePool,
+    MaskFile,
+    Source,
+    files_digest,
+    find_polarity,
+    made_masks,
+    pools,
+    read_files,
 )
-from data_prep.mask_recipes import RECIPES, RECIPES_VERSION, draw, hole_ratio
-from data_prep.pool import cores, run_tasks
+from data_prep.mask_files import Making, Polarity
+from data_prep.mask_plan import BINS, Border, border_counts
+from data_prep.mask_recipes import RECIPES, RECIPES_VERSION
+from data_prep.mask_shards import evaluation_masks, make_shard, shards
+from data_prep.pool import Map, cores, run_tasks
 from data_prep.progress import Progress, say
-from data_prep.shards import (
-    Folder,
-    ShardSample,
-    finished_shard,
-    shard_name,
-    write_shard,
-    write_urls,
+from data_prep.shards import Folder, decode_table, encode_table, shard_name, write_file, write_urls
+from data_prep.stage import (
+    MANIFEST,
+    FileRecord,
+    Produced,
+    Request,
+    StageRef,
+    Work,
+    read_manifest,
+    run_stage,
 )
-from data_prep.stage import FileRecord, Produced, Request, StageRef, Work, run_stage
 from data_prep.storage import Store
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BORDER_MARGIN = 50 / 512  # Liu et al. 2018 keep "masks without border holes" 50 px away, at 512
-CHUNK = 256  # candidates that a worker draws at a time
 POOL_MASKS = 10_000  # fewer are drawn here sooner than worker processes start
+FILES_TABLE = "sources.parquet"  # the mask files: what each became, and what spares reading it
+FAILURES_SAID = 5  # broken mask files that are named; all are in the table
+KNOWN = (*RECIPES, EXTERNAL)
 
 
 class MasksConfig(BaseModel):
@@ -66,7 +81,7 @@ class MasksConfig(BaseModel):
     size: int = Field(256, ge=16, le=4096, description="Side of a mask in pixels.")
     recipes: dict[str, float] = Field(
         default_factory=lambda: {"free-form": 1.0, "strokes": 1.0},
-        description=f"Weights of the recipes of training masks. Known: {', '.join(RECIPES)}.",
+        description=f"Weights of the recipes of training masks. Known: {', '.join(KNOWN)}.",
     )
     eval_recipes: dict[str, float] = Field(
         default_factory=dict,
@@ -76,12 +91,32 @@ class MasksConfig(BaseModel):
     eval_per_bin: int = Field(
         2_000, ge=1, le=100_000, description="Number of evaluation masks in each ratio bin."
     )
+    eval_border: Border = Field(
+        "any",
+        description="Evaluation masks that keep clear of the picture's border (by 50 pixels at a"
+        " side of 512), that touch it, or any.",
+    )
     max_attempts: int = Field(
         2_000,
         ge=1,
         le=1_000_000,
         description="Evaluation masks drawn in a row without one for a ratio bin before that bin"
         " is given up.",
+    )
+    external: str | None = Field(
+        None,
+        min_length=1,
+        description="Mask files for the recipe `external`: a folder, an archive or an s3:// address"
+        " of black and white pictures; where both splits draw from them each has half.",
+    )
+    external_polarity: Literal["auto", "white-hole", "black-hole"] = Field(
+        "auto", description="What is the hole in the mask files; auto finds out and says it."
+    )
+    external_dilate: int = Field(
+        0, ge=0, le=256, description="Pixels by which the holes of mask files grow on every side."
+    )
+    external_flips: bool = Field(
+        False, description="Mask files are flipped at random, left to right and upside down."
     )
     seed: int = Field(0, ge=0, le=2**53, description="Another seed draws other masks.")
     shard_samples: int = Field(2_000, ge=1, le=100_000, description="Masks in one shard.")
@@ -91,10 +126,10 @@ class MasksConfig(BaseModel):
     @classmethod
     def _known_recipes(cls, weights: dict[str, float], info: ValidationInfo) -> dict[str, float]:
         for name, weight in weights.items():
-            if name not in RECIPES:
+            if name not in KNOWN:
                 raise ConfigError(
                     f"masks.{info.field_name}: {name!r} is no mask recipe: choose from"
-                    f" {', '.join(RECIPES)}."
+                    f" {', '.join(KNOWN)}."
                 )
             if not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(
@@ -102,20 +137,62 @@ class MasksConfig(BaseModel):
                     " the recipe out to do without it."
                 )
         if not weights and info.field_name == "recipes":
-            raise ConfigError(f"masks.recipes is empty: name at least one of {', '.join(RECIPES)}.")
+            raise ConfigError(f"masks.recipes is empty: name at least one of {', '.join(KNOWN)}.")
         return weights
 
+    @model_validator(mode="after")
+    def _files_and_recipe_go_together(self) -> Self:
+        if self.file_splits and self.external is None:
+            raise ConfigError(
+                "masks.external is missing: the recipe external needs a folder or archive of mask"
+                " files."
+            )
+        if self.external is not None and not self.file_splits:
+            raise ConfigError(
+                "masks.external is given but no recipe draws from it: add external to masks.recipes"
+                " or masks.eval_recipes, for example with --set masks.eval_recipes.external=1."
+            )
+        return self
 
-def prepare_masks(config: MasksConfig, store: Store) -> StageRef:
-    """The committed mask set for `config`, made unless it is there.
+    @property
+    def weights(self) -> dict[str, dict[str, float]]:
+        """The weights of the recipes of each split."""
+        return {"train": self.recipes, "eval": self.eval_recipes or self.recipes}
+
+    @property
+    def file_splits(self) -> list[str]:
+        """The splits that draw from mask files."""
+        return [split for split, weights in self.weights.items() if EXTERNAL in weights]
+
+    def settings(self, polarity: Polarity | None) -> dict[str, Any]:
+        """The part that changes the output; `polarity` is that of the mask files."""
+        common = {"size", "recipes", "train", "eval_per_bin", "max_attempts", "seed"}
+        settings = self.model_dump(include={*common, "shard_samples"})
+        settings["eval_recipes"] = self.weights["eval"]
+        settings["recipes_version"] = RECIPES_VERSION
+        if self.eval_border != "any":
+            settings["eval_border"] = self.eval_border
+        if polarity is not None:
+            settings |= self.model_dump(include={"external_dilate", "external_flips"})
+            settings["external_polarity"] = polarity
+        return settings
+
+
+def prepare_masks(config: MasksConfig, store: Store, run: Map = run_tasks) -> StageRef:
+    """The committed mask set for `config`, made unless it is there; `run` does the work.
 
     Raises ConfigError if no ratio bin of the evaluation split can be filled.
     """
-    settings = config.model_dump(exclude={"name", "workers"})
-    settings["eval_recipes"] = config.eval_recipes or config.recipes
-    settings["recipes_version"] = RECIPES_VERSION
-    request = Request("masks", config.name, f"masks/{config.name}", settings)
-    return run_stage(store, request, partial(_build, config), say)
+    top = f"masks/{config.name}"
+    files = _mask_files(config, store, top, run) if config.file_splits else None
+    request = Request(
+        "masks",
+        config.name,
+        top,
+        config.settings(files.polarity if files else None),
+        sources={EXTERNAL: files_digest(files.found)} if files else {},
+    )
+    return run_stage(store, request, partial(_build, config, files, run), say)
 
 
 def valid_from_png(data: bytes) -> NDArray[np.uint8]:
@@ -133,131 +210,122 @@ def valid_from_png(data: bytes) -> NDArray[np.uint8]:
     return valid
 
 
-def encode_png(mask: NDArray[np.uint8]) -> bytes:
-    """A hole mask, uint8 [H, W] in {0, 255}, as a 1-bit PNG."""
-    import cv2
+@dataclass(frozen=True)
+class _Files:
+    """The mask files, and what is the hole in them."""
 
-    options = [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 6]
-    options += [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
-    options += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-    return bytes(cv2.imencode(".png", mask, options)[1])
-
-
-def touches_border(mask: NDArray[np.uint8]) -> bool:
-    """Whether a hole mask has a hole within the border margin (50 px at a side of 512)."""
-    margin = round(BORDER_MARGIN * mask.shape[0])
-    inner = mask[margin:-margin, margin:-margin]
-    return bool(hole_ratio(mask) * mask.size > hole_ratio(inner) * inner.size)
+    source: Source
+    found: Sequence[MaskFile]
+    polarity: Polarity
+    sentence: str  # how that is known; empty where the config says it
 
 
-def _build(config: MasksConfig, work: Work) -> Produced:
+def _mask_files(config: MasksConfig, store: Store, top: str, run: Map) -> _Files:
+    from data_prep.raw import open_source
+
+    assert config.external is not None
+    source = open_source(config.external, "files")
+    known = _known_files(store, top)
+    found = read_files(source, _making(config), known, run, config.workers or cores())
+    if config.external_polarity != "auto":
+        return _Files(source, found, config.external_polarity, "")
+    return _Files(source, found, *find_polarity(found, source.uri))
+
+
+def _making(config: MasksConfig) -> Making:
+    return Making(config.size, config.external_dilate)
+
+
+def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
+    """Rows of the newest committed set's table of mask files, by key; a cache, so none will do."""
+    keys = {entry.key for entry in store.list(top)}
+    made = []
+    for key in keys:
+        folder, _, file = key.rpartition("/")
+        if file == MANIFEST and f"{folder}/{FILES_TABLE}" in keys:
+            try:
+                made.append((read_manifest(store, folder)["created"], folder))
+            except PipelineError:
+                continue
+    if not made:
+        return {}
+    try:
+        rows = decode_table(store.read(f"{max(made)[1]}/{FILES_TABLE}"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {row["key"]: row for row in rows}
+
+
+def _build(config: MasksConfig, files: _Files | None, run: Map, work: Work) -> Produced:
     wanted = config.train + len(BINS) * config.eval_per_bin
     workers = (config.workers or cores()) if wanted > POOL_MASKS else 1
+    records: list[FileRecord] = []
+    summary: dict[str, Any] = {}
+    pool: Mapping[str, FilePool] = {}
+    if files is not None:
+        pool, summary[EXTERNAL] = _file_pools(config, files, run)
+        rows = [file.row() for file in files.found]
+        records.append(write_file(work, FILES_TABLE, encode_table(rows, COLUMNS), content=False))
     if wanted > POOL_MASKS:
         say(f"masks: drawing until each ratio bin has {config.eval_per_bin} evaluation masks")
-    bins, notes = _evaluation_masks(config, workers)
+    bins, notes = evaluation_masks(config, pool.get("eval"), run, workers)
     for note in notes:
         say(note)
-    splits: dict[str, Sequence[Any]] = {
-        "train": range(config.train),
-        "eval": [candidate for masks in bins.values() for candidate in masks],
-    }
-    tasks = [
-        (split, number, masks[start : start + config.shard_samples])
-        for split, masks in splits.items()
-        for number, start in enumerate(range(0, len(masks), config.shard_samples))
-    ]
-    make = partial(_make_shard, config, Folder(work.store, work.folder))
-    files: list[FileRecord] = []
-    done, total = 0, sum(len(masks) for masks in splits.values())
+    totals = {"train": config.train, "eval": sum(len(masks) for masks in bins.values())}
+    make = partial(make_shard, config, Folder(work.store, work.folder))
+    done, total = 0, sum(totals.values())
     with (
         Progress("masks", total, "masks") as progress,
-        closing(run_tasks(make, tasks, workers)) as made,
+        closing(run(make, shards(config, bins, pool), workers)) as made,
     ):
-        for (_, _, masks), records in zip(tasks, made, strict=True):
-            files += records
-            done += len(masks)
-            progress.update(done)
-    names = {s: [shard_name(s, n) for split, n, _ in tasks if split == s] for s in splits}
-    files += [write_urls(work, split, names[split]) for split in splits]
-    summary = {
-        "splits": {s: {"samples": len(splits[s]), "shards": len(names[s])} for s in splits},
+        for masks, written in made:
+            records += written
+            progress.update(done := done + masks)
+    names = {
+        split: [shard_name(split, n) for n in range(math.ceil(count / config.shard_samples))]
+        for split, count in totals.items()
+    }
+    records += [write_urls(work, split, names[split]) for split in totals]
+    summary |= {
+        "splits": {s: {"samples": totals[s], "shards": len(names[s])} for s in totals},
         "bins": {name: len(masks) for name, masks in bins.items()},
+        "borders": border_counts(bins),
         "unreachable": [name for name in BINS if name not in bins],
         "notes": notes,
     }
-    return Produced(files, summary)
+    return Produced(records, summary)
 
 
-def _evaluation_masks(
-    config: MasksConfig, workers: int
-) -> tuple[dict[str, list[Candidate]], list[str]]:
-    """The masks of every bin that could be filled, and a sentence on each that could not."""
-    weights = config.eval_recipes or config.recipes
-    survey = partial(_survey, weights, split_seed(config.seed, "eval"), config.size)
-    with closing(run_tasks(survey, range(0, 2**62, CHUNK), workers)) as chunks:
-        drawn = (candidate for chunk in chunks for candidate in chunk)
-        filled = fill_bins(drawn, config.eval_per_bin, config.max_attempts)
-    full = {name: masks for name, masks in filled.items() if len(masks) == config.eval_per_bin}
-    used = ", ".join(sorted(weights))
-    if not full:
-        raise ConfigError(
-            f"masks.eval_recipes: {used} cannot fill any ratio bin with {config.eval_per_bin}"
-            f" masks of {config.size} pixels (masks.max_attempts is {config.max_attempts}): add"
-            " strokes or outpaint, raise masks.max_attempts or lower masks.eval_per_bin."
-        )
-    advice = recipes_by_bin(config.size) if len(full) < len(filled) else {}
-    notes = [
-        f"masks: no evaluation masks with {name} hole, {used} drew {len(masks)} of the"
-        f" {config.eval_per_bin} wanted before {config.max_attempts} in a row missed it: to fill"
-        f" it give weight to {' or '.join(advice[name][:3])} in masks.eval_recipes."
-        for name, masks in filled.items()
-        if name not in full
-    ]
-    return full, notes
-
-
-def _survey(weights: Mapping[str, float], seed: int, size: int, start: int) -> list[Candidate]:
-    """Candidates `start` to `start` + CHUNK of the evaluation stream."""
-    return [
-        measured(pick_recipe(weights, seed, n), seed, n, size) for n in range(start, start + CHUNK)
-    ]
-
-
-def _make_shard(
-    config: MasksConfig, place: Folder, task: tuple[str, int, Sequence[Any]]
-) -> list[FileRecord]:
-    """Draw and write one shard, unless it is there whole. `task`: split, number of the shard, and
-    its masks: numbers of training masks or evaluation candidates."""
-    split, number, masks = task
-    name = shard_name(split, number)
-    finished = finished_shard(place, name)
-    if finished is not None:
-        return finished
-    return write_shard(place, name, _samples(config, split, number * config.shard_samples, masks))
-
-
-def _samples(
-    config: MasksConfig, split: str, first: int, masks: Sequence[Any]
-) -> Iterator[ShardSample]:
-    for position, wanted in enumerate(masks, start=first):
-        if split == "train":
-            seed = split_seed(config.seed, split)
-            candidate, mask = training_mask(config.recipes, seed, wanted, config.size)
-        else:
-            candidate = wanted
-            mask = draw(candidate.recipe, candidate.seed, candidate.index, config.size)
-        key = f"{split}-{position:08d}"
-        columns = {
-            "split": split,
-            "width": config.size,
-            "height": config.size,
-            "hole_ratio": candidate.ratio,
-            "ratio_bin": ratio_bin(candidate.ratio),
-            "recipe": candidate.recipe,
-            "seed": candidate.seed,
-            "index": candidate.index,
-            "touches_border": touches_border(mask),
-        }
-        sidecar = json.dumps({"key": key, **columns}).encode()
-        yield key, {"png": encode_png(mask), "json": sidecar}, columns
+def _file_pools(
+    config: MasksConfig, files: _Files, run: Map
+) -> tuple[dict[str, FilePool], dict[str, Any]]:
+    """The files' masks for each split that draws from them, and how many files became what."""
+    workers = config.workers or cores()
+    made = made_masks(files.source, _making(config), files.found, files.polarity, run, workers)
+    pool = pools(made, config.file_splits, config.external_flips, files.source.uri)
+    kinds = Counter(file.kind for file in files.found)
+    used = {split: len(own) for split, own in pool.items()}
+    outside = len(made) - sum(used.values())
+    if files.sentence:
+        say(files.sentence)
+    skipped = {
+        "outside 1 to 60 % hole": outside,
+        "all hole or all known": kinds["blank"],
+        "broken": kinds["failed"],
+        "no picture": kinds["ignored"],
+    }
+    if any(skipped.values()):
+        words = ", ".join(f"{number} {why}" for why, number in skipped.items() if number)
+        used_files = f"{sum(used.values())} of {len(files.found)} mask files are used"
+        say(f"masks: {used_files}; skipped: {words}")
+    for file in [file for file in files.found if file.kind == "failed"][:FAILURES_SAID]:
+        say(f"masks: {file.key} cannot be used: {file.reason}")
+    return pool, {
+        "polarity": files.polarity,
+        "files": len(files.found),
+        "used": used,
+        "outside": outside,
+        "blank": kinds["blank"],
+        "failed": kinds["failed"],
+        "ignored": kinds["ignored"],
+    }

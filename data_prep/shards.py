@@ -26,6 +26,7 @@ from data_prep.storage import Store
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BLOCK = 512
+_PIECE = 8 << 20  # bytes read at a time
 _TAR_SHA256, _TAR_SIZE = b"tar_sha256", b"tar_size"
 
 # Key, {extension: data}, and further columns of the index, the same for each sample of a shard.
@@ -162,16 +163,26 @@ def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
     try:
         index = work.store.read(work.key(f"{name}.parquet"))
         mark = pq.read_schema(io.BytesIO(index)).metadata or {}
-        tar = work.store.read(work.key(f"{name}.tar"))
+        sha256, size = sha256_of(work.store, work.key(f"{name}.tar"))
     except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
         return None
-    sha256 = sha256_bytes(tar)
     if mark.get(_TAR_SHA256) != sha256.encode():
         return None
     return [
-        FileRecord(f"{name}.tar", len(tar), sha256),
+        FileRecord(f"{name}.tar", size, sha256),
         FileRecord(f"{name}.parquet", len(index), sha256_bytes(index)),
     ]
+
+
+def sha256_of(store: Store, key: str) -> tuple[str, int]:
+    """The sha256 and the size of an object, read piece by piece."""
+    sha256, size = hashlib.sha256(), 0
+    while data := store.read_range(key, size, _PIECE):
+        sha256.update(data)
+        size += len(data)
+        if len(data) < _PIECE:
+            break
+    return sha256.hexdigest(), size
 
 
 def write_urls(work: Place, split: str, names: Iterable[str]) -> FileRecord:

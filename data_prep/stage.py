@@ -7,8 +7,9 @@ folder. `manifest.json` is written last: without it the stage did not happen, wh
 from __future__ import annotations
 
 import json
+import posixpath
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,7 +24,8 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file that a stage made, its path relative to the stage's folder.
+    """A file that a stage made, its path relative to the stage's folder (`../` leads to one of an
+    earlier version).
 
     `content` says whether it counts in the content digest: files that hold times or fingerprints
     do not.
@@ -138,7 +140,7 @@ def run_stage(
             "name": request.name,
             "folder": request.folder,
             "request_digest": request.digest,
-            "content_digest": digest.content_digest((f.path, f.sha256) for f in files if f.content),
+            "content_digest": content_digest(files),
             "settings": dict(request.settings),
             "inputs": {
                 role: {
@@ -159,6 +161,16 @@ def run_stage(
         if store.create(manifest_key, json.dumps(manifest, indent=1).encode()) is None:
             return _skipped(store, request, start)
     return _reference(manifest, seconds, skipped=False)
+
+
+def content_digest(files: Iterable[FileRecord]) -> str:
+    """Digest of what a stage made. A file of an earlier version that it refers to counts by its
+    name alone: the same shards are the same content whichever version holds them."""
+    return digest.content_digest(
+        (posixpath.basename(f.path) if f.path.startswith("../") else f.path, f.sha256)
+        for f in files
+        if f.content
+    )
 
 
 def read_manifest(store: Store, folder: str) -> dict[str, Any]:

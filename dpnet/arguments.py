@@ -117,7 +117,10 @@ def _add_demo(parsers: _Parsers) -> None:
 def _add_shards(parsers: _Parsers, kind: str) -> None:
     example = f"dpnet {kind} build demo --root ./dpnet-demo"
     group = _add_group(parsers, kind, f"build, verify and inspect {kind}", example)
-    _add_stage(group, "build", kind, f"prepare the {kind} of a config", f"{kind} build")
+    if kind == "images":
+        _add_images_build(group)
+    else:
+        _add_stage(group, "build", kind, f"prepare the {kind} of a config", f"{kind} build")
     folder = f"dpnet-demo/{kind}/demo/0123456789ab"
     _add_verify(group, f"check every hash of prepared {kind}", folder, f"{kind} verify")
     inspect = _add(
@@ -129,6 +132,42 @@ def _add_shards(parsers: _Parsers, kind: str) -> None:
     )
     inspect.add_argument("uri", metavar="URI", help="the stage's folder")
     inspect.set_defaults(wanted=f"{kind} inspect")
+
+
+def _add_images_build(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "build",
+        "images_build",
+        "prepare the photographs of a source or a config",
+        "dpnet images build s3://bucket/photos --name mine --size 256 --root /data/dpnet",
+        "A source that was prepared before is compared: only what is new or has changed is read.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder, zip, tar, Parquet file, list (csv, txt, jsonl) or s3:// prefix of"
+        " photographs; or a config (packaged, or a YAML file) that names one",
+    )
+    parser.add_argument(
+        "--name", help="name of the dataset (default: the source's, or the config's)"
+    )
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="side of a stored sample")
+    parser.add_argument(
+        "--root", help="where everything is stored (default: DPNET_ROOT, else the config's)"
+    )
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="also try again what could not be used before"
+    )
+    parser.add_argument(
+        "--repack", action="store_true", help="make all shards anew instead of adding to a version"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="work on this Ray cluster (auto, local or HOST:PORT) instead of this machine's cores",
+    )
+    _add_set(parser)
 
 
 def _add_stage(parsers: _Parsers, name: str, stage: str, what: str, command: str = "") -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.errors import ConfigError
 from data_prep.images import prepare_images
 from data_prep.masks import prepare_masks
 from data_prep.photos import write_sample_photographs
@@ -21,7 +22,7 @@ from dpnet.evaluate import evaluate
 from dpnet.register import register
 from dpnet.train import train
 
-SAMPLE = Path("sample-photographs")  # as images.source: those that scikit-image carries
+SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
 PHOTOS = "photos"  # folder of the root that they are written to
 
 StageName = Literal["images", "masks", "train", "evaluate", "register"]
@@ -37,6 +38,11 @@ def run_chain(
 ) -> list[StageRef]:
     """Run the stages that `wanted` needs, and it last; their references in that order."""
     refs: list[StageRef] = []
+    if wanted not in ("images", "masks") and config.images.mode in ("short-side", "keep"):
+        raise ConfigError(
+            f"images.mode is {config.images.mode}, which gives pictures of many shapes, and"
+            " training reads squares: use center-crop or tiles."
+        )
 
     def run(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
         ref = call(title, stage, *arguments, store)
@@ -67,5 +73,5 @@ def with_photographs(config: Config, store: Store) -> Config:
         return config
     top = store.folder if isinstance(store, LocalStore) else Path.home() / ".cache" / "dpnet"
     write_sample_photographs(top / PHOTOS)
-    images = config.images.model_copy(update={"source": top / PHOTOS})
+    images = config.images.model_copy(update={"source": str(top / PHOTOS)})
     return config.model_copy(update={"images": images})

@@ -15,7 +15,7 @@ from typing import Any
 from data_prep.errors import PipelineError, StorageError, storage_error
 from data_prep.storage import LocalStore, Store, open_store
 from dpnet.arguments import DEMO_ROOT
-from dpnet.config import Config, load_config, resolve_root
+from dpnet.config import Config, config_of_source, is_config, load_config, resolve_root
 from dpnet.summary import as_text, place, stages_text
 
 Outcome = tuple[dict[str, Any], str]
@@ -94,6 +94,45 @@ def stage(args: Namespace) -> Outcome:
     return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
 
 
+def images_build(args: Namespace) -> Outcome:
+    from data_prep.images import prepare_images
+    from data_prep.pool import Map, run_tasks
+    from dpnet.chain import with_photographs
+
+    overrides = [f"images.name={json.dumps(args.name)}"] if args.name else []
+    if args.size:
+        overrides += [f"images.size={args.size}", f"masks.size={args.size}"]
+    overrides += args.set
+    if is_config(args.source):
+        config = load_config(args.source, overrides)
+    else:
+        config = config_of_source(args.source, overrides)
+    _check_source(config)
+    store = open_store(resolve_root(args.root, config))
+    check_root(store)
+    run: Map = run_tasks
+    if args.ray:
+        from dpnet.ray_map import ray_map
+
+        run = ray_map(args.ray)
+    ref = prepare_images(
+        with_photographs(config, store).images,
+        store,
+        run,
+        retry_failed=args.retry_failed,
+        repack=args.repack,
+    )
+    s = ref.summary
+    splits = ", ".join(f"{split} {figures['samples']}" for split, figures in s["splits"].items())
+    text = (
+        f"{ref.name} version {s['version']}, {'there already' if ref.skipped else 'made now'}:"
+        f" {place(store)}/{ref.folder}\n"
+        f"{s['listed']} files: {s['photographs']} photographs, {s['failed']} failed, {s['ignored']}"
+        f" ignored, {s['duplicates']} duplicates; samples: {splits}"
+    )
+    return {"ok": True, "root": store.uri, **ref.to_json()}, text
+
+
 def verify(args: Namespace) -> Outcome:
     from dpnet.verify import verify_uri
 
@@ -130,11 +169,11 @@ def not_built(args: Namespace) -> Outcome:
 
 def _check_source(config: Config) -> None:
     """Raise PipelineError where the photo folder is missing, before a server is started for it."""
-    from data_prep.sources import check_folder
+    from data_prep.raw import check_source
     from dpnet.chain import SAMPLE
 
     if config.images.source != SAMPLE:
-        check_folder(Path(config.images.source))
+        check_source(config.images.source, config.images.layout)
 
 
 def check_root(store: Store) -> None:

@@ -94,6 +94,25 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{name_or_path}: {_sentence(error)}") from None
 
 
+def is_config(text: str) -> bool:
+    """Whether `text` names a config: a packaged one, or a YAML file."""
+    return text in packaged_configs() or text.lower().endswith((".yaml", ".yml"))
+
+
+def config_of_source(source: str, overrides: Iterable[str] = ()) -> Config:
+    """A config with the defaults for the photographs in `source`, named after it."""
+    path = source if "://" in source else str(Path(source).expanduser().absolute())
+    stem = re.sub(r"\.(tar\.gz|[A-Za-z0-9]+)$", "", path.rstrip("/").rpartition("/")[2])
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-")[:60] or "photographs"
+    values: dict[str, Any] = {"name": name, "images": {"source": path, "name": name}}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
 def resolve_root(root: str | None, config: Config) -> str:
     """The root that counts: `root`, else DPNET_ROOT, else the config's; local ones absolute."""
     chosen = root or os.environ.get("DPNET_ROOT") or config.root

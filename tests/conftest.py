@@ -1,5 +1,42 @@
-"""One thread for each test process: on small tensors more threads only wait for one another."""
+"""One thread for each test process: on small tensors more threads only wait for one another.
+
+And the S3 servers, which every test that wants one shares.
+"""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+from servers import Server, ceph_server, moto_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Server]:
+    """moto's server with an empty bucket."""
+    with moto_server() as server:
+        server.make_bucket()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Server]:
+    """A real Ceph with an empty bucket; skips where there is none. For tests marked `slow`."""
+    with ceph_server() as server:
+        server.make_bucket()
+        yield server
+
+
+@pytest.fixture
+def moto_root(moto: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a fresh prefix on moto, with this test's AWS settings leading there."""
+    moto.use(monkeypatch)
+    return moto.fresh_root()
+
+
+@pytest.fixture
+def s3_root(ceph: Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same on a real server, with rights, durability and races."""
+    ceph.use(monkeypatch)
+    return ceph.fresh_root()

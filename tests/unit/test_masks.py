@@ -16,23 +16,20 @@ from data_prep.errors import ConfigError, PipelineError, StorageError
 from data_prep.mask_plan import (
     BINS,
     Candidate,
+    border_counts,
     fill_bins,
     pick_recipe,
     ratio_bin,
     recipes_by_bin,
     split_seed,
+    touches_border,
     training_mask,
 )
 from data_prep.mask_recipes import RECIPES, draw, hole_ratio
-from data_prep.masks import (
-    MasksConfig,
-    encode_png,
-    prepare_masks,
-    touches_border,
-    valid_from_png,
-)
+from data_prep.mask_shards import encode_png
+from data_prep.masks import MasksConfig, prepare_masks, valid_from_png
 from data_prep.shards import iterate_shard, read_index, split_shards
-from data_prep.stage import MANIFEST, StageRef
+from data_prep.stage import MANIFEST, Request, StageRef
 from data_prep.storage import LocalStore
 
 SMALL = MasksConfig(name="small", size=32, train=50, eval_per_bin=4, shard_samples=20)
@@ -146,7 +143,7 @@ def test_the_border_is_50_pixels_wide_at_512(size: int, y: int, x: int, expected
 
 
 def candidates(ratios: list[float]) -> list[Candidate]:
-    return [Candidate("box", 0, index, ratio) for index, ratio in enumerate(ratios)]
+    return [Candidate("box", 0, index, ratio, False) for index, ratio in enumerate(ratios)]
 
 
 @pytest.mark.parametrize(
@@ -166,6 +163,26 @@ def test_bins_are_filled_in_order_until_full_or_given_up(
     filled = fill_bins(stream, per_bin, max_attempts)
     assert [[c.index for c in found] for found in filled.values()] == kept
     assert len(list(stream)) == len(ratios) - used
+
+
+@pytest.mark.parametrize(
+    ("border", "kept"), [("any", [0, 1]), ("inside", [0, 2]), ("touching", [1, 3])]
+)
+def test_bins_can_hold_masks_clear_of_the_border_alone_or_at_it_alone(
+    border: str, kept: list[int]
+) -> None:
+    drawn = [Candidate("box", 0, index, 0.25, index % 2 == 1) for index in range(6)]
+    filled = fill_bins(drawn, 2, 9, border)  # type: ignore[arg-type]
+    assert [candidate.index for candidate in filled["0.20-0.30"]] == kept
+    counts = {"inside": sum(i % 2 == 0 for i in kept), "touching": sum(i % 2 for i in kept)}
+    assert border_counts(filled)["0.20-0.30"] == counts
+
+
+def test_advice_on_a_bin_heeds_the_border() -> None:
+    inside = recipes_by_bin(64, "inside")
+    assert "box" in inside["0.20-0.30"]
+    assert not {"half", "outpaint"} & {recipe for found in inside.values() for recipe in found}
+    assert "half" in recipes_by_bin(64, "touching")["0.40-0.50"]
 
 
 def test_recipes_are_picked_by_weight_whatever_their_order() -> None:
@@ -209,13 +226,15 @@ def test_every_bin_has_a_recipe_that_fills_it(size: int) -> None:
 
 def test_every_bin_gets_the_same_number_of_evaluation_masks(store: LocalStore) -> None:
     ref = prepare_masks(SMALL, store)
+    rows = rows_of(store, ref, "eval")
+    touching = Counter(row["ratio_bin"] for row in rows if row["touches_border"])
     assert ref.summary == {
         "splits": {"train": {"samples": 50, "shards": 3}, "eval": {"samples": 24, "shards": 2}},
         "bins": dict.fromkeys(BINS, 4),
+        "borders": {b: {"inside": 4 - touching[b], "touching": touching[b]} for b in BINS},
         "unreachable": [],
         "notes": [],
     }
-    rows = rows_of(store, ref, "eval")
     assert [row["ratio_bin"] for row in rows] == [name for name in BINS for _ in range(4)]
     for name in BINS:
         indices = [row["index"] for row in rows if row["ratio_bin"] == name]
@@ -273,6 +292,27 @@ def test_evaluation_masks_can_have_recipes_of_their_own(store: LocalStore) -> No
     ref = prepare_masks(config, store)
     assert {row["recipe"] for row in rows_of(store, ref, "train")} == {"box"}
     assert {row["recipe"] for row in rows_of(store, ref, "eval")} == {"outpaint"}
+
+
+@pytest.mark.parametrize("border", ["inside", "touching"])
+def test_evaluation_masks_can_be_asked_to_keep_clear_of_the_border_or_to_touch_it(
+    store: LocalStore, border: str
+) -> None:
+    wanted = {"recipes": {"box-random": 1.0}, "eval_border": border, "max_attempts": 300}
+    ref = prepare_masks(SMALL.model_copy(update=wanted), store)
+    rows = rows_of(store, ref, "eval")
+    assert rows
+    assert {row["touches_border"] for row in rows} == {border == "touching"}
+    assert len({row["touches_border"] for row in rows_of(store, ref, "train")}) == 2
+    bins = {"inside": 4 * (border == "inside"), "touching": 4 * (border == "touching")}
+    assert all(counts == bins for counts in ref.summary["borders"].values())
+    assert prepare_masks(SMALL, store).request_digest != ref.request_digest
+
+
+def test_what_is_asked_for_without_new_options_has_the_digest_that_it_had() -> None:
+    # Of the version before `eval_border` and mask files: sets that are there are not made again.
+    request = Request("masks", "mixed", "masks/mixed", MasksConfig().settings(None))
+    assert request.digest.startswith("f88754fb0bb6")
 
 
 def test_more_training_masks_begin_with_the_same_ones(store: LocalStore) -> None:

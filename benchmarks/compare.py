@@ -1,0 +1,74 @@
+"""What the benchmarks share: contenders that take turns, medians with their spread, the table.
+
+A figure is a ratio of contenders measured in one run, because machines differ and are noisy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """Several measurements of one thing."""
+
+    name: str
+    values: Sequence[float]
+    unit: str
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> float:
+        """From the least to the greatest, as a share of the median."""
+        return (max(self.values) - min(self.values)) / self.median if self.median else 0.0
+
+
+def take_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
+    """What each contender measured in each repeat; all have a turn before one has its next."""
+    measured: dict[str, list[Any]] = {name: [] for name in contenders}
+    for number in range(repeats):
+        for name, measure in contenders.items():
+            print(f"repeat {number + 1} of {repeats}: {name}", file=sys.stderr, flush=True)
+            measured[name].append(measure())
+    return measured
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median over the repeats of the ratio within each, so that a machine's drift cancels out."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def in_a_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
+    """The JSON in the last line that a process prints. Raises SystemExit when it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
+
+
+def report(title: str, rows: Sequence[Row], ratios: Mapping[str, float], *, as_json: bool) -> None:
+    """Print the table, and with `as_json` one JSON line after it."""
+    cores = len(os.sched_getaffinity(0))
+    print(f"{title}\n{platform.machine()}, {cores} cores, Python {platform.python_version()}\n")
+    width = max(len(name) for name in [*(row.name for row in rows), *ratios])
+    for row in rows:
+        spread = f"±{50 * row.spread:.0f} %" if len(row.values) > 1 else ""
+        print(f"{row.name:<{width}}  {row.median:>12,.2f} {row.unit:<9} {spread}")
+    for name, value in ratios.items():
+        print(f"{name:<{width}}  {value:>12,.2f}")
+    if as_json:
+        listed = [
+            {"name": r.name, "value": r.median, "unit": r.unit, "spread": r.spread} for r in rows
+        ]
+        print(json.dumps({"rows": listed, "ratios": dict(ratios)}))

@@ -1,0 +1,138 @@
+"""B8, planning: listings of 10^5 to 10^7 images, manifests of 10^2 to 10^5 shards.
+
+    python benchmarks/scale.py [--json]
+
+Each size in a process of its own: seconds and the process's peak memory. The listing is synthetic,
+its keys in no order, and no image exists: planning reads none. `plan_s` and `plan_gb` are those of
+10^7 images; `linear` is how many times more time an image takes there than of 10^5, and `linear_gb`
+the same of memory beyond the interpreter's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from compare import Row, in_a_process, report
+
+from data_prep.listing import Item
+
+IMAGES = (10**5, 10**6, 10**7)
+SHARDS = (10**2, 10**3, 10**4, 10**5)
+
+
+def synthetic_items(count: int) -> Iterator[Item]:
+    for number in range(count):
+        mixed = number * 0x9E3779B1 & 0xFFFFFFFF  # each number below 2^32 once
+        key = f"photos/{mixed >> 20:03x}/IMG_{mixed:010d}.jpg"
+        yield Item(key, 20_000 + mixed % 100_000, mixed | 1 << 40)
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def plan(count: int) -> dict[str, float]:
+    """List and plan `count` images as the stage does: seconds of each step, GB."""
+    import numpy as np
+    import pyarrow.compute  # noqa: F401
+
+    from data_prep.image_plan import PICTURE, assign_splits, item_kinds, key_hashes, plan_items
+    from data_prep.images import listing_digest
+    from data_prep.listing import collect
+
+    figures, start = {"start GB": peak_gb()}, time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal start
+        now = time.perf_counter()
+        figures[name], start = now - start, now
+
+    listing = collect(synthetic_items(count))
+    lap("listing")
+    hashes = key_hashes(listing.table["key"])
+    kind = item_kinds(listing, "synthetic")
+    listing_digest(listing)
+    lap("hashing")
+    given = np.full(count, -1, np.int8)
+    split, notes = assign_splits(given, kind == PICTURE, hashes.draw, 0.05, 0.05)
+    planned = plan_items(listing, hashes, kind, split, notes, shard_items=1000)
+    assert sum(len(shard.rows) for shard in planned.shards) == count
+    lap("splits and shards")
+    return {**figures, "GB": peak_gb()}
+
+
+def manifest(count: int) -> dict[str, float]:
+    """Commit and read the manifest of `count` shards: seconds of each, MB of the file."""
+    from data_prep.stage import FileRecord, Produced, Request, load_reference, run_stage
+    from data_prep.storage import LocalStore
+
+    names = [f"train-{number:06d}" for number in range(count)]
+    files = [
+        FileRecord(f"{name}.{kind}", 30_000_000, f"{hash((name, kind)) & 2**256 - 1:064x}")
+        for name in names
+        for kind in ("tar", "parquet")
+    ]
+    request = Request("images", "scale", "images/scale", {"shards": count})
+    with tempfile.TemporaryDirectory() as root:
+        store = LocalStore(Path(root))
+        start = time.perf_counter()
+        made = run_stage(store, request, lambda work: Produced(files, {}))
+        written = time.perf_counter()
+        assert load_reference(store, made.folder).content_digest == made.content_digest
+        read = time.perf_counter()
+        size = (Path(root) / made.folder / "manifest.json").stat().st_size
+    return {"write": written - start, "read": read - written, "MB": size / 1e6, "GB": peak_gb()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        what, count = arguments.run
+        print(json.dumps((plan if what == "plan" else manifest)(int(count))))
+        return
+
+    def measured(what: str, count: int) -> dict[str, float]:
+        print(f"{what}: {count}", file=sys.stderr, flush=True)
+        return dict(in_a_process([sys.executable, __file__, "--run", what, str(count)]))
+
+    rows: list[Row] = []
+    seconds, memory, start_gb = {}, {}, 0.0
+    for count in IMAGES:
+        figures = measured("plan", count)
+        start_gb = figures.pop("start GB")
+        memory[count] = figures.pop("GB")
+        seconds[count] = sum(figures.values())
+        rows += [Row(f"{count:,} images: {step}", [s], "s") for step, s in figures.items()]
+        rows.append(Row(f"{count:,} images: in all", [seconds[count]], "s"))
+        rows.append(Row(f"{count:,} images: peak memory", [memory[count]], "GB"))
+    for count in SHARDS:
+        figures = measured("manifest", count)
+        rows += [
+            Row(f"{count:,} shards: manifest written", [figures["write"]], "s"),
+            Row(f"{count:,} shards: manifest read", [figures["read"]], "s"),
+            Row(f"{count:,} shards: manifest", [figures["MB"]], "MB"),
+            Row(f"{count:,} shards: peak memory", [figures["GB"]], "GB"),
+        ]
+    least, most = IMAGES[0], IMAGES[-1]
+    times = most / least
+    ratios = {
+        "plan_s": seconds[most],
+        "plan_gb": memory[most],
+        "linear": seconds[most] / seconds[least] / times,
+        "linear_gb": (memory[most] - start_gb) / max(memory[least] - start_gb, 1e-3) / times,
+    }
+    report("B8: growth of planning", rows, ratios, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

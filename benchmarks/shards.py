@@ -1,0 +1,292 @@
+"""B1: raw photographs to 256 x 256 training shards, on two cores.
+
+    python benchmarks/shards.py --photos DIR [--copies 4] [--repeats 5] [--json]
+
+Contenders, each in a process of its own, with 2 worker processes:
+
+* dpnet: `prepare_images`: read, hash, check, crop, encode, index, find duplicates, commit.
+* img2dataset 1.47.0: the same photographs by file:// URL, center_crop, JPEG of quality 95, tars
+  with sha256. It needs webdataset < 0.3 and we need > 1, so it gets an environment of its own.
+* ray data: `read_images`, crop and encode in `map`, `write_webdataset`, with sha256.
+* opencv pool: read, decode, crop, resize by area, encode in a bare pool, nothing hashed or written:
+  the limit.
+
+Timed is the call, without the import of its libraries. Each contender prepares all photographs and,
+by itself, a quarter of them; a rate is the difference in photographs by the difference in time, so
+that no contender's fixed cost counts (start of worker processes; for Ray, started before, none).
+What is fixed is shown beside it. `--copies` makes more photographs of those given by mirroring and
+turning them, so that no two have the same bytes or look the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compare import Row, in_a_process, ratio, report, take_turns
+
+IMG2DATASET = "img2dataset==1.47.0"
+SIZE, QUALITY, WORKERS, SHARD = 256, 95, 2, 1000
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpnet-benchmarks"
+
+
+def crop_and_encode(data: bytes) -> bytes:
+    """What the limit and Ray Data do with a photograph."""
+    import cv2
+    import numpy as np
+
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    return encode(crop(image))
+
+
+def crop(image: Any) -> Any:
+    import cv2
+
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    return cv2.resize(square, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+
+
+def encode(image: Any) -> bytes:
+    import cv2
+
+    return bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1])
+
+
+def one_of_the_pool(path: str) -> int:
+    import cv2
+
+    cv2.setNumThreads(1)
+    return len(crop_and_encode(Path(path).read_bytes()))
+
+
+def with_dpnet(photos: Path, out: Path) -> Callable[[], None]:
+    import cv2  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+
+    from data_prep.images import ImagesConfig, prepare_images
+    from data_prep.storage import LocalStore
+
+    config = ImagesConfig.model_validate(
+        {
+            "source": str(photos),
+            "name": "bench",
+            "mode": "center-crop",
+            "size": SIZE,
+            "quality": QUALITY,
+            "shard_samples": SHARD,
+            "workers": WORKERS,
+        }
+    )
+    return lambda: print(prepare_images(config, LocalStore(out)).content_digest, file=sys.stderr)
+
+
+def with_img2dataset(photos: Path, out: Path) -> Callable[[], None]:
+    from img2dataset import download  # type: ignore[import-not-found]
+
+    urls = out.with_suffix(".txt")
+    urls.write_text("".join(f"{path.as_uri()}\n" for path in files(photos)))
+    return lambda: download(
+        url_list=str(urls),
+        output_folder=str(out),
+        output_format="webdataset",
+        image_size=SIZE,
+        resize_mode="center_crop",
+        encode_quality=QUALITY,
+        number_sample_per_shard=SHARD,
+        compute_hash="sha256",
+        extract_exif=False,
+        processes_count=WORKERS,
+        thread_count=16,
+    )
+
+
+def with_ray_data(photos: Path, out: Path) -> Callable[[], None]:
+    import ray
+    import ray.data
+
+    ray.init(
+        address="local",
+        num_cpus=WORKERS,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2 << 30,
+        _temp_dir=str(out.parent / "ray"),
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def sample(row: dict[str, Any]) -> dict[str, Any]:
+        data = encode(crop(row["image"][..., ::-1]))
+        key = Path(row["path"]).with_suffix("").as_posix().strip("/").replace("/", "_")
+        facts = {"sha256": hashlib.sha256(data).hexdigest(), "key": row["path"]}
+        return {"__key__": key, "jpg": data, "json": json.dumps(facts).encode()}
+
+    def run() -> None:
+        images = ray.data.read_images(str(photos), mode="RGB", include_paths=True)
+        images.map(sample).write_webdataset(str(out))
+
+    return run
+
+
+def with_opencv_pool(photos: Path, out: Path) -> Callable[[], None]:
+    import multiprocessing
+
+    paths = [str(path) for path in files(photos)]
+
+    def run() -> None:
+        with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
+            for _ in pool.imap_unordered(one_of_the_pool, paths, chunksize=32):
+                pass
+
+    return run
+
+
+CONTENDERS = {
+    "dpnet": with_dpnet,
+    "img2dataset": with_img2dataset,
+    "ray data": with_ray_data,
+    "opencv pool": with_opencv_pool,
+}
+
+
+def run_one(name: str, photos: Path, out: Path) -> None:
+    """In a contender's process: print the seconds that it took."""
+    work = CONTENDERS[name](photos, out)
+    start = time.perf_counter()
+    work()
+    print(json.dumps(time.perf_counter() - start))
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.jpg") if path.is_file())
+
+
+def make_photographs(source: Path, copies: int, folder: Path) -> tuple[Path, Path]:
+    """Two folders of photographs made from those in `source`: all, and every fourth of them."""
+    import cv2
+
+    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not 1 <= copies <= 8:
+        sys.exit("--copies is 1 to 8: there are no more ways to mirror and turn a photograph")
+    if len(found) * copies < 4000:
+        sys.exit(
+            f"{source} has {len(found)} JPEG photographs: give more, or more --copies;"
+            " with fewer than 4000 in all the time is mostly that of starting processes"
+        )
+    every, some = folder / "all", folder / "quarter"
+    print(f"making {len(found) * copies} photographs", file=sys.stderr, flush=True)
+    for number, path in enumerate(found):
+        image = cv2.imread(str(path))
+        for copy in range(copies):
+            turned = cv2.transpose(image) if copy & 4 else image
+            turned = turned if not copy & 3 else cv2.flip(turned, (copy & 3) - 2)
+            target = every / f"{copy}" / f"{number:06d}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(target), turned, [cv2.IMWRITE_JPEG_QUALITY, 85])
+    for path in files(every)[::4]:
+        target = some / path.relative_to(every)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, target)
+    return every, some
+
+
+def img2dataset_python(cache: Path) -> str:
+    """The interpreter of an environment with the pinned img2dataset, made unless it is there."""
+    home = cache / IMG2DATASET.replace("==", "-")
+    python, ready = home / "bin" / "python", home / "ready"
+    if not ready.exists():
+        print(f"installing {IMG2DATASET} into {home}", file=sys.stderr, flush=True)
+        venv.create(home, with_pip=True, clear=True)
+        in_a_process(["bash", "-c", f"'{python}' -m pip install -q {IMG2DATASET} >&2 && echo true"])
+        ready.touch()
+    return str(python)
+
+
+def measure(name: str, python: str, photos: Path, scratch: Path) -> float:
+    """Seconds that a contender takes for the photographs. Exits when samples are missing."""
+    out = scratch / "out"
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [python, __file__, "--run", name, str(photos), str(out)]
+    try:
+        seconds = float(in_a_process(command, environment))
+        if name != "opencv pool":
+            made, wanted = samples_in(out), len(files(photos))
+            if made != wanted:
+                sys.exit(f"{name} made {made} samples of {wanted} photographs")
+        return seconds
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def samples_in(folder: Path) -> int:
+    count = 0
+    for path in folder.rglob("*.tar"):
+        with tarfile.open(path) as tar:
+            count += sum(member.name.endswith(".jpg") for member in tar)
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--photos", type=Path, default=os.environ.get("DPNET_BENCH_PHOTOS"))
+    parser.add_argument("--copies", type=int, default=4, help="photographs made of each, 1-8")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where img2dataset is installed")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        name, photos, out = arguments.run
+        run_one(name, Path(photos), Path(out))
+        return
+    if arguments.photos is None:
+        parser.error("give --photos, a folder of JPEG photographs, or set DPNET_BENCH_PHOTOS")
+    if len(os.sched_getaffinity(0)) > WORKERS:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])
+    peer = img2dataset_python(arguments.cache.expanduser().absolute())
+    scratch = Path(tempfile.mkdtemp(prefix="dpnet-bench-", dir="/tmp"))  # short: for Ray's sockets
+    try:
+        every, some = make_photographs(Path(arguments.photos), arguments.copies, scratch)
+        counts = len(files(every)), len(files(some))
+
+        def turn(name: str) -> Callable[[], tuple[float, float]]:
+            python = peer if name == "img2dataset" else sys.executable
+            return lambda: (
+                measure(name, python, some, scratch),
+                measure(name, python, every, scratch),
+            )
+
+        seconds = take_turns({name: turn(name) for name in CONTENDERS}, arguments.repeats)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    more = counts[0] - counts[1]
+    rates = {name: [more / (b - a) for a, b in turns] for name, turns in seconds.items()}
+    rows = [Row(name, values, "images/s") for name, values in rates.items()]
+    rows += [
+        Row(f"{name}, fixed", [b - counts[0] * (b - a) / more for a, b in turns], "s")
+        for name, turns in seconds.items()
+    ]
+    ratios = {
+        "vs_img2dataset": ratio(rates["dpnet"], rates["img2dataset"]),
+        "vs_ray_data": ratio(rates["dpnet"], rates["ray data"]),
+        "of_pool_limit": ratio(rates["dpnet"], rates["opencv pool"]),
+    }
+    title = f"B1: {counts[0]} photographs to {SIZE} x {SIZE} shards, {arguments.repeats} repeats"
+    report(title, rows, ratios, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The accounts of an image version: every listed item is in exactly one place.
+
+A place is a sample of the shard that sources.parquet names, a row of failures.parquet or one of
+duplicates.parquet. Items are held as numbers, some 80 bytes each, so that tens of millions fit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import PipelineError
+from data_prep.storage import Store
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Say = Callable[[str], None]
+
+SOURCES, FAILURES, DUPLICATES = "sources.parquet", "failures.parquet", "duplicates.parquet"
+OUTCOMES = ("sample", "duplicate", "failed", "ignored")
+_COLUMNS = ("key", "sha256", "width", "height", "samples", "split", "shard", "outcome")
+_NUMBERS = ("width", "height", "samples")
+_BATCH = 1 << 16
+_MOST = 20  # items of one kind that are named
+
+Columns = dict[str, list[Any]]
+
+
+class TableError(Exception):
+    """A table that cannot be read; the message is what is wrong with it."""
+
+
+class OldTableError(TableError):
+    """sources.parquet of a version that did not say where each item went."""
+
+
+def read_batches(store: Store, key: str, wanted: Sequence[str]) -> Iterator[Columns]:
+    """The `wanted` columns of a parquet file, some rows at a time. Raises TableError."""
+    import pyarrow.parquet as pq
+
+    try:
+        with store.open(key) as source:
+            file = pq.ParquetFile(source)
+            _check_columns(file.schema_arrow, wanted)
+            for batch in file.iter_batches(_BATCH, columns=list(wanted)):
+                yield batch.to_pydict()
+    except FileNotFoundError:
+        raise TableError("is missing") from None
+    except (TableError, PipelineError):
+        raise
+    except Exception as error:  # a damaged parquet raises whatever its bytes lead pyarrow to
+        raise TableError(f"cannot be read ({type(error).__name__})") from None
+
+
+def _check_columns(schema: Any, wanted: Sequence[str]) -> None:
+    import pyarrow as pa
+
+    for name in wanted:
+        if name not in schema.names:
+            old = name in ("samples", "split", "shard", "outcome")
+            raise (OldTableError if old else TableError)(f"has no column {name!r}")
+        kind = schema.field(name).type
+        number, text = pa.types.is_integer(kind), kind in (pa.string(), pa.large_string())
+        if not (number if name in _NUMBERS else text):
+            raise TableError(f"has a column {name!r} of the type {kind}")
+
+
+class Ledger:
+    """sources.parquet, and how often each of its items was met in its place."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        """Raises TableError if sources.parquet cannot be read as what it is."""
+        import numpy as np
+
+        self.store, self.folder = store, folder
+        self.problems: list[str] = []  # of sources.parquet
+        shards: dict[str | None, int] = {None: -1}
+        parts: list[tuple[NDArray[Any], ...]] = []
+        last, row = "", 0
+        for batch in read_batches(store, f"{folder}/{SOURCES}", _COLUMNS):
+            for key, shard, outcome in zip(
+                batch["key"], batch["shard"], batch["outcome"], strict=True
+            ):
+                if not isinstance(key, str) or (row and key <= last):
+                    raise TableError(f"row {row} is out of order: {key!r} after {last!r}")
+                if outcome not in OUTCOMES:
+                    raise TableError(f"item {key!r} has the outcome {outcome!r}")
+                if (outcome == "sample") != (shard is not None):
+                    self._say(f"item {key!r} is a {outcome} and names the shard {shard}")
+                shards.setdefault(shard, len(shards) - 1)
+                last, row = key, row + 1
+            parts.append(
+                (
+                    np.array([hash(key) for key in batch["key"]], np.int64),
+                    np.array([hash(sha256 or None) for sha256 in batch["sha256"]], np.int64),
+                    np.array([n or 0 for n in batch["width"]], np.int64),
+                    np.array([n or 0 for n in batch["height"]], np.int64),
+                    np.array([n or 0 for n in batch["samples"]], np.int64),
+                    np.array([shards[shard] for shard in batch["shard"]], np.int32),
+                    np.array([OUTCOMES.index(o) for o in batch["outcome"]], np.int8),
+                    np.array([hash(split) for split in batch["split"]], np.int64),
+                )
+            )
+        types = (np.int64, np.int64, np.int64, np.int64, np.int64, np.int32, np.int8, np.int64)
+        empty = tuple(np.zeros(0, kind) for kind in types)
+        whole = [np.concatenate(chunks) for chunks in zip(empty, *parts, strict=True)]
+        parts.clear()
+        self._key, self._sha256, self._width, self._height, self._samples = whole[:5]
+        self._shard, self._outcome, self._split = whole[5:]
+        self._by_key = np.argsort(self._key, kind="stable")
+        self._sorted_keys = self._key[self._by_key]
+        self._met = np.zeros(row, np.uint8)
+        self._lock = threading.Lock()
+        self.shards = {name: code for name, code in shards.items() if name is not None}
+
+    def __len__(self) -> int:
+        return len(self._key)
+
+    def count(self, outcome: str) -> int:
+        return int((self._outcome == OUTCOMES.index(outcome)).sum())
+
+    def original(self, key: str) -> tuple[int, int] | None:
+        """Width and height of an item's picture, None if there is no such item."""
+        (row,) = self._rows([key])
+        return None if row < 0 else (int(self._width[row]), int(self._height[row]))
+
+    def meet_shard(self, name: str, rows: Sequence[Mapping[str, Any]], say: Say) -> None:
+        """The index of shard `name`: its items must be said to lie there, with the same bytes."""
+        items = {str(row.get("relative_key")): row for row in rows}
+        samples = Counter(str(row.get("relative_key")) for row in rows)
+        told = Told(say)
+        code = self.shards.get(name, -2)
+        with self._lock:
+            for key, row in zip(items, self._rows(list(items)), strict=True):
+                if row < 0:
+                    told(f"{SOURCES} has no item {key!r}, which it holds")
+                    continue
+                self._met[row] = min(self._met[row] + 1, 2)
+                if self._shard[row] != code:
+                    told(f"it holds item {key!r}, {SOURCES} says otherwise")
+                if self._samples[row] != samples[key]:
+                    told(f"item {key!r} has {samples[key]} samples, not {self._samples[row]}")
+                if self._sha256[row] != hash(str(items[key].get("source_sha256"))):
+                    told(f"item {key!r} has another source_sha256 than in {SOURCES}")
+                if self._split[row] != hash(str(items[key].get("split"))):
+                    told(f"item {key!r} has another split than in {SOURCES}")
+        told.rest()
+
+    def meet_table(self, table: str, say: Say) -> dict[str, int]:
+        """The rows of failures.parquet or duplicates.parquet; how many there are of each kind.
+
+        Raises TableError.
+        """
+        told, counts = Told(say), dict.fromkeys(OUTCOMES, 0)
+        own = ("key", "sha256", "kind" if table == FAILURES else "kept")
+        for batch in read_batches(self.store, f"{self.folder}/{table}", own):
+            found = zip(batch["key"], self._rows(batch["key"]), batch["sha256"], strict=True)
+            for (key, row, sha256), more in zip(found, batch[own[2]], strict=True):
+                kind = more if table == FAILURES else "duplicate"
+                if row < 0:
+                    told(f"item {key!r} is not in {SOURCES}")
+                    continue
+                if kind not in OUTCOMES or OUTCOMES[self._outcome[row]] != kind:
+                    told(f"item {key!r} is {kind}, {SOURCES} has {OUTCOMES[self._outcome[row]]}")
+                if hash(sha256 or None) != self._sha256[row]:
+                    told(f"item {key!r} has another sha256 than in {SOURCES}")
+                self._met[row] = min(self._met[row] + 1, 2)
+                counts[kind] = counts.get(kind, 0) + 1
+            if table == DUPLICATES:
+                for key, row in zip(batch["kept"], self._rows(batch["kept"]), strict=True):
+                    if row < 0:
+                        told(f"what is kept, {key!r}, is not in {SOURCES}")
+        told.rest()
+        return counts
+
+    def settle(self, unread: frozenset[str], say: Say) -> None:
+        """Tell of every item that was met in no place or in two, once all were looked through but
+        the shards `unread`."""
+        import numpy as np
+
+        told = Told(say)
+        codes = [self.shards[name] for name in unread if name in self.shards]
+        wrong = (self._met != 1) & ~(np.isin(self._shard, codes) & (self._met == 0))
+        rows = np.flatnonzero(wrong)
+        for row, key, shard in self._named(rows):
+            outcome = OUTCOMES[self._outcome[row]]
+            where = f"in shard {shard}" if shard is not None else f"{outcome}"
+            if self._met[row]:
+                told(f"item {key!r} is in more than one place")
+            else:
+                told(f"item {key!r} is not where it should be: {where}")
+        told.more(len(rows))
+
+    def _say(self, problem: str) -> None:
+        if len(self.problems) < _MOST:
+            self.problems.append(problem)
+
+    def _rows(self, keys: Sequence[Any]) -> list[int]:
+        """The rows of items, -1 where there is no such one."""
+        import numpy as np
+
+        hashes = np.array([hash(key) for key in keys], np.int64)
+        if not len(self._key):
+            return [-1] * len(keys)
+        at = np.minimum(np.searchsorted(self._sorted_keys, hashes), len(self._key) - 1)
+        found = np.where(self._sorted_keys[at] == hashes, self._by_key[at], -1)
+        return [int(row) for row in found]
+
+    def _named(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, str, str | None]]:
+        """The first few of `rows` with their keys and shards: the table is read once more."""
+        wanted = [int(row) for row in rows[:_MOST]]
+        start = 0
+        if not wanted:
+            return
+        for batch in read_batches(self.store, f"{self.folder}/{SOURCES}", ("key", "shard")):
+            stop = start + len(batch["key"])
+            for row in wanted:
+                if start <= row < stop:
+                    yield row, batch["key"][row - start], batch["shard"][row - start]
+            start = stop
+
+
+class Told:
+    """Passes on the first problems of a kind and counts the rest."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._count = say, 0
+
+    def __call__(self, problem: str) -> None:
+        self._count += 1
+        if self._count <= _MOST:
+            self._say(problem)
+
+    def more(self, count: int) -> None:
+        """There were `count` in all."""
+        self._count = max(self._count, count)
+        self.rest()
+
+    def rest(self) -> None:
+        if self._count > _MOST:
+            self._say(f"and {self._count - _MOST} more items")

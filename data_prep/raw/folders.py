@@ -1,0 +1,302 @@
+"""Folders and prefixes with the archives and tables in them, or one of these alone."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from data_prep.errors import ConfigError, ItemError, PipelineError
+from data_prep.listing import Item, Listing, collect
+from data_prep.raw.files import GONE, Blob, Found, LocalFiles, S3Files
+from data_prep.raw.layouts import IGNORED, apply_layout, are_samples
+from data_prep.raw.members import LEAVES, Member, leaves
+from data_prep.raw.tables import NoImagesError, Table
+from data_prep.raw.tars import Tar
+from data_prep.raw.zips import Zip
+
+Known = Callable[[str, int], Iterable[Item] | None]
+_CONTAINER = re.compile(r"\.(zip|tar\.gz|tgz|tar|parquet)$", re.IGNORECASE)
+_INSIDE = re.compile(r"\.(?:zip|tar\.gz|tgz|tar|parquet)(?=/)", re.IGNORECASE)
+_HELD = 192 << 20  # bytes that open containers may hold in a process
+_OPEN = 64  # containers
+_REMEMBERED = 100_000  # keys
+_LISTED_AT_ONCE = 8  # containers on S3
+
+
+def nothing_known(container: str, fingerprint: int) -> None:
+    """For a first listing: every container is opened."""
+
+
+class Container(Protocol):
+    """An archive or a table. Reading is safe from several threads."""
+
+    weight: int  # bytes that it holds in memory, about
+
+    def members(self) -> Iterator[Member]:
+        """Every member. Raises ItemError, after those that were found, when it is broken."""
+
+    def read(self, offset: int, size: int, limit: int) -> bytes:
+        """A member's bytes. Raises ItemError when it cannot be used."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a folder or prefix, or of one archive or table in it: `name`, if not empty."""
+
+    files: LocalFiles | S3Files
+    name: str
+    layout: str
+
+    @property
+    def uri(self) -> str:
+        return self.files.where(self.name) if self.name else self.files.uri
+
+    def list(self, known: Known = nothing_known) -> Listing:
+        problems: dict[str, str] = {}
+        containers: MutableSequence[str] = []
+
+        def items() -> Iterator[Item]:
+            for item, problem in self._items(known, containers):
+                if problem:
+                    problems[item.key] = problem
+                yield item
+
+        listing = collected(items(), containers, problems, self.uri)
+        if not listing:
+            raise empty(self.files, self.name)
+        if self.layout == "webdataset" and not any(
+            _is_tar(container or self.name) for container in containers
+        ):
+            raise ConfigError(
+                f"{self.uri} holds no tar archive, which the layout webdataset expects."
+            )
+        return apply_layout(listing, self.layout, self.uri, self._beside)
+
+    def reader(self) -> FolderReader:
+        return FolderReader(self)
+
+    def open(self, key: str) -> Container:
+        """The container of that key. Raises ItemError when it is gone or broken."""
+        return _open(self.files.blob(key), are_samples(self.layout))
+
+    def _items(self, known: Known, containers: MutableSequence[str]) -> Iterator[tuple[Item, str]]:
+        """Every item and its problem; `containers` is filled meanwhile."""
+        waiting: list[Found] = []
+        if self.name:
+            found = self.files.look(self.name)
+            if found is None:
+                raise PipelineError(f"{self.uri} does not exist: correct images.source.")
+            waiting.append(found)
+        else:
+            for file in self.files.walk():
+                if is_container(file.key) and not file.problem:
+                    waiting.append(file)
+                else:
+                    yield Item(file.key, file.size, file.fingerprint), file.problem
+        containers.extend("" if self.name else file.key for file in waiting)
+        if self.files.threads == 1 or len(waiting) == 1:
+            for number, file in enumerate(waiting):
+                yield from self._expand(number, file, known)
+            return
+        with ThreadPoolExecutor(_LISTED_AT_ONCE) as pool:
+            for start in range(0, len(waiting), _LISTED_AT_ONCE):
+                some = enumerate(waiting[start : start + _LISTED_AT_ONCE], start)
+                for items in pool.map(lambda it: [*self._expand(it[0], it[1], known)], some):
+                    yield from items
+
+    def _expand(self, number: int, file: Found, known: Known) -> Iterator[tuple[Item, str]]:
+        """The members of a container, or itself with the reason that it cannot be listed."""
+        key = "" if self.name else file.key
+        same = known(key, file.fingerprint)
+        if same is not None:
+            for item in same:
+                yield (
+                    Item(
+                        item.key, item.size, item.fingerprint, "", number, item.offset, item.block
+                    ),
+                    "",
+                )
+            return
+        prefix = f"{key}/" if key else ""
+        names = _Unique()
+        try:
+            for member in self.open(file.key).members():
+                name = names.add(member.name)
+                yield (
+                    Item(
+                        prefix + name,
+                        member.size,
+                        file.fingerprint,
+                        "",
+                        number,
+                        member.offset,
+                        member.block,
+                    ),
+                    member.problem,
+                )
+        except NoImagesError as reason:
+            if not key:
+                raise ConfigError(f"{self.uri} cannot be used: {reason}.") from None
+            yield Item(key, file.size, file.fingerprint), f"{IGNORED}{reason}"
+        except ItemError as reason:
+            if not key and not names:
+                raise PipelineError(f"{self.uri} cannot be used: {reason}.") from None
+            yield Item(key or names.add(file.key), file.size, file.fingerprint), str(reason)
+
+    def _beside(self, name: str) -> str | None:
+        folders = ("", "Eval/", "Anno/", "../", "../Eval/", "../Anno/")
+        return self.files.text_beside(*(folder + name for folder in folders))
+
+
+class FolderReader:
+    """Holds some containers open, the last ones used."""
+
+    def __init__(self, source: Folder) -> None:
+        self._source = source
+        self.threads = source.files.threads
+        self._lock = threading.RLock()
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._are_files: dict[str, bool] = {}  # of keys that look like a container's
+
+    def read(self, item: Item, limit: int) -> bytes:
+        container, name = self._locate(item.key)
+        if container is None:
+            return self._source.files.read(item.key, limit)
+        if leaves(name):
+            raise ItemError(LEAVES)
+        held = self._hold(container)
+        offset, size = item.offset, item.size
+        if offset < 0:
+            offset, size = held.find(name)
+        elif item.fingerprint not in (0, held.fingerprint):
+            where = self._source.files.where(container)
+            raise PipelineError(
+                f"{where} has changed since it was listed: run the same command again."
+            )
+        return held.container.read(offset, size, limit)
+
+    def __enter__(self) -> FolderReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.clear()
+
+    def _locate(self, key: str) -> tuple[str | None, str]:
+        """The key of the container that the item lies in, None for a file; and its name there."""
+        if self._source.name:
+            return self._source.name, key
+        for found in _INSIDE.finditer(key):
+            container = key[: found.end()]
+            if container not in self._are_files:
+                if len(self._are_files) > _REMEMBERED:
+                    self._are_files.clear()
+                self._are_files[container] = self._source.files.look(container) is not None
+            if self._are_files[container]:  # else it is a folder of such a name
+                return container, key[found.end() + 1 :]
+        return None, key
+
+    def _hold(self, key: str) -> _Held:
+        with self._lock:
+            held = self._held.get(key)
+            if held is None:
+                blob = self._source.files.blob(key)
+                held = _Held(_open(blob, are_samples(self._source.layout)), blob.fingerprint)
+                self._held[key] = held
+            self._held.move_to_end(key)
+            # What another thread still reads lives on until it is done.
+            while len(self._held) > 1 and (
+                len(self._held) > _OPEN or sum(h.weight for h in self._held.values()) > _HELD
+            ):
+                self._held.popitem(last=False)
+            return held
+
+
+class _Held:
+    """An open container, and where its members lie once one was asked for by name."""
+
+    def __init__(self, container: Container, fingerprint: int) -> None:
+        self.container, self.fingerprint = container, fingerprint
+        self.weight = container.weight
+        self._lock = threading.Lock()
+        self._places: dict[int, tuple[int, int]] | None = None  # by hash: names take more memory
+
+    def find(self, name: str) -> tuple[int, int]:
+        """The offset and size of a member."""
+        with self._lock:
+            if self._places is None:
+                places, names = {}, _Unique()
+                try:
+                    for member in self.container.members():
+                        places[hash(names.add(member.name))] = (member.offset, member.size)
+                except ItemError:  # what stands before the damage can be read
+                    pass
+                self._places = places
+                self.weight += 200 * len(places)
+        place = self._places.get(hash(name))
+        if place is None:
+            raise ItemError(GONE)
+        return place
+
+
+class _Unique:
+    """Names with `#2`, `#3` … at their end where they come again. Keeps hashes only."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._seen)
+
+    def add(self, name: str) -> str:
+        unique, count = name, 1
+        while hash(unique) in self._seen:
+            count += 1
+            unique = f"{name}#{count}"
+        self._seen.add(hash(unique))
+        return unique
+
+
+def is_container(name: str) -> bool:
+    """Whether a file of that name is opened as an archive or a table."""
+    return bool(_extension(name))
+
+
+def _open(blob: Blob, samples: bool | None) -> Container:
+    kind = _extension(blob.key)
+    if kind == "zip":
+        return Zip(blob)
+    if kind == "parquet":
+        return Table(blob)
+    return Tar(blob, kind != "tar", samples)
+
+
+def _extension(key: str) -> str:
+    found = _CONTAINER.search(key)
+    return found[1].lower() if found else ""
+
+
+def _is_tar(key: str) -> bool:
+    return _extension(key) in ("tar", "tar.gz", "tgz")
+
+
+def collected(
+    items: Iterable[Item], containers: Iterable[str], problems: Mapping[str, str], uri: str
+) -> Listing:
+    try:
+        return collect(items, containers, problems)
+    except ValueError as error:
+        # An object and a "folder" of one name can stand side by side in a bucket.
+        raise PipelineError(f"{uri} has two items called {error}: rename one.") from None
+
+
+def empty(files: LocalFiles | S3Files, name: str = "") -> PipelineError:
+    if name:
+        return PipelineError(f"{files.where(name)} is empty: it must hold photographs.")
+    if isinstance(files, LocalFiles):
+        return PipelineError(f"the photo folder {files.uri} is empty: put photographs into it.")
+    return PipelineError(f"there is nothing at {files.uri}: put photographs there or correct it.")

@@ -1,0 +1,202 @@
+"""Layouts: how published datasets are laid out, and the split that each file of one belongs to."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from data_prep.errors import ConfigError
+from data_prep.listing import ROWS, SPLITS, Listing
+
+IGNORED = "ignored: "  # starts the problem of what is no part of the set, and so no failure
+OUTSIDE = f"{IGNORED}outside the folders train, val, validation and test"
+CONTAINERS = r"\.(?:zip|tar|tar\.gz|tgz|parquet)"
+_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+_SHARD = re.compile(rf"(train|val|validation|test)(?:[-_.][^/]*)?{CONTAINERS}", re.IGNORECASE)
+
+Beside = Callable[[str], str | None]  # the text of a file in or beside the source, by its name
+SplitOf = Callable[[str], str | None]  # by key; "": the layout leaves it open; None: no part
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of a set lie. `pattern` finds in a key a group named by the split.
+
+    A set whose splits stand in a list has a group `number` instead.
+    """
+
+    pattern: re.Pattern[str]
+    expected: str  # what a message says that there should be
+
+
+PRESETS: Mapping[str, Layout] = {
+    "places2": Layout(
+        re.compile(
+            r"(?:^|/)(?:(?P<train>train|data_256|data_large)|(?P<val>val|val_256|val_large)"
+            r"|(?P<test>test|test_256|test_large))/"
+        ),
+        "the folders or archives of Places365: places365_standard/{train,val}, or data_256,"
+        " val_256 and test_256 (or _large)",
+    ),
+    "celeba": Layout(
+        re.compile(r"(?:^|/)(?P<number>\d{6})\.(?i:jpg|png)$"),
+        "img_align_celeba.zip or its folder, with list_eval_partition.txt beside it",
+    ),
+    "celeba-hq": Layout(
+        re.compile(r"(?:^|(?:^|/)CelebA-HQ-img/)(?P<number>\d{1,5})\.(?i:jpg|png)$"),
+        "the folder CelebA-HQ-img of CelebAMask-HQ",
+    ),
+    "paris-street-view": Layout(
+        re.compile(
+            r"(?:^|/)(?:(?P<train>paris_train_original)|(?P<test>paris_eval_gt))/[^/]+"
+            r"\.(?i:jpg|jpeg|png)$"
+        ),
+        "the folders paris_train_original and paris_eval/paris_eval_gt",
+    ),
+    "bsds500": Layout(
+        re.compile(
+            r"(?:^|(?<!groundTruth)/)(?:(?P<train>train)|(?P<val>val)|(?P<test>test))/[^/]+"
+            r"\.(?i:jpg|png)$"
+        ),
+        "the folders train, val and test of its images",
+    ),
+}
+LAYOUTS = ("auto", "files", "webdataset", *PRESETS)
+
+
+def check_layout(layout: str) -> None:
+    """Raise ConfigError unless there is such a layout."""
+    if layout not in LAYOUTS:
+        raise ConfigError(f"the layout {layout!r} is unknown: give one of {', '.join(LAYOUTS)}.")
+
+
+def are_samples(layout: str) -> bool | None:
+    """Whether tar archives hold samples of WebDataset; None: their first members tell."""
+    return {"webdataset": True, "files": False}.get(layout)
+
+
+def apply_layout(listing: Listing, layout: str, uri: str, beside: Beside) -> Listing:
+    """The listing with the splits that the layout says, and what is no part of it as a problem.
+
+    A source whose items have splits keeps them as they are. Raises ConfigError when nothing in it
+    is laid out as a preset says, or a list of splits that it needs is missing or cannot be used.
+    """
+    if layout == "files" or "split" in listing.table.column_names:
+        return listing
+    if layout not in PRESETS:
+        split_of = _folders(listing)
+        return listing if split_of is None else _split(listing, split_of, OUTSIDE)
+    split_of = _preset(layout, uri, beside)
+    done = _split(listing, split_of, f"{IGNORED}no part of {layout}")
+    if all(done.problems.get(key, "").startswith(IGNORED) for key in _keys(done)):
+        raise ConfigError(
+            f"{uri} holds nothing that the layout {layout} knows: it expects"
+            f" {PRESETS[layout].expected}."
+        )
+    return done
+
+
+def _keys(listing: Listing) -> Iterator[str]:
+    column = listing.table["key"]
+    for start in range(0, len(column), ROWS):
+        yield from column.slice(start, ROWS).to_pylist()
+
+
+def _split(listing: Listing, split_of: SplitOf, reason: str) -> Listing:
+    """With a column of splits; `reason` is the problem of what is no part of the set."""
+    import pyarrow as pa
+
+    codes = array("b")
+    problems = dict(listing.problems)
+    places = {"": -1, **{split: code for code, split in enumerate(SPLITS)}}
+    for key in _keys(listing):
+        split = split_of(key)
+        if split is None:
+            problems.setdefault(key, reason)
+        codes.append(places[split or ""])
+    table = listing.table.append_column("split", pa.array(codes, pa.int8()))
+    return Listing(table, listing.containers, problems)
+
+
+def _folders(listing: Listing) -> SplitOf | None:
+    """By the top folders, or those below the only top folder, where they are named by splits."""
+    below = ""
+    for _ in range(2):
+        start = len(below)
+        tops = {key[start:].partition("/")[0] for key in _keys(listing) if "/" in key[start:]}
+        found = {_folder_split(top) for top in tops} - {None}
+        if "train" in found and len(found) > 1:
+            return lambda key: _below(key, below)
+        if len(tops) != 1:
+            break
+        below = f"{tops.pop()}/"
+    return None
+
+
+def _below(key: str, below: str) -> str | None:
+    if not key.startswith(below):
+        return None
+    top, slash, _ = key[len(below) :].partition("/")
+    return _folder_split(top) if slash else None
+
+
+@lru_cache(maxsize=4096)
+def _folder_split(name: str) -> str | None:
+    """The split that a folder, or an archive or table in the place of one, is named by."""
+    if name in _FOLDERS:
+        return _FOLDERS[name]
+    shard = _SHARD.fullmatch(name)
+    return _FOLDERS[shard[1]] if shard else None
+
+
+def _preset(layout: str, uri: str, beside: Beside) -> SplitOf:
+    pattern = PRESETS[layout].pattern
+    if layout == "celeba":
+        text = beside(_PARTITION)
+        if text is None:
+            raise ConfigError(
+                f"the layout celeba needs {_PARTITION}, which says the splits: put it beside the"
+                f" photographs of {uri}."
+            )
+        listed = _partition(text, uri)
+        return lambda key: listed.get(_number(pattern, key))
+    if layout == "celeba-hq":
+        mapping, text = beside(_MAPPING), beside(_PARTITION)
+        if mapping is None or text is None:
+            return lambda key: "" if _number(pattern, key) >= 0 else None
+        origins, listed = _origins(mapping), _partition(text, uri)
+        return lambda key: listed.get(origins.get(_number(pattern, key), -1))
+
+    def split_of(key: str) -> str | None:
+        found = pattern.search(key)
+        return found.lastgroup if found else None
+
+    return split_of
+
+
+_PARTITION = "list_eval_partition.txt"  # lines `000001.jpg 0`: 0 train, 1 val, 2 test
+_MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"  # lines `0 119613 119614.jpg`: its number, …, CelebA's
+
+
+def _number(pattern: re.Pattern[str], key: str) -> int:
+    found = pattern.search(key)
+    return int(found["number"]) if found else -1
+
+
+def _partition(text: str, uri: str) -> dict[int, str]:
+    """The split of every number of CelebA."""
+    lines = re.findall(r"^(\d+)\.\w+[\s,]+([012])\s*$", text, re.MULTILINE)
+    if not lines:
+        raise ConfigError(
+            f"{_PARTITION} of {uri} has no line like '000001.jpg 0': get it again from CelebA."
+        )
+    return {int(number): SPLITS[int(code)] for number, code in lines}
+
+
+def _origins(text: str) -> dict[int, int]:
+    """The number in CelebA of every number of CelebA-HQ."""
+    lines = re.findall(r"^\s*(\d+)\s+\d+\s+(\d+)\.\w+\s*$", text, re.MULTILINE)
+    return {int(number): int(origin) for number, origin in lines}

@@ -1,0 +1,272 @@
+"""List files: paths or URIs, one a line (.txt), in a column (.csv) or in a field (.jsonl).
+
+A key is the path as the list has it, made plain: `a/b.jpg` or `../b.jpg` from the list's folder,
+`file:/data/b.jpg` and `s3:/bucket/b.jpg` elsewhere. So a key also says where its file is.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from data_prep.errors import ConfigError, PipelineError
+from data_prep.listing import Item, Listing
+from data_prep.raw.files import Files, Found, LocalFiles, S3Files, escape, s3_files
+from data_prep.raw.folders import Known, collected, nothing_known
+from data_prep.raw.layouts import apply_layout
+
+MISSING = "missing: the list names it, but there is no such file"
+_PATHS = ("path", "uri", "url", "file", "filename", "image")  # names of columns and fields
+_SPLITS = {
+    "": "",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+_LOOKED_UP = 4096  # lines at a time
+_REQUESTS = 16  # at once, where they go to a server
+
+
+@dataclass(frozen=True)
+class ListFile:
+    """The list file `name`, with what it names."""
+
+    files: LocalFiles | S3Files
+    name: str
+    layout: str
+
+    @property
+    def uri(self) -> str:
+        return self.files.where(self.name)
+
+    def list(self, known: Known = nothing_known) -> Listing:
+        problems: dict[str, str] = {}
+
+        def items() -> Iterator[Item]:
+            for item, problem in _Places(self.files, self.name).items():
+                if problem:
+                    problems[item.key] = problem
+                yield item
+
+        listing = collected(items(), [], problems, self.uri)
+        if not listing:
+            raise PipelineError(f"{self.uri} names no files: put their paths into it.")
+        return apply_layout(listing, self.layout, self.uri, self.files.text_beside)
+
+    def reader(self) -> ListReader:
+        return ListReader(_Places(self.files, self.name))
+
+
+class ListReader:
+    """Reads what a list names."""
+
+    threads = 16  # some of it may lie on a server
+
+    def __init__(self, places: _Places) -> None:
+        self._places = places
+
+    def read(self, item: Item, limit: int) -> bytes:
+        return self._places.read(item.key, limit)
+
+    def __enter__(self) -> ListReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class _Line(NamedTuple):
+    number: int  # from 1
+    path: str
+    split: str
+
+
+class _Places:
+    """Where the files of a list lie, which is itself the file `name` of `files`."""
+
+    def __init__(self, files: Files, name: str) -> None:
+        self._files, self._name = files, name
+        self._others: dict[str, Files] = {}
+
+    def items(self) -> Iterator[tuple[Item, str]]:
+        """Every file named, once, and why it cannot be read.
+
+        Raises ConfigError, naming the line, for a list that cannot be used.
+        """
+        lines = self._keyed()
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            while chunk := list(islice(lines, _LOOKED_UP)):
+                keys = [key for key, _ in chunk]
+                remote = any(isinstance(self._place(key)[0], S3Files) for key in keys)
+                found = pool.map(self._look, keys) if remote else map(self._look, keys)
+                for (key, split), file in zip(chunk, found, strict=True):
+                    if file is None:
+                        yield Item(key, -1, 0, split), MISSING
+                    else:
+                        yield Item(key, file.size, file.fingerprint, split), file.problem
+
+    def read(self, key: str, limit: int) -> bytes:
+        """The file's bytes. Raises ItemError when it is gone or larger than `limit` bytes."""
+        files, name = self._place(key)
+        return files.read(name, limit)
+
+    def _look(self, key: str) -> Found | None:
+        files, name = self._place(key)
+        return files.look(name)
+
+    def _keyed(self) -> Iterator[tuple[str, str]]:
+        """Keys and splits, without repetitions."""
+        seen: dict[int, str] = {}  # by hash, so that a long list fits in memory
+        for line in self._lines():
+            try:
+                key = self._key(line.path)
+                split = _SPLITS[line.split.strip().lower()]
+            except KeyError:
+                raise self._error(
+                    line.number, f"the split {line.split!r} is unknown: write train, val or test"
+                ) from None
+            except ValueError as error:
+                raise self._error(line.number, str(error)) from None
+            mark = hash(key)
+            if mark not in seen:
+                seen[mark] = split
+                yield key, split
+            elif seen[mark] != split:
+                raise self._error(line.number, f"{key!r} stood in another split before: keep one")
+
+    def _lines(self) -> Iterator[_Line]:
+        raw = self._files.blob(self._name).open()
+        with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
+            lines = _READERS[self._name.rpartition(".")[2].lower()](text)
+            for line in lines:
+                if isinstance(line, str):
+                    raise ConfigError(f"{self._files.where(self._name)}: {line}.")
+                yield line
+
+    def _key(self, written: str) -> str:
+        """Raises ValueError, with a reason, for what names no file."""
+        if "\0" in written:
+            raise ValueError("a path has a null character: is this a text file?")
+        try:
+            os.fsencode(written)
+        except UnicodeEncodeError:
+            raise ValueError("a path is no valid Unicode") from None
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", written)
+        if written.startswith(("s3:/", "S3:/")):
+            bucket, _, name = written[4:].lstrip("/").partition("/")
+            return self._s3_key(bucket, name)
+        if written.startswith(("file:/", "FILE:/")):
+            return self._local_key(unquote(urlsplit(written).path))
+        if scheme:
+            # The rest of such an address may hold a password, so it is not repeated.
+            raise ValueError(
+                f"{scheme[1]}:// addresses are not fetched: download the files first (img2dataset"
+                " and tools like it do)"
+            )
+        if isinstance(self._files, LocalFiles):
+            return self._local_key(written)
+        if isinstance(self._files, S3Files) and not written.startswith("/"):
+            store = self._files.store
+            whole = posixpath.join(store.prefix, written)
+            if re.search(r"(^|/)\.\.?(/|$)", whole):
+                whole = posixpath.normpath(whole)
+            return self._s3_key(store.bucket, whole)
+        raise ValueError(f"{written!r} is no path below the list's folder: write s3://bucket/key")
+
+    def _local_key(self, path: str) -> str:
+        if isinstance(self._files, LocalFiles):
+            folder = os.path.abspath(self._files.folder)
+            if not path.startswith("/"):
+                return escape(posixpath.normpath(path))
+            path = posixpath.normpath(path)
+            if path.startswith(f"{folder}/"):
+                return escape(path[len(folder) + 1 :])
+        return escape(f"file:/{posixpath.normpath(path).lstrip('/')}")
+
+    def _s3_key(self, bucket: str, name: str) -> str:
+        if not bucket or not name:
+            raise ValueError("an s3:// address needs a bucket and a key: s3://bucket/key")
+        if isinstance(self._files, S3Files) and self._files.store.bucket == bucket:
+            prefix = f"{self._files.store.prefix}/".lstrip("/")
+            if name.startswith(prefix):
+                return escape(name[len(prefix) :])
+        return escape(f"s3:/{bucket}/{name}")
+
+    def _place(self, key: str) -> tuple[Files, str]:
+        """The folder or bucket that a key leads to, and the key there."""
+        if key.startswith("file:/"):
+            return LocalFiles(Path("/")), key[len("file:/") :]
+        if key.startswith("s3:/"):
+            bucket, _, name = key[len("s3:/") :].partition("/")
+            if bucket not in self._others:
+                self._others[bucket] = s3_files(bucket, "")
+            return self._others[bucket], name
+        return self._files, key
+
+    def _error(self, number: int, reason: str) -> ConfigError:
+        return ConfigError(f"line {number} of {self._files.where(self._name)}: {reason}.")
+
+
+def _text_lines(text: Iterable[str]) -> Iterator[_Line | str]:
+    for number, line in enumerate(text, 1):
+        path = line.removesuffix("\n").removesuffix("\r")
+        if path:
+            yield _Line(number, path, "")
+
+
+def _csv_lines(text: Iterable[str]) -> Iterator[_Line | str]:
+    """The rows, or a sentence on why they cannot be read."""
+    rows = csv.reader(text)
+    try:
+        names = [name.strip().lower() for name in next(rows, [])]
+        path_at = next((names.index(name) for name in _PATHS if name in names), -1)
+        split_at = names.index("split") if "split" in names else -1
+        if path_at < 0:
+            yield f"its first line names no column {', '.join(_PATHS[:-1])} or {_PATHS[-1]}"
+            return
+        for row in rows:
+            if row:
+                path, split = (row[at] if 0 <= at < len(row) else "" for at in (path_at, split_at))
+                if not path:
+                    yield f"line {rows.line_num} has no path"
+                    return
+                yield _Line(rows.line_num, path, split)
+    except csv.Error as error:
+        yield f"line {rows.line_num} is no CSV ({error})"
+
+
+def _json_lines(text: Iterable[str]) -> Iterator[_Line | str]:
+    """The objects, or a sentence on why they cannot be read."""
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            try:
+                row: Any = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                yield f"line {number} is no JSON object"
+                return
+            path = next((row[name] for name in _PATHS if row.get(name)), None)
+            if not isinstance(path, str):
+                yield f"line {number} has no field {', '.join(_PATHS[:-1])} or {_PATHS[-1]}"
+                return
+            yield _Line(number, path, str(row.get("split") or ""))
+
+
+_READERS = {"txt": _text_lines, "csv": _csv_lines, "jsonl": _json_lines}
+
+
+def is_list(name: str) -> bool:
+    """Whether a file of that name is read as a list."""
+    return name.rpartition(".")[2].lower() in _READERS

@@ -1,0 +1,37 @@
+"""Members of archives and tables, and the names that archives give them."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from data_prep.raw.files import escape, is_hidden
+
+
+class Member(NamedTuple):
+    """A member of a container: `offset` and `block` mean what its container says."""
+
+    name: str
+    size: int  # bytes, -1: unknown
+    offset: int
+    block: int = 0
+    problem: str = ""
+
+
+LEAVES = "its name leaves the archive"
+
+
+def leaves(name: str) -> bool:
+    """Whether a member's name, taken as a path, lies outside of the folder it is unpacked in."""
+    parts = re.split(r"[/\\]", name)
+    return not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name) is not None
+
+
+def named(name: str, size: int, offset: int, problem: str = "") -> Member | None:
+    """The member of that stored name; None for a hidden one."""
+    while name.startswith("./"):
+        name = name[2:]
+    name = escape(name) or "nameless"
+    if is_hidden(name):
+        return None
+    return Member(name, size, offset, 0, problem or (LEAVES if leaves(name) else ""))

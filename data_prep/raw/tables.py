@@ -1,0 +1,179 @@
+"""Parquet tables with a column of images: bytes, or a struct {bytes, path} as datasets use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import ItemError
+from data_prep.raw.files import Blob, escape, too_large
+from data_prep.raw.members import Member
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
+_KEYS = ("key", "__key__", "id", "path", "filename", "file_name")
+_HELD = 48 << 20  # bytes of a row group up to which it is held as a whole
+_BATCH = 16  # rows read at a time of a longer one
+_BUFFER = 1 << 20  # bytes; without one, a row group's whole column is read at once
+
+
+class NoImagesError(ItemError):
+    """A table in which no column can hold images."""
+
+
+class Table:
+    """A Parquet file. An offset is a row's number, a block its row group.
+
+    Rows are best read in ascending order: going back in a long row group reads it again.
+    """
+
+    weight = 2 * _HELD  # bytes held
+
+    def __init__(self, blob: Blob) -> None:
+        """Reads the schema. Raises ItemError when it is no Parquet file or has no images."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            self._file = pq.ParquetFile(blob.open(), buffer_size=_BUFFER, pre_buffer=False)
+            schema = self._file.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise ItemError("it is no Parquet table, or it is cut off") from error
+        column = _image_column(schema)
+        self._is_struct = pa.types.is_struct(schema.field(column).type)
+        self._leaf = f"{column}.bytes" if self._is_struct else column
+        self._keys = [f"{column}.path"] if self._is_struct else []
+        self._keys += [
+            field.name
+            for name in _KEYS
+            for field in schema
+            if field.name.lower() == name and field.name != column
+        ]
+        facts = self._file.metadata
+        counts = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
+        self._starts = list(accumulate(counts, initial=0))  # first rows of the groups, and the end
+        self._lock = Lock()
+        self._group = -1  # the row group that is being read
+        self._rows: Any = None  # some rows of it
+        self._first = 0  # the number of the first of them
+        self._batches: Iterator[Any] = iter(())
+
+    def members(self) -> Iterator[Member]:
+        """One for each row; no image is read."""
+        names = self._names()
+        for group in range(len(self._starts) - 1):
+            for row in range(self._starts[group], self._starts[group + 1]):
+                name = f"row-{row:09d}" if names is None else next(names)
+                yield Member(name, -1, row, group)
+
+    def read(self, offset: int, size: int, limit: int) -> bytes:
+        """The row's image. Raises ItemError when it has none."""
+        import pyarrow as pa
+
+        if not 0 <= offset < self._starts[-1]:
+            raise ItemError("the table has no such row")
+        with self._lock:
+            try:
+                value = self._value(offset)
+            except (pa.ArrowException, OSError) as error:
+                self._group = -1
+                raise ItemError("its part of the table is broken") from error
+        if self._is_struct and value.is_valid:
+            value = value["bytes"]
+        data = value.as_buffer() if value.is_valid else None
+        if data is None or data.size == 0:
+            raise ItemError("its row holds no image")
+        if data.size > limit:
+            raise too_large(limit)
+        return bytes(data)
+
+    def _value(self, row: int) -> Any:
+        """The Arrow scalar of a row's image."""
+        if self._group < 0 or not self._first <= row < self._starts[self._group + 1]:
+            self._enter(row)
+        while row >= self._first + len(self._rows):
+            self._first += len(self._rows)
+            self._rows = None  # let go before the next ones come
+            self._rows = next(self._batches).column(0)
+        return self._rows[row - self._first]
+
+    def _enter(self, row: int) -> None:
+        """Start on the row group that has the row."""
+        group = next(n for n, end in enumerate(self._starts[1:]) if row < end)
+        facts = self._file.metadata.row_group(group)
+        chunks = (facts.column(n) for n in range(facts.num_columns))
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == self._leaf)
+        self._rows = None
+        if size <= _HELD:
+            self._batches = iter(())
+            self._rows = self._file.read_row_group(group, columns=[self._leaf]).column(0)
+        else:
+            self._batches = self._file.iter_batches(
+                _BATCH, row_groups=[group], columns=[self._leaf]
+            )
+            self._rows = next(self._batches).column(0)
+        self._group, self._first = group, self._starts[group]
+
+    def _names(self) -> Iterator[str] | None:
+        """The rows' names in order, from the first column that tells all rows apart."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        for leaf in self._keys:
+            try:
+                table = self._file.read(columns=[leaf])
+            except (pa.ArrowException, OSError):
+                continue
+            if not table.num_columns:
+                continue
+            column = table.column(0)
+            if pa.types.is_struct(column.type):
+                column = pc.struct_field(column, "path")
+            kind = column.type
+            if not (_is_text(kind) or pa.types.is_integer(kind)):
+                continue
+            names = pc.utf8_ltrim(pc.cast(column, pa.large_string()), "/")
+            unique = pc.count_distinct(names, mode="all").as_py() == len(names)
+            if names.null_count == 0 and unique and not pc.any(pc.equal(names, "")).as_py():
+                return (escape(name) for chunk in names.chunks for name in chunk.to_pylist())
+        return None
+
+
+def _image_column(schema: pa.Schema) -> str:
+    """The column of images: the one with a usual name, or the only one that can hold bytes."""
+    able = [field.name for field in schema if _holds_bytes(field.type)]
+    for usual in _IMAGES:
+        for name in able:
+            if name.lower() == usual:
+                return str(name)
+    if not able:
+        raise NoImagesError("it has no column of images")
+    if len(able) > 1:
+        names = ", ".join(map(repr, able))
+        raise ItemError(f"it has several columns of bytes and none is called image: {names}")
+    return str(able[0])
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        at = kind.get_field_index("bytes")
+        return at >= 0 and _is_bytes(kind.field(at).type)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))

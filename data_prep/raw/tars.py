@@ -1,0 +1,286 @@
+"""Tar archives, read by their headers; those with gzip from front to back.
+
+`tarfile` only decodes headers: it would hold a kilobyte a member, and take an archive that is cut
+off for a whole one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain, groupby, islice, pairwise
+from threading import Lock
+from typing import BinaryIO
+
+from data_prep.errors import ItemError
+from data_prep.pictures import EXTENSIONS
+from data_prep.raw.files import Blob, too_large
+from data_prep.raw.members import Member, named
+
+_BLOCK = 512
+_LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is an attack or damage
+_CUT = "the archive is cut off within it"
+ReadAt = Callable[[int, int], bytes]  # (offset, size) → those bytes, fewer at the end
+
+
+class Tar:
+    """A tar archive, `.gz` where `compressed`. An offset is a member's place in the plain tar.
+
+    `samples`: whether consecutive members `key.jpg`, `key.json` … are one sample of WebDataset, of
+    which only the image is a member; None: told by the first members.
+    """
+
+    def __init__(self, blob: Blob, compressed: bool, samples: bool | None) -> None:
+        self._blob, self._samples = blob, samples
+        self._unpacked = _Forward(blob) if compressed else None
+        self.weight = 2 * _WINDOW if compressed else _BLOCK  # bytes held
+
+    def members(self) -> Iterator[Member]:
+        found = self._files()
+        if self._samples is None:
+            first, fault = _first(found)
+            rest = found if fault is None else _raise(fault)
+            found = chain(first, rest)
+            if not _are_samples(first):
+                yield from found
+                return
+        elif not self._samples:
+            yield from found
+            return
+        for _, sample in groupby(found, key=lambda member: _stem(member.name)):
+            yield _image_of(list(sample))
+
+    def read(self, offset: int, size: int, limit: int) -> bytes:
+        if size > limit:
+            raise too_large(limit)
+        if self._unpacked is not None:
+            data = self._unpacked.read_at(offset, size)
+        else:
+            data = self._blob.read_at(offset, size)
+        if len(data) < size:
+            raise ItemError(_CUT)
+        return data
+
+    def _files(self) -> Iterator[Member]:
+        if self._unpacked is not None:
+            yield from _tar_files(self._unpacked.read_at, self._unpacked.reaches)
+            return
+        with self._blob.open() as file:
+
+            def read_at(offset: int, size: int) -> bytes:
+                file.seek(offset)
+                return file.read(size)
+
+            yield from _tar_files(read_at, lambda end: end <= self._blob.size)
+
+
+def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Member]:
+    """Every file that is not hidden. `reaches(end)` says whether the archive has so many bytes."""
+    at, longer = 0, {}  # type: int, dict[str, bytes]
+    while True:
+        block = read_at(at, _BLOCK)
+        if len(block) == _BLOCK and not any(block):
+            return  # the mark of the end
+        if not block and at:
+            raise ItemError("it may be cut off: the mark of its end is missing")
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            raise ItemError(_broken_header(at, len(block))) from None
+        at += _BLOCK
+        if header.type in _EXTENDED:
+            if not 0 <= header.size <= _LONGEST_NAME:
+                raise ItemError(_broken_header(at - _BLOCK, _BLOCK))
+            data = read_at(at, header.size)
+            if len(data) < header.size:
+                raise ItemError("it is cut off")
+            if header.type == tarfile.GNUTYPE_LONGNAME:
+                longer["path"] = data.rstrip(b"\0")
+            elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+                longer.update(_pax(data))
+            at += _padded(header.size)
+            continue
+        name = (
+            longer["path"].decode("utf-8", "surrogateescape") if "path" in longer else header.name
+        )
+        size = _number(longer["size"]) if "size" in longer else header.size
+        is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any("GNU.sparse" in k for k in longer)
+        longer = {}
+        if size < 0:
+            raise ItemError(_broken_header(at - _BLOCK, _BLOCK))
+        if header.type == tarfile.GNUTYPE_SPARSE and block[482]:  # its map goes on
+            while (block := read_at(at, _BLOCK)) and block[504:505] > b"\0":
+                at += _BLOCK
+            at += _BLOCK
+        if header.isreg():
+            try:
+                whole = reaches(at + size)
+            except ItemError:  # a broken stream
+                whole = False
+            problem = "" if whole else _CUT
+            if is_sparse:
+                problem = "it is stored as a sparse file, which is not read"
+            member = named(name, size, at, problem)
+            if member is not None:
+                yield member
+            if not whole:
+                if member is None or is_sparse:
+                    raise ItemError("it is cut off")
+                return
+        if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:
+            at += _padded(size)
+
+
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _broken_header(at: int, length: int) -> str:
+    if not at:
+        return "it is no tar archive" if length else "it is empty"
+    if length < _BLOCK:
+        return "it is cut off"
+    return f"it is broken at byte {at}: what stands behind is not listed"
+
+
+def _number(digits: bytes) -> int:
+    return int(digits) if digits.isdigit() else -1
+
+
+def _pax(data: bytes) -> dict[str, bytes]:
+    """The records `length key=value` of an extended header."""
+    found, at = {}, 0
+    while record := re.compile(rb"(\d{1,7}) ([^=]+)=").match(data, at):
+        end = at + int(record[1])
+        if end <= record.end() or end > len(data):
+            break
+        found[record[2].decode("utf-8", "replace")] = data[record.end() : end - 1]
+        at = end
+    return found
+
+
+# tar.gz -------------------------------------------------------------------------------------------
+
+_STEP = 1 << 20  # bytes decompressed at a time
+_WINDOW = 16 << 20  # bytes kept behind, so that threads need not come in order
+
+
+class _Forward:
+    """Reading at offsets of a gzip stream, which only goes forward: going far back starts anew."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob = blob
+        self._lock = Lock()
+        self._restart()
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Those bytes, fewer at the end. Raises ItemError where the stream is broken before it."""
+        with self._lock:
+            if offset < self._start:
+                self._restart()
+            while self._end < offset + size and self._advance(offset):
+                pass
+            return self._held(offset, size)
+
+    def reaches(self, end: int) -> bool:
+        return end == 0 or len(self.read_at(end - 1, 1)) == 1
+
+    def _restart(self) -> None:
+        self._raw: BinaryIO | None = None
+        self._chunks: deque[bytes] = deque()
+        self._start = self._end = 0  # of what is held
+        self._is_broken = False
+
+    def _advance(self, wanted: int) -> bool:
+        """Decompress some more, keeping what stands at `wanted` and behind; False at the end."""
+        if self._raw is None:
+            self._raw = self._blob.open()
+            self._stream = gzip.GzipFile(fileobj=self._raw)
+        if self._is_broken:
+            raise ItemError("it is broken or cut off: it cannot be decompressed")
+        pieces, size = [], 0
+        try:
+            while size < _STEP and (piece := self._stream.read1(_STEP)):
+                pieces.append(piece)
+                size += len(piece)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            self._is_broken = True  # told when what came before has been used
+        if not size:
+            return self._is_broken
+        chunk = b"".join(pieces)
+        self._chunks.append(chunk)
+        self._end += size
+        while self._end - self._start - len(self._chunks[0]) >= _WINDOW and (
+            self._start + len(self._chunks[0]) <= wanted
+        ):
+            self._start += len(self._chunks.popleft())
+        return True
+
+    def _held(self, offset: int, size: int) -> bytes:
+        parts, at = [], self._start
+        for chunk in self._chunks:
+            if at + len(chunk) > offset and at < offset + size:
+                parts.append(chunk[max(0, offset - at) : offset + size - at])
+            at += len(chunk)
+        return b"".join(parts)
+
+
+# WebDataset ---------------------------------------------------------------------------------------
+
+_LOOKED_AT = 16  # first members that tell whether an archive holds samples
+
+
+def _first(members: Iterator[Member]) -> tuple[list[Member], ItemError | None]:
+    """The first members, and the fault that ended them early."""
+    first: list[Member] = []
+    try:
+        for member in islice(members, _LOOKED_AT):
+            first.append(member)
+    except ItemError as fault:
+        return first, fault
+    return first, None
+
+
+def _raise(fault: ItemError) -> Iterator[Member]:
+    raise fault
+    yield
+
+
+def _stem(name: str) -> str:
+    """A member's sample: its path up to the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def _are_samples(members: list[Member]) -> bool:
+    """Whether an image and something else with the same stem stand side by side."""
+    return any(
+        _stem(one.name) == _stem(two.name) and _is_image(one.name) != _is_image(two.name)
+        for one, two in pairwise(members)
+    )
+
+
+def _image_of(sample: list[Member]) -> Member:
+    """The image of a sample; its first member, with a problem, where it has none."""
+    for member in sample:
+        if _is_image(member.name):
+            return member
+    problem = sample[0].problem or "ignored: its sample holds no image"
+    return sample[0]._replace(problem=problem)

@@ -1,0 +1,206 @@
+"""Zip archives, read by their directory.
+
+`zipfile` is not used: it holds a kilobyte a member, and does not bound what a member expands to.
+"""
+
+from __future__ import annotations
+
+import bz2
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from data_prep.errors import ItemError
+from data_prep.raw.files import Blob, too_large
+from data_prep.raw.members import Member, named
+
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_ENTRY = struct.Struct("<4s6H3L5H2L")
+_HEADER = struct.Struct("<4s5H3L2H")
+_LONGEST_DIRECTORY = 1 << 30  # bytes, about ten million members
+_SLACK = 256  # a local header's extra field is mostly shorter, so one read fetches all
+_ENCRYPTED, _UTF8 = 1, 0x800
+
+
+class Zip:
+    """A zip archive. An offset is the place of a member's entry in the directory, in bytes."""
+
+    def __init__(self, blob: Blob) -> None:
+        """Reads the directory. Raises ItemError when there is none."""
+        self._blob = blob
+        start, size, self._shift = _find_directory(blob)
+        if size > _LONGEST_DIRECTORY:
+            raise ItemError("its directory is too long")
+        self._directory = blob.read_at(start, size)
+        if len(self._directory) < size:
+            raise ItemError("it is cut off")
+        self.weight = size  # bytes held
+
+    def members(self) -> Iterator[Member]:
+        at, directory = 0, self._directory
+        while at < len(directory):
+            entry = self._entry(at)
+            if not (entry.name.endswith("/") or entry.is_link):
+                member = named(entry.name, entry.size, at)
+                if member is not None:
+                    yield member
+            at = entry.end
+
+    def read(self, offset: int, size: int, limit: int) -> bytes:
+        """The member's bytes, decompressed up to `limit` and compared with its checksum."""
+        entry = self._entry(offset)
+        if entry.flags & _ENCRYPTED:
+            raise ItemError("it is encrypted")
+        if entry.method not in _METHODS:
+            raise ItemError(f"it is compressed by method {entry.method}, which is not read")
+        # The worst that compression can do to random bytes is a little longer than they are.
+        if entry.size > limit or entry.stored > limit + limit // 8 + 4096:
+            raise too_large(limit)
+        at = entry.header + self._shift
+        span = _HEADER.size + len(entry.name) + _SLACK + entry.stored
+        data = self._blob.read_at(at, span)
+        if len(data) < _HEADER.size or data[:4] != b"PK\3\4":
+            raise ItemError("it is broken: its header is not where the archive says")
+        fields = _HEADER.unpack_from(data)
+        start = _HEADER.size + fields[9] + fields[10]
+        missing = start + entry.stored - len(data)
+        if missing > 0:
+            data += self._blob.read_at(at + len(data), missing)
+        data = data[start : start + entry.stored]
+        if len(data) < entry.stored:
+            raise ItemError("it is cut off")
+        content = _METHODS[entry.method](data, limit)
+        if len(content) > limit:
+            raise too_large(limit)
+        if len(content) != entry.size or zlib.crc32(content) != entry.crc:
+            raise ItemError("it is broken: its checksum is wrong")
+        return content
+
+    def _entry(self, at: int) -> _Entry:
+        directory = self._directory
+        if at + _ENTRY.size > len(directory) or directory[at : at + 4] != b"PK\1\2":
+            raise ItemError("its directory is broken")
+        fields = _ENTRY.unpack_from(directory, at)
+        made_by, flags, method, crc = fields[1], fields[3], fields[4], fields[7]
+        stored, size, header, mode = fields[8], fields[9], fields[16], fields[15] >> 16
+        name_end = at + _ENTRY.size + fields[10]
+        extra_end = name_end + fields[11]
+        name = directory[at + _ENTRY.size : name_end]
+        if 0xFFFFFFFF in (stored, size, header):
+            extra = directory[name_end:extra_end]
+            size, stored, header = _wide(extra, size, stored, header)
+        is_link = made_by >> 8 == 3 and mode & 0xF000 == 0xA000  # 3: made on Unix
+        return _Entry(
+            _decoded(name, flags), size, stored, header, method, flags, crc, is_link,
+            extra_end + fields[12],
+        )  # fmt: skip
+
+
+class _Entry(NamedTuple):
+    name: str
+    size: int
+    stored: int
+    header: int
+    method: int
+    flags: int
+    crc: int
+    is_link: bool
+    end: int
+
+
+def _find_directory(blob: Blob) -> tuple[int, int, int]:
+    """Where the directory starts, its size, and by how much all stored offsets must be raised."""
+    length = min(blob.size, _END.size + 0xFFFF)
+    tail = blob.read_at(blob.size - length, length)
+    at = tail.rfind(b"PK\5\6")
+    while at >= 0 and (
+        len(tail) < at + _END.size or at + _END.size + _END.unpack_from(tail, at)[7] > len(tail)
+    ):
+        at = tail.rfind(b"PK\5\6", 0, at)
+    if at < 0:
+        raise ItemError("it is no zip archive, or it is cut off")
+    _, disk, first_disk, _, _, size, offset, _ = _END.unpack_from(tail, at)
+    end = blob.size - length + at
+    wide = _find_wide_end(blob, end)
+    if wide is not None:
+        end, size, offset = wide
+    elif disk or first_disk:
+        raise ItemError("it is one of several parts of an archive: join them first")
+    start = end - size
+    if start < 0:
+        raise ItemError("its directory is broken")
+    if size and blob.read_at(start, 4) != b"PK\1\2":  # something stands behind the directory
+        return offset, size, 0
+    return start, size, start - offset  # above 0 where a program stands in front
+
+
+def _find_wide_end(blob: Blob, end: int) -> tuple[int, int, int] | None:
+    """(place, directory's size, its offset) of the record that Zip64 has before the end record."""
+    if end < 20:
+        return None
+    signature, _, offset, _ = struct.unpack("<4sLQL", blob.read_at(end - 20, 20))
+    if signature != b"PK\6\7":
+        return None
+    for place in (offset, end - 20 - _END64.size):
+        record = blob.read_at(place, _END64.size) if place >= 0 else b""
+        if len(record) == _END64.size and record[:4] == b"PK\6\6":
+            return place, *_END64.unpack(record)[8:10]
+    raise ItemError("its directory is broken")
+
+
+def _wide(extra: bytes, *values: int) -> list[int]:
+    """The values with those that are 2^32 - 1 taken from the Zip64 extra field, in its order."""
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, at)
+        if kind == 1:
+            wide = iter(
+                struct.unpack_from(f"<{min(length, len(extra) - at - 4) // 8}Q", extra, at + 4)
+            )
+            try:
+                return [next(wide) if value == 0xFFFFFFFF else value for value in values]
+            except (StopIteration, RuntimeError):
+                break
+        at += 4 + length
+    raise ItemError("its directory is broken")
+
+
+def _decoded(name: bytes, flags: int) -> str:
+    """A stored name. Without the flag it should be in code page 437, but UTF-8 is as common."""
+    if flags & _UTF8 or name.isascii():
+        return name.decode("utf-8", "surrogateescape")
+    try:
+        return name.decode("utf-8")
+    except UnicodeDecodeError:
+        return name.decode("cp437")
+
+
+def _stored(data: bytes, limit: int) -> bytes:
+    return data
+
+
+def _inflated(data: bytes, limit: int) -> bytes:
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = inflate.decompress(data, limit + 1)
+    except zlib.error:
+        raise ItemError("it is broken: it cannot be decompressed") from None
+    if len(content) <= limit and not inflate.eof:
+        raise ItemError("it is broken: it cannot be decompressed")
+    return content
+
+
+def _bunzipped(data: bytes, limit: int) -> bytes:
+    expand = bz2.BZ2Decompressor()
+    try:
+        content = expand.decompress(data, limit + 1)
+    except (OSError, EOFError):
+        raise ItemError("it is broken: it cannot be decompressed") from None
+    if len(content) <= limit and not expand.eof:
+        raise ItemError("it is broken: it cannot be decompressed")
+    return content
+
+
+_METHODS: dict[int, Callable[[bytes, int], bytes]] = {0: _stored, 8: _inflated, 12: _bunzipped}
