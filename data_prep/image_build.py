@@ -36,7 +36,7 @@ from data_prep.raw import Source
 from data_prep.resolution import Resolution, resolve
 from data_prep.shards import Folder, sha256_of, write_file, write_urls
 from data_prep.stage import FileRecord, Produced, Work
-from data_prep.storage import Store
+from data_prep.storage import LocalStore, Store
 from data_prep.versions import OUTCOMES, SOURCES, Version
 
 if TYPE_CHECKING:
@@ -201,6 +201,8 @@ def forget_records(store: Store, folder: str) -> None:
     keys = [entry.key for entry in store.list(f"{folder}/work")]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(store.delete, keys))
+    if isinstance(store, LocalStore) and keys:
+        store.path(f"{folder}/work").rmdir()
 
 
 class _Tasks:

@@ -163,7 +163,11 @@ def plan_items(
     for code, name in enumerate(SPLITS):
         rows = storage_order(listing, hashes.order, np.flatnonzero(fresh & (split == code)))
         planned += cut_into_shards(rows, name, first[code], shard_items, sizes)
-    return Plan(listing, kind, split, before, planned, inherited, notes, added, removed, changed)
+    nothing_new = past is not None and not (
+        planned or removed or fresh.any() or (past.row < 0).any()
+    )
+    counts = (added, removed, changed)
+    return Plan(listing, kind, split, before, planned, inherited, notes, *counts, nothing_new)
 
 
 def assign_splits(

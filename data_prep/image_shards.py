@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data_prep import pictures
@@ -287,12 +288,12 @@ def _columns(row: dict[str, Any]) -> dict[str, Any]:
 
 def _fetched(
     reader: Reader, items: Sequence[Item], max_bytes: int
-) -> Iterator[tuple[Item, Callable[[], bytes]]]:
+) -> Generator[tuple[Item, Callable[[], bytes]], None, None]:
     """Every item in order with a call that gives its bytes or raises; read ahead by threads where
     the source is far away."""
     if reader.threads <= 1:
         for item in items:
-            yield item, lambda item=item: reader.read(item, max_bytes)
+            yield item, partial(reader.read, item, max_bytes)
         return
     pool = ThreadPoolExecutor(reader.threads)
     under_way: deque[tuple[Item, Future[bytes], int]] = deque()

@@ -48,7 +48,7 @@ def find_set(kind: Kind, what: str, root: str) -> tuple[Store, str]:
 
 
 def committed(store: Store, kind: Kind, name: str) -> list[Manifest]:
-    """The manifests of every version of a set, oldest first. Raises PipelineError if it has none."""
+    """Manifests of the versions of a set, oldest first. Raises PipelineError if there is none."""
     if not _NAME.fullmatch(name):
         raise PipelineError(f"{name!r} is no name of {kind}: give one as in {kind}/NAME.")
     found = versions(store, name) if kind == "images" else _by_date(store, f"{kind}/{name}")

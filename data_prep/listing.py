@@ -45,7 +45,8 @@ class Listing:
     `table` has the columns of `Item`: key large_string, size int64, fingerprint uint64; split int8
     (-1: none, else the place in SPLITS) where any item has one; container int32, offset int64 and
     block int32 where any item lies in a container. `problems` says why an item that was listed
-    cannot be read. `containers` are the keys of archives and tables in the source ("" for one that
+    cannot be read; "ignored: " starts those of what is no part of the set, which is no failure.
+    `containers` are the keys of archives and tables in the source ("" for one that
     is the source).
     """
 

@@ -119,7 +119,8 @@ def _resized(hole: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
         return np.asarray(enlarged, np.uint8)
     mask = _cover(hole, size) >= 0.5
     pixel = np.ones((max(1, math.ceil(down)), max(1, math.ceil(across))), np.uint8)
-    thin = hole & ~cv2.morphologyEx(hole, cv2.MORPH_OPEN, pixel)
+    wide = cv2.morphologyEx(hole, cv2.MORPH_OPEN, pixel)
+    thin = hole & ~cv2.dilate(wide, np.ones((3, 3), np.uint8))  # no steps of a wide part's edge
     if thin.any():
         # A line one source pixel wide covers 1 / scale of the pixels along it, or is shared by two.
         mask |= _cover(thin, size) > 0.499 / max(down, across)

@@ -29,10 +29,10 @@ class Source(Protocol):
         """Every item, with its split where the layout or the list says it.
 
         `known(container, fingerprint)` gives the items that an earlier listing had for a container
-        (by its key; "" for the source itself) if it had this fingerprint then, else None: they
-        are taken over, and the container is not opened. Problems that its reading would show are
-        not repeated then. A member's fingerprint is its container's. An item that stands for a
-        broken container has the container's key, or its file's name if it is the source.
+        (by its key; "" for the source itself), or None where any of them had another fingerprint:
+        they are taken over, and the container is not opened. A member's fingerprint is its
+        container's, or 0 if it has a problem. A container that is broken, or from somewhere on, is
+        an item of the container's key (its file's name, where it is the source) with the reason.
         Raises PipelineError when the source is missing, empty or cannot be read.
         """
 

@@ -168,7 +168,7 @@ class LocalFiles:
                     for entry in entries:
                         if entry.name.startswith("."):
                             continue
-                        if entry.is_dir():
+                        if _is_folder(entry):
                             waiting.append((f"{below}{entry.name}/", entry.path))
                         elif (found := _found_entry(below + entry.name, entry)) is not None:
                             yield found
@@ -218,6 +218,13 @@ class LocalFiles:
 
     def _path(self, key: str) -> str:
         return os.path.join(self.folder, unescape(key))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into what may not be read
+        return False
 
 
 def _found_entry(name: str, entry: os.DirEntry[str]) -> Found | None:

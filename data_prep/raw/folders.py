@@ -19,6 +19,7 @@ from data_prep.raw.tables import NoImagesError, Table
 from data_prep.raw.tars import Tar
 from data_prep.raw.zips import Zip
 
+# The items that an earlier listing had for a container of that key and fingerprint.
 Known = Callable[[str, int], Iterable[Item] | None]
 _CONTAINER = re.compile(r"\.(zip|tar\.gz|tgz|tar|parquet)$", re.IGNORECASE)
 _INSIDE = re.compile(r"\.(?:zip|tar\.gz|tgz|tar|parquet)(?=/)", re.IGNORECASE)
@@ -112,41 +113,28 @@ class Folder:
     def _expand(self, number: int, file: Found, known: Known) -> Iterator[tuple[Item, str]]:
         """The members of a container, or itself with the reason that it cannot be listed."""
         key = "" if self.name else file.key
+        prefix, names = f"{key}/" if key else "", _Unique()
         same = known(key, file.fingerprint)
         if same is not None:
-            for item in same:
-                yield (
-                    Item(
-                        item.key, item.size, item.fingerprint, "", number, item.offset, item.block
-                    ),
-                    "",
-                )
+            for it in same:
+                # The layout says the split anew.
+                yield Item(it.key, it.size, it.fingerprint, "", number, it.offset, it.block), ""
             return
-        prefix = f"{key}/" if key else ""
-        names = _Unique()
         try:
-            for member in self.open(file.key).members():
-                name = names.add(member.name)
-                yield (
-                    Item(
-                        prefix + name,
-                        member.size,
-                        file.fingerprint,
-                        "",
-                        number,
-                        member.offset,
-                        member.block,
-                    ),
-                    member.problem,
-                )
-        except NoImagesError as reason:
-            if not key:
-                raise ConfigError(f"{self.uri} cannot be used: {reason}.") from None
-            yield Item(key, file.size, file.fingerprint), f"{IGNORED}{reason}"
-        except ItemError as reason:
-            if not key and not names:
-                raise PipelineError(f"{self.uri} cannot be used: {reason}.") from None
-            yield Item(key or names.add(file.key), file.size, file.fingerprint), str(reason)
+            for name, size, offset, block, problem in self.open(file.key).members():
+                # Without a mark the container is opened again next time, which tells the problem.
+                mark = 0 if problem else file.fingerprint
+                item = Item(prefix + names.add(name), size, mark, "", number, offset, block)
+                yield item, problem
+            return
+        except NoImagesError as error:
+            reason = f"{IGNORED}{error}"
+        except ItemError as error:
+            reason = str(error)
+        if not key and not names:
+            reason = reason.removeprefix(IGNORED)
+            raise PipelineError(f"{self.uri} cannot be used: {reason}.")
+        yield Item(key or names.add(file.key), file.size, 0, "", number), reason
 
     def _beside(self, name: str) -> str | None:
         folders = ("", "Eval/", "Anno/", "../", "../Eval/", "../Anno/")

@@ -176,7 +176,9 @@ def test_the_edge_of_a_large_hole_stays_where_it_is_when_a_mask_is_made_smaller(
     disc = (rows - 128) ** 2 + (columns - 128) ** 2 < 80**2
     for hole in (disc, rows + columns < 200):
         mask = hole_mask(hole, "white-hole", Making(64, 0))
-        assert hole_ratio(mask) == pytest.approx(hole.mean(), rel=0.01)
+        whole = hole.reshape(64, 4, 64, 4).mean(axis=(1, 3))
+        assert ((mask > 0) == (whole >= 0.5)).all()
+        assert hole_ratio(mask) == pytest.approx(hole.mean(), rel=0.02)
 
 
 def test_holes_grow_by_the_pixels_asked_for() -> None:
@@ -236,7 +238,7 @@ def test_edges_count_beside_the_area() -> None:
 def test_a_set_that_does_not_agree_on_what_is_the_hole_is_an_error_that_asks(
     pairs: list[tuple[float, float]],
 ) -> None:
-    with pytest.raises(ConfigError, match="not clear.*set masks.external_polarity"):
+    with pytest.raises(ConfigError, match=r"not clear.*set masks\.external_polarity"):
         find_polarity(shares(*pairs), "it")
 
 
@@ -264,13 +266,15 @@ def test_every_file_is_accounted_for(folder: Path) -> None:
 def test_more_than_a_few_broken_files_are_an_error_that_names_some(folder: Path) -> None:
     for number in range(2):
         (folder / f"cut{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(PipelineError, match=r"2 of the 26 mask files in .*cut0.png: .*broken"):
+    with pytest.raises(
+        PipelineError, match=r"2 of the 26 mask files in .*cut0\.png: it is not an image"
+    ):
         found_in(folder)
 
 
 def test_a_folder_without_masks_is_an_error(tmp_path: Path) -> None:
     save(tmp_path / "white.png", np.full((9, 9), 255, np.uint8))
-    with pytest.raises(PipelineError, match="holds no mask .1 files, 1 of one colour"):
+    with pytest.raises(PipelineError, match=r"holds no mask \(1 files, 1 of one colour"):
         found_in(tmp_path)
 
 
