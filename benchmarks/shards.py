@@ -136,7 +136,7 @@ def with_ray_data(photos: Path, out: Path) -> Callable[[], None]:
 
     def run() -> None:
         images = ray.data.read_images(str(photos), mode="RGB", include_paths=True)
-        images.map(sample).write_webdataset(str(out))
+        images.map(sample).write_webdataset(str(out), encoder=None)
 
     return run
 

@@ -132,22 +132,22 @@ class Ledger:
         """The index of shard `name`: its items must be said to lie there, with the same bytes."""
         items = {str(row.get("relative_key")): row for row in rows}
         samples = Counter(str(row.get("relative_key")) for row in rows)
-        told = Told(say)
-        code = self.shards.get(name, -2)
+        told, code = Told(say), self.shards.get(name, -2)
         with self._lock:
             for key, row in zip(items, self._rows(list(items)), strict=True):
                 if row < 0:
-                    told(f"{SOURCES} has no item {key!r}, which it holds")
+                    told(f"has no item {key!r}, which shard {name} holds")
                     continue
                 self._met[row] = min(self._met[row] + 1, 2)
+                index = f"than the index of {name}"
                 if self._shard[row] != code:
-                    told(f"it holds item {key!r}, {SOURCES} says otherwise")
+                    told(f"has another shard of item {key!r} {index}")
                 if self._samples[row] != samples[key]:
-                    told(f"item {key!r} has {samples[key]} samples, not {self._samples[row]}")
+                    told(f"has another number of samples of item {key!r} {index}")
                 if self._sha256[row] != hash(str(items[key].get("source_sha256"))):
-                    told(f"item {key!r} has another source_sha256 than in {SOURCES}")
+                    told(f"has another sha256 of item {key!r} {index}")
                 if self._split[row] != hash(str(items[key].get("split"))):
-                    told(f"item {key!r} has another split than in {SOURCES}")
+                    told(f"has another split of item {key!r} {index}")
         told.rest()
 
     def meet_table(self, table: str, say: Say) -> dict[str, int]:

@@ -173,12 +173,14 @@ def _check_shard(
     if index is not None:
         rows = list(index.rows.values())
         seen.samples = len(rows)
-        seen.bins = Counter(str(r["ratio_bin"]) for r in rows if r.get("ratio_bin") is not None)
+        if shard.split == "eval":
+            seen.bins = Counter(str(row.get("ratio_bin")) for row in rows)
         strangers = [row["key"] for row in rows if row.get("split") != shard.split]
         if strangers:
             say(shard.index, f"sample {strangers[0]} is of another split than its shard")
         if ledger is not None:
-            ledger.meet_shard(shard.name, rows, partial(say, shard.index))
+            where = f"{ledger.folder}/{accounts.SOURCES}"
+            ledger.meet_shard(shard.name, rows, partial(say, where))
     return seen
 
 
@@ -249,7 +251,7 @@ def _open_ledger(store: Store, manifest: Manifest, say: Say, result: Checked) ->
 
 def _settle(ledger: Ledger, manifest: Manifest, unread: frozenset[str], say: Say) -> None:
     """Hold the tables against each other and against the manifest's summary."""
-    folder, summary = manifest["folder"], manifest["summary"]
+    folder, summary = manifest["folder"], _summary(manifest)
     where = f"{folder}/manifest.json"
     counts = {outcome: ledger.count(outcome) for outcome in accounts.OUTCOMES}
     for table, kinds in {
@@ -279,10 +281,14 @@ def _settle(ledger: Ledger, manifest: Manifest, unread: frozenset[str], say: Say
             say(where, f"its summary has {name} {summary.get(name)}, its tables {number}")
 
 
+def _summary(manifest: Manifest) -> dict[str, Any]:
+    summary = manifest.get("summary")
+    return summary if isinstance(summary, dict) else {}
+
+
 def _splits(manifest: Manifest) -> dict[str, Any]:
     """The numbers of each split in the summary."""
-    summary = manifest.get("summary")
-    splits = summary.get("splits") if isinstance(summary, dict) else None
+    splits = _summary(manifest).get("splits")
     return splits if isinstance(splits, dict) else {}
 
 
@@ -306,3 +312,14 @@ def _check_numbers(
             told = said.get(name) if isinstance(said, dict) else None
             if told != number:
                 say(where, f"its summary has {told} {name} of {split}, it is {number}")
+    if manifest["stage"] == "masks" and counted is not None:
+        _check_bins(_summary(manifest).get("bins"), counted[1], partial(say, where))
+
+
+def _check_bins(bins: Any, counted: Mapping[str, int], say: Callable[[str], None]) -> None:
+    """The summary's numbers of evaluation masks against those of the indexes."""
+    said = bins if isinstance(bins, dict) else {}
+    for name in sorted(said.keys() | counted.keys()):
+        if said.get(name) != counted.get(name, 0):
+            there = f"there are {counted.get(name, 0)}"
+            say(f"its summary has {said.get(name)} evaluation masks with {name} hole, {there}")

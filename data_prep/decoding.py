@@ -15,9 +15,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from data_prep.colour import BAND, colours_of, convert, srgb_transform
 from data_prep.errors import ItemError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
-_BAND = 1 << 20  # pixels converted at a time
+_SHARES = {"WEBP": 0.5, "JPEG2000": 0.33, "AVIF": 0.75}  # of max_pixels: their readers hold copies
 _FRACTIONS = (8, 4, 2)  # in which libjpeg decodes at the speed of what comes out
 
 
@@ -57,11 +58,15 @@ class Limits:
     max_pixels: int
     min_side: int = 0
 
-    def check(self, width: int, height: int) -> None:
+    def check(self, width: int, height: int, format: str) -> None:
         """Raises PictureError."""
         size = f"it has {width}x{height} pixels"
         if width * height > self.max_pixels:
             raise PictureError(f"{size}, images.max_pixels is {self.max_pixels}")
+        share = _SHARES.get(format, 1.0)
+        if width * height > share * self.max_pixels:
+            share_of = f"{share:.0%} of images.max_pixels, which is {self.max_pixels}"
+            raise PictureError(f"{size}, for {format} the most is {share_of}")
         if min(width, height) < max(self.min_side, 1):
             raise PictureError(f"{size}, its shorter side needs {max(self.min_side, 1)}")
 
@@ -87,12 +92,12 @@ def decode_rgb(data: bytes, limits: Limits, at_least: int | None = None) -> Deco
     """
     header = _jpeg_header(data) if data[:3] == b"\xff\xd8\xff" else None
     if header is not None:
-        limits.check(header.width, header.height)
+        limits.check(header.width, header.height, "JPEG")
         rgb = _decode_jpeg(data, header, at_least)
         if rgb is not None:
             mode = "RGB" if header.components == 3 else "L"
-            if header.profile and (to_srgb := _to_srgb(header.profile, mode)):
-                _convert(rgb, mode, to_srgb)
+            if header.profile and (to_srgb := srgb_transform(header.profile, mode)):
+                convert(rgb, mode, to_srgb)
             return _decoded(rgb, header.width, header.height, header.orientation(), "JPEG", mode)
     return _decode_with_pillow(data, limits, at_least)
 
@@ -163,12 +168,12 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, at_least: int | None) -> Pixe
     """
     import simplejpeg
 
-    width, height = header.width, header.height
-    fraction = _jpeg_fraction(width, height, at_least)
+    width, height, is_cmyk = header.width, header.height, header.components == 4
+    fraction = _FRACTIONS[0] if is_cmyk else _jpeg_fraction(width, height, at_least)
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(
             data,
-            "CMYK" if header.components == 4 else "RGB",
+            "CMYK" if is_cmyk else "RGB",
             min_width=-(-width // fraction),
             min_height=-(-height // fraction),
         )
@@ -195,8 +200,8 @@ def _jpeg_fraction(width: int, height: int, at_least: int | None) -> int:
 def _decode_with_pillow(data: bytes, limits: Limits, at_least: int | None) -> Decoded:
     with _opened(data) as image:
         width, height = image.size
-        limits.check(width, height)
         mode, format = image.mode, image.format or ""
+        limits.check(width, height, format)
         if mode == "F":
             raise PictureError("its pixels are floating-point numbers")
         if format == "PNG":
@@ -278,10 +283,10 @@ def _rgb(image: Image.Image, part: int) -> Pixels:
     width, height = image.width // part, image.height // part
     left, top = (image.width - width * part) // 2, (image.height - height * part) // 2
     deep = image.mode.startswith("I;16") or (image.mode == "I" and _most(image) > 255)
-    colours = _colours(image.mode)
-    to_srgb = _to_srgb(image.info.get("icc_profile") or b"", colours)
+    colours = colours_of(image.mode)
+    to_srgb = srgb_transform(image.info.get("icc_profile") or b"", colours)
     out = np.empty((height, width, 3), np.uint8)
-    rows = max(1, _BAND // (width * part * part))
+    rows = max(1, BAND // (width * part * part))
     for at in range(0, height, rows):
         stop = min(at + rows, height)
         box = (left, top + at * part, left + width * part, top + stop * part)
@@ -317,63 +322,6 @@ def _most(image: Image.Image) -> float:
     most = image.getextrema()[1]
     assert not isinstance(most, tuple), "a picture of one channel"
     return most
-
-
-# Colour profiles
-
-
-def _colours(mode: str) -> str:
-    """The colours that a profile for pixels of `mode` is about."""
-    if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
-        return "L"
-    return mode if mode in ("CMYK", "LAB") else "RGB"
-
-
-@lru_cache(maxsize=16)
-def _to_srgb(profile: bytes, colours: str) -> Any:
-    """Pillow's transform to sRGB; None where there is none to be done: no profile, a broken one,
-    one for other colours, or sRGB itself by whatever name.
-    """
-    import numpy as np
-    from PIL import Image, ImageCms
-
-    if not profile and colours != "LAB":
-        return None
-    try:
-        source: Any = (
-            ImageCms.createProfile("LAB")
-            if colours == "LAB"
-            else ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        )
-        transform = ImageCms.buildTransform(source, _srgb(), colours, "RGB")
-        if colours == "RGB":
-            lattice = np.indices((18, 18, 18)).reshape(3, 18 * 18, 18).transpose(1, 2, 0) * 15
-            sample = Image.fromarray(lattice.astype(np.uint8))
-            changed = np.asarray(ImageCms.applyTransform(sample, transform))
-            if np.abs(changed - lattice).max() <= 2:
-                return None
-    except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
-        return None
-    return transform
-
-
-@cache
-def _srgb() -> Any:
-    from PIL import ImageCms
-
-    return ImageCms.createProfile("sRGB")
-
-
-def _convert(rgb: Pixels, colours: str, to_srgb: Any) -> None:
-    """Convert to sRGB in place."""
-    import numpy as np
-    from PIL import Image, ImageCms
-
-    rows = max(1, _BAND // rgb.shape[1])
-    for at in range(0, len(rgb), rows):
-        band = rgb[at : at + rows]
-        image = Image.fromarray(band if colours == "RGB" else np.ascontiguousarray(band[..., 0]))
-        band[:] = np.asarray(ImageCms.applyTransform(image, to_srgb))
 
 
 # Orientation

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from data_prep.stage import FileRecord
 if TYPE_CHECKING:
     from data_prep.raw import Reader, Source
 
+_ITEM = ("key", "size", "fingerprint", "offset", "block")  # what a task's digest counts of one
 SAMPLE, DUPLICATE, FAILED, IGNORED = "sample", "duplicate", "failed", "ignored"
 _AHEAD_BYTES = 128 << 20  # of items that are read before they are prepared
 _UNKNOWN_SIZE = 1 << 20  # bytes that an item of unknown size counts for
@@ -96,7 +97,7 @@ class ShardTask:
         """Of all that the shard depends on."""
         return sha256_json(
             {
-                "items": [asdict(item) for item in self.items],
+                "items": [[getattr(item, name) for name in _ITEM] for item in self.items],
                 "how": asdict(self.how),
                 "max_bytes": self.max_bytes,
                 "unsure": sorted(self.unsure),
@@ -157,7 +158,7 @@ def drop_samples(task: DropTask) -> list[FileRecord]:
     if record is not None and record[0]:
         digest, _, findings = record
         for place in task.places:
-            findings[place] = Finding(**{**asdict(findings[place]), "dropped": True})
+            findings[place] = replace(findings[place], dropped=True)
         _write_record(task.place, task.name, digest, files, findings)
     return files
 
@@ -340,7 +341,8 @@ def _write_record(
         b"task": digest.encode(),
         b"files": json.dumps([asdict(file) for file in files]).encode(),
     }
-    data = encode_table([asdict(finding) for finding in findings], _FINDINGS, metadata)
+    rows = [{name: getattr(finding, name) for name in _FINDINGS} for finding in findings]
+    data = encode_table(rows, _FINDINGS, metadata)
     place.store.write(place.key(record_path(name)), data)
 
 

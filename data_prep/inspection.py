@@ -365,7 +365,7 @@ def log_text(found: Sequence[Mapping[str, Any]]) -> str:
             [
                 str(v["version"]),
                 v["digest"],
-                v["created"],
+                v["created"][:16].replace("T", " "),
                 *(str(v[what]) for what in changes),
                 *(str(v["splits"].get(split, 0)) for split in splits),
                 str(v["shards_written"]),

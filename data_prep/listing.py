@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,8 +21,7 @@ SPLITS = ("train", "val", "test")
 ROWS = 1 << 16  # rows that are held as Python objects at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One item. `key` is its POSIX path below the source, unique in it, in valid Unicode.
 
     `size` is in stored bytes, -1 if it is not known. `fingerprint` changes when the item may have
@@ -89,28 +89,13 @@ def collect(
         "offset": pa.int64(),
         "block": pa.int32(),
     }
-    chunks: dict[str, list[Any]] = {name: [] for name in types}
-    held: dict[str, list[Any]] = {name: [] for name in types}
+    chunks: dict[str, list[pa.Array]] = {name: [] for name in types}
     codes = {"": -1, **{split: code for code, split in enumerate(SPLITS)}}
-
-    def flush() -> None:
-        for name, values in held.items():
-            chunks[name].append(pa.array(values, types[name]))
-            values.clear()
-
-    key, size, mark, split = (held[n] for n in ("key", "size", "fingerprint", "split"))
-    container, offset, block = (held[n] for n in ("container", "offset", "block"))
-    for item in items:
-        key.append(item.key)
-        size.append(item.size)
-        mark.append(item.fingerprint)
-        split.append(codes[item.split])
-        container.append(item.container)
-        offset.append(item.offset)
-        block.append(item.block)
-        if len(key) == ROWS:
-            flush()
-    flush()
+    waiting = iter(items)
+    while batch := list(islice(waiting, ROWS)):
+        for name, values in zip(Item._fields, zip(*batch, strict=True), strict=True):
+            coded = [codes[split] for split in values] if name == "split" else values
+            chunks[name].append(pa.array(coded, types[name]))
     columns = {name: pa.chunked_array(parts, types[name]) for name, parts in chunks.items()}
     chunks.clear()
     if pc.max(columns["split"]).as_py() in (None, -1):

@@ -117,22 +117,25 @@ def _resized(hole: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     if max(down, across) <= 1:
         enlarged = cv2.resize(hole, (size, size), interpolation=cv2.INTER_NEAREST)
         return np.asarray(enlarged, np.uint8)
-    mask = _cover(hole, size) >= 0.5
+    mask = _cover(hole, size) > 127
     pixel = np.ones((max(1, math.ceil(down)), max(1, math.ceil(across))), np.uint8)
     wide = cv2.morphologyEx(hole, cv2.MORPH_OPEN, pixel)
     thin = hole & ~cv2.dilate(wide, np.ones((3, 3), np.uint8))  # no steps of a wide part's edge
     if thin.any():
-        # A line one source pixel wide covers 1 / scale of the pixels along it, or is shared by two.
-        mask |= _cover(thin, size) > 0.499 / max(down, across)
+        # A line one source pixel wide covers 255 / scale of the pixels along it, or half of that
+        # where two share it; the rest is for rounding.
+        mask |= _cover(thin, size) > 108 / max(down, across)
     return np.asarray(mask, np.uint8) * np.uint8(255)
 
 
 def _cover(mask: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
-    """How much of each pixel is covered, in [0, 1], when the mask is shrunk to a square."""
+    """How much of each pixel is covered, in [0, 255], when the mask is shrunk to a square."""
     import cv2
     import numpy as np
 
-    covered = cv2.resize(mask.astype(np.float32) / 255, (size, size), interpolation=cv2.INTER_AREA)
+    fine = max(mask.shape) > 32 * size  # 8 bits, which are faster, would round a thin line away
+    source = mask.astype(np.float32) if fine else mask
+    covered = cv2.resize(source, (size, size), interpolation=cv2.INTER_AREA)
     return np.asarray(covered, np.float32)
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -48,7 +49,20 @@ PARTS_AT_ONCE = 4  # so that an upload holds at most 64 MiB
 MOST_PARTS = 10_000  # a limit of S3
 
 _PROBE = ".probe-"
+_WRITER = "writer"  # name of the mark that every conditional write carries
+# AWS compares the tag as it is given out, in quotes; Ceph, on writing, only without them.
+_TAG_FORMS = ('"{}"', "{}")
+_UNKNOWN_CONDITION = {"NotImplemented", "501", "InvalidArgument", "InvalidRequest", "BadRequest"}
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """What a server honours: If-None-Match on writing, and the form of If-Match that it compares
+    (None: none)."""
+
+    create: bool
+    replace: str | None
 
 
 class S3Store:
@@ -63,7 +77,7 @@ class S3Store:
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{posixpath.join(bucket, prefix)}".rstrip("/")
         self._reached = False  # whether the server has ever answered
-        self._conditional: bool | None = None  # whether it honours conditions; None: not known
+        self._honoured: _Conditions | None = None  # None: not asked yet
         self._client: Any = None
         self._lock = threading.RLock()
 
@@ -151,13 +165,14 @@ class S3Store:
                 self._put(key, file.read())
 
     def create(self, key: str, data: bytes) -> str | None:
-        if self._honours_conditions():
+        if self._conditions().create:
             return self._put_if(key, data, IfNoneMatch="*")
         return None if self.exists(key) else self._put(key, data)
 
     def replace(self, key: str, data: bytes, tag: str) -> str | None:
-        if self._honours_conditions():
-            return self._put_if(key, data, IfMatch=tag)
+        form = self._conditions().replace
+        if form is not None:
+            return self._put_if(key, data, IfMatch=form.format(tag.strip('"')))
         return self._put(key, data) if self._tag(key) == tag else None
 
     def delete(self, key: str) -> None:
@@ -187,13 +202,15 @@ class S3Store:
     def _put_if(self, key: str, data: bytes, **condition: str) -> str | None:
         """The new tag, or None where the condition does not hold."""
         at = self._at(key)
+        mark = {_WRITER: secrets.token_hex(8)}
         sent = 0
 
         def attempt() -> str | None:
             nonlocal sent
             sent += 1
             try:
-                return str(self.client.put_object(**at, Body=data, **condition)["ETag"])
+                answer = self.client.put_object(**at, Body=data, Metadata=mark, **condition)
+                return str(answer["ETag"])
             except s3_errors() as error:
                 # 404 on If-Match: the object is gone.
                 gone = code_of(error) in ("NoSuchKey", "404") and "IfMatch" in condition
@@ -203,51 +220,59 @@ class S3Store:
 
         tag = self._call(key, attempt)
         if tag is None and sent > 1:
-            # An earlier attempt may have been done and its answer lost: then what lies there is
-            # ours. (What is written under a condition names its writer, so equal bytes tell.)
+            # An earlier attempt may have been done and only its answer lost: the mark tells.
             try:
-                there, its_tag = self.read_tagged(key)
+                there = self._head(key)
             except FileNotFoundError:
                 return None
-            return its_tag if there == data else None
+            return str(there["ETag"]) if there.get("Metadata") == mark else None
         return tag
 
-    def _honours_conditions(self) -> bool:
+    def _conditions(self) -> _Conditions:
         with self._lock:
-            if self._conditional is None:
-                self._conditional = self._probe()
-                if not self._conditional:
+            if self._honoured is None:
+                self._honoured = self._probe()
+                if not self._honoured.create or self._honoured.replace is None:
                     say(
                         f"warning: the S3 server of {self.uri} does not honour conditional writes:"
                         " two runners at the same time are not kept apart, start only one."
                     )
-            return self._conditional
+            return self._honoured
 
-    def _probe(self) -> bool:
-        """Whether a write whose condition cannot hold is refused, asked with an object of its own.
+    def _probe(self) -> _Conditions:
+        """Which conditions the server honours, asked with an object of its own.
 
         Raises StorageError where nothing can be written at all.
         """
         key = f"{_PROBE}{secrets.token_hex(8)}"
         at = self._at(key)
 
-        def refused(**condition: str) -> bool:
-            def attempt() -> bool:
+        def accepts(**condition: str) -> bool | None:
+            """Whether it writes under the condition; None if it knows no such condition."""
+
+            def attempt() -> bool | None:
                 try:
                     self.client.put_object(**at, Body=b"", **condition)
                 except s3_errors() as error:
-                    if status_of(error) in (400, 501) and not may_pass(error):
-                        return False  # it knows no such condition
                     if status_of(error) == 412:
-                        return True
+                        return False
+                    if status_of(error) in (400, 501) and code_of(error) in _UNKNOWN_CONDITION:
+                        return None
                     raise
-                return False
+                return True
 
             return self._call(key, attempt)
 
-        self._put(key, b"")
+        def compares(form: str) -> bool:
+            same, other = form.format(tag), form.format("0" * len(tag))
+            return accepts(IfMatch=same) is True and accepts(IfMatch=other) is False
+
+        tag = self._put(key, b"").strip('"')
         try:
-            return refused(IfNoneMatch="*") and refused(IfMatch=f'"{"0" * 32}"')
+            return _Conditions(
+                create=accepts(IfNoneMatch="*") is False,
+                replace=next((form for form in _TAG_FORMS if compares(form)), None),
+            )
         finally:
             try:
                 self.delete(key)

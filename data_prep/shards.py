@@ -70,9 +70,7 @@ class TarWriter:
         assert len(key) <= 80, f"sample key {key!r} is too long for a tar header"
         first = self.size + _BLOCK
         for extension, data in files.items():
-            info = tarfile.TarInfo(f"{key}.{extension}")
-            info.size = len(data)
-            self._write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict"))
+            self._write(_header(f"{key}.{extension}", len(data)))
             self._write(data)
             self._write(bytes(-len(data) % _BLOCK))
         return first
@@ -86,6 +84,22 @@ class TarWriter:
         self._file.write(data)
         self._hash.update(data)
         self.size += len(data)
+
+
+# A header with an empty name and no size; `_header` fills in both and the sum of its bytes.
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def _header(name: str, size: int) -> bytes:
+    """The header of a regular file: what `tarfile` writes, at a tenth of its cost."""
+    assert len(name) < 100, f"{name!r} is too long for a tar header"
+    assert size < 8**11, f"{name} has {size} bytes, too many for a tar header"
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
 
 
 def shard_name(split: str, number: int) -> str:

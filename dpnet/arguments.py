@@ -123,15 +123,40 @@ def _add_shards(parsers: _Parsers, kind: str) -> None:
         _add_stage(group, "build", kind, f"prepare the {kind} of a config", f"{kind} build")
     folder = f"dpnet-demo/{kind}/demo/0123456789ab"
     _add_verify(group, f"check every hash of prepared {kind}", folder, f"{kind} verify")
-    inspect = _add(
-        group,
+    _add_inspect(group, kind, folder)
+    if kind == "images":
+        _add_images_log(group)
+
+
+def _add_inspect(parsers: _Parsers, kind: str, folder: str) -> None:
+    parser = _add(
+        parsers,
         "inspect",
-        "not_built",
-        f"show what a folder of {kind} holds (not built yet)",
-        f"dpnet {kind} inspect {folder}",
+        f"{kind}_inspect",
+        f"show what a version of prepared {kind} holds",
+        f"dpnet {kind} inspect {folder} -o sheet.png",
     )
-    inspect.add_argument("uri", metavar="URI", help="the stage's folder")
-    inspect.set_defaults(wanted=f"{kind} inspect")
+    parser.add_argument(
+        "uri", metavar="URI|NAME", help="a version's folder, or a name: then its newest version"
+    )
+    parser.add_argument(
+        "--root", help=f"where the name is looked up (default: DPNET_ROOT, else {DEMO_ROOT})"
+    )
+    parser.add_argument("-o", "--out", metavar="PNG", help="also write a contact sheet")
+
+
+def _add_images_log(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "log",
+        "images_log",
+        "list the versions of a dataset and what each added, removed and changed",
+        "dpnet images log places2 --root /data/dpnet",
+    )
+    parser.add_argument("name", metavar="NAME", help="the dataset, as in images/NAME")
+    parser.add_argument(
+        "--root", help=f"where it is stored (default: DPNET_ROOT, else {DEMO_ROOT})"
+    )
 
 
 def _add_images_build(parsers: _Parsers) -> None:
@@ -216,6 +241,30 @@ def _add_verify(parsers: _Parsers, what: str, example: str, command: str = "veri
     parser.add_argument(
         "--root", help=f"where models:/… is looked up (default: DPNET_ROOT, else {DEMO_ROOT})"
     )
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--sample",
+        type=_share,
+        default=1.0,
+        metavar="SHARE",
+        help="read only this share of the shards of images and masks, as 0.01; the same ones every"
+        " time, and of the others look at presence and size alone",
+    )
+    depth.add_argument(
+        "--index-only",
+        action="store_true",
+        help="read no shard of images and masks, only manifests, indexes, tables and lists",
+    )
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: give one as 0.01, at most 1")
+    return share
 
 
 def _add_inpaint(parsers: _Parsers) -> None:

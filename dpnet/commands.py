@@ -134,16 +134,44 @@ def images_build(args: Namespace) -> Outcome:
 
 
 def verify(args: Namespace) -> Outcome:
-    from dpnet.verify import verify_uri
+    from dpnet.verify import Depth, verify_uri
 
-    found = verify_uri(args.uri, _root_to_read(args))
-    lines = [f"{p.where}: {p.problem}" for p in found.problems]
-    size = f"{found.files} files ({found.bytes / 1e6:.1f} MB) of {found.stages} stages"
-    lines.append(
-        f"{size}: "
-        + ("all as they were made" if found.ok else f"{len(lines)} problem{'s'[: len(lines) > 1]}")
-    )
+    found = verify_uri(args.uri, _root_to_read(args), Depth(args.sample, args.index_only))
+    lines = [*found.notes, *(f"{p.where}: {p.problem}" for p in found.problems)]
+    number = len(found.problems)
+    wrong = f"{number} problem{'s'[: number > 1]}" if number else "all as they were made"
+    lines.append(f"{found.covered()}: {wrong}")
     return found.to_json(), "\n".join(lines)
+
+
+def images_inspect(args: Namespace) -> Outcome:
+    from data_prep.inspection import find_set, image_sheet, images_text, inspect_images, save_sheet
+
+    store, folder = find_set("images", args.uri, _root_to_read(args))
+    found = inspect_images(store, folder)
+    if args.out:
+        save_sheet(lambda: image_sheet(store, folder), Path(args.out))
+    return {"ok": True, "root": store.uri, "sheet": args.out, **found}, images_text(found)
+
+
+def masks_inspect(args: Namespace) -> Outcome:
+    from data_prep.contact import mask_sheet
+    from data_prep.inspection import find_set, inspect_masks, masks_text, save_sheet
+
+    store, folder = find_set("masks", args.uri, _root_to_read(args))
+    found = inspect_masks(store, folder)
+    if args.out:
+        save_sheet(lambda: mask_sheet(store, folder), Path(args.out))
+    return {"ok": True, "root": store.uri, "sheet": args.out, **found}, masks_text(found)
+
+
+def images_log(args: Namespace) -> Outcome:
+    from data_prep.inspection import log_images, log_text
+
+    store = open_store(_root_to_read(args))
+    found = log_images(store, args.name)
+    result = {"ok": True, "root": store.uri, "name": args.name, "versions": found}
+    return result, log_text(found)
 
 
 def inpaint(args: Namespace) -> Outcome:

@@ -80,6 +80,17 @@ class Verification:
     def add(self, where: str, problem: str) -> None:
         self.problems.append(Problem(where, problem))
 
+    def covered(self) -> str:
+        """What was read and what was not, in words."""
+        stages = f"{self.stages} stage{'s'[: self.stages != 1]}"
+        text = f"{self.files} files ({self.bytes / 1e6:.1f} MB) of {stages}"
+        if self.depth.everything:
+            return text
+        return (
+            f"{text}, {self.tars} of {self.shards} tars and {self.indexes} indexes among them;"
+            f" of {self.unread} more files presence and size alone"
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {"ok": self.ok, **asdict(self)}
 

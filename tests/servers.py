@@ -93,12 +93,15 @@ def ceph_server() -> Iterator[Server]:
         pytest.skip(f"Ceph is not installed ({', '.join(missing)}): .ci/run does it")
     # Sockets lie in the folder, and their paths may not be long.
     folder = Path(tempfile.mkdtemp(prefix="ceph", dir="/tmp"))
-    port = _two_free_ports()
-    script = ["bash", str(CEPH_SCRIPT)]
+    place, port = str(folder / "c"), str(_two_free_ports())
+    # The daemons are no children of ours, so a process that sees our end stops them: also where
+    # the tests are killed.
+    stop = f'read -r _; bash "{CEPH_SCRIPT}" stop {place}; rm -rf {folder}'
+    keeper = subprocess.Popen(["bash", "-c", stop], stdin=subprocess.PIPE, start_new_session=True)
     try:
         with (folder / "out").open("w+b") as out:  # no pipe: the daemons would keep it open
             started = subprocess.run(
-                [*script, "start", str(folder / "c"), str(port)],
+                ["bash", str(CEPH_SCRIPT), "start", place, port],
                 stdout=out,
                 stderr=out,
                 timeout=180,
@@ -111,15 +114,14 @@ def ceph_server() -> Iterator[Server]:
         )
         if started.returncode or "AWS_ENDPOINT_URL" not in settings:
             pytest.fail(f"Ceph did not start: {said[-1000:]}")
-        server = Server(
+        yield Server(
             settings["AWS_ENDPOINT_URL"],
             settings["AWS_ACCESS_KEY_ID"],
             settings["AWS_SECRET_ACCESS_KEY"],
         )
-        yield server
     finally:
-        subprocess.run([*script, "stop", str(folder / "c")], check=False, timeout=60)
-        shutil.rmtree(folder, ignore_errors=True)
+        keeper.stdin.close()
+        keeper.wait(timeout=60)
 
 
 def _two_free_ports() -> int:

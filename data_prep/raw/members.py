@@ -32,6 +32,6 @@ def named(name: str, size: int, offset: int, problem: str = "") -> Member | None
     while name.startswith("./"):
         name = name[2:]
     name = escape(name) or "nameless"
-    if is_hidden(name):
-        return None
-    return Member(name, size, offset, 0, problem or (LEAVES if leaves(name) else ""))
+    if leaves(name):
+        return Member(name, size, offset, 0, LEAVES)
+    return None if is_hidden(name) else Member(name, size, offset, 0, problem)

@@ -52,7 +52,11 @@ class Tar:
             yield from found
             return
         for _, sample in groupby(found, key=lambda member: _stem(member.name)):
-            yield _image_of(list(sample))
+            members = list(sample)
+            image = _image_of(members)
+            yield image
+            if any(member.problem == _CUT for member in members if member is not image):
+                raise ItemError("it is cut off")
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
         if size > limit:
@@ -210,7 +214,8 @@ class _Forward:
             self._raw = self._blob.open()
             self._stream = gzip.GzipFile(fileobj=self._raw)
         if self._is_broken:
-            raise ItemError("it is broken or cut off: it cannot be decompressed")
+            reason = "it is broken or cut off: it cannot be decompressed"
+            raise ItemError(reason if self._end else "it is no gzip archive, or it is broken")
         pieces, size = [], 0
         try:
             while size < _STEP and (piece := self._stream.read1(_STEP)):

@@ -22,9 +22,12 @@ class Place:
     uri: str
     is_remote: bool
 
+    def __post_init__(self) -> None:
+        self._store = open_store(self.uri)
+
     def put(self, key: str, data: bytes = b"x") -> str:
         """Write a file; its URI."""
-        open_store(self.uri).write(key, data)
+        self._store.write(key, data)
         return f"{self.uri}/{key}"
 
 

@@ -80,7 +80,7 @@ def photographs(folder: Path, count: int = 12) -> Path:
 def real_data(store: LocalStore, **masks: Any) -> tuple[StageRef, StageRef]:
     """Real image and mask stages of SIZE pixels, with two evaluation masks of each ratio bin."""
     source = photographs(store.folder / "photos")
-    images = ImagesConfig(source=source, name="small", size=SIZE, val=0.1, test=0.4)
+    images = ImagesConfig(source=str(source), name="small", size=SIZE, val=0.1, test=0.4)
     config = MasksConfig(name="small", size=SIZE, train=4, **({"eval_per_bin": 2} | masks))
     return prepare_images(images, store), prepare_masks(config, store)
 

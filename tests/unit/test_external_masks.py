@@ -155,7 +155,7 @@ def test_a_wide_mask_is_stretched_whole() -> None:
     assert not mask[:, SIZE // 4 :].any()
 
 
-@pytest.mark.parametrize("scale", [2, 3.5, 8])
+@pytest.mark.parametrize("scale", [2, 3.5, 8, 31, 40])
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
 def test_strokes_thinner_than_a_pixel_are_kept_when_a_mask_is_made_smaller(
     scale: float, offset: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
-import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from servers import Server
 from data_prep.errors import ConfigError, ItemError, PipelineError, StorageError
 from data_prep.listing import Item
 from data_prep.raw import check_source, open_source
-from data_prep.raw.files import escape, unescape
+from data_prep.raw.files import LocalFiles, escape, unescape
 
 __all__ = ["place"]
 
@@ -29,7 +29,9 @@ def test_files_of_all_sub_folders_are_listed_by_key_and_hidden_ones_are_not(plac
 
 
 def test_names_with_spaces_newlines_and_unicode_are_read(place: Place) -> None:
-    names = ["a b.jpg", "new\nline.jpg", "grün/ß 猫.jpg", "50%20.jpg", "a#b?c.jpg", "'\"&<>.jpg"]
+    names = ["a b.jpg", "grün/ß 猫.jpg", "50%20.jpg", "a#b?c.jpg", "'\"&<>.jpg"]
+    if not place.is_remote:  # moto cannot store it
+        names.append("new\nline.jpg")
     for name in names:
         place.put(name, name.encode())
     assert contents(open_source(place.uri)) == {name: name.encode() for name in names}
@@ -229,7 +231,7 @@ def test_keys_that_would_leave_a_prefix_are_listed_with_a_problem(
 
 
 def test_a_source_is_small_and_survives_pickling(place: Place) -> None:
-    for number in range(100):
+    for number in range(10):
         place.put(f"{number}.jpg")
     source = open_source(place.uri)
     source.list()
@@ -240,20 +242,11 @@ def test_a_source_is_small_and_survives_pickling(place: Place) -> None:
         assert reader.threads == (16 if place.is_remote else 1)
 
 
-def test_listing_many_files_takes_little_memory(tmp_path: Path) -> None:
-    for folder in range(20):
-        (tmp_path / f"{folder:02d}").mkdir()
-        for number in range(1000):
-            os.mknod(tmp_path / f"{folder:02d}/{number:06d}.jpg")
-    code = (
-        "import resource, sys; from data_prep.raw import open_source; import numpy, pyarrow.compute;"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        f"listing = open_source({str(tmp_path)!r}).list();"
-        "print(len(listing), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    count, more = map(int, done.stdout.split())
-    assert count == 20_000
-    assert more * 1024 / count < 2000  # bytes an item; most of it is the 65,536 held as objects
-
-
+def test_walking_holds_no_more_than_one_folder_however_many_files(tmp_path: Path) -> None:
+    for number in range(3000):
+        os.mknod(tmp_path / f"{number:06d}.jpg")
+    tracemalloc.start()
+    assert sum(1 for _ in LocalFiles(tmp_path).walk()) == 3000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000  # bytes

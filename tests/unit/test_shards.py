@@ -16,6 +16,7 @@ from data_prep.errors import PipelineError
 from data_prep.shards import (
     Folder,
     TarWriter,
+    _header,
     decode_table,
     encode_table,
     finished_shard,
@@ -59,6 +60,13 @@ def test_the_same_samples_give_the_same_tar_without_time_or_owner() -> None:
         (0, 0, 0, "", 0o644)
     }
     assert [info.name for info in infos][:3] == ["b_1.png", "b_1.json", "a-2.png"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 8**8 + 3])
+def test_a_header_is_the_one_that_tarfile_writes(size: int) -> None:
+    info = tarfile.TarInfo("some-name_1.jpg")
+    info.size = size
+    assert _header(info.name, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
 def test_offsets_point_at_the_payloads_in_the_tar() -> None:
