@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import PipelineError
@@ -24,6 +24,7 @@ SOURCES, FAILURES, DUPLICATES = "sources.parquet", "failures.parquet", "duplicat
 OUTCOMES = ("sample", "duplicate", "failed", "ignored")
 _COLUMNS = ("key", "sha256", "width", "height", "samples", "split", "shard", "outcome")
 _NUMBERS = ("width", "height", "samples")
+_KINDS = {"shard": "int32", "outcome": "int8"}  # of the arrays; others are int64
 _BATCH = 1 << 16
 _MOST = 20  # items of one kind that are named
 
@@ -79,7 +80,9 @@ class Ledger:
         self.store, self.folder = store, folder
         self.problems: list[str] = []  # of sources.parquet
         shards: dict[str | None, int] = {None: -1}
-        parts: list[tuple[NDArray[Any], ...]] = []
+        parts: dict[str, list[NDArray[Any]]] = {
+            name: [np.zeros(0, _KINDS.get(name, "int64"))] for name in _COLUMNS
+        }
         last, row = "", 0
         for batch in read_batches(store, f"{folder}/{SOURCES}", _COLUMNS):
             for key, shard, outcome in zip(
@@ -93,24 +96,25 @@ class Ledger:
                     self._say(f"item {key!r} is a {outcome} and names the shard {shard}")
                 shards.setdefault(shard, len(shards) - 1)
                 last, row = key, row + 1
-            parts.append(
-                (
-                    np.array([hash(key) for key in batch["key"]], np.int64),
-                    np.array([hash(sha256 or None) for sha256 in batch["sha256"]], np.int64),
-                    np.array([n or 0 for n in batch["width"]], np.int64),
-                    np.array([n or 0 for n in batch["height"]], np.int64),
-                    np.array([n or 0 for n in batch["samples"]], np.int64),
-                    np.array([shards[shard] for shard in batch["shard"]], np.int32),
-                    np.array([OUTCOMES.index(o) for o in batch["outcome"]], np.int8),
-                    np.array([hash(split) for split in batch["split"]], np.int64),
-                )
-            )
-        types = (np.int64, np.int64, np.int64, np.int64, np.int64, np.int32, np.int8, np.int64)
-        empty = tuple(np.zeros(0, kind) for kind in types)
-        whole = [np.concatenate(chunks) for chunks in zip(empty, *parts, strict=True)]
-        parts.clear()
-        self._key, self._sha256, self._width, self._height, self._samples = whole[:5]
-        self._shard, self._outcome, self._split = whole[5:]
+            columns = {
+                "key": _hashes(batch["key"]),
+                "sha256": _hashes(batch["sha256"]),
+                "width": np.array([n or 0 for n in batch["width"]], np.int64),
+                "height": np.array([n or 0 for n in batch["height"]], np.int64),
+                "samples": np.array([n or 0 for n in batch["samples"]], np.int64),
+                "shard": np.array([shards[shard] for shard in batch["shard"]], np.int32),
+                "outcome": np.array([OUTCOMES.index(o) for o in batch["outcome"]], np.int8),
+                "split": _hashes(batch["split"]),
+            }
+            for name, column in columns.items():
+                parts[name].append(column)
+        # One by one, so that there are never two of everything.
+        self._key, self._sha256, self._width, self._height, self._samples = (
+            np.concatenate(parts.pop(name)) for name in _COLUMNS[:5]
+        )
+        self._split, self._shard, self._outcome = (
+            np.concatenate(parts.pop(name)) for name in _COLUMNS[5:]
+        )
         self._by_key = np.argsort(self._key, kind="stable")
         self._sorted_keys = self._key[self._by_key]
         self._met = np.zeros(row, np.uint8)
@@ -130,24 +134,26 @@ class Ledger:
 
     def meet_shard(self, name: str, rows: Sequence[Mapping[str, Any]], say: Say) -> None:
         """The index of shard `name`: its items must be said to lie there, with the same bytes."""
+        import numpy as np
+
         items = {str(row.get("relative_key")): row for row in rows}
         samples = Counter(str(row.get("relative_key")) for row in rows)
-        told, code = Told(say), self.shards.get(name, -2)
+        told, keys, at = Told(say), list(items), self._rows(list(items))
+        for place in np.flatnonzero(at < 0):
+            told(f"has no item {keys[place]!r}, which shard {name} holds")
+        there = np.flatnonzero(at >= 0)
+        found = at[there]
         with self._lock:
-            for key, row in zip(items, self._rows(list(items)), strict=True):
-                if row < 0:
-                    told(f"has no item {key!r}, which shard {name} holds")
-                    continue
-                self._met[row] = min(self._met[row] + 1, 2)
-                index = f"than the index of {name}"
-                if self._shard[row] != code:
-                    told(f"has another shard of item {key!r} {index}")
-                if self._samples[row] != samples[key]:
-                    told(f"has another number of samples of item {key!r} {index}")
-                if self._sha256[row] != hash(str(items[key].get("source_sha256"))):
-                    told(f"has another sha256 of item {key!r} {index}")
-                if self._split[row] != hash(str(items[key].get("split"))):
-                    told(f"has another split of item {key!r} {index}")
+            self._met[found] = np.minimum(self._met[found] + 1, 2)
+        columns = {
+            "shard": (self._shard, np.full(len(keys), self.shards.get(name, -2))),
+            "number of samples": (self._samples, np.array([samples[key] for key in keys])),
+            "sha256": (self._sha256, _hashes(row.get("source_sha256") for row in items.values())),
+            "split": (self._split, _hashes(row.get("split") for row in items.values())),
+        }
+        for what, (said, indexed) in columns.items():
+            for place in there[said[found] != indexed[there]]:
+                told(f"has another {what} of item {keys[place]!r} than the index of {name}")
         told.rest()
 
     def meet_table(self, table: str, say: Say) -> dict[str, int]:
@@ -158,7 +164,8 @@ class Ledger:
         told, counts = Told(say), dict.fromkeys(OUTCOMES, 0)
         own = ("key", "sha256", "kind" if table == FAILURES else "kept")
         for batch in read_batches(self.store, f"{self.folder}/{table}", own):
-            found = zip(batch["key"], self._rows(batch["key"]), batch["sha256"], strict=True)
+            rows = self._rows(batch["key"]).tolist()
+            found = zip(batch["key"], rows, batch["sha256"], strict=True)
             for (key, row, sha256), more in zip(found, batch[own[2]], strict=True):
                 kind = more if table == FAILURES else "duplicate"
                 if row < 0:
@@ -166,12 +173,12 @@ class Ledger:
                     continue
                 if kind not in OUTCOMES or OUTCOMES[self._outcome[row]] != kind:
                     told(f"item {key!r} is {kind}, {SOURCES} has {OUTCOMES[self._outcome[row]]}")
-                if hash(sha256 or None) != self._sha256[row]:
+                if hash(str(sha256 or "")) != self._sha256[row]:
                     told(f"item {key!r} has another sha256 than in {SOURCES}")
                 self._met[row] = min(self._met[row] + 1, 2)
                 counts[kind] = counts.get(kind, 0) + 1
             if table == DUPLICATES:
-                for key, row in zip(batch["kept"], self._rows(batch["kept"]), strict=True):
+                for key, row in zip(batch["kept"], self._rows(batch["kept"]).tolist(), strict=True):
                     if row < 0:
                         told(f"what is kept, {key!r}, is not in {SOURCES}")
         told.rest()
@@ -199,16 +206,15 @@ class Ledger:
         if len(self.problems) < _MOST:
             self.problems.append(problem)
 
-    def _rows(self, keys: Sequence[Any]) -> list[int]:
+    def _rows(self, keys: Sequence[Any]) -> NDArray[np.int64]:
         """The rows of items, -1 where there is no such one."""
         import numpy as np
 
-        hashes = np.array([hash(key) for key in keys], np.int64)
+        hashes = _hashes(keys)
         if not len(self._key):
-            return [-1] * len(keys)
+            return np.full(len(keys), -1)
         at = np.minimum(np.searchsorted(self._sorted_keys, hashes), len(self._key) - 1)
-        found = np.where(self._sorted_keys[at] == hashes, self._by_key[at], -1)
-        return [int(row) for row in found]
+        return np.where(self._sorted_keys[at] == hashes, self._by_key[at], -1)
 
     def _named(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, str, str | None]]:
         """The first few of `rows` with their keys and shards: the table is read once more."""
@@ -222,6 +228,13 @@ class Ledger:
                 if start <= row < stop:
                     yield row, batch["key"][row - start], batch["shard"][row - start]
             start = stop
+
+
+def _hashes(texts: Iterable[Any]) -> NDArray[np.int64]:
+    """A number for each text that this process always gives it; none and an empty one are alike."""
+    import numpy as np
+
+    return np.array([hash(str(text or "")) for text in texts], np.int64)
 
 
 class Told:

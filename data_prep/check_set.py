@@ -58,15 +58,19 @@ class Shard:
 
 
 @dataclass
-class Checked:
-    """How many shards there are and what of them was read; `unread` files were not."""
+class Coverage:
+    """Which tars and indexes there are in all the sets, by their keys, and which were read."""
 
-    shards: int = 0
-    tars_read: int = 0
-    indexes_read: int = 0
-    bytes_read: int = 0
-    unread: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+
+    def count(self, extension: str, only_read: bool = False) -> int:
+        return sum(k.endswith(extension) for k in (self.read if only_read else self.sizes))
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(self.sizes[key] for key in self.read)
 
 
 def shards_of(records: Mapping[str, FileRecord]) -> list[Shard]:
@@ -90,27 +94,30 @@ def check_set(
     manifest: Manifest,
     records: Mapping[str, FileRecord],
     depth: Depth,
-    done: set[str],
+    coverage: Coverage,
     say: Say,
     step: Callable[[int], None] = lambda count: None,
-) -> Checked:
+) -> None:
     """Check the shards, lists and accounts of one committed set.
 
-    `records` are its files by their keys under the root; only shards that are there in their right
-    size are among them. Tars in `done` were read before and are not read again; those read now are
-    added. `step` is told how many shards are done. Raises StorageError where storage fails.
+    `records` are its files by their keys under the root. A tar that `coverage` has as read is not
+    read again; what is read now is added to it. `step` is told how many shards are done. Raises
+    StorageError where storage fails.
     """
     folder = manifest["folder"]
     shards = shards_of(records)
     read = shards if depth.index_only else chosen(shards, depth.share)
     unread = frozenset(shard.name for shard in shards) - {shard.name for shard in read}
-    result = Checked(len(shards))
+    for shard in shards:
+        coverage.sizes[shard.tar] = shard.tar_record.size
+        if shard.index_record is not None:
+            coverage.sizes[shard.index] = shard.index_record.size
     for name, times in Counter(shard.name for shard in shards).items():
         if times > 1:
             say(f"{folder}/manifest.json", f"names {times} shards {name}")
     _check_lists(store, folder, manifest, shards, say)
-    ledger = _open_ledger(store, manifest, say, result)
-    task = partial(_check_shard, store, ledger, depth, frozenset(done))
+    ledger = _open_ledger(store, manifest, say, coverage)
+    task = partial(_check_shard, store, ledger, depth, frozenset(coverage.read))
     samples, bins = Counter[str](), Counter[str]()
     with ThreadPoolExecutor(THREADS) as pool:
         for count, (shard, seen) in enumerate(zip(read, pool.map(task, read), strict=True), 1):
@@ -118,23 +125,15 @@ def check_set(
                 say(where, problem)
             samples[shard.split] += seen.samples
             bins += seen.bins
-            result.indexes_read += 1
-            result.bytes_read += shard.index_record.size if shard.index_record else 0
-            if not depth.index_only and shard.tar not in done:
-                result.tars_read += 1
-                result.bytes_read += shard.tar_record.size
-                done.add(shard.tar)
+            if shard.index_record is not None:
+                coverage.read.add(shard.index)
+            if not depth.index_only:
+                coverage.read.add(shard.tar)
             step(count)
-    result.unread = sum(
-        2 - (shard.index_record is None) for shard in shards if shard.name in unread
-    )
-    if depth.index_only:
-        result.unread += len(shards)
     counted = None if unread else (samples, bins)
     _check_numbers(manifest, shards, counted, say)
     if ledger is not None:
         _settle(ledger, manifest, unread, say)
-    return result
 
 
 @dataclass
@@ -228,7 +227,7 @@ def _check_lists(
             say(key, "names a shard twice")
 
 
-def _open_ledger(store: Store, manifest: Manifest, say: Say, result: Checked) -> Ledger | None:
+def _open_ledger(store: Store, manifest: Manifest, say: Say, coverage: Coverage) -> Ledger | None:
     if manifest["stage"] != "images":
         return None
     folder = manifest["folder"]
@@ -236,7 +235,7 @@ def _open_ledger(store: Store, manifest: Manifest, say: Say, result: Checked) ->
     try:
         ledger = Ledger(store, folder)
     except OldTableError:
-        result.notes.append(
+        coverage.notes.append(
             f"{where} is of an earlier version of dpnet and does not say where each item went:"
             " that was not checked"
         )

@@ -120,8 +120,10 @@ class _JpegHeader:
             return 1
         exif = Image.Exif()
         try:
-            exif.load(self.exif)
-            return _valid_orientation(exif.get(_ORIENTATION))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exif.load(self.exif)
+                return _valid_orientation(exif.get(_ORIENTATION))
         except Exception:  # a broken tag is no reason to refuse a picture
             return 1
 

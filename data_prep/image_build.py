@@ -167,6 +167,7 @@ def build(
     )
     _drop(outcomes, resolution, tasks, files, parent, run, workers)
     _check_splits(config, outcomes)
+    _check_accounts(outcomes)
     for kind in (FAILED, IGNORED):
         _tell(outcomes, kind)
     own = {name: [file for file in records if file] for name, records in files.items()}
@@ -192,7 +193,6 @@ def build(
         "removed": plan.removed,
         "changed": plan.changed,
     }
-    _check_accounts(outcomes, summary)
     return Produced(records + lists, summary)
 
 
@@ -389,14 +389,14 @@ def _check_splits(config: ImagesConfig, outcomes: Outcomes) -> None:
             )
 
 
-def _check_accounts(outcomes: Outcomes, summary: Mapping[str, Any]) -> None:
+def _check_accounts(outcomes: Outcomes) -> None:
     """Every listed item is in exactly one place, or nothing is committed."""
-    placed = [summary[kind] for kind in ("photographs", "failed", "ignored", "duplicates")]
-    lost = int((outcomes.code == _PENDING).sum())
+    listed = len(outcomes.plan.listing)
+    lost = listed - sum(outcomes.count(kind) for kind in OUTCOMES)
     unstored = int((_is(outcomes, SAMPLE) != (outcomes.shard >= 0)).sum())
-    if lost or unstored or sum(placed) != summary["listed"]:
+    if lost or unstored:
         raise PipelineError(
-            f"the accounts do not add up: of {summary['listed']} listed items {lost} are nowhere"
+            f"the accounts do not add up: of {listed} listed items {lost} are nowhere"
             f" and {unstored} are in no shard or in one too many; nothing is committed."
         )
 

@@ -236,26 +236,19 @@ def _some(store: Store, tar: str, number: int) -> Iterator[Image.Image]:
     """At most `number` pictures of a shard, evenly spread, each by a range read."""
     from PIL import Image
 
-    rows = read_index(store, tar)
-    number = min(number, len(rows))
-    for row in (rows[(2 * place + 1) * len(rows) // (2 * number)] for place in range(number)):
-        try:
+    key = ""
+    try:
+        rows = read_index(store, tar)
+        number = min(number, len(rows))
+        for row in (rows[(2 * n + 1) * len(rows) // (2 * number)] for n in range(number)):
+            key = str(row["key"])
             data = store.read_range(tar, row["offset"], row["size"])
             picture = Image.open(io.BytesIO(data))
             picture.draft("RGB", (CELL, CELL))  # a large JPEG is decoded small
             yield picture.convert("RGB")
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            KeyError,
-            TypeError,
-            Image.DecompressionBombError,
-        ):
-            raise PipelineError(
-                f"sample {row.get('key')} of {tar} cannot be decoded: `dpnet verify` says what is"
-                " wrong."
-            ) from None
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError):
+        what = f"sample {key} of {tar} cannot be decoded" if key else f"the index of {tar} is lost"
+        raise PipelineError(f"{what}: `dpnet verify` says what is wrong.") from None
 
 
 def save_sheet(sheet: Callable[[], Image.Image], path: Path) -> None:

@@ -134,7 +134,8 @@ def images_build(args: Namespace) -> Outcome:
 
 
 def verify(args: Namespace) -> Outcome:
-    from dpnet.verify import Depth, verify_uri
+    from data_prep.check_set import Depth
+    from dpnet.verify import verify_uri
 
     found = verify_uri(args.uri, _root_to_read(args), Depth(args.sample, args.index_only))
     lines = [*found.notes, *(f"{p.where}: {p.problem}" for p in found.problems)]

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep import digest
-from data_prep.check_set import STAGES, Depth, check_set
+from data_prep.check_set import STAGES, Coverage, Depth, check_set
 from data_prep.errors import PipelineError
 from data_prep.progress import Progress
 from data_prep.stage import (
@@ -299,31 +299,25 @@ def _check_sets(
     result: Verification,
 ) -> None:
     """Check the images and masks; a shard of several versions is read once."""
-    done: set[str] = set()
+    coverage = Coverage()
     for folder in sorted(present):
         manifest, records = manifests[folder], present[folder]
         if manifest["stage"] not in STAGES:
             continue
-        with Progress(f"verify {folder}", _tars(records), "shards") as progress:
-            found = check_set(
-                store, manifest, records, result.depth, done, result.add, progress.update
-            )
-        result.shards += found.shards
-        result.tars += found.tars_read
-        result.indexes += found.indexes_read
-        result.files += found.tars_read + found.indexes_read
-        result.bytes += found.bytes_read
-        result.unread += found.unread
-        result.notes += found.notes
+        tars = sum(key.endswith(".tar") for key in records)
+        with Progress(f"verify {folder}", tars, "shards") as progress:
+            check_set(store, manifest, records, result.depth, coverage, result.add, progress.update)
+    result.shards, result.tars = coverage.count(".tar"), coverage.count(".tar", only_read=True)
+    result.indexes = coverage.count(".parquet", only_read=True)
+    result.files += len(coverage.read)
+    result.bytes += coverage.bytes_read
+    result.unread = len(coverage.sizes) - len(coverage.read)
+    result.notes = coverage.notes
 
 
 def _of_shard(key: str, records: Mapping[str, FileRecord]) -> bool:
     """Whether a file of a set is the tar or the index of a shard."""
     return key.endswith(".tar") or f"{key.removesuffix('.parquet')}.tar" in records
-
-
-def _tars(records: Mapping[str, FileRecord]) -> int:
-    return sum(key.endswith(".tar") for key in records)
 
 
 def _present(

@@ -24,6 +24,7 @@ import pytest
 
 BUCKET = "dpnet-test"
 CEPH_SCRIPT = Path(__file__).parents[2] / "shared/tools/s3-ceph.sh"
+CEPH_ATTEMPTS = 6
 CEPH_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-mgr")
 
 
@@ -93,27 +94,19 @@ def ceph_server() -> Iterator[Server]:
         pytest.skip(f"Ceph is not installed ({', '.join(missing)}): .ci/run does it")
     # Sockets lie in the folder, and their paths may not be long.
     folder = Path(tempfile.mkdtemp(prefix="ceph", dir="/tmp"))
-    place, port = str(folder / "c"), str(_two_free_ports())
     # The daemons are no children of ours, so a process that sees our end stops them: also where
     # the tests are killed.
-    stop = f'read -r _; bash "{CEPH_SCRIPT}" stop {place}; rm -rf {folder}'
-    keeper = subprocess.Popen(["bash", "-c", stop], stdin=subprocess.PIPE, start_new_session=True)
+    stop = f'read -r _; for at in {folder}/*/; do bash "{CEPH_SCRIPT}" stop "$at"; done'
+    keeper = subprocess.Popen(
+        ["bash", "-c", f"{stop}; rm -rf {folder}"], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
-        with (folder / "out").open("w+b") as out:  # no pipe: the daemons would keep it open
-            started = subprocess.run(
-                ["bash", str(CEPH_SCRIPT), "start", place, port],
-                stdout=out,
-                stderr=out,
-                timeout=180,
-                check=False,
-            )
-            out.seek(0)
-            said = out.read().decode(errors="replace")
-        settings = dict(
-            word.split("=", 1) for word in said.split() if word.startswith("AWS_") and "=" in word
-        )
-        if started.returncode or "AWS_ENDPOINT_URL" not in settings:
-            pytest.fail(f"Ceph did not start: {said[-1000:]}")
+        for attempt in range(CEPH_ATTEMPTS):
+            settings = _start_ceph(folder / str(attempt))
+            if settings:
+                break
+        else:
+            pytest.fail(f"Ceph did not start in {CEPH_ATTEMPTS} attempts")
         yield Server(
             settings["AWS_ENDPOINT_URL"],
             settings["AWS_ACCESS_KEY_ID"],
@@ -122,6 +115,26 @@ def ceph_server() -> Iterator[Server]:
     finally:
         keeper.stdin.close()
         keeper.wait(timeout=60)
+
+
+def _start_ceph(folder: Path) -> dict[str, str]:
+    """Start it in `folder`: the settings to use it with, none where it did not start.
+
+    That happens on a busy machine, where its disk daemon may speak before it knows the cluster.
+    """
+    folder.mkdir()
+    with (folder / "out").open("w+b") as out:  # no pipe: the daemons would keep it open
+        started = subprocess.run(
+            ["bash", str(CEPH_SCRIPT), "start", str(folder), str(_two_free_ports())],
+            stdout=out,
+            stderr=out,
+            timeout=180,
+            check=False,
+        )
+        out.seek(0)
+        words = [word.partition("=") for word in out.read().decode(errors="replace").split()]
+    settings = {name: value for name, _, value in words if name.startswith("AWS_")}
+    return settings if started.returncode == 0 else {}
 
 
 def _two_free_ports() -> int:

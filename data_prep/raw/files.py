@@ -361,7 +361,7 @@ class S3Files:
         return None
 
 
-_BAD_KEY = "its key has an empty part, '..', a backslash or a null, which is not read"
+_BAD_KEY = "its key starts with a slash or has '..', a backslash or a null, which is not read"
 
 
 def _bad_key(key: str) -> bool:

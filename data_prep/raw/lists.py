@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from data_prep.errors import ConfigError, PipelineError
+from data_prep.errors import ConfigError, ItemError, PipelineError
 from data_prep.listing import Item, Listing
 from data_prep.raw.files import Files, Found, LocalFiles, S3Files, escape, s3_files
 from data_prep.raw.folders import Known, collected, nothing_known
@@ -146,7 +146,11 @@ class _Places:
                 raise self._error(line.number, f"{key!r} stood in another split before: keep one")
 
     def _lines(self) -> Iterator[_Line]:
-        raw = self._files.blob(self._name).open()
+        try:
+            raw = self._files.blob(self._name).open()
+        except ItemError:
+            where = self._files.where(self._name)
+            raise PipelineError(f"{where} does not exist: correct images.source.") from None
         with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
             lines = _READERS[self._name.rpartition(".")[2].lower()](text)
             for line in lines:

@@ -132,7 +132,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
             if member is not None:
                 yield member
             if not whole:
-                if member is None or is_sparse:
+                if member is None or member.problem != _CUT:
                     raise ItemError("it is cut off")
                 return
         if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:

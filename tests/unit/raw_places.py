@@ -43,7 +43,9 @@ def keys(listing: Listing) -> list[str]:
     return [item.key for item in listing.items()]
 
 
-def contents(source: Source, change: Callable[[Item], Item] = lambda item: item) -> dict[str, object]:
+def contents(
+    source: Source, change: Callable[[Item], Item] = lambda item: item
+) -> dict[str, object]:
     """What every item holds, or the reason that it does not, by key; `change` is applied first."""
     found: dict[str, object] = {}
     with source.reader() as reader:

@@ -124,7 +124,7 @@ def test_a_byte_flipped_in_a_payload_names_the_sample_and_its_file(shard: Shard,
     assert shard.plain() == rest
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_a_byte_flipped_in_a_sidecar_names_the_sample_and_its_file(shard: Shard, seed: int) -> None:
     rng = random.Random(seed)
     member = rng.choice([m for m in shard.members() if m.name.endswith(".json")])
@@ -139,7 +139,7 @@ def test_a_byte_flipped_in_a_sidecar_names_the_sample_and_its_file(shard: Shard,
     assert len(problems) <= 5
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_a_byte_flipped_in_a_header_names_the_sample_and_nothing_else(
     shard: Shard, seed: int
 ) -> None:
@@ -153,7 +153,7 @@ def test_a_byte_flipped_in_a_header_names_the_sample_and_nothing_else(
     ]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_any_flipped_byte_of_the_tar_is_noticed(shard: Shard, seed: int) -> None:
     rng = random.Random(seed)
     shard.flip(rng.randrange(len(shard.data)), rng.randrange(8))
@@ -280,15 +280,14 @@ def test_a_tar_appended_to_the_tar_is_told(shard: Shard) -> None:
     assert told(problems, "its members are not together")
 
 
-@pytest.mark.parametrize("lost", [1, 300, BLOCK, 700])
+@pytest.mark.parametrize("lost", [1, 60, BLOCK, 700])
 @pytest.mark.parametrize("seed", range(3))
 def test_bytes_lost_in_a_payload_do_not_hide_what_follows(
     shard: Shard, lost: int, seed: int
 ) -> None:
     members = shard.members()
+    lost = min(lost, max(m.size for m in members) // 2)
     payloads = [m for m in members if not m.name.endswith(".json") and m.size > lost]
-    if not payloads:
-        pytest.skip("no payload is as long")
     member = random.Random(seed).choice(payloads)
     data = shard.data
     shard.data = data[: member.offset_data] + data[member.offset_data + lost :]
@@ -390,7 +389,7 @@ def test_an_index_without_metadata_or_columns_is_told_of(shard: Shard) -> None:
     assert told(problems, "has another sha256 than its index says")
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_a_damaged_index_is_told_of_without_a_traceback(shard: Shard, seed: int) -> None:
     rng, data = random.Random(seed), bytearray(shard.store.read(shard.index_key))
     for _ in range(rng.choice((1, 1, 3, 50))):

@@ -132,13 +132,13 @@ def test_whole_sets_are_clean_and_everything_is_read(root: LocalStore, child: st
     assert len(sources(root, child)) == 31
     paths = [f["path"] for f in manifest_of(root, child)["files"]]
     assert sum(p.startswith("../") and p.endswith(".tar") for p in paths) >= 2
-    assert result.tars == sum(entry.key.endswith(".tar") for entry in root.list())
-    assert result.shards > result.tars  # inherited ones are read once
+    tars = sum(entry.key.endswith(".tar") for entry in root.list())
+    assert (result.shards, result.tars, result.indexes) == (tars, tars, tars)  # each once
     files = [e for e in root.list() if not e.key.endswith(("lease.json", "manifest.json"))]
     assert result.bytes == sum(entry.size for entry in files)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_byte_flipped_anywhere_names_the_file(root: LocalStore, seed: int) -> None:
     rng = random.Random(seed)
     keys = [e.key for e in root.list() if not e.key.endswith("lease.json")]
@@ -149,7 +149,7 @@ def test_a_byte_flipped_anywhere_names_the_file(root: LocalStore, seed: int) -> 
     assert key in {problem.where for problem in verify(root).problems}
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 def test_a_flipped_byte_of_a_manifest_is_told_or_was_without_a_meaning(
     root: LocalStore, child: str, seed: int
 ) -> None:
@@ -286,11 +286,11 @@ def strange_outcome(rows: list[Row]) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lose_item, "has no item '00.png', which shard train-"),
-        (move_item, "has another shard of item '00.png' than the index of train-"),
+        (lose_item, "has no item '00.png', which shard val-"),
+        (move_item, "has another shard of item '00.png' than the index of val-"),
         (unshard_item, "item '00.png' is a sample and names the shard None"),
-        (other_bytes, "has another sha256 of item '00.png' than the index of train-"),
-        (other_split, "has another split of item '00.png' than the index of train-"),
+        (other_bytes, "has another sha256 of item '00.png' than the index of val-"),
+        (other_split, "has another split of item '00.png' than the index of val-"),
         (another_item, "item 'zzz' is not where it should be: failed"),
         (failed_now, "its summary has photographs "),
         (more_samples, "has another number of samples of item '00.png' than the index of"),
@@ -367,7 +367,7 @@ def test_the_bins_of_masks_are_counted(root: LocalStore, masks: str) -> None:
 
 
 @pytest.mark.parametrize("table", ["sources", "failures", "duplicates"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_damaged_table_is_named_without_a_traceback(
     root: LocalStore, child: str, table: str, seed: int
 ) -> None:

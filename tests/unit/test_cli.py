@@ -6,14 +6,17 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import small_root
 
 from data_prep.errors import PipelineError
 from data_prep.storage import LocalStore
@@ -82,12 +85,94 @@ def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage: dpnet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [["export"], ["up"], ["deploy"], ["images", "inspect", "x"], ["masks", "inspect", "x"]],
-)
+@pytest.mark.parametrize("argv", [["export"], ["up"], ["deploy"]])
 def test_what_is_not_built_yet_says_so(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not built yet" in fails(capsys, *argv)
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-1", "nan", "some"])
+def test_a_share_of_nothing_or_of_more_than_all_is_wrong_usage(
+    share: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", "x", f"--sample={share}"])
+    assert caught.value.code == 2
+    assert f"{share!r} is no share: give one as 0.01, at most 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    """A root with real images and masks of the name small."""
+    store = LocalStore(tmp_path_factory.mktemp("prepared"))
+    small_root.real_data(store)
+    return store
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, Any]]:
+    """The exit status and the object that a command prints with --json."""
+    status = cli.main([*argv, "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return status, found
+
+
+def test_verify_says_what_it_read_and_what_not(
+    prepared: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(prepared.folder)
+    status, found = answer(capsys, "verify", root, "--index-only")
+    assert (status, found["ok"], found["tars"]) == (0, True, 0)
+    assert found["depth"] == {"share": 1.0, "index_only": True}
+    assert cli.main(["verify", root, "--sample", "0.01"]) == 0
+    text = capsys.readouterr().out
+    assert "2 of 5 tars and 2 indexes among them; of 6 more files presence and size alone" in text
+    assert text.rstrip().endswith(": all as they were made")
+
+
+def test_verify_lists_what_is_wrong_and_exits_1(
+    prepared: LocalStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(prepared.folder, tmp_path / "copy")
+    tar = next((tmp_path / "copy").glob("masks/small/*/eval-000000.tar"))
+    data = bytearray(tar.read_bytes())
+    data[550] ^= 1
+    tar.write_bytes(data)
+    assert cli.main(["verify", str(tmp_path / "copy")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    name = tar.relative_to(tmp_path / "copy").as_posix()
+    sample = "sample eval-00000000: eval-00000000.png has another sha256 than its index says"
+    assert f"{name}: {sample}" in lines
+    assert lines[-1].endswith(": 3 problems")
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_inspect_shows_a_set_and_writes_a_contact_sheet(
+    prepared: LocalStore, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet, root = tmp_path / "sheet.png", str(prepared.folder)
+    status, found = answer(capsys, kind, "inspect", "small", "--root", root, "-o", str(sheet))
+    assert status == 0
+    assert found["sheet"] == str(sheet)
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([kind, "inspect", str(prepared.folder / found["folder"])]) == 0
+    assert capsys.readouterr().out.startswith(found["folder"])
+
+
+@pytest.mark.parametrize("out", ["nosuch/sheet.png", "."])
+def test_a_contact_sheet_that_cannot_be_written_is_told(
+    prepared: LocalStore, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("images", "inspect", "small", "--root", str(prepared.folder), "-o", out)
+    assert "cannot be written: name a PNG file" in fails(capsys, *words)
+
+
+def test_the_log_lists_the_versions(
+    prepared: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = answer(capsys, "images", "log", "small", "--root", str(prepared.folder))
+    assert status == 0
+    assert [version["version"] for version in found["versions"]] == [1]
+    words = ("images", "log", "other", "--root", str(prepared.folder))
+    assert "has no images named 'other': there are small." in fails(capsys, *words)
 
 
 def test_a_misspelt_option_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,7 @@ def test_a_number_may_be_written_with_an_exponent_and_no_point() -> None:
 
 def test_sections_that_a_file_leaves_out_have_their_defaults(written) -> None:  # type: ignore[no-untyped-def]
     config = load_config(written("name: mine\nimages: {source: photos}\ntrain:\n"))
-    assert config.images.source == Path("photos")
+    assert config.images.source == "photos"
     assert config.registry.model == "dpnet"
 
 

@@ -37,9 +37,7 @@ def zipped(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes
     return into.getvalue()
 
 
-def tarred(
-    files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT
-) -> bytes:
+def tarred(files: dict[str, bytes], mode: str = "w", form: int = tarfile.PAX_FORMAT) -> bytes:
     into = io.BytesIO()
     with tarfile.open(fileobj=into, mode=mode, format=form) as archive:  # type: ignore[call-overload]
         for name, data in files.items():
@@ -103,11 +101,16 @@ def test_a_compressed_tar_is_decompressed_once_when_it_is_read_in_order(
 ) -> None:
     monkeypatch.setattr(tars_module, "_WINDOW", 4000)
     monkeypatch.setattr(tars_module, "_STEP", 1000)
-    opened = []
-    new = gzip.GzipFile
-    monkeypatch.setattr(gzip, "GzipFile", lambda **given: opened.append(1) or new(**given))
     files = {f"{number:03d}.jpg": noise(700, number) for number in range(60)}
     (tmp_path / "set.tgz").write_bytes(tarred(files, "w:gz"))
+    opened = []
+
+    class Counted(gzip.GzipFile):
+        def __init__(self, **given: object) -> None:
+            opened.append(1)
+            super().__init__(**given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gzip, "GzipFile", Counted)
     source = open_source(str(tmp_path))
     items = sorted(source.list().items(), key=lambda item: item.offset)
     opened.clear()
@@ -244,9 +247,7 @@ def test_a_member_over_the_limit_is_that_items_fault(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_file_that_is_no_archive_is_one_failed_item_of_a_folder(
-    place: Place, kind: str
-) -> None:
+def test_a_file_that_is_no_archive_is_one_failed_item_of_a_folder(place: Place, kind: str) -> None:
     place.put(f"set.{kind}", b"this is something else" * 100)
     place.put(f"empty.{kind}", b"")
     place.put("a.jpg")
@@ -518,4 +519,3 @@ def test_a_webdataset_that_is_cut_early_is_listed_up_to_there(tmp_path: Path) ->
     listing = open_and_list(str(tmp_path))
     assert keys(listing) == ["set.tar", "set.tar/b/000.jpg"]
     assert list(listing.problems) == ["set.tar"]
-
