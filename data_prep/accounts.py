@@ -96,7 +96,7 @@ class Ledger:
                     self._say(f"item {key!r} is a {outcome} and names the shard {shard}")
                 shards.setdefault(shard, len(shards) - 1)
                 last, row = key, row + 1
-            columns = {
+            columns: dict[str, NDArray[Any]] = {
                 "key": _hashes(batch["key"]),
                 "sha256": _hashes(batch["sha256"]),
                 "width": np.array([n or 0 for n in batch["width"]], np.int64),

@@ -155,7 +155,9 @@ def plan_items(
             code = SPLITS.index(name.rpartition("-")[0])
             first[code] = max(first[code], shard_number(name) + 1)
         added = int((wanted & (past.row < 0)).sum())
-        changed = int((~same).sum())
+        # What was a picture and cannot even be tried now, as a file that a list names in vain.
+        gone = (past.row >= 0) & ~wanted & (past.split[past.row] >= 0)
+        changed = int((~same).sum() + gone.sum())
         found = np.zeros(len(past.stored), np.bool_)
         found[past.row[past.row >= 0]] = True
         removed = int((~found).sum())
@@ -163,9 +165,7 @@ def plan_items(
     for code, name in enumerate(SPLITS):
         rows = storage_order(listing, hashes.order, np.flatnonzero(fresh & (split == code)))
         planned += cut_into_shards(rows, name, first[code], shard_items, sizes)
-    nothing_new = past is not None and not (
-        planned or removed or fresh.any() or (past.row < 0).any()
-    )
+    nothing_new = past is not None and not (planned or removed or changed or (past.row < 0).any())
     counts = (added, removed, changed)
     return Plan(listing, kind, split, before, planned, inherited, notes, *counts, nothing_new)
 

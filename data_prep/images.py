@@ -20,7 +20,6 @@ from data_prep.image_plan import (
     UNSURE,
     Hashes,
     Past,
-    Plan,
     assign_splits,
     item_kinds,
     key_hashes,
@@ -28,14 +27,14 @@ from data_prep.image_plan import (
     plan_items,
 )
 from data_prep.image_shards import DUPLICATE, FAILED, SAMPLE, hash_items
-from data_prep.listing import ROWS, SPLITS, Listing
+from data_prep.listing import ROWS, Listing
 from data_prep.pool import Map, cores, run_tasks
 from data_prep.progress import Progress, say
 from data_prep.raw import LAYOUTS, Source, open_source
 from data_prep.resolution import resolve
 from data_prep.stage import Request, StageRef, run_stage
 from data_prep.storage import Store
-from data_prep.versions import OUTCOMES, Version, known_members, latest, versions
+from data_prep.versions import OUTCOMES, Version, known_members, load_version, versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -218,17 +217,37 @@ def prepare_images(
 
     Raises PipelineError when too few photographs can be used, or too many files cannot.
     """
+    import numpy as np
+
     source = open_source(config.source, config.layout)
     settings = config.settings()
-    parent = None if repack else latest(store, config.name, settings)
+    earlier = versions(store, config.name)
+    same = [manifest for manifest in earlier if manifest["settings"] == settings]
+    parent = load_version(store, same[-1]) if same and not repack else None
     listing = source.list(known_members(parent))
     hashes = key_hashes(listing.table["key"])
     kind = item_kinds(listing, source.uri)
+    row = before = None
+    if parent is not None:
+        row = match_keys(hashes, listing.table["key"], parent.hashes(), parent.table["key"])
+        before = np.where(row >= 0, parent.splits()[row], -1).astype(np.int8)
+    split, notes = _splits(config, listing, hashes, kind, before)
     workers = run_workers(config, len(listing), run)
     past = None
-    if parent is not None:
-        past = compare(config, listing, hashes, kind, parent, source, run, workers, retry_failed)
-    plan = _plan(config, listing, hashes, kind, past)
+    if parent is not None and row is not None:
+        past = compare(
+            config, listing, row, kind, split, parent, source, run, workers, retry_failed
+        )
+    plan = plan_items(
+        listing,
+        hashes,
+        kind,
+        split,
+        notes,
+        shard_items=config.shard_items,
+        by_size=config.mode == "keep",
+        past=past,
+    )
     if parent is not None and plan.same_as_parent:
         if retry_failed:
             say(f"images: nothing to try again in {parent.folder}.")
@@ -236,6 +255,10 @@ def prepare_images(
     for note in plan.notes:
         say(f"images: {note}")
     sources = {"listing": listing_digest(listing)}
+    if same:
+        # A listing says nothing of what is in a file. So that no earlier version that was asked for
+        # with the same one is taken for this, each is asked for as what comes after the newest.
+        sources["after"] = str(same[-1]["request_digest"])
     if retry_failed and past is not None:
         sources["retried"] = sha256_bytes((past.row[plan.before < 0]).tobytes())
     request = Request(
@@ -246,12 +269,7 @@ def prepare_images(
         inputs={"parent": parent.reference} if parent is not None else {},
         sources=sources,
     )
-    if parent is not None:
-        version = parent.number + 1
-    else:
-        version = 1 + max(
-            (m["summary"]["version"] for m in versions(store, config.name)), default=0
-        )
+    version = 1 + max((manifest["summary"]["version"] for manifest in earlier), default=0)
     ref = run_stage(
         store,
         request,
@@ -300,8 +318,9 @@ def listing_digest(listing: Listing) -> str:
 def compare(
     config: ImagesConfig,
     listing: Listing,
-    hashes: Hashes,
+    row: NDArray[np.int64],
     kind: NDArray[np.int8],
+    split: NDArray[np.int8],
     parent: Version,
     source: Source,
     run: Map,
@@ -310,17 +329,17 @@ def compare(
 ) -> Past:
     """What the parent version says of the listing's items, and what of it still holds.
 
-    An item with another fingerprint is read and hashed: with the same bytes it is the same.
+    `row` is each item's in the parent. An item with another fingerprint is read and hashed: with
+    the same bytes it is the same. One that goes into another split holds no longer.
     """
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    old = parent.table
-    row = match_keys(hashes, listing.table["key"], parent.hashes(), old["key"])
+    old, old_split = parent.table, parent.splits()
     names = parent.names()
     outcome = parent.outcomes()
-    found = np.flatnonzero((row >= 0) & (kind >= UNSURE))
+    found = np.flatnonzero((row >= 0) & (kind >= UNSURE) & (old_split[row] == split))
     at = row[found]
     marks = [listing.table[c].to_numpy()[found] for c in ("fingerprint", "size")]
     before = [old[c].to_numpy()[at] for c in ("fingerprint", "size")]
@@ -335,9 +354,8 @@ def compare(
     holds[found] = same
     if retry_failed:
         holds[found] &= outcome[at] != OUTCOMES.index(FAILED)
-    split = pc.index_in(old["split"], pa.array(SPLITS)).fill_null(-1).to_numpy().astype(np.int8)
     stored = pc.index_in(old["shard"], pa.array(names, pa.string()))
-    past = Past(row, holds, stored.fill_null(-1).to_numpy().astype(np.int32), split, names)
+    past = Past(row, holds, stored.fill_null(-1).to_numpy().astype(np.int32), old_split, names)
     _take_back(config, past, parent, outcome, sha256)
     return past
 
@@ -387,34 +405,21 @@ def _hash(
     return hashes
 
 
-def _plan(
+def _splits(
     config: ImagesConfig,
     listing: Listing,
     hashes: Hashes,
     kind: NDArray[np.int8],
-    past: Past | None,
-) -> Plan:
+    before: NDArray[np.int8] | None,
+) -> tuple[NDArray[np.int8], list[str]]:
     import numpy as np
 
     given = np.full(len(listing), -1, np.int8)
     if "split" in listing.table.column_names:
         given = listing.table["split"].to_numpy().astype(np.int8)
     given[kind < UNSURE] = -1
-    before = None
-    if past is not None:
-        before = np.where(past.row >= 0, past.split[past.row], -1).astype(np.int8)
     wanted = kind == PICTURE if (kind == PICTURE).any() else kind == UNSURE
     if not wanted.any():
         known = ", ".join(sorted(pictures.EXTENSIONS))
         raise PipelineError(f"{config.source} holds no image file (of type {known}).")
-    split, notes = assign_splits(given, wanted, hashes.draw, config.val, config.test, before)
-    return plan_items(
-        listing,
-        hashes,
-        kind,
-        split,
-        notes,
-        shard_items=config.shard_items,
-        by_size=config.mode == "keep",
-        past=past,
-    )
+    return assign_splits(given, wanted, hashes.draw, config.val, config.test, before)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pixels = NDArray[np.uint8]
-    Whole = NDArray[np.int64]
+    Whole = NDArray[np.float64]
 
 SIDE = 32  # of the gray picture that is transformed
 SAMPLED = 4 * SIDE  # of the picture sampled for it
@@ -22,14 +22,14 @@ def phash(rgb: Pixels) -> int:
     The method is the one of C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash
     Functions" (2010): a gray picture of 32x32 pixels, its discrete cosine transform, one bit for
     each of the lowest 8x8 frequencies: whether it is above their median. As in the ImageHash
-    library these include frequency zero. The transform is done in whole numbers (ours), so that
-    all machines agree and a picture of one colour has no noise for a hash. Bits go from the most
-    significant down, row by row.
+    library these include frequency zero. The transform is done in whole numbers (ours), which
+    floats of 64 bits hold exactly, so that all machines agree and a picture of one colour has no
+    noise for a hash. Bits go from the most significant down, row by row.
     """
     import numpy as np
 
     cosines = _cosines()
-    low = (cosines @ _gray(rgb).astype(np.int64) @ cosines.T).ravel()
+    low = (cosines @ _gray(rgb).astype(np.float64) @ cosines.T).ravel()
     ordered = np.sort(low)
     above = 2 * low > ordered[31] + ordered[32]
     return int.from_bytes(np.packbits(above).tobytes(), "big")
@@ -58,9 +58,9 @@ def _gray(rgb: Pixels) -> Pixels:
 
 @cache
 def _cosines() -> Whole:
-    """The first 8 rows of the 32-point DCT-II, times 1024, rounded: int64 [8, 32]."""
+    """The first 8 rows of the 32-point DCT-II, times 1024, rounded: float64 [8, 32]."""
     import numpy as np
 
     angles = np.pi / (2 * SIDE) * np.arange(8)[:, None] * (2 * np.arange(SIDE) + 1)
-    rows: Whole = np.rint(1024 * np.cos(angles)).astype(np.int64)
+    rows: Whole = np.rint(1024 * np.cos(angles))
     return rows

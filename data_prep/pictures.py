@@ -92,6 +92,7 @@ def prepare(data: bytes, how: Cutting, key: str) -> Prepared:
     """
     at_least = {"keep": SAMPLED, "tiles": None}.get(how.mode, 2 * how.size)
     picture = decode_rgb(data, Limits(how.max_pixels, how.min_side), at_least)
+    hashed = phash(picture.rgb)  # first, while the pixels are in the processor's cache
     if how.mode == "keep":
         extension = _KEPT.get(picture.format, picture.format.lower())
         pieces = [Piece(None, data, extension, picture.width, picture.height)]
@@ -102,7 +103,6 @@ def prepare(data: bytes, how: Cutting, key: str) -> Prepared:
     else:
         pieces = [_piece(_centre(picture.rgb), how.size, how.size, how)]
     width, height = picture.width, picture.height
-    hashed = phash(picture.rgb)
     return Prepared(width, height, picture.format, picture.mode, hashed, pieces)
 
 

@@ -75,6 +75,15 @@ class Version:
         """The names of the shards, sorted."""
         return sorted(self.shards())
 
+    def splits(self) -> NDArray[np.int8]:
+        """Each item's split as its place in SPLITS, -1 for what is no picture by its name."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        codes = pc.index_in(self.table["split"], pa.array(SPLITS))
+        return np.asarray(codes.fill_null(-1).to_numpy(), np.int8)
+
     def outcomes(self) -> NDArray[np.int8]:
         """Each item's outcome as its place in OUTCOMES."""
         import numpy as np
@@ -93,13 +102,15 @@ def known_members(version: Version | None) -> Callable[[str, int], list[Item] | 
     """For `Source.list`: what the version knows of a container that has not changed since."""
 
     def members(container: str, fingerprint: int) -> list[Item] | None:
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         if version is None or "container" not in version.table.column_names:
             return None
         table = version.table.select(["key", "size", "fingerprint", "container", "offset", "block"])
         rows = table.filter(pc.equal(table["container"], container))
-        if not len(rows) or not pc.all(pc.equal(rows["fingerprint"], fingerprint)).as_py():
+        mark = pa.scalar(fingerprint, pa.uint64())
+        if not len(rows) or not pc.all(pc.equal(rows["fingerprint"], mark)).as_py():
             return None
         return [Item(**{**row, "container": -1}) for row in rows.to_pylist()]
 
@@ -123,12 +134,6 @@ def versions(store: Store, name: str) -> list[Manifest]:
             continue
         found.append(manifest)
     return sorted(found, key=lambda m: (m["summary"]["version"], m["created"], m["folder"]))
-
-
-def latest(store: Store, name: str, settings: dict[str, Any]) -> Version | None:
-    """The newest version that was made with the same settings."""
-    same = [manifest for manifest in versions(store, name) if manifest["settings"] == settings]
-    return load_version(store, same[-1]) if same else None
 
 
 def load_version(store: Store, manifest: Manifest) -> Version:

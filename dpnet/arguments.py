@@ -192,7 +192,9 @@ def _add_images_build(parsers: _Parsers) -> None:
         metavar="ADDRESS",
         help="work on this Ray cluster (auto, local or HOST:PORT) instead of this machine's cores",
     )
-    _add_set(parser)
+    _add_set(
+        parser, "change an option of `images`, as mode=keep or layout=places2; may be repeated"
+    )
 
 
 def _add_stage(parsers: _Parsers, name: str, stage: str, what: str, command: str = "") -> None:
@@ -218,13 +220,16 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     _add_set(parser)
 
 
-def _add_set(parser: argparse.ArgumentParser) -> None:
+def _add_set(
+    parser: argparse.ArgumentParser,
+    what: str = "change an option of the config, as train.steps=100; may be repeated",
+) -> None:
     parser.add_argument(
         "--set",
         metavar="OPTION=VALUE",
         action="append",
         default=[],
-        help="change an option of the config, as train.steps=100; may be repeated",
+        help=what,
     )
 
 

@@ -99,10 +99,11 @@ def images_build(args: Namespace) -> Outcome:
     from data_prep.pool import Map, run_tasks
     from dpnet.chain import with_photographs
 
-    overrides = [f"images.name={json.dumps(args.name)}"] if args.name else []
-    if args.size:
-        overrides += [f"images.size={args.size}", f"masks.size={args.size}"]
-    overrides += args.set
+    given = {"name": args.name and json.dumps(args.name), "size": args.size}
+    overrides = [f"{option}={value}" for option, value in given.items() if value] + args.set
+    # Here `mode=keep` means images.mode; the masks' size, which must be the same, is not at issue.
+    overrides = [o if "." in o.partition("=")[0] else f"images.{o}" for o in overrides]
+    overrides += [f"masks.{o[7:]}" for o in overrides if o.startswith("images.size=")]
     if is_config(args.source):
         config = load_config(args.source, overrides)
     else:

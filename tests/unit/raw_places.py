@@ -1,4 +1,4 @@
-"""Where a raw source lies in a test: a local folder, or a prefix on moto's server."""
+"""Where a raw source lies in a test: a local folder, or a prefix on moto's server or on Ceph."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ class Place:
         return f"{self.uri}/{key}"
 
 
-@pytest.fixture(params=["local", "moto"])
+@pytest.fixture(params=["local", "moto", pytest.param("ceph", marks=pytest.mark.slow)])
 def place(request: pytest.FixtureRequest, tmp_path: object) -> Iterator[Place]:
     if request.param == "local":
         yield Place(f"{tmp_path}/photos", False)
     else:
-        yield Place(request.getfixturevalue("moto_root"), True)
+        root = {"moto": "moto_root", "ceph": "s3_root"}[request.param]
+        yield Place(request.getfixturevalue(root), True)
 
 
 def keys(listing: Listing) -> list[str]:

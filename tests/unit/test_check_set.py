@@ -22,7 +22,7 @@ from data_prep.images import ImagesConfig, prepare_images
 from data_prep.masks import MasksConfig, prepare_masks
 from data_prep.shards import write_file
 from data_prep.stage import FileRecord, Produced, Request, content_digest, run_stage
-from data_prep.storage import LocalStore
+from data_prep.storage import LocalStore, open_store
 from dpnet.verify import Verification, verify
 
 Row = dict[str, Any]
@@ -591,3 +591,19 @@ def test_a_stage_with_no_shards_to_speak_of_is_told(tmp_path: Path) -> None:
     problems = {problem.problem for problem in verify(store).problems}
     assert {"its index is not in the manifest", "its index is missing"} <= problems
     assert "its summary does not say which splits there are" in problems
+
+
+def test_sets_on_s3_are_checked_as_well(root: LocalStore, masks: str, moto_root: str) -> None:
+    far = open_store(moto_root)
+    for entry in root.list():
+        far.write(entry.key, root.read(entry.key))
+    assert verify(far).problems == []
+    key = f"{masks}/eval-000000.tar"
+    data = bytearray(far.read(key))
+    data[550] ^= 1
+    far.write(key, bytes(data))
+    assert told(verify(far), key, "sample eval-00000000: eval-00000000.png has another sha256")
+    far.write(key, bytes(data[:-700]))
+    assert told(verify(far), key, "is truncated")
+    far.delete(key)
+    assert told(verify(far), key, "is missing")

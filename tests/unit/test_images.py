@@ -277,9 +277,7 @@ def test_a_run_broken_off_while_duplicates_are_dropped_is_taken_up(
         assert table(again, ref, "sources") == table(whole, expected, "sources")
 
 
-def note_all(
-    monkeypatch: pytest.MonkeyPatch, config: ImagesConfig, store: LocalStore
-) -> list[str]:
+def note_all(monkeypatch: pytest.MonkeyPatch, config: ImagesConfig, store: LocalStore) -> list[str]:
     written = note_writes(monkeypatch)
     prepare_images(config, store)
     return written
@@ -647,23 +645,19 @@ def test_the_shards_are_read_by_webdataset_tarfile_and_gnu_tar(
         for line in store.read(f"{ref.folder}/{split}.urls").decode().splitlines()
     ]
     tars = [str(store.path(ref.folder) / line) for _, line in lines]
-    dataset = wds.WebDataset(tars, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "json")
-    for (key, image, told), (own_key, files) in zip(dataset, mine, strict=True):
-        assert key == own_key
-        assert image.size == (32, 32)
-        assert told == record(files)
-    names = [f"{key}.{extension}" for key, files in mine for extension in files]
+    dataset = wds.WebDataset(tars, shardshuffle=False).decode("pil")
+    for (key, files), sample in zip(mine, dataset, strict=True):
+        assert sample["__key__"] == key
+        assert sample["jpg"].size == (32, 32)
+        assert sample["json"] == record(files)
     listed: list[str] = []
     for tar in tars:
-        with tarfile.open(tar) as opened:
-            assert [info.name for info in opened] == (
-                done := subprocess.run(
-                    ["tar", "-tf", tar], capture_output=True, text=True, check=True
-                )
-            ).stdout.splitlines()
+        done = subprocess.run(["tar", "-tf", tar], capture_output=True, text=True, check=True)
         assert done.stderr == ""
+        with tarfile.open(tar) as opened:
+            assert opened.getnames() == done.stdout.splitlines()
         listed += done.stdout.splitlines()
-    assert listed == names
+    assert listed == [f"{key}.{extension}" for key, files in mine for extension in files]
 
 
 def test_a_picture_of_a_tar_is_one_range_read(folder: Path, store: LocalStore) -> None:

@@ -149,7 +149,7 @@ def test_celeba_without_its_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs list_eval_partition\.txt"):
         splits(tmp_path, "celeba", ["img_align_celeba/000001.jpg"])
     (tmp_path / "list_eval_partition.txt").write_text("image partition\n")
-    with pytest.raises(ConfigError, match="has no line like '000001.jpg 0'"):
+    with pytest.raises(ConfigError, match=r"has no line like '000001\.jpg 0'"):
         splits(tmp_path, "celeba", [])
 
 

@@ -1,4 +1,4 @@
-"""List files as raw sources. S3 here is moto's server."""
+"""List files as raw sources. S3 here is moto's server, in slow tests Ceph's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from raw_places import LIMIT, Place, contents, keys, open_and_list, place
+from raw_places import LIMIT, Place, contents, open_and_list, place
 
 from data_prep.errors import ConfigError, ItemError, PipelineError
 from data_prep.listing import Item
@@ -31,8 +31,8 @@ def split_of(place: Place, name: str, text: str) -> dict[str, str]:
         ("l.csv", 'label,Path\nx,a/1.jpg\ny,"b c.jpg"\nz,./a//ü.jpg\nw,not/there.jpg\n'),
         (
             "l.jsonl",
-            '{"file": "a/1.jpg"}\n\n{"image": "b c.jpg"}\n{"path": "./a//\\u00fc.jpg", "split": null}'
-            '\n{"uri": "not/there.jpg"}\n',
+            '{"file": "a/1.jpg"}\n\n{"image": "b c.jpg"}\n{"path": "./a//\\u00fc.jpg", '
+            '"split": null}\n{"uri": "not/there.jpg"}\n',
         ),
     ],
 )
@@ -164,7 +164,7 @@ def test_a_list_that_cannot_be_used_is_told_with_its_line(
 
 
 def test_an_absolute_path_in_a_list_on_s3_names_no_object(moto_root: str) -> None:
-    with pytest.raises(ConfigError, match="line 1 of .*write s3://bucket/key"):
+    with pytest.raises(ConfigError, match=r"line 1 of .*write s3://bucket/key"):
         open_and_list(Place(moto_root, True).put("l.txt", b"/data/a.jpg"))
 
 

@@ -1,4 +1,4 @@
-"""Versions of an image dataset: each holds the source as it is, and reuses what an earlier one has."""
+"""Versions of an image dataset: each holds what its source does, and reuses what was made."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from image_sets import (
     tiles,
 )
 
-from data_prep import images
 from data_prep.digest import sha256_bytes
 from data_prep.errors import PipelineError
 from data_prep.images import ImagesConfig, prepare_images
@@ -127,9 +126,9 @@ def test_the_lists_give_any_reader_the_whole_version(folder: Path, store: LocalS
     for split in SPLITS:
         lines = store.read(f"{ref.folder}/{split}.urls").decode().splitlines()
         tars = [str(store.path(ref.folder) / line) for line in lines]
-        for sample in wds.WebDataset(tars, shardshuffle=False).decode():
+        for sample in wds.WebDataset(tars, shardshuffle=False).decode("pil"):
             keys.append(sample["json"]["relative_key"])
-            assert sample["jpg"].shape == (32, 32, 3)
+            assert sample["jpg"].size == (32, 32)
     assert sorted(keys) == sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
 
 
@@ -149,9 +148,7 @@ def test_removed_photographs_rewrite_only_the_shards_that_held_them(
     clean(store, second)
 
 
-def test_a_shard_whose_photographs_are_all_removed_is_gone(
-    folder: Path, store: LocalStore
-) -> None:
+def test_a_shard_whose_photographs_are_all_removed_is_gone(folder: Path, store: LocalStore) -> None:
     first = prepare_images(small(folder), store)
     held = home(store, first, "trip 1/4.png")
     for row in table(store, first, "sources"):
@@ -390,6 +387,7 @@ def test_other_settings_begin_a_line_of_versions_of_their_own(
     large = prepare_images(small(folder, size=48), store)
     assert (large.summary["version"], parent_of(store, large)) == (2, "")
     third = prepare_images(small(folder), store)
+    assert third.summary["version"] == 3
     assert parent_of(store, third) == first.folder
     photograph(folder / "newer.png", 101)
     fourth = prepare_images(small(folder, size=48), store)
@@ -530,9 +528,7 @@ def test_a_zip_that_grows_reads_only_what_is_new_into_shards(
     clean(store, second)
 
 
-def test_a_version_whose_parent_is_damaged_says_what_to_do(
-    folder: Path, store: LocalStore
-) -> None:
+def test_a_version_whose_parent_is_damaged_says_what_to_do(folder: Path, store: LocalStore) -> None:
     first = prepare_images(small(folder), store)
     store.write(f"{first.folder}/sources.parquet", b"no table")
     photograph(folder / "new.png", 100)
@@ -713,7 +709,8 @@ def test_after_any_edits_a_version_holds_what_a_look_at_the_folder_says(
         try:
             ref = prepare_images(config, store)
         except PipelineError as error:
-            assert "is left for" in str(error), done  # val or test may have lost all it had
+            if "is left for" not in str(error):  # val or test may have lost all it had
+                raise
             continue
         check(store, ref, config, folder)
         assert prepare_images(config, store).folder == ref.folder, done
@@ -726,9 +723,7 @@ def test_after_any_edits_a_version_holds_what_a_look_at_the_folder_says(
     assert verify(store).problems == []
 
 
-def test_a_manifest_tells_of_its_parent_and_what_was_asked(
-    folder: Path, store: LocalStore
-) -> None:
+def test_a_manifest_tells_of_its_parent_and_what_was_asked(folder: Path, store: LocalStore) -> None:
     first = prepare_images(small(folder), store)
     photograph(folder / "new.png", 100)
     second = prepare_images(small(folder), store)
@@ -740,4 +735,5 @@ def test_a_manifest_tells_of_its_parent_and_what_was_asked(
         "content_digest": first.content_digest,
     }
     assert manifest["settings"] == small(folder).settings()
-    assert images.latest(store, "photographs", manifest["settings"]).folder == second.folder
+    found = versions(store, "photographs")
+    assert [v["folder"] for v in found] == [first.folder, second.folder]

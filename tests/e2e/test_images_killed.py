@@ -1,0 +1,162 @@
+"""`dpnet images build` killed at any moment, run again: the same bytes as if nothing had been."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from image_sets import files_of, table
+from PIL import Image
+
+from data_prep.stage import StageRef, load_reference
+from data_prep.storage import LocalStore, open_store
+from dpnet.verify import verify
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+PHOTOGRAPHS = 600
+MOMENTS = 20
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs, a few of them twice or broken, so that every step has something to do."""
+    folder = tmp_path_factory.mktemp("photos")
+    random_numbers = np.random.Generator(np.random.Philox(0))
+    for number in range(PHOTOGRAPHS):
+        small = random_numbers.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((300, 300), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:03d}.jpg", quality=90)
+    for number in range(0, PHOTOGRAPHS, 50):
+        (folder / f"copy {number}.jpg").write_bytes((folder / f"{number:03d}.jpg").read_bytes())
+    (folder / "broken.jpg").write_bytes(b"broken")
+    (folder / "notes.txt").write_text("notes")
+    return folder
+
+
+def start(photos: Path, root: Path) -> subprocess.Popen[str]:
+    settings = ["images.shard_samples=15", "images.workers=2", "images.quality=90"]
+    command = [sys.executable, "-m", "dpnet", "images", "build", str(photos), "--name", "killed"]
+    command += ["--size", "128", "--root", str(root), "--json"]
+    command += [f"--set={setting}" for setting in settings]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("DPNET_", "AWS_"))}
+    return subprocess.Popen(
+        command,
+        cwd=root.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, which is killed as a whole
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> StageRef:
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    told = json.loads(out.splitlines()[-1])
+    return load_reference(open_store(told["root"]), told["folder"])
+
+
+def living(group: int) -> bool:
+    """Whether any process of the group is alive."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            return True
+    return False
+
+
+def kill_group(process: subprocess.Popen[str]) -> bool:
+    """End the command and its workers with SIGKILL; whether there was something to end."""
+    there = process.poll() is None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.communicate(timeout=20)
+    deadline = time.monotonic() + 20
+    while living(process.pid):
+        assert time.monotonic() < deadline, "processes survived"
+        time.sleep(0.01)
+    return there
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The folder of a build that nobody disturbed, and how many seconds it took."""
+    root = tmp_path_factory.mktemp("undisturbed") / "root"
+    begun = time.monotonic()
+    ref = finish(start(photos, root))
+    seconds = time.monotonic() - begun
+    assert ref.summary["photographs"] == PHOTOGRAPHS
+    assert ref.summary["duplicates"] == PHOTOGRAPHS // 50
+    assert sum(figures["shards"] for figures in ref.summary["splits"].values()) > 35
+    return root / ref.folder, seconds
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of every shard and index in a version's folder."""
+    paths = [p for p in folder.iterdir() if p.name.startswith(("train-", "val-", "test-"))]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
+
+
+def test_killed_at_any_moment_a_build_ends_with_the_same_shards(
+    photos: Path, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, seconds = hashes(undisturbed[0]), undisturbed[1]
+    whole = LocalStore(undisturbed[0].parents[2])
+    own = load_reference(whole, f"images/killed/{undisturbed[0].name}")
+    moments = random.Random(0)
+    killed = committed = begun = 0
+    for number in range(MOMENTS):
+        # One in each twentieth of the time, so that every phase is met.
+        after = seconds * (number + moments.random()) / MOMENTS
+        root = tmp_path / f"root {number}"
+        process = start(photos, root)
+        time.sleep(after)
+        killed += kill_group(process)
+        begun += any(root.rglob("*.tar"))
+        committed += any(root.rglob("manifest.json"))
+        ref = finish(start(photos, root))
+        store = LocalStore(root)
+        assert hashes(root / ref.folder) == expected, f"killed after {after:.2f} s"
+        assert ref.content_digest == own.content_digest
+        assert files_of(store, ref) == files_of(whole, own)
+        assert table(store, ref, "sources") == table(whole, own, "sources")
+        assert verify(store).problems == []
+    # The moments were worth something: most of them hit a build that had begun and was not done.
+    assert killed >= MOMENTS * 3 // 4
+    assert begun - committed >= MOMENTS // 4
+
+
+def test_killed_again_and_again_a_build_goes_on_and_ends_with_the_same_shards(
+    photos: Path, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    expected, seconds = hashes(undisturbed[0]), undisturbed[1]
+    moments = random.Random(1)
+    root = tmp_path / "root"
+    done = 0
+    for _ in range(5):
+        process = start(photos, root)
+        time.sleep(seconds * moments.uniform(0.5, 0.7))
+        if not kill_group(process):
+            break
+        records = len(list(root.rglob("work/*.parquet")))
+        assert records >= done  # what was done stays done
+        done = records
+    ref = finish(start(photos, root))
+    assert hashes(root / ref.folder) == expected
+    assert verify(LocalStore(root)).problems == []
