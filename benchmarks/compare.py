@@ -31,7 +31,7 @@ class Row:
     @property
     def spread(self) -> float:
         """From the least to the greatest, as a share of the median."""
-        return (max(self.values) - min(self.values)) / self.median if self.median else 0.0
+        return (max(self.values) - min(self.values)) / abs(self.median) if self.median else 0.0
 
 
 def take_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:

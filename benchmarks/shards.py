@@ -14,8 +14,10 @@ Contenders, each in a process of its own, with 2 worker processes:
 Timed is the call, without the import of its libraries. Each contender prepares all photographs and,
 by itself, a quarter of them; a rate is the difference in photographs by the difference in time, so
 that no contender's fixed cost counts (start of worker processes; for Ray, started before, none).
-What is fixed is shown beside it. `--copies` makes more photographs of those given by mirroring and
-turning them, so that no two have the same bytes or look the same.
+What is fixed is shown beside it, and the processor time of a photograph (not for Ray, whose
+processes are not reaped here), which tells most where others use the machine. `--copies` makes more
+photographs of those given by mirroring and turning them, so that no two have the same bytes or look
+the same.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import sys
 import tarfile
@@ -37,6 +40,7 @@ from typing import Any
 from compare import Row, in_a_process, ratio, report, take_turns
 
 IMG2DATASET = "img2dataset==1.47.0"
+Timed = tuple[float, float]  # seconds, and those of the processor
 SIZE, QUALITY, WORKERS, SHARD = 256, 95, 2, 1000
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpnet-benchmarks"
 
@@ -215,18 +219,22 @@ def img2dataset_python(cache: Path) -> str:
     return str(python)
 
 
-def measure(name: str, python: str, photos: Path, scratch: Path) -> float:
-    """Seconds that a contender takes for the photographs. Exits when samples are missing."""
+def measure(name: str, python: str, photos: Path, scratch: Path) -> tuple[float, float]:
+    """Seconds that a contender takes for the photographs, and those of the processor with the start
+    of the interpreter. Exits when samples are missing."""
     out = scratch / "out"
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [python, __file__, "--run", name, str(photos), str(out)]
     try:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = float(in_a_process(command, environment))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         if name != "opencv pool":
             made, wanted = samples_in(out), len(files(photos))
             if made != wanted:
                 sys.exit(f"{name} made {made} samples of {wanted} photographs")
-        return seconds
+        return seconds, processor
     finally:
         shutil.rmtree(out, ignore_errors=True)
 
@@ -241,7 +249,12 @@ def samples_in(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--photos", type=Path, default=os.environ.get("DPNET_BENCH_PHOTOS"))
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        default=os.environ.get("DPNET_BENCH_PHOTOS"),
+        help="folder of JPEG photographs",
+    )
     parser.add_argument("--copies", type=int, default=4, help="photographs made of each, 1-8")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where img2dataset is installed")
@@ -259,26 +272,30 @@ def main() -> None:
     peer = img2dataset_python(arguments.cache.expanduser().absolute())
     scratch = Path(tempfile.mkdtemp(prefix="dpnet-bench-", dir="/tmp"))  # short: for Ray's sockets
     try:
-        every, some = make_photographs(Path(arguments.photos), arguments.copies, scratch)
-        counts = len(files(every)), len(files(some))
+        everything, quarter = make_photographs(arguments.photos, arguments.copies, scratch)
+        counts = len(files(everything)), len(files(quarter))
 
-        def turn(name: str) -> Callable[[], tuple[float, float]]:
+        def turn(name: str) -> Callable[[], tuple[Timed, Timed]]:
             python = peer if name == "img2dataset" else sys.executable
             return lambda: (
-                measure(name, python, some, scratch),
-                measure(name, python, every, scratch),
+                measure(name, python, quarter, scratch),
+                measure(name, python, everything, scratch),
             )
 
-        seconds = take_turns({name: turn(name) for name in CONTENDERS}, arguments.repeats)
+        timed = take_turns({name: turn(name) for name in CONTENDERS}, arguments.repeats)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     more = counts[0] - counts[1]
-    rates = {name: [more / (b - a) for a, b in turns] for name, turns in seconds.items()}
-    rows = [Row(name, values, "images/s") for name, values in rates.items()]
-    rows += [
-        Row(f"{name}, fixed", [b - counts[0] * (b - a) / more for a, b in turns], "s")
-        for name, turns in seconds.items()
-    ]
+    rates, rows = {}, list[Row]()
+    for name, turns in timed.items():
+        each = [(every[0] - some[0]) / more for some, every in turns]
+        rates[name] = [1 / seconds for seconds in each]
+        rows.append(Row(name, rates[name], "images/s"))
+        fixed = [every[0] - counts[0] * s for (_, every), s in zip(turns, each, strict=True)]
+        rows.append(Row(f"{name}, fixed", fixed, "s"))
+        if name != "ray data":
+            work = [1000 * (every[1] - some[1]) / more for some, every in turns]
+            rows.append(Row(f"{name}, processor", work, "ms/image"))
     ratios = {
         "vs_img2dataset": ratio(rates["dpnet"], rates["img2dataset"]),
         "vs_ray_data": ratio(rates["dpnet"], rates["ray data"]),

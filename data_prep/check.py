@@ -396,7 +396,8 @@ class _Comparison:
         where = f"sample {key}: {member.name}"
         try:
             record = json.loads(member.sidecar or b"")
-            written = member.sidecar in (canonical_json(record), json.dumps(record).encode())
+            written = member.sidecar == canonical_json(record)
+            written = written or member.sidecar == json.dumps(record).encode()
         except (ValueError, RecursionError):
             record, written = None, False
         if not isinstance(record, dict):

@@ -31,8 +31,8 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str, str]:
     """A root with two versions of images and with masks; their folders. Of the 31 files of the
-    second version one is broken, one a copy and one no picture, and two shards are inherited or
-    more."""
+    second version one is broken, one a copy and one no picture; at least two shards are
+    inherited."""
     top = tmp_path_factory.mktemp("built")
     store, photos = LocalStore(top / "root"), small_root.photographs(top / "photos", 24)
     (photos / "notes.txt").write_text("no picture")

@@ -1,4 +1,4 @@
-"""Zip, tar and tar.gz archives as raw sources, alone and in folders. S3 here is moto's server, in slow tests Ceph's."""
+"""Zip, tar and tar.gz archives as raw sources, alone and in folders."""
 
 from __future__ import annotations
 

@@ -178,8 +178,7 @@ def test_a_long_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
     del table
     code = (
         "import resource, pyarrow.parquet, pyarrow.compute;"
-        "from data_prep.listing import Item
-from data_prep.raw import open_source;"
+        "from data_prep.raw import open_source;"
         f"source = open_source({str(path)!r}); listing = source.list();"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
         "reader = source.reader().__enter__();"
