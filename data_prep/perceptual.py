@@ -26,13 +26,19 @@ def phash(rgb: Pixels) -> int:
     floats of 64 bits hold exactly, so that all machines agree and a picture of one colour has no
     noise for a hash. Bits go from the most significant down, row by row.
     """
+    import cv2
     import numpy as np
 
-    cosines = _cosines()
-    low = (cosines @ _gray(rgb).astype(np.float64) @ cosines.T).ravel()
-    ordered = np.sort(low)
-    above = 2 * low > ordered[31] + ordered[32]
-    return int.from_bytes(np.packbits(above).tobytes(), "big")
+    # Not by NumPy: the wide instructions of its matrix product, sort and comparison make some
+    # processors slow down for longer than all of this takes.
+    cosines, gray = _cosines(), _gray(rgb).astype(np.float64)
+    half = cv2.gemm(cosines, gray, 1, None, 0)
+    low = cv2.gemm(half, cosines, 1, None, 0, flags=cv2.GEMM_2_T).ravel().tolist()
+    ordered = sorted(low)
+    middle, bits = (ordered[31] + ordered[32]) / 2, 0
+    for frequency in low:
+        bits = bits << 1 | (frequency > middle)
+    return bits
 
 
 def _gray(rgb: Pixels) -> Pixels:

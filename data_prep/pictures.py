@@ -35,7 +35,6 @@ Format = Literal["jpeg", "png", "webp"]
 FILE_EXTENSION: dict[Format, str] = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 _LONGEST: dict[Format, int] = {"jpeg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 _KEPT = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}  # else the format's name
-_WHOLE = 1 << 20  # pixels of a picture of which a copy in floats does no harm
 
 
 @dataclass(frozen=True)
@@ -157,17 +156,10 @@ def _resized(rgb: Pixels, width: int, height: int, resample: str) -> Pixels:
     if resample == "lanczos":
         whole = Image.fromarray(np.ascontiguousarray(rgb))
         return np.asarray(whole.resize((width, height), Image.Resampling.LANCZOS))
-    if width > wide or height > high:
-        enlarged: Pixels = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_CUBIC)
-        return enlarged
-    whole_factors = wide % width == 0 and high % height == 0
-    if whole_factors or wide * high > _WHOLE:
-        small: Pixels = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
-        return small
-    # OpenCV adds up in floats anyway, and is a fifth quicker when it is given some.
-    floats = cv2.resize(rgb.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
-    rounded: Pixels = cv2.convertScaleAbs(floats)
-    return rounded
+    is_smaller = width <= wide and height <= high
+    how = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
+    resized: Pixels = cv2.resize(rgb, (width, height), interpolation=how)
+    return resized
 
 
 def _encoded(rgb: Pixels, format: Format, quality: int) -> bytes:

@@ -158,7 +158,7 @@ def test_a_failing_stage_is_one_sentence_and_a_failed_flow_run(
     ran = run("pipeline", "run", pipeline.config, "--root", str(root), "--set", source)
     assert ran.status == 1
     assert ran.result["ok"] is False
-    assert f"image files in {photos} is usable" in ran.result["error"]
+    assert f"image files in {photos} that were tried cannot be used" in ran.result["error"]
     assert ran.err.splitlines()[-1] == f"dpnet: {ran.result['error']}"
     assert "Traceback" not in ran.err
     failed = Pipeline(pipeline.config, root, ran, ran)

@@ -17,8 +17,6 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps, features
 
 from data_prep.decoding import Limits, decode_rgb
@@ -399,15 +397,6 @@ def test_lanczos_is_pillows() -> None:
     assert (sample(file(RGB, "PNG"), size=30, resample="lanczos") == np.asarray(expected)).all()
 
 
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(1, 90))
-@settings(max_examples=60, deadline=None)
-def test_the_quicker_way_to_resize_gives_the_same_pixels(w: int, h: int, x: int, y: int) -> None:
-    image = noise(max(h, y), max(w, x), 3, w + 91 * h)
-    small = min(w, x), min(h, y)
-    expected = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
-    assert (_resized(image, *small, "area") == expected).all()
-
-
 @pytest.mark.parametrize("resample", ["area", "lanczos"])
 @pytest.mark.parametrize("mode", ["center-crop", "short-side"])
 def test_a_small_picture_is_enlarged_unless_a_side_is_asked_for(mode: str, resample: str) -> None:
@@ -785,7 +774,7 @@ def test_the_hash_of_a_copy_is_near_and_that_of_another_picture_is_not() -> None
 
 
 def test_the_hash_is_nearly_the_same_in_every_mode_and_format() -> None:
-    for photo in photographs()[::12]:
+    for photo in photographs()[::20]:
         hashes = []
         for format in ("JPEG", "PNG", "WEBP"):
             data = file(photo, format, quality=95)

@@ -723,6 +723,48 @@ def test_after_any_edits_a_version_holds_what_a_look_at_the_folder_says(
     assert verify(store).problems == []
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_after_any_edits_of_a_list_a_version_holds_what_it_says(
+    tmp_path: Path, store: LocalStore, seed: int
+) -> None:
+    chance = random.Random(seed)
+    folder, path = tmp_path / "photos", tmp_path / "photos/list.csv"
+    lines = {f"{n}.bmp": SPLITS[n % 3] for n in range(15)}
+    for number, key in enumerate(lines):
+        photograph(folder / key, number, 40, 36)
+    options = {"size": 16, "max_failure_ratio": 1, "near_duplicates": ("off", "drop")[seed % 2]}
+    config = small(path, shard_samples=chance.randint(1, 4), **options)
+    for _ in range(7):
+        write_list(path, lines)
+        ref = prepare_images(config, store)
+        clean(store, ref)
+        there = {key: split for key, split in lines.items() if (folder / key).exists()}
+        best: dict[bytes, str] = {}
+        for key in sorted(there, key=lambda key: (-SPLITS.index(there[key]), key)):
+            best.setdefault((folder / key).read_bytes(), key)
+        kept = {key: lines[key] for key in best.values()}
+        near = {r["key"] for r in table(store, ref, "near_duplicates") if r["dropped"]}
+        assert homes(store, ref) == {k: split for k, split in kept.items() if k not in near}
+        assert set(outcomes(store, ref)) == set(lines)
+        assert prepare_images(config, store).folder == ref.folder
+        for _ in range(chance.randint(1, 3)):
+            key, other = chance.sample(sorted(lines), 2)
+            edit = chance.choice(["split", "split", "copy", "vanish", "appear", "change", "drop"])
+            if edit == "split":
+                lines[key] = chance.choice(SPLITS)
+            elif edit == "copy" and (folder / other).exists():
+                (folder / key).write_bytes((folder / other).read_bytes())
+            elif edit == "vanish" and key > "5":
+                (folder / key).unlink(missing_ok=True)
+            elif edit == "drop" and key > "5":
+                del lines[key]
+            else:
+                photograph(folder / key, chance.randrange(30), 40, 36)
+        for number, split in enumerate(SPLITS):  # none is ever empty
+            lines[f"{number}.bmp"] = split
+            photograph(folder / f"{number}.bmp", 1000 + number, 40, 36)
+
+
 def test_a_manifest_tells_of_its_parent_and_what_was_asked(folder: Path, store: LocalStore) -> None:
     first = prepare_images(small(folder), store)
     photograph(folder / "new.png", 100)

@@ -1,0 +1,246 @@
+"""Image shards on a real S3 server (Ceph): the same bytes as in a folder, taken up where killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from image_sets import (
+    crops,
+    files_of,
+    homes,
+    photograph,
+    photographs,
+    picture,
+    reasons,
+    shards_of,
+    table,
+)
+
+from data_prep import image_shards
+from data_prep.images import ImagesConfig, prepare_images
+from data_prep.s3 import S3Store
+from data_prep.shards import split_shards, write_shard
+from data_prep.stage import StageRef
+from data_prep.storage import LocalStore, Store, open_store
+from dpnet.verify import verify
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    photographs(tmp_path / "photos", 40)
+    (tmp_path / "photos/copy.png").write_bytes((tmp_path / "photos/trip 1/4.png").read_bytes())
+    (tmp_path / "photos/broken.jpg").write_bytes(b"broken")
+    return tmp_path / "photos"
+
+
+def small(source: object) -> ImagesConfig:
+    return crops(source, shard_samples=6, val=0.1, test=0.1)
+
+
+def put(folder: Path, prefix: str) -> str:
+    """Upload a folder; the prefix."""
+    store = open_store(prefix)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.write(str(path.relative_to(folder)), path.read_bytes())
+    return prefix
+
+
+def content(store: Store, ref: StageRef) -> tuple[str, dict[str, str]]:
+    return ref.content_digest, files_of(store, ref)
+
+
+def objects(store: Store, ref: StageRef) -> dict[str, str]:
+    """The ETag of every object of a version."""
+    return {entry.key: entry.fingerprint for entry in store.list(ref.folder)}
+
+
+def test_from_a_folder_and_from_a_prefix_the_bytes_are_those_of_a_local_root(
+    folder: Path, s3_root: str, tmp_path: Path
+) -> None:
+    local = LocalStore(tmp_path / "root")
+    expected = prepare_images(small(folder), local)
+    prefix = put(folder, f"{s3_root}/photos")
+    for number, source in enumerate((str(folder), prefix)):
+        remote = open_store(f"{s3_root}/root {number}")
+        ref = prepare_images(small(source), remote)
+        assert content(remote, ref) == content(local, expected)
+        assert ref.summary == expected.summary
+        assert reasons(remote, ref) == reasons(local, expected)
+        assert verify(remote).problems == []
+    again = LocalStore(tmp_path / "root of a prefix")
+    assert content(again, prepare_images(small(prefix), again)) == content(local, expected)
+
+
+def test_a_prefix_that_has_not_changed_is_not_read_again(
+    folder: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix, remote = put(folder, f"{s3_root}/photos"), open_store(f"{s3_root}/root")
+    first = prepare_images(small(prefix), remote)
+    before = objects(remote, first)
+    assert not any("/work/" in key for key in before)
+    real = S3Store.read_range
+
+    def read_range(store: S3Store, key: str, offset: int, size: int) -> bytes:
+        assert store.uri != prefix, f"{key} was read"
+        return real(store, key, offset, size)
+
+    monkeypatch.setattr(S3Store, "read_range", read_range)
+    again = prepare_images(small(prefix), remote)
+    assert again.skipped
+    assert again.folder == first.folder
+    assert objects(remote, first) == before
+
+
+def test_more_photographs_make_only_new_shards(folder: Path, s3_root: str) -> None:
+    prefix, remote = put(folder, f"{s3_root}/photos"), open_store(f"{s3_root}/root")
+    first = prepare_images(small(prefix), remote)
+    before = objects(remote, first)
+    store = open_store(prefix)
+    for number in range(20):
+        file = io.BytesIO()
+        picture(500 + number).save(file, "png")
+        store.write(f"new/{number}.png", file.getvalue())
+    second = prepare_images(small(prefix), remote)
+    assert (second.summary["added"], second.summary["changed"]) == (20, 0)
+    assert objects(remote, first) == before
+    assert shards_of(remote, first).items() <= shards_of(remote, second).items()
+    own = {row["shard"] for row in table(remote, second, "sources") if row["key"][:4] == "new/"}
+    tars = [key for key in objects(remote, second) if key.endswith(".tar")]
+    assert {Path(key).stem for key in tars} == own
+    assert len(homes(remote, second)) == 60
+    assert verify(remote).problems == []
+
+
+def test_an_archive_on_the_server_gives_what_its_files_give(
+    folder: Path, s3_root: str, tmp_path: Path
+) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, path.relative_to(folder))
+        archive.writestr("new\nline é 漢.png", (folder / "trip 2/5.png").read_bytes() + b"!")
+    open_store(s3_root).write("p/photos.zip", packed.getvalue())
+    (tmp_path / "photos.zip").write_bytes(packed.getvalue())
+    local, remote = LocalStore(tmp_path / "root"), open_store(f"{s3_root}/root")
+    refs = [
+        prepare_images(small(tmp_path / "photos.zip"), local),
+        prepare_images(small(f"{s3_root}/p/photos.zip"), remote),
+    ]
+    assert content(local, refs[0]) == content(remote, refs[1])
+    assert "new\nline é 漢.png" in homes(remote, refs[1])
+
+
+def test_odd_names_of_objects_are_read(s3_root: str, tmp_path: Path) -> None:
+    names = ["new\nline", "a b+c%20", "漢😀", "q?x#y&z=1", "tab\t", "'\"<&>", " lead", *"abcdef"]
+    store = open_store(f"{s3_root}/photos")
+    for number, name in enumerate(names):
+        file = io.BytesIO()
+        picture(number).save(file, "jpeg")
+        store.write(f"{name}.jpg", file.getvalue())
+    root = LocalStore(tmp_path / "root")
+    ref = prepare_images(small(f"{s3_root}/photos"), root)
+    assert {f"{name}.jpg" for name in names} == set(homes(root, ref))
+
+
+def test_a_build_broken_off_at_any_shard_is_taken_up(
+    folder: Path, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = LocalStore(tmp_path / "root")
+    expected = content(local, prepare_images(small(folder), local))
+    for most in (0, 3, 6):
+        remote = open_store(f"{s3_root}/root {most}")
+        written: list[str] = []
+
+        def write(place, name, samples, written=written, most=most):  # type: ignore[no-untyped-def]
+            if len(written) == most:
+                raise KeyboardInterrupt
+            written.append(name)
+            return write_shard(place, name, samples)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(image_shards, "write_shard", write)
+            with pytest.raises(KeyboardInterrupt):
+                prepare_images(small(folder), remote)
+        begun = {e.key: e.fingerprint for e in remote.list() if e.key.endswith(".tar")}
+        ref = prepare_images(small(folder), remote)
+        assert content(remote, ref) == expected
+        now = objects(remote, ref)
+        assert sum(now.get(key) == tag for key, tag in begun.items()) >= len(begun) - 1
+
+
+def command(source: object, root: str) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "dpnet", "images", "build", str(source), "--name", "x", "--json"]
+    argv += ["--size", "32", "--root", root, "--set=images.shard_samples=6"]
+    return subprocess.Popen(
+        argv,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("DPNET_")},
+    )
+
+
+def test_a_killed_build_goes_on_and_no_output_holds_the_key(
+    folder: Path, s3_root: str, tmp_path: Path
+) -> None:
+    prefix = put(folder, f"{s3_root}/photos")
+    store = open_store(f"{s3_root}/root")
+    process = command(prefix, f"{s3_root}/root")
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if any("/work/" in entry.key for entry in store.list()):
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    out, errors = process.communicate(timeout=20)
+    again = command(prefix, f"{s3_root}/root")
+    more, more_errors = again.communicate(timeout=120)
+    assert again.returncode == 0, more_errors
+    told = json.loads(more.splitlines()[-1])
+    local = LocalStore(tmp_path / "root")
+    done = command(prefix, str(local.folder)).communicate(timeout=120)
+    assert json.loads(done[0].splitlines()[-1])["content_digest"] == told["content_digest"]
+    assert verify(store).problems == []
+    for secret in (os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]):
+        assert not any(secret in text for text in (out, errors, more, more_errors, *done))
+        assert not any(secret.encode() in store.read(entry.key) for entry in store.list("images"))
+
+
+def test_a_flipped_byte_of_an_object_is_found_and_its_shard_named(
+    folder: Path, s3_root: str
+) -> None:
+    remote = open_store(f"{s3_root}/root")
+    ref = prepare_images(small(folder), remote)
+    tar = split_shards(remote, ref.folder, "train")[1]
+    data = bytearray(remote.read(tar))
+    data[1500] ^= 1
+    remote.write(tar, bytes(data))
+    problems = verify(remote, ref.folder).problems
+    assert problems
+    assert {problem.where for problem in problems} == {tar}
+
+
+def test_wrong_keys_are_told_in_one_sentence_without_them(
+    folder: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photograph(folder / "one more.png", 700)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    process = command(folder, f"{s3_root}/denied")
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "s3://" in errors + out
+    assert "not-the-secret" not in errors + out
