@@ -1,7 +1,7 @@
 """Pictures: the bytes of one photograph to the encoded samples that are cut from it.
 
 `prepare` reads a photograph once for all that is asked of it: the limits, the perceptual hash, the
-samples. The same bytes give the same samples, on every machine and in every process.
+samples. The same bytes give the same samples each time, in whatever process or thread.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def check_source(uri: str, layout: str = "auto") -> None:
     files, name = source.files, source.name
     if name:
         if files.look(name) is None:
-            raise PipelineError(f"{files.where(name)} does not exist: correct images.source.")
+            raise PipelineError(f"{files.where(name)} does not exist: correct its path.")
     elif isinstance(files, LocalFiles):
         _check_local(files.folder)
     elif next(iter(files.walk()), None) is None:
@@ -95,8 +95,8 @@ def _check_local(path: Path) -> None:
     """Raise PipelineError unless there is a folder with something in it, or a file that is read."""
     if not path.exists():
         raise PipelineError(
-            f"the photo folder {path.absolute()} does not exist: give another with --photos or"
-            " images.source (it counts from the folder that the command runs in)."
+            f"the source {path.absolute()} does not exist: correct its path (a relative one counts"
+            " from the folder that the command runs in)."
         )
     if path.is_dir():
         try:
@@ -109,6 +109,6 @@ def _check_local(path: Path) -> None:
             raise empty(LocalFiles(path))
     elif not (is_container(path.name) or is_list(path.name)):
         raise PipelineError(
-            f"{path} is a file: images.source must be a folder of photographs, an archive (.zip,"
+            f"{path} is no source: give a folder of photographs, an archive (.zip,"
             " .tar, .tar.gz, .tgz), a Parquet table or a list file (.csv, .txt, .jsonl)."
         )

@@ -91,7 +91,7 @@ class Folder:
         if self.name:
             found = self.files.look(self.name)
             if found is None:
-                raise PipelineError(f"{self.uri} does not exist: correct images.source.")
+                raise PipelineError(f"{self.uri} does not exist: correct its path.")
             waiting.append(found)
         else:
             for file in self.files.walk():

@@ -150,7 +150,7 @@ class _Places:
             raw = self._files.blob(self._name).open()
         except ItemError:
             where = self._files.where(self._name)
-            raise PipelineError(f"{where} does not exist: correct images.source.") from None
+            raise PipelineError(f"{where} does not exist: correct its path.") from None
         with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
             lines = _READERS[self._name.rpartition(".")[2].lower()](text)
             for line in lines:

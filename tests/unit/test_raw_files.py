@@ -113,8 +113,8 @@ def test_every_name_comes_back_from_its_key(name: bytes) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        ("", "does not exist: give another with --photos"),
-        ("file", "is a file: images.source must be a folder"),
+        ("", "does not exist: correct its path"),
+        ("file", "is no source: give a folder"),
         ("folder", "is empty: put photographs into it"),
     ],
 )
