@@ -135,6 +135,9 @@ def build_shard(task: ShardTask) -> ShardResult:
     done = _taken_up(task)
     if done is not None:
         return done
+    import cv2
+
+    cv2.setNumThreads(1)  # one worker for each core is enough
     findings: list[Finding] = []
     with task.source.reader() as reader:
         samples = _samples(task, reader, findings)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -157,8 +158,6 @@ def _drive(
     results: SimpleQueue[_Result],
 ) -> None:
     """Have the tasks done, in about their order, until `taken` is closed at its other end."""
-    # Workers inherit this, so that a Ctrl-C cannot hit one that is not yet ready to ignore it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     team: list[_Worker] = []
     todo: deque[_Task] = deque()
     again: deque[_Task] = deque()  # tasks whose worker died
@@ -214,6 +213,10 @@ def _next(todo: Sequence[_Task], again: Sequence[_Task], team: Sequence[_Worker]
 
 
 def _started(function: Callable[[Any], Any], team: list[_Worker]) -> _Worker:
+    # Workers inherit the mask, so that a Ctrl-C cannot hit one that is not yet ready to ignore it.
+    # The tracker, when it is started, takes SIGINT off the mask of this thread: so it goes first.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     ours, theirs = multiprocessing.Pipe()
     process = _Process(target=_work, args=(function, theirs), daemon=True)
     try:
