@@ -29,6 +29,7 @@ _JPEG2000 = ("jp2", "j2k", "jpx", "jpf")
 EXTENSIONS = frozenset(
     (*_JPEG, *_PPM, *_JPEG2000, "png", "apng", "webp", "tif", "tiff", "bmp", "gif", "avif")
 )  # lower case
+_MOST_POINTS = 1 << 24  # of a picture in between, so that it stays small
 MAX_PIXELS = 64_000_000  # a worker stays below 700 MB with it
 
 Format = Literal["jpeg", "png", "webp"]
@@ -156,10 +157,17 @@ def _resized(rgb: Pixels, width: int, height: int, resample: str) -> Pixels:
     if resample == "lanczos":
         whole = Image.fromarray(np.ascontiguousarray(rgb))
         return np.asarray(whole.resize((width, height), Image.Resampling.LANCZOS))
-    is_smaller = width <= wide and height <= high
-    how = cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC
-    resized: Pixels = cv2.resize(rgb, (width, height), interpolation=how)
-    return resized
+    if width > wide or height > high:
+        enlarged: Pixels = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_CUBIC)
+        return enlarged
+    # The mean over the area of each pixel, taken at k x k evenly spaced points of it that are at
+    # most one original pixel apart (ours). OpenCV's exact mean takes twice the time at fractions;
+    # on photographs the two are 52 dB from each other, and either is 43 dB from Lanczos.
+    points = (width * -(-wide // width), height * -(-high // height))
+    if points != (wide, high) and points[0] * points[1] <= _MOST_POINTS:
+        rgb = cv2.resize(rgb, points, interpolation=cv2.INTER_LINEAR)
+    small: Pixels = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
+    return small
 
 
 def _encoded(rgb: Pixels, format: Format, quality: int) -> bytes:
