@@ -60,7 +60,11 @@ def mask_sheet(store: Store, folder: str, per_bin: int = 16) -> Image.Image:
     rows = []
     for name, masks in by_bin.items():
         touching = sum(bool(row["touches_border"]) for _, row in masks)
-        counts = f"{len(masks)} masks, {touching} of them touch the border" if masks else "none"
+        counts = (
+            f"{len(masks)} masks, {touching} of them reach to the border or near it"
+            if masks
+            else "none"
+        )
         rows.append((f"evaluation, {name} hole: {counts}", masks[:per_bin]))
     first = split_shards(store, folder, "train")[0]
     training = [(first, row) for row in read_index(store, first)[:per_bin]]

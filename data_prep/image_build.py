@@ -155,7 +155,7 @@ def build(
     outcomes.ignore_others()
     tasks = _Tasks(work, config, plan, source, parent)
     files = _build_shards(config, plan, outcomes, tasks, run, workers)
-    _check_failures(config, outcomes)
+    _check_failures(work, config, outcomes)
     usable = _is(outcomes, SAMPLE, DUPLICATE)
     resolution = resolve(
         outcomes.sha256,
@@ -216,6 +216,7 @@ class _Tasks:
         source: Source,
         parent: Version | None,
     ) -> None:
+        self.work = work
         self.place = Folder(work.store, work.folder)
         self.config, self.plan, self.source = config, plan, source
         self.old = parent.tars() if parent is not None else {}
@@ -273,7 +274,7 @@ def _build_shards(
             done += len(result.findings)
             failed += sum(finding.outcome == FAILED for finding in result.findings)
             if failed > most:
-                _check_failures(config, outcomes, certain=True)
+                _check_failures(tasks.work, config, outcomes, certain=True)
             progress.update(done)
     return files
 
@@ -358,7 +359,9 @@ def _most_failures(config: ImagesConfig, items: int) -> float:
     return max(1.0, config.max_failure_ratio * items)
 
 
-def _check_failures(config: ImagesConfig, outcomes: Outcomes, certain: bool = False) -> None:
+def _check_failures(
+    work: Work, config: ImagesConfig, outcomes: Outcomes, certain: bool = False
+) -> None:
     import numpy as np
 
     failed = outcomes.count(FAILED)
@@ -372,12 +375,22 @@ def _check_failures(config: ImagesConfig, outcomes: Outcomes, certain: bool = Fa
             " give whole photographs that are large enough."
         )
     if certain or failed > _most_failures(config, number):
+        share = f"{failed} of the {number} image files in {config.source}"
+        tried = " that were tried" if certain else ""
+        listed = _list_failures(work, outcomes)
         raise PipelineError(
-            f"{failed} of the {number} image files in {config.source}"
-            f"{' that were tried' if certain else ''} cannot be used"
-            f" ({first}): remove them, or raise images.max_failure_ratio, which is"
+            f"{share}{tried} cannot be used ({first}; all in {listed}):"
+            " mend or remove them, or raise images.max_failure_ratio, which is"
             f" {config.max_failure_ratio:g}; what is done is kept."
         )
+
+
+def _list_failures(work: Work, outcomes: Outcomes) -> str:
+    """Write out the items that failed so far, for a build that commits nothing; where they are."""
+    rows = _is(outcomes, FAILED).nonzero()[0].tolist()
+    lines = [json.dumps({"key": outcomes.key(r), "reason": _reason(outcomes, r)}) for r in rows]
+    work.store.write(work.key("work/failures.jsonl"), "".join(f"{x}\n" for x in lines).encode())
+    return f"{work.store.uri}/{work.key('work/failures.jsonl')}"
 
 
 def _check_splits(config: ImagesConfig, outcomes: Outcomes) -> None:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.int64]
 
+# Pictures that Pillow does not read; to ignore them would be to lose them without a word.
+UNREADABLE = frozenset(
+    ("heic", "heif", "jxl", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "exr")
+)
 PICTURE, UNSURE, OTHER, PROBLEM = 1, 0, -1, -2  # kinds of items, by their names
 Box = tuple[int, int, int]  # left, top, side of a square tile, in pixels of the upright photograph
 
@@ -275,7 +279,7 @@ def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
     from data_prep.pictures import EXTENSIONS  # it needs the tiles of this module
 
     kinds = []
-    pattern = rf"\.({'|'.join(sorted(EXTENSIONS))})$"
+    pattern = rf"\.({'|'.join(sorted(EXTENSIONS | UNREADABLE))})$"
     for chunk in listing.table["key"].chunks:
         picture = pc.match_substring_regex(chunk, pattern, ignore_case=True)
         bare = pc.match_substring_regex(chunk, r"(^|/)[^./]+$")

@@ -27,10 +27,12 @@ from data_prep.image_plan import (
     plan_items,
 )
 from data_prep.image_shards import DUPLICATE, FAILED, SAMPLE, hash_items
-from data_prep.listing import ROWS, Listing
+from data_prep.listing import ROWS, SPLITS, Listing
 from data_prep.pool import Map, cores, run_tasks
 from data_prep.progress import Progress, say
 from data_prep.raw import LAYOUTS, Source, open_source
+from data_prep.raw.layouts import OUTSIDE
+from data_prep.raw.tars import CUT, UNENDED
 from data_prep.resolution import resolve
 from data_prep.stage import Request, StageRef, run_stage
 from data_prep.storage import Store
@@ -224,13 +226,17 @@ def prepare_images(
     earlier = versions(store, config.name)
     same = [manifest for manifest in earlier if manifest["settings"] == settings]
     parent = load_version(store, same[-1]) if same and not repack else None
+    if parent is not None:
+        parent.check_shards()
     listing = source.list(known_members(parent))
+    _refuse_broken_archives(listing, source)
     hashes = key_hashes(listing.table["key"])
     kind = item_kinds(listing, source.uri)
     row = before = None
     if parent is not None:
         row = match_keys(hashes, listing.table["key"], parent.hashes(), parent.table["key"])
         before = np.where(row >= 0, parent.splits()[row], -1).astype(np.int8)
+    _refuse_left_out_pictures(config, listing, kind)
     split, notes = _splits(config, listing, hashes, kind, before)
     workers = run_workers(config, len(listing), run)
     past = None
@@ -422,4 +428,37 @@ def _splits(
     if not wanted.any():
         known = ", ".join(sorted(pictures.EXTENSIONS))
         raise PipelineError(f"{config.source} holds no image file (of type {known}).")
-    return assign_splits(given, wanted, hashes.draw, config.val, config.test, before)
+    split, notes = assign_splits(given, wanted, hashes.draw, config.val, config.test, before)
+    counts = np.bincount(split[kind >= UNSURE], minlength=len(SPLITS)).tolist()
+    how = "as the source says" if (given >= 0).any() else "drawn by hash of the key"
+    told = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
+    return split, [f"splits {how}: {told}", *notes]
+
+
+def _refuse_broken_archives(listing: Listing, source: Source) -> None:
+    """What a tar held beyond its cut is in no listing, so it cannot be accounted for."""
+    for key, problem in sorted(listing.problems.items()):
+        alone = len(listing) == 1 and "cut off" in problem
+        if problem in (CUT, UNENDED) or alone:
+            raise PipelineError(
+                f"{source.uri}: {key}: {problem}, and what it should hold beyond that is not known:"
+                " give the whole archive, or take it out of the source."
+            )
+
+
+def _refuse_left_out_pictures(
+    config: ImagesConfig, listing: Listing, kind: NDArray[np.int8]
+) -> None:
+    """Pictures beside the split folders are ignored, but not a large share of all."""
+    endings = tuple(f".{extension}" for extension in pictures.EXTENSIONS)
+    outside = [
+        key
+        for key, problem in listing.problems.items()
+        if problem == OUTSIDE and key.lower().endswith(endings)
+    ]
+    if len(outside) > max(1.0, config.max_failure_ratio * int((kind >= UNSURE).sum())):
+        raise PipelineError(
+            f"{len(outside)} pictures of {config.source} lie outside its folders train, val and"
+            f" test (first {min(outside)}): move them into these, or set images.layout=files to"
+            " draw all splits by hash."
+        )

@@ -246,6 +246,8 @@ def _some(store: Store, tar: str, number: int) -> Iterator[Image.Image]:
             picture = Image.open(io.BytesIO(data))
             picture.draft("RGB", (CELL, CELL))  # a large JPEG is decoded small
             yield picture.convert("RGB")
+    except FileNotFoundError:
+        raise PipelineError(f"{tar} or its index is missing: `dpnet verify` says more.") from None
     except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError):
         what = f"sample {key} of {tar} cannot be decoded" if key else f"the index of {tar} is lost"
         raise PipelineError(f"{what}: `dpnet verify` says what is wrong.") from None

@@ -71,6 +71,23 @@ class Version:
     def hashes(self) -> Hashes:
         return key_hashes(self.table["key"])
 
+    def check_shards(self) -> None:
+        """Raise PipelineError unless every shard is there in its size: a new version builds on
+        them. Their bytes are `dpnet verify`'s to check."""
+        sizes: dict[str, dict[str, int]] = {}
+        for files in self.shards().values():
+            for file in files:
+                key = posixpath.normpath(posixpath.join(self.folder, file.path))
+                folder = posixpath.dirname(key)
+                if folder not in sizes:
+                    sizes[folder] = {entry.key: entry.size for entry in self.store.list(folder)}
+                if sizes[folder].get(key) != file.size:
+                    raise PipelineError(
+                        f"{self.store.uri}/{key} is missing or has another size, and version"
+                        f" {self.number} needs it: put it back, or run the same command with"
+                        " --repack for a version that does not."
+                    )
+
     def names(self) -> list[str]:
         """The names of the shards, sorted."""
         return sorted(self.shards())

@@ -100,7 +100,7 @@ def images_build(args: Namespace) -> Outcome:
     from dpnet.chain import with_photographs
 
     given = {"name": args.name and json.dumps(args.name), "size": args.size}
-    overrides = [f"{option}={value}" for option, value in given.items() if value] + args.set
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None] + args.set
     # Here `mode=keep` means images.mode; the masks' size, which must be the same, is not at issue.
     overrides = [o if "." in o.partition("=")[0] else f"images.{o}" for o in overrides]
     overrides += [f"masks.{o[7:]}" for o in overrides if o.startswith("images.size=")]
@@ -129,7 +129,8 @@ def images_build(args: Namespace) -> Outcome:
         f"{ref.name} version {s['version']}, {'there already' if ref.skipped else 'made now'}:"
         f" {place(store)}/{ref.folder}\n"
         f"{s['listed']} files: {s['photographs']} photographs, {s['failed']} failed, {s['ignored']}"
-        f" ignored, {s['duplicates']} duplicates; samples: {splits}"
+        f" ignored, {s['duplicates']} duplicates, {s['near_duplicates']} nearly the same in two"
+        f" splits; samples: {splits}"
     )
     return {"ok": True, "root": store.uri, **ref.to_json()}, text
 

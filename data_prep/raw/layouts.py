@@ -14,8 +14,18 @@ from data_prep.listing import ROWS, SPLITS, Listing
 IGNORED = "ignored: "  # starts the problem of what is no part of the set, and so no failure
 OUTSIDE = f"{IGNORED}outside the folders train, val, validation and test"
 CONTAINERS = r"\.(?:zip|tar|tar\.gz|tgz|parquet)"
-_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
-_SHARD = re.compile(rf"(train|val|validation|test)(?:[-_.][^/]*)?{CONTAINERS}", re.IGNORECASE)
+_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+_SHARD = re.compile(
+    rf"(train|training|val|valid|validation|test|testing)(?:[-_.][^/]*)?{CONTAINERS}", re.IGNORECASE
+)
 
 Beside = Callable[[str], str | None]  # the text of a file in or beside the source, by its name
 SplitOf = Callable[[str], str | None]  # by key; "": the layout leaves it open; None: no part

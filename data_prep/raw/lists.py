@@ -28,6 +28,7 @@ from data_prep.raw.layouts import apply_layout
 
 MISSING = "missing: the list names it, but there is no such file"
 _PATHS = ("path", "uri", "url", "file", "filename", "image")  # names of columns and fields
+_SPLIT = ("split", "partition", "subset")  # the same for the split
 _SPLITS = {
     "": "",
     **dict.fromkeys(("train", "training"), "train"),
@@ -235,7 +236,7 @@ def _csv_lines(text: Iterable[str]) -> Iterator[_Line | str]:
     try:
         names = [name.strip().lower() for name in next(rows, [])]
         path_at = next((names.index(name) for name in _PATHS if name in names), -1)
-        split_at = names.index("split") if "split" in names else -1
+        split_at = next((names.index(name) for name in _SPLIT if name in names), -1)
         if path_at < 0:
             yield f"its first line names no column {', '.join(_PATHS[:-1])} or {_PATHS[-1]}"
             return
@@ -265,7 +266,9 @@ def _json_lines(text: Iterable[str]) -> Iterator[_Line | str]:
             if not isinstance(path, str):
                 yield f"line {number} has no field {', '.join(_PATHS[:-1])} or {_PATHS[-1]}"
                 return
-            yield _Line(number, path, str(row.get("split") or ""))
+            yield _Line(
+                number, path, str(next((row[name] for name in _SPLIT if row.get(name)), ""))
+            )
 
 
 _READERS = {"txt": _text_lines, "csv": _csv_lines, "jsonl": _json_lines}

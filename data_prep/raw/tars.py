@@ -23,7 +23,8 @@ from data_prep.raw.members import Member, named
 
 _BLOCK = 512
 _LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is an attack or damage
-_CUT = "the archive is cut off within it"
+CUT = "the archive is cut off within it"
+UNENDED = "it may be cut off: the mark of its end is missing"
 ReadAt = Callable[[int, int], bytes]  # (offset, size) → those bytes, fewer at the end
 
 
@@ -55,7 +56,7 @@ class Tar:
             members = list(sample)
             image = _image_of(members)
             yield image
-            if any(member.problem == _CUT for member in members if member is not image):
+            if any(member.problem == CUT for member in members if member is not image):
                 raise ItemError("it is cut off")
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
@@ -66,7 +67,7 @@ class Tar:
         else:
             data = self._blob.read_at(offset, size)
         if len(data) < size:
-            raise ItemError(_CUT)
+            raise ItemError(CUT)
         return data
 
     def _files(self) -> Iterator[Member]:
@@ -90,7 +91,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
         if len(block) == _BLOCK and not any(block):
             return  # the mark of the end
         if not block and at:
-            raise ItemError("it may be cut off: the mark of its end is missing")
+            raise ItemError(UNENDED)
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
@@ -125,14 +126,14 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
                 whole = reaches(at + size)
             except ItemError:  # a broken stream
                 whole = False
-            problem = "" if whole else _CUT
+            problem = "" if whole else CUT
             if is_sparse:
                 problem = "it is stored as a sparse file, which is not read"
             member = named(name, size, at, problem)
             if member is not None:
                 yield member
             if not whole:
-                if member is None or member.problem != _CUT:
+                if member is None or member.problem != CUT:
                     raise ItemError("it is cut off")
                 return
         if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:

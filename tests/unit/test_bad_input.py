@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import stat
 import struct
@@ -220,7 +221,7 @@ def test_members_whose_names_leave_the_archive_are_named_and_leave_nothing(
 
 @pytest.mark.parametrize("name", ["p.zip", "p.tar", "p.tar.gz", "p.parquet"])
 @pytest.mark.parametrize("how", ["cut off", "empty", "zeros", "text"])
-def test_a_broken_archive_among_photographs_is_one_failure(
+def test_a_broken_archive_among_photographs_is_one_failure_or_refused(
     folder: Path, store: LocalStore, name: str, how: str
 ) -> None:
     import pyarrow as pa
@@ -236,6 +237,10 @@ def test_a_broken_archive_among_photographs_is_one_failure(
     data = path.read_bytes()
     harmed = {"cut off": data[: len(data) // 2], "empty": b"", "text": b"not an archive at all"}
     path.write_bytes(harmed.get(how, bytes(20_000)))
+    if how == "cut off" and ".tar" in name:  # some of it was listed; what follows is not known
+        with pytest.raises(PipelineError, match=r"cut off.*give the whole archive"):
+            build(folder, store)
+        return
     ref = build(folder, store)
     assert ref.summary["photographs"] >= 12
     if not (how in ("zeros", "empty") and name == "p.tar"):  # an empty tar is zeros
@@ -412,3 +417,37 @@ def test_odd_and_bad_objects_of_a_bucket_are_counted(moto_root: str, store: Loca
     }
     assert ref.summary["photographs"] == 9
     assert {record(files)["split"] for _, files in all_samples(store, ref)} == set(SPLITS)
+
+
+def test_pictures_beside_the_split_folders_are_refused_where_they_are_many(
+    tmp_path: Path, store: LocalStore
+) -> None:
+    for number in range(6):
+        photograph(tmp_path / f"photos/train/{number}.jpg", number)
+        photograph(tmp_path / f"photos/val/{number}.jpg", 10 + number)
+        photograph(tmp_path / f"photos/more/{number}.jpg", 20 + number)
+    source = tmp_path / "photos"
+    with pytest.raises(PipelineError, match=r"6 pictures .* lie outside .* \(first more/0.jpg\)"):
+        prepare_images(crops(source), store)
+    assert prepare_images(crops(source, layout="files"), store).summary["photographs"] == 18
+
+
+def test_pictures_that_cannot_be_read_here_are_failures_and_not_ignored(
+    folder: Path, store: LocalStore
+) -> None:
+    (folder / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(2000))
+    assert build(folder, store).summary["failed"] == 1
+
+
+def test_a_build_that_fails_for_many_broken_files_lists_them_all(
+    folder: Path, store: LocalStore
+) -> None:
+    for number in range(9):
+        (folder / f"broken {number}.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    with pytest.raises(PipelineError, match="cannot be used") as caught:
+        prepare_images(crops(folder), store)
+    (listed,) = Path(store.folder).rglob("failures.jsonl")
+    assert listed.as_uri() in str(caught.value)
+    keys = {json.loads(line)["key"] for line in listed.read_text().splitlines()}
+    assert len(keys) > 1
+    assert keys <= {f"broken {number}.jpg" for number in range(9)}

@@ -108,8 +108,12 @@ def test_the_sheet_says_what_touches_the_border(
     monkeypatch.setattr("data_prep.contact.contact_sheet", captions)
     mask_sheet(store, prepare_masks(config, store).folder)
     assert said[0] == "evaluation, 0.01-0.10 hole: none"
-    assert said[2] == "evaluation, 0.20-0.30 hole: 5 masks, 0 of them touch the border"
-    assert said[4] == "evaluation, 0.40-0.50 hole: 5 masks, 5 of them touch the border"
+    assert (
+        said[2] == "evaluation, 0.20-0.30 hole: 5 masks, 0 of them reach to the border or near it"
+    )
+    assert (
+        said[4] == "evaluation, 0.40-0.50 hole: 5 masks, 5 of them reach to the border or near it"
+    )
     assert said[6] == "training"
     assert len(said) == 7
 

@@ -33,6 +33,7 @@ from data_prep.errors import PipelineError
 from data_prep.images import ImagesConfig, prepare_images
 from data_prep.pictures import EXTENSIONS, PictureError, prepare
 from data_prep.raw.files import LocalFiles
+from data_prep.shards import split_shards
 from data_prep.stage import StageRef, read_manifest
 from data_prep.storage import LocalStore, Store
 from data_prep.versions import versions
@@ -779,3 +780,16 @@ def test_a_manifest_tells_of_its_parent_and_what_was_asked(folder: Path, store: 
     assert manifest["settings"] == small(folder).settings()
     found = versions(store, "photographs")
     assert [v["folder"] for v in found] == [first.folder, second.folder]
+
+
+def test_a_version_is_not_built_on_a_shard_that_is_gone(folder: Path, store: LocalStore) -> None:
+    ref = prepare_images(small(folder), store)
+    tar = split_shards(store, ref.folder, "train")[0]
+    store.delete(tar)
+    with pytest.raises(
+        PipelineError, match=rf"{tar} is missing or has another size, and version 1"
+    ):
+        prepare_images(small(folder), store)
+    again = prepare_images(small(folder), store, repack=True)
+    assert again.summary["version"] == 2
+    assert not again.skipped
