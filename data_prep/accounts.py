@@ -47,7 +47,7 @@ def read_batches(store: Store, key: str, wanted: Sequence[str]) -> Iterator[Colu
         with store.open(key) as source:
             file = pq.ParquetFile(source)
             _check_columns(file.schema_arrow, wanted)
-            for batch in file.iter_batches(_BATCH, columns=list(wanted)):
+            for batch in file.iter_batches(_BATCH, columns=list(wanted), use_threads=False):
                 yield batch.to_pydict()
     except FileNotFoundError:
         raise TableError("is missing") from None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.accounts import FAILURES, SOURCES, OldTableError, TableError, read_batches
 from data_prep.errors import PipelineError
-from data_prep.shards import read_index, split_shards
+from data_prep.shards import UNTHREADED, read_index, split_shards
 from data_prep.stage import MANIFEST, read_manifest
 from data_prep.storage import Store, open_store
 from data_prep.versions import versions
@@ -190,7 +190,7 @@ def inspect_masks(store: Store, folder: str) -> dict[str, Any]:
             key = f"{tar.removesuffix('.tar')}.parquet"
             try:
                 with store.open(key) as file:
-                    table = pq.read_table(file, columns=["ratio_bin", "recipe"])
+                    table = pq.read_table(file, columns=["ratio_bin", "recipe"], **UNTHREADED)
                 own.update(zip(*(table[c].to_pylist() for c in table.column_names), strict=True))
             except (FileNotFoundError, ValueError, KeyError):  # ArrowInvalid is a ValueError
                 raise PipelineError(

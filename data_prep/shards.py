@@ -26,6 +26,8 @@ from data_prep.storage import Store
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _BLOCK = 512
+# For reading small tables: a command that ends while Arrow's threads are being started is aborted.
+UNTHREADED = {"use_threads": False, "pre_buffer": False}
 _PIECE = 8 << 20  # bytes read at a time
 _TAR_SHA256, _TAR_SIZE = b"tar_sha256", b"tar_size"
 
@@ -140,7 +142,7 @@ def decode_table(data: bytes) -> list[dict[str, Any]]:
     """The rows of a parquet file."""
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), **UNTHREADED).to_pylist()
     return rows
 
 

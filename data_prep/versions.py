@@ -15,6 +15,7 @@ from data_prep.errors import PipelineError
 from data_prep.image_plan import Hashes, key_hashes
 from data_prep.listing import SPLITS, Item
 from data_prep.progress import say
+from data_prep.shards import UNTHREADED
 from data_prep.stage import MANIFEST, FileRecord, StageRef, load_reference, read_manifest
 from data_prep.storage import Store
 
@@ -159,7 +160,7 @@ def load_version(store: Store, manifest: Manifest) -> Version:
     key = f"{manifest['folder']}/{SOURCES}"
     try:
         with store.open(key) as file:
-            table = pq.read_table(file)
+            table = pq.read_table(file, **UNTHREADED)
     except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
         raise PipelineError(
             f"{store.uri}/{key} is missing or damaged: restore it, or delete"
