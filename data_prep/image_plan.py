@@ -49,13 +49,14 @@ def key_hashes(keys: pa.ChunkedArray) -> Hashes:
     """The hashes of the keys. Two different keys of one listing never share `order` unnoticed:
     raises PipelineError if they do, which 2^64 makes unheard of."""
     import numpy as np
+    import pyarrow as pa
 
     parts = []
     sha256 = hashlib.sha256
     for start in range(0, len(keys), ROWS):
-        text = keys.slice(start, ROWS).to_pylist()
-        joined = b"".join([sha256(key.encode()).digest()[:16] for key in text])
-        parts.append(np.frombuffer(joined, ">u8").astype(np.uint64).reshape(-1, 2))
+        text = keys.slice(start, ROWS).cast(pa.large_binary()).to_pylist()
+        joined = b"".join([sha256(key).digest() for key in text])
+        parts.append(np.frombuffer(joined, ">u8").reshape(-1, 4)[:, :2].astype(np.uint64))
     both = np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
     return Hashes(np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1]))
 
