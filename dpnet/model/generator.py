@@ -6,12 +6,15 @@ patches serve the attention as keys; decoder S/4 (attention), S/2, S.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnet.model.attention import PyramidAttention, key_layers
 from dpnet.model.config import ModelConfig, preset
+from dpnet.model.dtype import full
 from dpnet.model.fill import pull_push
 from dpnet.model.normalization import DecoderNorm, EncoderNorm
 from dpnet.model.pyramid import Level, MaskAwareConv, pyramid_levels
@@ -24,6 +27,21 @@ FLAT = 0.02  # the least deviation: a photograph of one colour must not be divid
 
 def activate(x: Tensor) -> Tensor:
     return F.leaky_relu(x, SLOPE)
+
+
+class Units(NamedTuple):
+    """What a sample's colours are measured in, and the smooth fill of its hole.
+
+    Tiles of one image share them, so that no seam shows.
+
+    Attributes:
+        centre: N311, l of the mean known colour. scale: N111, the deviation of the known l from it.
+        smooth: N3HW, the smooth fill in these units.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    smooth: Tensor
 
 
 class EncoderLayer(nn.Module):
@@ -119,17 +137,18 @@ class Generator(nn.Module):
         levels = pyramid_levels(channels_in, channels_out, pyramid=self.config.pyramid)
         return EncoderLayer(channels_in, channels_out, levels, 2, self.config)
 
-    def forward(self, image: Tensor, valid: Tensor) -> Tensor:
+    def forward(self, image: Tensor, valid: Tensor, units: Units | None = None) -> Tensor:
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+            check_input(image, valid)
         height, width = image.shape[2:]
         # Padding counts as unknown, so it changes nothing but the grid.
         pad = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
-        valid = F.pad(valid.float(), pad)
-        # Emptied by selection: NaN times 0 would still be NaN.
-        image = torch.where(valid > 0, F.pad(image, pad), 0.0)
-        mean = known_mean(image, valid)
-        centre = to_logit(mean)
+        image, valid = F.pad(image, pad), F.pad(full(valid), pad)
+        if units is None:
+            centre, scale, smooth = self.units(image, valid)
+        else:
+            centre, scale, smooth = units.centre, units.scale, F.pad(units.smooth, pad)
         away = torch.where(valid > 0, to_logit(image) - centre, 0.0)
-        scale = torch.sqrt(known_mean(away.square().mean(1, keepdim=True), valid, 1.0) + FLAT**2)
 
         f1, m_stem = self.stem(away / scale, valid)
         m1 = valid
@@ -148,11 +167,47 @@ class Generator(nn.Module):
             x = self.attention(x, layers, valid)
         x = activate(self.middle(x, m4, f4))
         x = self.up1(x, f2, m2)
-        smooth = ((to_logit(pull_push(image, valid, mean)) - centre) / scale).to(x.dtype)
-        x = self.up2(x, f1, m1, smooth)
-        y = self.out(x).float() + FOLLOW * self.follow * smooth.float()
+        x = self.up2(x, f1, m1, smooth.to(x.dtype))
+        y = full(self.out(x)) + FOLLOW * self.follow * smooth
         y = (torch.tanh(centre + scale * y) + 1) / 2
         return y[:, :, :height, :width]
+
+    @staticmethod
+    def units(image: Tensor, valid: Tensor) -> Units:
+        """The units of N3HW images, in which the hole may hold anything, and N1HW masks."""
+        valid = full(valid)
+        # Emptied by selection: NaN times 0 would still be NaN.
+        image = torch.where(valid > 0, full(image), 0.0)
+        mean = known_mean(image, valid)
+        centre = to_logit(mean)
+        away = torch.where(valid > 0, to_logit(image) - centre, 0.0)
+        scale = torch.sqrt(known_mean(away.square().mean(1, keepdim=True), valid, 1.0) + FLAT**2)
+        smooth = (to_logit(pull_push(image, valid, mean)) - centre) / scale
+        return Units(centre, scale, smooth)
+
+
+def check_input(image: Tensor, valid: Tensor) -> None:
+    """Raise ValueError with one sentence unless the two are what a generator can take."""
+    if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
+        raise ValueError(
+            f"the image is {image.dtype} {tuple(image.shape)}: give floating point N x 3 x H x W"
+            " in [0, 1]."
+        )
+    if valid.shape != (image.shape[0], 1, *image.shape[2:]):
+        raise ValueError(
+            f"the mask is {tuple(valid.shape)} and the image {tuple(image.shape)}: give a mask of"
+            " N x 1 x H x W with the image's N, H and W."
+        )
+    if image.is_meta:  # there are no values to look at
+        return
+    if not ((valid == 0) | (valid == 1)).all():
+        raise ValueError(
+            "the mask holds other values than 0 (hole) and 1 (known): threshold it first."
+        )
+    if not (torch.isfinite(image) | (valid == 0)).all():
+        raise ValueError(
+            "a known pixel of the image is NaN or infinite: repair it or make it part of the hole."
+        )
 
 
 def to_logit(colour: Tensor) -> Tensor:
@@ -166,7 +221,7 @@ def known_mean(image: Tensor, valid: Tensor, empty: float = 0.5) -> Tensor:
     `image` is 0 in the hole.
     """
     count = valid.sum(dim=(2, 3), keepdim=True)
-    total = (image.float() * valid).sum(dim=(2, 3), keepdim=True)
+    total = (full(image) * valid).sum(dim=(2, 3), keepdim=True)
     return torch.where(count > 0, total / count.clamp(min=1), empty)
 
 
