@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dpnet.model.attention import PyramidAttention, key_layers
 from dpnet.model.config import ModelConfig, preset
-from dpnet.model.dtype import full
+from dpnet.model.dtype import full, is_traced
 from dpnet.model.fill import pull_push
 from dpnet.model.normalization import DecoderNorm, EncoderNorm
 from dpnet.model.pyramid import Level, MaskAwareConv, pyramid_levels
@@ -138,12 +138,14 @@ class Generator(nn.Module):
         return EncoderLayer(channels_in, channels_out, levels, 2, self.config)
 
     def forward(self, image: Tensor, valid: Tensor, units: Units | None = None) -> Tensor:
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not (torch.compiler.is_compiling() or is_traced()):
             check_input(image, valid)
         height, width = image.shape[2:]
         # Padding counts as unknown, so it changes nothing but the grid.
         pad = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
-        image, valid = F.pad(image, pad), F.pad(full(valid), pad)
+        image, valid = F.pad(full(image), pad), F.pad(full(valid), pad)
+        # Emptied here too: the gradient of a NaN's logit is NaN, even times 0.
+        image = torch.where(valid > 0, image, 0.0)
         if units is None:
             centre, scale, smooth = self.units(image, valid)
         else:
