@@ -10,7 +10,6 @@ alone. Memory is what a process holds at its peak beyond what it held before.
 from __future__ import annotations
 
 import argparse
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -124,9 +123,15 @@ def peak(form: str, batch: int, side: int) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return (high_water() - before) / 1e3
+
+
+def high_water() -> int:
+    """kB that this process has held at most. (`ru_maxrss` counts the process it was forked from.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

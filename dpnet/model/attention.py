@@ -363,7 +363,7 @@ class PyramidAttention(nn.Module):
             shares = plain_shares(valid, len(layers))
             return x + self.out(plain_attend(query, keys, values, shares))  # type: ignore[no-any-return]
         size = (x.shape[2], x.shape[3])
-        factor = math.ceil(math.sqrt(size[0] * size[1] / GRID_MAX))
+        factor = averaged_by(size)
         if factor > 1:
             query, *rest = (_averaged(m, factor) for m in (query, *keys, *values))
             keys, values = rest[: len(keys)], rest[len(keys) :]
@@ -386,6 +386,11 @@ def plain_attention() -> Iterator[None]:
 
 
 _plain = False
+
+
+def averaged_by(size: Grid) -> int:
+    """The whole factor that all maps are averaged down by where the queries' has this size."""
+    return math.ceil(math.sqrt(size[0] * size[1] / GRID_MAX))
 
 
 def _averaged(x: Tensor, factor: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dpnet.model.config import ModelConfig, preset
+from dpnet.model.dtype import without_autocast
 
 
 class PatchDiscriminator(nn.Module):
@@ -31,9 +32,15 @@ class PatchDiscriminator(nn.Module):
         x = 2 * image - 1
         if self.sees_mask:
             x = torch.cat([x, valid.to(x.dtype)], dim=1)
-        for conv in self.convs[:-1]:
-            x = F.leaky_relu(conv(x), 0.2)
-        return self.convs[-1](x)  # type: ignore[no-any-return]
+        last = len(self.convs) - 1
+        for i, conv in enumerate(self.convs):
+            assert isinstance(conv, nn.Conv2d)
+            with without_autocast(x):  # the power iteration is never done in half
+                weight = conv.weight
+            x = F.conv2d(x, weight, conv.bias, stride=2, padding=1)
+            if i < last:
+                x = F.leaky_relu(x, 0.2)
+        return x
 
 
 def build_discriminator(config: ModelConfig | str) -> PatchDiscriminator:

@@ -144,8 +144,6 @@ class Generator(nn.Module):
         # Padding counts as unknown, so it changes nothing but the grid.
         pad = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
         image, valid = F.pad(full(image), pad), F.pad(full(valid), pad)
-        # Emptied here too: the gradient of a NaN's logit is NaN, even times 0.
-        image = torch.where(valid > 0, image, 0.0)
         if units is None:
             centre, scale, smooth = self.units(image, valid)
         else:

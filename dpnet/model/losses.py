@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpnet.model.dtype import full, without_autocast
+
 Adversarial = Literal["nsgan", "hinge"]
 
 
@@ -22,7 +24,8 @@ def l1_terms(prediction: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, 
     Each sample is divided by its own share, so that the result does not depend on how a batch is
     split over ranks. A sample without a hole (or without known pixels) adds 0 to that term.
     """
-    error = (prediction.float() - truth.float()).abs().mean(dim=1, keepdim=True)
+    error = (full(prediction) - full(truth)).abs().mean(dim=1, keepdim=True)
+    valid = full(valid)
     hole = 1 - valid
     terms = [
         (error * region).sum(dim=(1, 2, 3)) / region.sum(dim=(1, 2, 3)).clamp(min=1)
@@ -33,13 +36,13 @@ def l1_terms(prediction: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, 
 
 def generator_adversarial(fake_logits: Tensor, kind: Adversarial) -> Tensor:
     """What the generator minimises: -log sigma(D(fake)) or -D(fake)."""
-    fake = fake_logits.float()
+    fake = full(fake_logits)
     return F.softplus(-fake).mean() if kind == "nsgan" else -fake.mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: Adversarial) -> Tensor:
     """Binary cross-entropy on the map, or the hinge loss; the mean over real and fake."""
-    real, fake = real_logits.float(), fake_logits.float()
+    real, fake = full(real_logits), full(fake_logits)
     if kind == "nsgan":
         return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
@@ -47,8 +50,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: Adversari
 
 def total_variation(composite: Tensor, valid: Tensor) -> Tensor:
     """Mean absolute difference of neighbours of which at least one lies in the hole."""
-    hole = 1 - valid
-    x = composite.float()
+    hole, x = 1 - full(valid), full(composite)
     across = torch.maximum(hole[:, :, :, 1:], hole[:, :, :, :-1])
     down = torch.maximum(hole[:, :, 1:], hole[:, :, :-1])
     total = ((x[:, :, :, 1:] - x[:, :, :, :-1]).abs() * across).mean()
@@ -117,7 +119,7 @@ class VGGFeatures(nn.Module):
 def perceptual(predicted: Iterable[Tensor], true: Iterable[Tensor]) -> Tensor:
     """Mean absolute difference of features, summed over layers."""
     return torch.stack(
-        [(p.float() - t.float()).abs().mean() for p, t in zip(predicted, true, strict=True)]
+        [(full(p) - full(t)).abs().mean() for p, t in zip(predicted, true, strict=True)]
     ).sum()
 
 
@@ -134,6 +136,7 @@ def gram(x: Tensor) -> Tensor:
     Divided before the product, half by half, so that it neither overflows nor underflows.
     """
     n, c, h, w = x.shape
-    flat = x.float().reshape(n, c, h * w) / (c * h * w) ** 0.5
-    product: Tensor = flat @ flat.transpose(1, 2)
+    flat = full(x).reshape(n, c, h * w) / (c * h * w) ** 0.5
+    with without_autocast(x):
+        product: Tensor = flat @ flat.transpose(1, 2)
     return product

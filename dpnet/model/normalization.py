@@ -7,48 +7,132 @@ mask, layer by layer); the soft weights, the shrinkage and the modulation are ou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from dpnet.model.config import Normalization
+from dpnet.model.dtype import full
 
 SHRINK = 16.0  # n0: a region of this many pixels counts half, the whole map the other half
 VARIANCE_EPSILON = 1e-5
 
 
-def region_scale_shift(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per region 1/sigma and -mu/sigma, each NC11 in fp32: (known, known, hole, hole).
+class Moments(NamedTuple):
+    """What is known of a region: the sum of its weights n N111, its mean and variance NC11."""
 
-    Each region's mean and variance are shrunk towards the whole map's by n / (n + 16), n being the
-    region's sum of weights, so that a tiny or empty region neither erases the signal nor blows up
-    noise.
+    n: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def region_moments(x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
+    """The moments of the known region (weights m) and of the hole (weights 1 - m), in fp32.
+
+    An empty region has the whole map's mean and no variance.
     """
-    x = x.float()
-    m = m.float()
-    pixels = x.shape[2] * x.shape[3]
-    mean = x.mean(dim=(2, 3), keepdim=True)
-    centred = x - mean
-    squared = centred * centred
-    variance = squared.mean(dim=(2, 3), keepdim=True)
-    n_known = m.sum(dim=(2, 3), keepdim=True)
-    n_hole = pixels - n_known
-    sum_known = (centred * m).sum(dim=(2, 3), keepdim=True)
-    square_known = (squared * m).sum(dim=(2, 3), keepdim=True)
-    # The deviations from the whole mean sum to 0 over both regions.
-    sums = (
-        (n_known, sum_known, square_known),
-        (n_hole, -sum_known, pixels * variance - square_known),
-    )
-    result = []
-    for n, first, second in sums:
-        n = n.clamp(min=0)
-        region_mean = first / n.clamp(min=1e-6)
-        region_variance = (second / n.clamp(min=1e-6) - region_mean**2).clamp(min=0)
-        weight = n / (n + SHRINK)
-        mu = mean + weight * region_mean
-        scale = torch.rsqrt(weight * region_variance + (1 - weight) * variance + VARIANCE_EPSILON)
-        result += [scale, -mu * scale]
-    return result[0], result[1], result[2], result[3]
+    x, m = full(x), full(m)
+    centre = x.mean(dim=(2, 3), keepdim=True)
+    away = x - centre  # small numbers keep their digits when they are squared
+    regions = []
+    for weights in (m, 1 - m):
+        n = weights.sum(dim=(2, 3), keepdim=True)
+        count = torch.where(n > 0, n, 1.0)
+        weighted = away * weights
+        first = weighted.sum(dim=(2, 3), keepdim=True) / count
+        second = (weighted * away).sum(dim=(2, 3), keepdim=True) / count
+        regions.append(Moments(n, centre + first, (second - first * first).clamp(min=0)))
+    return regions[0], regions[1]
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of both together (Chan, Golub and LeVeque, 1979)."""
+    n = a.n + b.n
+    share = b.n / torch.where(n > 0, n, 1.0)
+    delta = b.mean - a.mean
+    variance = torch.lerp(a.variance, b.variance, share) + share * (1 - share) * delta * delta
+    return Moments(n, a.mean + share * delta, variance)
+
+
+class SharedStatistics:
+    """Moments of both regions in every layer, gathered over forward passes, then used in all.
+
+    `shared_statistics` makes one. While `gathering`, each layer works with its own statistics and
+    adds them, sample by sample; after `use()` it works with what was gathered.
+    """
+
+    def __init__(self) -> None:
+        self.gathering = True
+        self._layers: dict[nn.Module, tuple[Moments, Moments]] = {}
+
+    def use(self) -> None:
+        """Take what was gathered from now on."""
+        self.gathering = False
+
+    def moments(self, layer: nn.Module, x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
+        """What `layer` is to normalise `x` with. Raises ValueError where nothing was gathered."""
+        if not self.gathering:
+            if layer not in self._layers:
+                raise ValueError("no statistics were gathered: run the network before `use()`.")
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            known, hole = (Moments(*(t.to(dtype) for t in r)) for r in self._layers[layer])
+            return known, hole
+        own = region_moments(x, m)
+        known, hole = (Moments(*(t.detach().double() for t in region)) for region in own)
+        if layer in self._layers:
+            known, hole = merge(self._layers[layer][0], known), merge(self._layers[layer][1], hole)
+        self._layers[layer] = known, hole
+        return own
+
+
+@contextmanager
+def shared_statistics(network: nn.Module) -> Iterator[SharedStatistics]:
+    """Inside, the dynamic and region normalizations of `network` share statistics over passes.
+
+    For the tiles of one image: run all, call `use()`, and run all again, and no tile's brightness
+    or contrast stands apart.
+    """
+    shared = SharedStatistics()
+    layers = [layer for layer in network.modules() if isinstance(layer, RegionStatistics)]
+    before = [layer.shared for layer in layers]
+    for layer in layers:
+        layer.shared = shared
+    try:
+        yield shared
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.shared = old
+
+
+class RegionStatistics(nn.Module):
+    """`forward(x_NCHW, m_N1HW)` gives (scale, shift), each 2NC11 in fp32, known first, then hole.
+
+    x * scale + shift has mean 0 and variance 1 by the region's statistics. Its mean and variance
+    are shrunk towards the whole map's by n / (n + 16), n being the region's sum of weights, so that
+    a tiny or empty region neither erases the signal nor blows up noise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared: SharedStatistics | None = None
+
+    def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        if self.shared is None:
+            known, hole = region_moments(x, m)
+        else:
+            known, hole = self.shared.moments(self, x, m)
+        whole = merge(known, hole)
+        scales, shifts = [], []
+        for region in (known, hole):
+            weight = region.n / (region.n + SHRINK)
+            mu = torch.lerp(whole.mean, region.mean, weight)
+            variance = torch.lerp(whole.variance, region.variance, weight)
+            scales.append(torch.rsqrt(variance + VARIANCE_EPSILON))
+            shifts.append(-mu * scales[-1])
+        return torch.stack(scales), torch.stack(shifts)
 
 
 class EncoderNorm(nn.Module):
@@ -62,21 +146,22 @@ class EncoderNorm(nn.Module):
         super().__init__()
         self.kind = kind
         if kind in ("dynamic", "region"):
+            self.statistics = RegionStatistics()
             self.gamma = nn.Parameter(torch.ones(2, channels))
             self.beta = nn.Parameter(torch.zeros(2, channels))
         else:
-            self.plain = _plain(channels, kind, affine=True)
+            self.plain = _plain(channels, kind)
 
     def forward(self, x: Tensor, m: Tensor) -> Tensor:
         if self.kind not in ("dynamic", "region"):
             return self.plain(x)  # type: ignore[no-any-return]
-        m = _regions(m, self.kind)
-        scale_k, shift_k, scale_h, shift_h = region_scale_shift(x, m)
-        gamma = self.gamma.float().view(2, 1, -1, 1, 1)
-        beta = self.beta.float().view(2, 1, -1, 1, 1)
-        scale_k, shift_k = scale_k * gamma[0], shift_k * gamma[0] + beta[0]
-        scale_h, shift_h = scale_h * gamma[1], shift_h * gamma[1] + beta[1]
-        return _apply(x, m, scale_k, shift_k, scale_h, shift_h)
+        m = full(m)
+        if self.kind == "region":
+            m = (m > 0.5).to(m.dtype)
+        scale, shift = self.statistics(x, m)
+        gamma = full(self.gamma).view(2, 1, -1, 1, 1)
+        beta = full(self.beta).view(2, 1, -1, 1, 1)
+        return _apply(x, m, scale * gamma, shift * gamma + beta).to(x.dtype)
 
 
 class DecoderNorm(nn.Module):
@@ -91,6 +176,7 @@ class DecoderNorm(nn.Module):
         super().__init__()
         self.kind = kind
         if kind == "dynamic":
+            self.statistics = RegionStatistics()
             self.project = nn.Conv2d(guide_channels, guide, 1)
             self.modulate = nn.Conv2d(guide + 1, 2 * channels, 3, padding=1)
             nn.init.zeros_(self.modulate.weight)
@@ -102,27 +188,19 @@ class DecoderNorm(nn.Module):
     def forward(self, x: Tensor, m: Tensor, feature: Tensor) -> Tensor:
         if self.kind != "dynamic":
             return self.inner(x, m)  # type: ignore[no-any-return]
-        normalised = _apply(x, m, *region_scale_shift(x, m))
         guide = torch.cat([self.project(feature), m.to(feature.dtype)], dim=1)
-        gamma, beta = self.modulate(guide).chunk(2, dim=1)
-        return normalised * (1 + gamma) + beta  # type: ignore[no-any-return]
+        gamma, beta = full(self.modulate(guide)).chunk(2, dim=1)
+        normalised = _apply(x, m, *self.statistics(x, m))
+        return torch.addcmul(beta, normalised, 1 + gamma).to(x.dtype)
 
 
-def _apply(
-    x: Tensor, m: Tensor, scale_k: Tensor, shift_k: Tensor, scale_h: Tensor, shift_h: Tensor
-) -> Tensor:
-    """Mix of the two regions' affine maps of x by m: computed in fp32, returned in x's type."""
-    x32 = x.float()
-    known = torch.addcmul(shift_k, x32, scale_k)
-    hole = torch.addcmul(shift_h, x32, scale_h)
-    return torch.lerp(hole, known, m.float()).to(x.dtype)
+def _apply(x: Tensor, m: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """The affine maps of x for both regions (2NC11 each), mixed by m: NCHW in fp32."""
+    x = full(x)
+    known = torch.addcmul(shift[0], x, scale[0])
+    hole = torch.addcmul(shift[1], x, scale[1])
+    return torch.lerp(hole, known, full(m))
 
 
-def _regions(m: Tensor, kind: Normalization) -> Tensor:
-    return (m > 0.5).float() if kind == "region" else m
-
-
-def _plain(channels: int, kind: Normalization, *, affine: bool) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm2d(channels, affine=affine)
-    return nn.InstanceNorm2d(channels, affine=affine)
+def _plain(channels: int, kind: Normalization) -> nn.Module:
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.InstanceNorm2d(channels, affine=True)

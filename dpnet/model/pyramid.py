@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpnet.model.config import MaskUpdate
+from dpnet.model.dtype import full
 
 RATIO_MAX = 8.0  # uncapped, activations on a hole's rim grow four- to eightfold in four layers
 EPSILON = 1e-4  # a window with less known share than this gives 0
@@ -85,31 +86,23 @@ class MaskAwareConv(nn.Module):
 
     def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         masked = x * m.to(x.dtype)
-        m32 = m.float()
-        ones = torch.ones_like(m32[:1])
-        outputs, offsets = [], []
-        new_mask = torch.zeros((), device=m.device)
-        for conv, kernel, share in zip(self.convs, self.kernels, self.shares, strict=True):
-            known = _window_mean(m32, kernel, self.stride)
-            inside = _window_mean(ones, kernel, self.stride)
-            alive = known >= EPSILON
-            ratio = torch.where(alive, (1 / known.clamp(min=EPSILON)).clamp(max=RATIO_MAX), 0.0)
-            y = conv(masked)
-            outputs.append(y * ratio.to(y.dtype))
-            offsets.append(alive)
-            new_mask = new_mask + share * known / inside
+        m = full(m)
+        ones = torch.ones_like(m[:1])
+        outputs, confidences = [], []
         bias = torch.split(self.bias, self.channels)
-        y = torch.cat(
-            [
-                y + b.to(y.dtype).view(1, -1, 1, 1) * alive
-                for y, b, alive in zip(outputs, bias, offsets, strict=True)
-            ],
-            dim=1,
-        )
-        new_mask = new_mask.clamp(0, 1)
+        for conv, kernel, share, b in zip(self.convs, self.kernels, self.shares, bias, strict=True):
+            known = _window_mean(m, kernel, self.stride)
+            ratio = known.clamp(min=1 / RATIO_MAX).reciprocal()
+            y = conv(masked)
+            b = b.to(y.dtype).view(1, -1, 1, 1)
+            y = torch.addcmul(b, y, ratio.to(y.dtype))
+            outputs.append(torch.where(known >= EPSILON, y, 0.0))
+            confidences.append(share * known / _window_mean(ones, kernel, self.stride))
+        # Rounding must not carry a confidence beyond 1.
+        new_mask = sum(confidences[1:], start=confidences[0]).clamp(max=1)
         if self.mask == "binary":
-            new_mask = (new_mask > 0).float()
-        return y, new_mask
+            new_mask = (new_mask > 0).to(m.dtype)
+        return torch.cat(outputs, dim=1), new_mask
 
 
 def _window_mean(m: Tensor, kernel: int, stride: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What must hold of the whole network, whatever its weights."""
+"""The generator's sizes, switches and cost; test_invariants.py holds what is true of any mask."""
 
 import pytest
 import torch
@@ -22,23 +22,6 @@ def example(n=2, height=48, width=64):
     return image, valid
 
 
-@pytest.mark.parametrize("rubbish", [0.0, 1e9, float("nan"), float("inf")])
-def test_values_under_the_hole_never_influence_the_output(generator, rubbish):
-    image, valid = example()
-    with torch.no_grad():
-        expected = generator(image, valid)
-        filled = torch.where(valid > 0, image, rubbish)
-        assert torch.equal(generator(filled, valid), expected)
-
-
-def test_a_sample_does_not_depend_on_the_others_in_its_batch(generator):
-    image, valid = example()
-    with torch.no_grad():
-        both = generator(image, valid)
-        alone = generator(image[:1], valid[:1])
-    torch.testing.assert_close(both[:1], alone, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [(16, 16), (50, 37), (1, 1), (65, 16)])
 def test_any_size_comes_back_in_range(generator, size):
     image, valid = torch.rand(1, 3, *size), torch.ones(1, 1, *size)
@@ -48,6 +31,13 @@ def test_any_size_comes_back_in_range(generator, size):
     assert out.shape == image.shape
     assert out.min() >= 0
     assert out.max() <= 1
+
+
+def test_colours_given_in_half_precision_are_computed_in_full(generator):
+    image, valid = example()
+    image = image.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(generator(image, valid), generator(image.float(), valid))
 
 
 def test_nothing_known_still_gives_finite_output_and_gradients(generator):
@@ -65,16 +55,6 @@ def test_training_starts_from_mean_fill():
         out = build_generator("tiny")(image, valid)
     mean = (image * valid).sum((2, 3)) / valid.sum((2, 3))
     torch.testing.assert_close(out[0, :, 20, 30], mean[0], rtol=1e-4, atol=1e-4)
-
-
-def test_every_parameter_gets_a_gradient(generator):
-    image, valid = example()
-    torch.nn.init.normal_(generator.middle.modulate.weight, std=0.1)
-    torch.nn.init.normal_(generator.up1.norm.modulate.weight, std=0.1)
-    torch.nn.init.normal_(generator.up2.norm.modulate.weight, std=0.1)
-    generator(image, valid).pow(2).sum().backward()
-    dead = [n for n, p in generator.named_parameters() if p.grad is None or not p.grad.any()]
-    assert dead == []
 
 
 SWITCHES = [

@@ -1,48 +1,194 @@
-"""Dynamic normalization against a plain loop in float64."""
+"""Dynamic normalization and its peers against plain loops in float64."""
+
+import contextlib
 
 import pytest
 import torch
+from exactly import MASKS, assert_exact, convolve, mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 
-from dpnet.model.normalization import SHRINK, VARIANCE_EPSILON, DecoderNorm, EncoderNorm
+from dpnet.model.normalization import (
+    SHRINK,
+    VARIANCE_EPSILON,
+    DecoderNorm,
+    EncoderNorm,
+    RegionStatistics,
+    region_moments,
+    shared_statistics,
+)
+
+KINDS = ["instance", "batch", "region", "dynamic"]
+SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 
-def reference(x, m):
-    """x_hat of the definition: both regions' shrunk statistics, mixed by the mask."""
-    x, m = x.double(), m.double()
-    result = torch.zeros_like(x)
-    for b in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            values = x[b, c].flatten()
-            mean_all = values.mean()
-            var_all = ((values - mean_all) ** 2).mean()
-            normalised = []
-            for weights in (m[b, 0].flatten(), 1 - m[b, 0].flatten()):
-                n = weights.sum()
-                mean = (weights * values).sum() / n if n > 0 else mean_all
-                var = (weights * (values - mean) ** 2).sum() / n if n > 0 else var_all
-                share = n / (n + SHRINK)
-                mu = share * mean + (1 - share) * mean_all
-                var = share * var + (1 - share) * var_all
-                normalised.append((values - mu) / (var + VARIANCE_EPSILON).sqrt())
-            weights = m[b, 0].flatten()
-            mixed = weights * normalised[0] + (1 - weights) * normalised[1]
-            result[b, c] = mixed.view(x.shape[2:])
+def plain(values, mean, variance):
+    return (values - mean) / (variance + VARIANCE_EPSILON).sqrt()
+
+
+def regions(values, weights):
+    """Of one channel: it normalised by the known region's and by the hole's shrunk statistics."""
+    mean_all = values.mean()
+    var_all = ((values - mean_all) ** 2).mean()
+    result = []
+    for w in (weights, 1 - weights):
+        n = w.sum()
+        mean = (w * values).sum() / n if n > 0 else mean_all
+        var = (w * (values - mean) ** 2).sum() / n if n > 0 else var_all
+        share = n / (n + SHRINK)
+        mu = share * mean + (1 - share) * mean_all
+        result.append(plain(values, mu, share * var + (1 - share) * var_all))
     return result
 
 
-@pytest.mark.parametrize("mask", ["soft", "known", "hole", "one pixel"])
-def test_it_equals_the_definition(mask):
+def reference(x, m, gamma, beta, kind):
+    """Sample by sample and channel by channel. gamma, beta: two regions' scale and offset."""
+    maps = []
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            values = x[b, c]
+            if kind == "instance":
+                mean = values.mean()
+                y = plain(values, mean, ((values - mean) ** 2).mean()) * gamma[c] + beta[c]
+            elif kind == "batch":
+                mean = x[:, c].mean()
+                y = plain(values, mean, ((x[:, c] - mean) ** 2).mean()) * gamma[c] + beta[c]
+            else:
+                weights = (m[b, 0] > 0.5).double() if kind == "region" else m[b, 0]
+                known, hole = regions(values, weights)
+                known, hole = known * gamma[0, c] + beta[0, c], hole * gamma[1, c] + beta[1, c]
+                y = weights * known + (1 - weights) * hole
+            maps.append(y)
+    return torch.stack(maps).view(x.shape)
+
+
+def guided(norm, x, m, feature):
+    """The decoder's form: normalised, then scale and offset from mask and feature."""
+    ones, zeros = torch.ones(2, x.shape[1]).double(), torch.zeros(2, x.shape[1]).double()
+    normalised = reference(x, m, ones, zeros, "dynamic")
+    projected = convolve(feature, norm.project.weight, norm.project.bias, 1, 0)
+    guide = torch.cat([projected, m], dim=1)
+    maps = convolve(guide, norm.modulate.weight, norm.modulate.bias, 1, 1)
+    channels = x.shape[1]
+    return normalised * (1 + maps[:, :channels]) + maps[:, channels:]
+
+
+def encoder_inputs(kind, n, size, mask_kind):
+    norm = EncoderNorm(3, kind).double()
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    gamma, beta = norm.parameters()
+    x = (torch.randn(n, 3, *size).double() * 3 + 5).requires_grad_()
+    m = mask(mask_kind, n, *size)
+    leaves = {"x": x, "gamma": gamma, "beta": beta}
+    # Where a region is empty, and where hard regions meet, there is no gradient to compare.
+    if kind == "dynamic" and mask_kind in ("soft", "faint"):
+        leaves["m"] = m.requires_grad_()
+    return norm, x, m, leaves
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask_kind", MASKS)
+def test_the_encoders_values_and_gradients_equal_the_definition(mask_kind, kind):
     torch.manual_seed(0)
-    x, m = torch.randn(2, 3, 7, 9) * 3 + 5, torch.rand(2, 1, 7, 9)
-    if mask == "known":
-        m.fill_(1)
-    if mask == "hole":
-        m.fill_(0)
-    if mask == "one pixel":
-        m.fill_(1)
-        m[:, :, 2, 2] = 0
+    norm, x, m, leaves = encoder_inputs(kind, 2, (11, 10), mask_kind)
+    gamma, beta = leaves["gamma"], leaves["beta"]
+    assert_exact(lambda: (norm(x, m),), lambda: (reference(x, m, gamma, beta, kind),), leaves, 1e-8)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    n=st.integers(1, 2),
+    size=SIZES,
+    kind=st.sampled_from(["region", "dynamic"]),
+    mask_kind=st.sampled_from(MASKS),
+)
+def test_any_shape_and_mask_in_the_encoder_equals_the_definition(seed, n, size, kind, mask_kind):
+    torch.manual_seed(seed)
+    norm, x, m, leaves = encoder_inputs(kind, n, size, mask_kind)
+    gamma, beta = leaves["gamma"], leaves["beta"]
+    assert_exact(lambda: (norm(x, m),), lambda: (reference(x, m, gamma, beta, kind),), leaves, 1e-8)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**16),
+    n=st.integers(1, 2),
+    size=SIZES,
+    mask_kind=st.sampled_from(MASKS),
+)
+def test_any_shape_and_mask_in_the_decoder_equals_the_definition(seed, n, size, mask_kind):
+    torch.manual_seed(seed)
+    norm = DecoderNorm(3, 2, 4, "dynamic").double()
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    x = (torch.randn(n, 3, *size).double() * 3 + 5).requires_grad_()
+    feature = torch.randn(n, 2, *size).double().requires_grad_()
+    m = mask(mask_kind, n, *size)
+    leaves = {"x": x, "feature": feature, **dict(norm.named_parameters())}
+    if mask_kind in ("soft", "faint"):
+        leaves["m"] = m.requires_grad_()
+    assert_exact(
+        lambda: (norm(x, m, feature),), lambda: (guided(norm, x, m, feature),), leaves, 1e-8
+    )
+
+
+@pytest.mark.parametrize("kind", ["instance", "batch", "region"])
+def test_the_decoder_without_a_guide_is_the_encoders_form(kind):
+    torch.manual_seed(0)
+    norm = DecoderNorm(3, 2, 4, kind).double()
+    gamma, beta = norm.parameters()
+    x, m = torch.randn(2, 3, 5, 6).double().requires_grad_(), mask("soft", 2, 5, 6)
+    feature = torch.randn(2, 2, 5, 6).double()
+    assert_exact(
+        lambda: (norm(x, m, feature),),
+        lambda: (reference(x, m, gamma, beta, kind),),
+        {"x": x, "gamma": gamma, "beta": beta},
+    )
+
+
+def test_batch_statistics_are_remembered_for_use_in_eval_mode():
+    torch.manual_seed(0)
+    norm = EncoderNorm(2, "batch").double()
+    x, m = torch.randn(3, 2, 4, 4).double() * 2 + 1, torch.ones(3, 1, 4, 4).double()
+    for _ in range(200):
+        norm(x, m)
+    y = norm.eval()(x[:1], m[:1])
+    values = x.transpose(0, 1).flatten(1)
+    expected = plain(
+        x[:1], values.mean(1).view(1, 2, 1, 1), values.var(1, unbiased=True).view(1, 2, 1, 1)
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_equal_finite_differences():
+    torch.manual_seed(0)
+    norm = EncoderNorm(2, "dynamic").double()
+    x, m = torch.randn(1, 2, 4, 3).double().requires_grad_(), mask("soft", 1, 4, 3)
+    assert torch.autograd.gradcheck(norm, (x, m.requires_grad_()))
+
+
+def test_single_precision_is_near_far_from_zero_too():
+    torch.manual_seed(0)
     norm = EncoderNorm(3, "dynamic")
-    torch.testing.assert_close(norm(x, m).double(), reference(x, m), rtol=1e-4, atol=1e-4)
+    x, m = torch.randn(2, 3, 31, 17) + 100, mask("soft", 2, 31, 17).float()
+    expected = norm.double()(x.double(), m.double())
+    torch.testing.assert_close(norm.float()(x, m).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_of_half_precision_features_are_in_full():
+    torch.manual_seed(0)
+    x, m = (torch.randn(2, 3, 9, 9) + 30).bfloat16(), mask("soft", 2, 9, 9).float()
+    statistics = RegionStatistics()
+    with torch.autocast("cpu", torch.bfloat16):
+        scale, shift = statistics(x, m)
+    assert scale.dtype == shift.dtype == torch.float32
+    expected = statistics(x.float(), m)
+    assert torch.equal(scale, expected[0])
+    assert torch.equal(shift, expected[1])
+    assert EncoderNorm(3, "dynamic")(x, m).dtype == torch.bfloat16
 
 
 def test_each_region_has_its_own_scale_and_offset():
@@ -59,36 +205,95 @@ def test_each_region_has_its_own_scale_and_offset():
 
 def test_the_decoder_starts_as_plain_normalization_and_learns_a_guide():
     torch.manual_seed(0)
-    norm = DecoderNorm(3, 4, 7, "dynamic")
+    norm = DecoderNorm(3, 4, 7, "dynamic").double()
     x, m, feature = torch.randn(1, 3, 8, 8), torch.rand(1, 1, 8, 8), torch.randn(1, 4, 8, 8)
-    torch.testing.assert_close(norm(x, m, feature).double(), reference(x, m), rtol=1e-4, atol=1e-4)
-    torch.nn.init.normal_(norm.modulate.weight)
+    x, m, feature = x.double(), m.double(), feature.double()
+    ones, zeros = torch.ones(2, 3).double(), torch.zeros(2, 3).double()
+    torch.testing.assert_close(norm(x, m, feature), reference(x, m, ones, zeros, "dynamic"))
+    nn.init.normal_(norm.modulate.weight)
     assert not torch.equal(norm(x, m, feature), norm(x, m, feature + 1))
     assert not torch.equal(norm(x, m, feature), norm(x, 1 - m, feature))
 
 
-@pytest.mark.parametrize("kind", ["instance", "batch", "region", "dynamic"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_constant_map_stays_finite_in_every_kind(kind):
-    x, m = torch.full((2, 3, 4, 4), 2.0), torch.zeros(2, 1, 4, 4)
-    assert torch.isfinite(EncoderNorm(3, kind)(x, m)).all()
+    x, m = torch.full((2, 3, 4, 4), 2.0).requires_grad_(), torch.zeros(2, 1, 4, 4)
+    y = EncoderNorm(3, kind)(x, m)
+    y.sum().backward()
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(x.grad).all()
 
 
-def test_gradients_are_right():
+def tiles(x, heights=(3, 1, 8), widths=(5, 6)):
+    return [part for rows in x.split(heights, dim=2) for part in rows.split(widths, dim=3)]
+
+
+@pytest.mark.parametrize("kind", ["region", "dynamic"])
+@pytest.mark.parametrize("mask_kind", MASKS)
+def test_tiles_that_share_statistics_are_the_whole_maps_normalization(mask_kind, kind):
     torch.manual_seed(0)
-    from dpnet.model.normalization import region_scale_shift
+    ramp = torch.linspace(-5, 5, 12).double().view(12, 1)  # so that tiles differ
+    x, m = torch.randn(2, 3, 12, 11).double() + ramp, mask(mask_kind, 2, 12, 11)
+    feature = torch.randn(2, 2, 12, 11).double()
+    encoder, decoder = EncoderNorm(3, kind).double(), DecoderNorm(3, 2, 4, kind).double()
+    for p in encoder.parameters():
+        nn.init.normal_(p)
 
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    m = torch.rand(1, 1, 4, 4)
+    def run(x, m, feature):
+        return encoder(x, m), decoder(x, m, feature)
 
-    def total(values):
-        scale, shift, _, _ = region_scale_shift(values, m)
-        return (values * scale + shift).pow(3).sum()
+    parts = list(zip(tiles(x), tiles(m), tiles(feature), strict=True))
+    with torch.no_grad():
+        whole = tiles(run(x, m, feature)[0]), tiles(run(x, m, feature)[1])
+        alone = [run(*part) for part in parts]
+        with shared_statistics(nn.ModuleList([encoder, decoder])) as shared:
+            for part, own in zip(parts, alone, strict=True):
+                assert torch.equal(run(*part)[0], own[0])  # while gathering: their own
+            shared.use()
+            used = [run(*part) for part in parts]
+    for i, (of_encoder, of_decoder) in enumerate(used):
+        torch.testing.assert_close(of_encoder, whole[0][i], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(of_decoder, whole[1][i], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(alone[0][0], whole[0][0])
 
-    total(x).backward()
-    step = 1e-2
-    for at in [(0, 0, 1, 1), (0, 1, 3, 2)]:
-        up, down = x.detach().clone(), x.detach().clone()
-        up[at] += step
-        down[at] -= step
-        numeric = (total(up) - total(down)) / (2 * step)
-        assert float(x.grad[at]) == pytest.approx(float(numeric), rel=0.02, abs=0.02)
+
+def test_after_sharing_a_layer_works_with_its_own_statistics_again():
+    torch.manual_seed(0)
+    norm = EncoderNorm(2, "dynamic")
+    x, m = torch.randn(1, 2, 6, 6), mask("soft", 1, 6, 6).float()
+    expected = norm(x, m)
+    with contextlib.suppress(KeyError), shared_statistics(norm) as shared:
+        norm(10 * x + 3, m)
+        shared.use()
+        assert not torch.equal(norm(x, m), expected)
+        raise KeyError("an error on the way")
+    assert torch.equal(norm(x, m), expected)
+
+
+def test_using_statistics_before_any_were_gathered_is_refused():
+    norm = EncoderNorm(2, "dynamic")
+    with shared_statistics(norm) as shared:
+        shared.use()
+        with pytest.raises(ValueError, match="run the network before"):
+            norm(torch.randn(1, 2, 4, 4), torch.ones(1, 1, 4, 4))
+
+
+@pytest.mark.parametrize("kind", ["instance", "batch"])
+def test_other_kinds_have_nothing_to_share(kind):
+    torch.manual_seed(0)
+    norm = EncoderNorm(2, kind).eval()
+    x, m = torch.randn(1, 2, 4, 4), torch.ones(1, 1, 4, 4)
+    expected = norm(x, m)
+    with shared_statistics(norm) as shared:
+        norm(3 * x + 1, m)
+        shared.use()
+        assert torch.equal(norm(x, m), expected)
+
+
+def test_an_empty_regions_moments_are_the_whole_maps_mean_and_no_variance():
+    x = torch.randn(1, 2, 5, 5)
+    known, hole = region_moments(x, torch.ones(1, 1, 5, 5))
+    torch.testing.assert_close(hole.mean, x.mean((2, 3), keepdim=True))
+    assert float(hole.n) == 0
+    assert not hole.variance.any()
+    torch.testing.assert_close(known.variance, x.var((2, 3), unbiased=False, keepdim=True))
