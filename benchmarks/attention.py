@@ -3,8 +3,8 @@
     python benchmarks/attention.py --json
 
 64 x 64 queries, keys of 64 x 64 + 32 x 32 + 16 x 16, 3 x 3 patches, 256 channels projected to
-d = d_v = 128 and back. The plain form cuts patches out and holds the whole score matrix. Needs torch
-alone. Memory is what a process holds at its peak beyond what it held before.
+d = d_v = 128 and back. The plain form cuts patches out and holds the whole score matrix. Needs
+torch alone. Memory is what a process holds at its peak beyond what it held before.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ def main() -> None:
     del passes
     memory = {
         form: in_a_process(
-            [sys.executable, __file__, "--memory-of", form]
-            + ["--batch", str(batch), "--side", str(args.side)]
+            [
+                *(sys.executable, __file__, "--memory-of", form),
+                *("--batch", str(batch), "--side", str(args.side)),
+            ]
         )
         for form in forms
     }
@@ -129,7 +131,7 @@ def peak(form: str, batch: int, side: int) -> float:
 
 
 def high_water() -> int:
-    """kB that this process has held at most. (`ru_maxrss` counts the process it was forked from.)"""
+    """kB that this process has held at most. (`ru_maxrss` counts what it was forked from.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 

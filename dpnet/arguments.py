@@ -27,7 +27,6 @@ _STAGES = {
     "register": "register the evaluated model",
 }
 _NOT_BUILT = {
-    "export": "write a model for deployment",
     "up": "start a local Prefect server, a worker and MLflow",
     "deploy": "create the Prefect deployments",
 }
@@ -50,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_stage(top, stage, stage, what)
     _add_verify(top, "walk the chain of digests and check every file's hash", "dpnet-demo")
     _add_inpaint(top)
+    _add_model(top)
+    _add_export(top)
     for name, what in _NOT_BUILT.items():
         _add(top, name, "not_built", f"{what} (not built yet)", f"dpnet {name}").set_defaults(
             wanted=name
@@ -277,13 +278,31 @@ def _add_inpaint(parsers: _Parsers) -> None:
         parsers,
         "inpaint",
         "inpaint",
-        "fill the hole of a photograph of any size",
-        "dpnet inpaint photo.png mask.png -o filled.png --root ./dpnet-demo",
-        "What is black in the mask stays as it is, to the bit.",
+        "fill the holes of photographs of any size",
+        "dpnet inpaint photo.png mask.png -o filled.png --root ./dpnet-demo\n"
+        "  dpnet inpaint photos/ masks/ -o filled/ --model models:/dpnet/2",
+        "What is black in the mask stays as it is, to the bit. Of several photographs, photo.jpg"
+        " takes the mask\nphoto.png or else photo_mask.png (digits may follow), and is written to"
+        " OUT/photo.png. Files that\nare there already are written over, but never one that is"
+        " read.",
     )
-    parser.add_argument("image", metavar="IMAGE", help="the photograph")
-    parser.add_argument("mask", metavar="MASK", help="a picture of its size, white where to fill")
-    parser.add_argument("-o", "--out", metavar="OUT", required=True, help="file to write")
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="a photograph, a folder of them, or a quoted glob as 'photos/*.jpg'",
+    )
+    parser.add_argument(
+        "mask",
+        metavar="MASK",
+        help="a picture of its size, white where to fill; or a folder or quoted glob of such",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        metavar="OUT",
+        required=True,
+        help="file to write; of several photographs the folder",
+    )
     parser.add_argument(
         "--root", help=f"where models are looked up (default: DPNET_ROOT, else {DEMO_ROOT})"
     )
@@ -294,5 +313,57 @@ def _add_inpaint(parsers: _Parsers) -> None:
         " (default: the root's champion)",
     )
     parser.add_argument(
-        "--tile", type=int, metavar="PIXELS", help="side of the squares it works on"
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="side of the squares that a larger photograph is worked on in (default: 512); larger"
+        " ones see further and take more memory",
+    )
+
+
+def _add_model(parsers: _Parsers) -> None:
+    example = "dpnet model describe --preset base"
+    group = _add_group(parsers, "model", "what the network consists of", example)
+    parser = _add(
+        group,
+        "describe",
+        "model_describe",
+        "list a network's layers, shapes, products (MACs) and parameters",
+        f"{example} --set attention=single",
+        "Nothing is computed or read but the shapes.",
+    )
+    parser.add_argument("--preset", default="base", help="tiny, base (the default) or large")
+    parser.add_argument(
+        "--size", type=int, default=256, metavar="PIXELS", help="side of the image (default: 256)"
+    )
+    _add_set(parser, "change an option of `model`, as normalization=region; may be repeated")
+
+
+def _add_export(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "export",
+        "export",
+        "write a model for use without this package",
+        "dpnet export models:/dpnet@champion -o exported --format onnx --format torchscript",
+        "Always written: model.safetensors, config.json and README.md, a model card that says how"
+        " to load\neach file. Every file is loaded again and compared with the network before it is"
+        " kept.",
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default="",
+        help="what `dpnet inpaint --model` takes (default: the root's champion)",
+    )
+    parser.add_argument("-o", "--out", metavar="DIR", required=True, help="new or empty folder")
+    parser.add_argument(
+        "--format",
+        action="append",
+        choices=["torch-export", "onnx", "torchscript"],
+        help="may be repeated (default: torch-export)",
+    )
+    parser.add_argument(
+        "--root", help=f"where models are looked up (default: DPNET_ROOT, else {DEMO_ROOT})"
     )

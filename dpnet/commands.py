@@ -178,20 +178,56 @@ def images_log(args: Namespace) -> Outcome:
 
 
 def inpaint(args: Namespace) -> Outcome:
-    from dpnet.inpainting import TILE, inpaint_files
+    from dpnet.inpaint_files import inpaint_files
+    from dpnet.tiles import TILE
 
     result = inpaint_files(
-        Path(args.image),
-        Path(args.mask),
-        Path(args.out),
+        args.image,
+        args.mask,
+        args.out,
         root=_root_to_read(args),
         model=args.model,
         tile=TILE if args.tile is None else args.tile,
     )
-    size = f"{result['width']} x {result['height']}"
-    done = f"filled with {result['model']}" if result["filled"] else "as it was"
-    text = f"{result['out']}: {size}, {done} in {result['seconds']} s"
-    return {"ok": True, **result}, text
+    done, failed = result["pictures"], result["failed"]
+    if len(done) == 1 and not failed:
+        size = f"{done[0]['width']} x {done[0]['height']}"
+        how = f"filled with {result['model']}" if done[0]["filled"] else "as it was"
+        return result, f"{done[0]['out']}: {size}, {how} in {done[0]['seconds']} s"
+    filled = sum(picture["filled"] for picture in done)
+    text = (
+        f"{args.out}: {len(done)} of {len(done) + len(failed)} pictures, {filled} of them filled"
+        f" with {result['model']} in {result['seconds']} s"
+    )
+    return result, "\n".join([text, *(f"failed: {each['error']}" for each in failed)])
+
+
+def model_describe(args: Namespace) -> Outcome:
+    # Any config will do: all but its model is left out.
+    sets = [o if o.startswith("model.") else f"model.{o}" for o in args.set]
+    settings = load_config("demo", [f"model.preset={args.preset}", *sets]).model.model_dump()
+
+    from dpnet.model.config import preset
+    from dpnet.model.describe import describe, description_text
+
+    try:
+        found = describe(preset(settings.pop("preset"), **settings), args.size)
+    except ValueError as error:
+        raise PipelineError(str(error)) from error
+    return {"ok": True, "preset": args.preset, **found}, description_text(found)
+
+
+def export(args: Namespace) -> Outcome:
+    from dpnet.export import export_model
+
+    formats = args.format or ["torch-export"]
+    found = export_model(args.model, Path(args.out), formats, root=_root_to_read(args))
+    lines = [f"{place}: {size:,} bytes" for place, size in found["files"].items()]
+    checked = [
+        f"{name} differs from the network by {worst:.1e} at most"
+        for name, worst in found["differences"].items()
+    ]
+    return {"ok": True, **found}, "\n".join([f"{found['model']} in {args.out}", *lines, *checked])
 
 
 def not_built(args: Namespace) -> Outcome:

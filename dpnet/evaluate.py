@@ -38,9 +38,9 @@ from dpnet.protocol import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
 
     from dpnet.data import Samples
+    from dpnet.model import Generator
     from dpnet.report import PictureRow
 
     Array = NDArray[np.uint8]
@@ -92,14 +92,14 @@ class _Bench:
 
     images: Samples
     masks: Samples
-    generator: nn.Module
+    generator: Generator
     pool: Executor
 
     def composites(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Array, Array, Array]]:
         """(pair, truth [H, W, 3], valid [H, W], DPNet's composite), in the order of `pairs`."""
         import numpy as np
 
-        from dpnet.inpainting import inpaint_arrays
+        from dpnet.tiles import inpaint_arrays
 
         for start in range(0, len(pairs), BATCH):
             batch = pairs[start : start + BATCH]
@@ -144,8 +144,8 @@ def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
 
 def _build(work: Work, settings: EvaluateSettings) -> Produced:
     from dpnet.data import Samples, validation_pairs
-    from dpnet.inpainting import on_fastest_device
     from dpnet.report import render_report
+    from dpnet.tiles import on_fastest_device
     from dpnet.weights import load_generator
 
     store, inputs = work.store, work.request.inputs

@@ -162,10 +162,10 @@ def _plain(error: BaseException, where: str) -> BaseException:
 def _collect(job: TrainJob, work: Work, folder: Path, resumed_from: int) -> Outcome:
     import torch
 
-    from dpnet.loop import LOG, TrainState
+    from dpnet.loop import LOG, initial_state
     from dpnet.weights import save_generator
 
-    state = TrainState(job, torch.device("cpu"))
+    state = initial_state(job, torch.device("cpu"))
     state.load(folder)
     log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
     facts = {

@@ -6,6 +6,7 @@ This module is cheap to import; torch and Ray come in only when there is somethi
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,11 +69,25 @@ class TrainSettings(BaseModel):
     learning_rate: float = Field(1e-4, gt=0, le=1, description="Of the generator, at its peak.")
     discriminator_learning_rate: float = Field(1e-4, gt=0, le=1, description="At its peak.")
     beta1: float = Field(0.0, ge=0, lt=1, description="Adam's first beta; the second is 0.99.")
-    warmup_steps: int = Field(1000, ge=0, description="Linear warm-up of the learning rates.")
-    final_rate: float = Field(
-        0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak (cosine)."
+    warmup_steps: int = Field(
+        1000, ge=0, description="Linear rise of the learning rates, and of the adversarial term."
     )
-    adversarial_from: int = Field(0, ge=0, description="First step with the adversarial term.")
+    finetune_share: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of the steps, at the end, for fine-tuning: from half of the peak, where"
+        " the learning rate stays until then, down to final_rate (cosine).",
+    )
+    final_rate: float = Field(
+        0.1, ge=0, le=0.5, description="Learning rate at the end, as a share of the peak."
+    )
+    adversarial_from: int = Field(
+        0,
+        ge=0,
+        description="Step at which the discriminator begins to learn and the adversarial term to"
+        " rise to its weight, over warmup_steps.",
+    )
     gradient_clip: float = Field(1.0, gt=0, le=1e6, description="Norm that gradients are cut to.")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="Of the averaged generator.")
     seed: int = Field(0, ge=0, lt=2**31, description="Order, augmentation and initialisation.")
@@ -82,10 +97,13 @@ class TrainSettings(BaseModel):
     keep_checkpoints: int = Field(2, ge=1, le=1000, description="How many checkpoints are kept.")
     workers: int = Field(1, ge=1, le=4096, description="Ray training workers (DDP ranks).")
     gpus: bool = Field(False, description="One GPU per worker.")
+    compile: bool | None = Field(
+        None, description="torch.compile; null: on a GPU, if a compiler works there."
+    )
 
 
 # What the run looks like, not what comes out of it.
-_NOT_ASKED = {"checkpoint_every", "keep_checkpoints", "workers", "gpus"}
+_NOT_ASKED = {"checkpoint_every", "keep_checkpoints", "workers", "gpus", "compile"}
 
 
 @dataclass(frozen=True)
@@ -136,8 +154,8 @@ def train_request(
         path = Path(losses.vgg_weights)
         if not path.is_file():
             raise ConfigError(
-                f"losses.vgg_weights names {str(path)!r}, which is no file: save torchvision's"
-                f" {losses.vgg} weights there, or leave the option out."
+                f"losses.vgg_weights names {str(path)!r}, which is no file: make it with"
+                f" `{vgg_command(losses.vgg, str(path))}`, or leave the option out."
             )
         sources["vgg"] = sha256_file(path)
     return Request(
@@ -155,6 +173,15 @@ def train_request(
     )
 
 
+def vgg_command(kind: str, file: str) -> str:
+    """What makes a file of torchvision's weights, where torchvision and a network are at hand."""
+    return (
+        'python -c "import sys, torch, torchvision.models as m;'
+        f" torch.save(m.{kind}(weights='DEFAULT').state_dict(), sys.argv[1])\""
+        f" {shlex.quote(file)}"
+    )
+
+
 def _build(job: TrainJob, work: Work) -> Produced:
     import yaml
 
@@ -162,8 +189,9 @@ def _build(job: TrainJob, work: Work) -> Produced:
 
     if job.losses.vgg_weights is None and (job.losses.perceptual or job.losses.style):
         say(
-            "train: the perceptual and style losses are off, they need a file of VGG weights"
-            " (losses.vgg_weights)"
+            "train: the perceptual and style losses are off, they need VGG's weights: make a file"
+            f" with `{vgg_command(job.losses.vgg, f'{job.losses.vgg}.pth')}` (pip install"
+            " torchvision) and name it in losses.vgg_weights"
         )
     steps = job.settings.steps
     with Progress("train", steps, "steps") as progress:

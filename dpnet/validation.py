@@ -79,6 +79,9 @@ def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """N3HW in [0, 1] (channels_last) and N1HW in {0, 1}, both float32."""
-    image = torch.from_numpy(batch.image).to(device).permute(0, 3, 1, 2).float() / 255
-    valid = torch.from_numpy(batch.valid).to(device)[:, None].float()
-    return image, valid
+    image, valid = torch.from_numpy(batch.image), torch.from_numpy(batch.valid)
+    if device.type == "cuda":
+        # A copy from memory that is not pinned would wait for all that the device has yet to do.
+        image, valid = image.pin_memory(), valid.pin_memory()
+    image, valid = image.to(device, non_blocking=True), valid.to(device, non_blocking=True)
+    return image.permute(0, 3, 1, 2).float() / 255, valid[:, None].float()

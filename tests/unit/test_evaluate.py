@@ -12,7 +12,7 @@ from data_prep.masks import valid_from_png
 from data_prep.pictures import decode
 from data_prep.shards import decode_table, iterate_shard, split_shards
 from data_prep.storage import LocalStore
-from dpnet import inpainting
+from dpnet import tiles
 from dpnet.baselines import mean_fill
 from dpnet.evaluate import EvaluateSettings, evaluate
 from dpnet.metrics import hole_psnr
@@ -165,7 +165,7 @@ def test_the_pictures_asked_for_are_written_for_each_bin(fresh, data, done):
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_next_shard(fresh, done, monkeypatch):
-    real, seen = inpainting.inpaint_arrays, []
+    real, seen = tiles.inpaint_arrays, []
 
     def stopping(generator, images, valid):
         if len(seen) == 2:
@@ -174,12 +174,12 @@ def test_an_interrupted_evaluation_goes_on_with_the_next_shard(fresh, done, monk
         return real(generator, images, valid)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inpainting, "inpaint_arrays", stopping)
+        patched.setattr(tiles, "inpaint_arrays", stopping)
         with pytest.raises(Stopped):
             evaluated(fresh)
     seen.clear()
     monkeypatch.setattr(
-        inpainting, "inpaint_arrays", lambda g, i, v: (seen.append(len(i)), real(g, i, v))[1]
+        tiles, "inpaint_arrays", lambda g, i, v: (seen.append(len(i)), real(g, i, v))[1]
     )
     ref = evaluated(fresh)
     assert seen == [3, 3, 12]  # two shards of four are left; then the pictures
@@ -199,7 +199,7 @@ def other_pairs(body):
 @pytest.mark.parametrize("damage", [dict.clear, another_value, other_pairs])
 def test_what_was_kept_is_measured_again_if_it_was_altered(fresh, done, monkeypatch, damage):
     store = fresh[0]
-    real = inpainting.inpaint_arrays
+    real = tiles.inpaint_arrays
     calls = []
 
     def stopping(generator, images, valid):
@@ -209,7 +209,7 @@ def test_what_was_kept_is_measured_again_if_it_was_altered(fresh, done, monkeypa
         return real(generator, images, valid)
 
     with monkeypatch.context() as patched:
-        patched.setattr(inpainting, "inpaint_arrays", stopping)
+        patched.setattr(tiles, "inpaint_arrays", stopping)
         with pytest.raises(Stopped):
             evaluated(fresh)
     (part,) = store.list(f"{done.folder}/parts")

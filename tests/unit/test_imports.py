@@ -72,3 +72,16 @@ def test_the_command_starts_without_any_library() -> None:
 
 def test_a_pipeline_whose_stages_are_all_done_needs_no_heavy_library() -> None:
     assert not loaded_by("import dpnet.chain, dpnet.commands") & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["dpnet/step.py", "benchmarks/attention.py", "benchmarks/step.py", "benchmarks/inpaint.py"],
+)
+def test_the_training_step_and_the_benchmarks_of_the_network_need_torch_alone(script: str) -> None:
+    libraries = ("pydantic", "ray", "prefect", "mlflow", "boto3", "yaml", "PIL", "cv2", "skimage")
+    code = (
+        f"import runpy, sys; sys.path[:0] = ['.', 'benchmarks'];"
+        f" sys.modules.update(dict.fromkeys({libraries})); runpy.run_path({script!r})"
+    )  # what sys.modules has as None cannot be imported
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+import warnings
+
 import numpy as np
 import pytest
 import small_root
@@ -5,280 +9,346 @@ import torch
 from PIL import Image
 from torch import nn
 
+import dpnet
 from data_prep.errors import PipelineError
 from data_prep.storage import LocalStore
-from dpnet.inpainting import inpaint_arrays, inpaint_files, inpaint_large, inpaint_photograph
-from dpnet.register import RegisterSettings, register
+from dpnet.model import build_generator
 
 
-class Constant(nn.Module):
-    """A stand-in generator that predicts one value and counts the tiles it saw."""
-
-    def __init__(self, value=0.5):
-        super().__init__()
-        self.value, self.calls = value, 0
-
-    def forward(self, image, valid):
-        self.calls += 1
-        return torch.full_like(image, self.value)
-
-
-class Echo(nn.Module):
-    """A stand-in generator that gives its input back."""
-
-    def forward(self, image, valid):
-        return image
-
-
-class KnownMean(nn.Module):
-    """A stand-in generator whose prediction differs from tile to tile."""
-
-    def forward(self, image, valid):
-        return ((image * valid).sum((2, 3), True) / valid.sum((2, 3), True)).expand_as(image)
+@pytest.fixture(scope="module")
+def generator():
+    """A real generator whose output depends on what it sees."""
+    torch.manual_seed(0)
+    generator = build_generator("tiny").eval()
+    nn.init.normal_(generator.out.weight, std=0.02)
+    return generator
 
 
 def picture(height=40, width=50, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def hole_mask(height=40, width=50):
-    """A mask file's picture with a white box."""
-    mask = np.zeros((height, width), np.uint8)
-    mask[10:20, 5:30] = 255
-    return Image.fromarray(mask)
+def hole(height=40, width=50):
+    """True in a box."""
+    mask = np.zeros((height, width), bool)
+    mask[10:20, 5:30] = True
+    return mask
 
 
-def test_known_pixels_stay_bit_for_bit_and_the_hole_is_the_rounded_prediction():
-    images = np.stack([picture(), picture(seed=1)])
-    valid = np.ones((2, 40, 50), np.uint8)
-    valid[:, 5:9, 7:30] = 0
-    filled = inpaint_arrays(Constant(0.3), images, valid)
-    assert filled.dtype == np.uint8
-    assert (filled[valid == 1] == images[valid == 1]).all()
-    assert (filled[valid == 0] == round(0.3 * 255)).all()
+HOLE = hole()
+MASK = Image.fromarray(np.uint8(255) * HOLE)
 
 
-def test_the_network_sees_values_from_0_to_1_and_1_where_a_pixel_is_known():
-    seen = {}
-
-    class Spy(nn.Module):
-        def forward(self, image, valid):
-            seen.update(image=image, valid=valid)
-            return image
-
-    image = picture()[None]
-    valid = np.ones((1, 40, 50), np.uint8)
-    valid[0, 0, 0] = 0
-    inpaint_arrays(Spy(), image, valid)
-    assert seen["image"].shape == (1, 3, 40, 50)
-    assert torch.equal(
-        (seen["image"] * 255).round().byte()[0, :, 3, 4], torch.tensor(image[0, 3, 4])
-    )
-    assert seen["valid"].shape == (1, 1, 40, 50)
-    assert seen["valid"][0, 0, 0, 0] == 0
-    assert seen["valid"].sum() == 40 * 50 - 1
+@pytest.fixture(scope="module")
+def expected(generator):
+    """`picture()` filled, uint8 H W 3."""
+    return dpnet.inpaint(picture(), HOLE, generator)
 
 
-def test_a_model_that_predicts_nan_is_refused():
-    valid = np.zeros((1, 40, 50), np.uint8)
-    with pytest.raises(PipelineError, match="not finite"):
-        inpaint_arrays(Constant(float("nan")), picture()[None], valid)
+def test_the_hole_of_an_array_is_filled_and_the_rest_stays_to_the_bit(expected):
+    assert expected.dtype == np.uint8
+    assert (expected[~HOLE] == picture()[~HOLE]).all()
+    assert (expected[HOLE] != picture()[HOLE]).any()
 
 
-def test_tiles_add_up_to_what_the_network_predicts():
-    image, valid = picture(150, 210), np.zeros((150, 210), np.uint8)
-    valid[0, ::7] = 1
-    assert (inpaint_large(Echo(), image, valid, tile=64) == image).all()
+def test_what_was_given_is_not_written_to(generator, expected):
+    array, tensor, photo = picture(), torch.from_numpy(picture()).permute(2, 0, 1), as_pil("RGB")
+    for image in (array, tensor, photo):
+        dpnet.inpaint(image, HOLE, generator)
+    assert (array == picture()).all()
+    assert (np.asarray(photo) == picture()).all()
 
 
-def test_only_tiles_with_a_hole_are_run():
-    image, valid = picture(300, 300), np.ones((300, 300), np.uint8)
-    valid[5:8, 5:8] = 0
-    generator = Constant()
-    inpaint_large(generator, image, valid, tile=64)
-    assert generator.calls == 1
+def as_pil(mode):
+    return Image.fromarray(picture()).convert(mode)
 
 
-def test_no_tile_is_larger_than_asked_for():
-    sizes = []
-
-    class Spy(nn.Module):
-        def forward(self, image, valid):
-            sizes.append(tuple(image.shape[2:]))
-            return image
-
-    valid = np.zeros((200, 100), np.uint8)
-    valid[::9] = 1
-    inpaint_large(Spy(), picture(200, 100), valid, tile=80)
-    assert set(sizes) == {(80, 80)}
+def with_alpha(array):
+    return np.concatenate([array, picture(seed=1)[..., :1]], axis=-1)
 
 
-def test_neighbouring_tiles_fade_into_each_other():
-    # Brightness grows from left to right, so each tile's prediction is another one.
-    image = np.repeat(np.linspace(0, 255, 256).astype(np.uint8)[None, :, None], 64, 0).repeat(3, 2)
-    valid = np.ones((64, 256), np.uint8)
-    valid[20:40, 8:-8] = 0
-    filled = inpaint_large(KnownMean(), image, valid, tile=64)
-    row = filled[30, 8:-8, 0].astype(int)
-    assert row[-1] - row[0] > 100
-    assert np.abs(np.diff(row)).max() <= 4  # a seam would be a jump of about 40
+def first(array):
+    """Channels first."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, -3)))
 
 
-def test_a_hole_that_fills_a_whole_tile_is_told(capsys):
-    valid = np.ones((200, 200), np.uint8)
-    valid[20:180, 20:180] = 0
-    inpaint_large(Constant(), picture(200, 200), valid, tile=64)
-    assert "larger --tile" in capsys.readouterr().err
+GREY = picture()[..., :1]
+KINDS = {
+    "array H W": GREY[..., 0],
+    "array H W 1": GREY,
+    "array H W 3": picture(),
+    "array H W 4": with_alpha(picture()),
+    "array N H W 1": GREY[None],
+    "array N H W 3": np.stack([picture(), picture(seed=2)]),
+    "array N H W 4": with_alpha(picture())[None],
+    "array of floats": (picture() / 255).astype(np.float32),
+    "array of doubles": picture() / 255,
+    "array of halves": (picture() / 255).astype(np.float16),
+    "array that is read-only": np.broadcast_to(GREY, (40, 50, 3)),
+    "array turned round": picture()[::-1, ::-1],
+    "tensor H W": first(GREY)[0],
+    "tensor 1 H W": first(GREY),
+    "tensor 3 H W": first(picture()),
+    "tensor 4 H W": first(with_alpha(picture())),
+    "tensor N 3 H W": first(np.stack([picture(), picture(seed=2)])),
+    "tensor of floats": first(picture() / 255).float(),
+    "tensor of bfloat16": first(picture() / 255).bfloat16(),
+    "tensor that needs a gradient": first(picture() / 255).float().requires_grad_(),
+    "picture L": as_pil("L"),
+    "picture LA": as_pil("LA"),
+    "picture RGB": as_pil("RGB"),
+    "picture RGBA": Image.fromarray(with_alpha(picture())),
+}
 
 
-def test_the_real_network_takes_a_picture_of_any_size():
-    from dpnet.model import build_generator
-
-    photo = Image.fromarray(picture(37, 53))
-    mask = Image.new("L", (53, 37))
-    mask.paste(255, (10, 10, 30, 25))
-    filled = inpaint_photograph(build_generator("tiny").eval(), photo, mask)
-    assert filled.size == (53, 37)
-    known = np.asarray(mask) == 0
-    assert (np.asarray(filled)[known] == np.asarray(photo)[known]).all()
+def plain(image):
+    """The values as an array, N H W C."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().double().numpy()
+        image = np.moveaxis(image, -3, -1) if image.ndim > 2 else image
+    array = np.asarray(image)
+    array = array[..., None] if array.ndim == 2 else array
+    return array if array.ndim == 4 else array[None]
 
 
-def test_a_grey_photograph_stays_grey():
-    photo = Image.fromarray(picture()[..., 0])
-    filled = inpaint_photograph(Constant(), photo, hole_mask())
-    assert filled.mode == "L"
-    known = np.asarray(hole_mask()) == 0
-    assert (np.asarray(filled)[known] == np.asarray(photo)[known]).all()
-    assert (np.asarray(filled)[~known] == 128).all()
+@pytest.mark.parametrize("image", KINDS.values(), ids=KINDS.keys())
+def test_every_kind_comes_back_as_it_was_given_filled_in_the_hole_only(generator, image):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        filled = dpnet.inpaint(image, HOLE, generator)
+    assert type(filled) is type(image)
+    if isinstance(image, Image.Image):
+        assert (filled.mode, filled.size) == (image.mode, image.size)
+    else:
+        assert (filled.dtype, filled.shape) == (image.dtype, image.shape)
+    before, after = plain(image), plain(filled)
+    assert (after[:, ~HOLE] == before[:, ~HOLE]).all()
+    colours = {2: 1, 4: 3}.get(before.shape[3], before.shape[3])
+    assert (after[:, HOLE, :colours] != before[:, HOLE, :colours]).any(axis=(1, 2)).all()
+    assert (after[..., colours:] == before[..., colours:]).all()  # alpha
+    assert 0 <= after.min() <= after.max() <= (255 if before.max() > 1 else 1)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_an_alpha_channel_and_the_colours_under_it_are_kept(mode):
-    alpha = Image.fromarray(picture(seed=3)[..., 0])
-    photo = Image.fromarray(picture()).convert(mode)
-    photo.putalpha(alpha)
-    filled = inpaint_photograph(Constant(), photo, hole_mask())
-    assert filled.mode == mode
-    assert filled.getchannel("A").tobytes() == alpha.tobytes()
-    known = np.asarray(hole_mask()) == 0
-    assert (np.asarray(filled)[known] == np.asarray(photo)[known]).all()
+def test_every_kind_is_filled_with_the_same(generator, expected):
+    for name in ("array of floats", "tensor of floats", "array of doubles"):
+        assert np.abs(plain(dpnet.inpaint(KINDS[name], HOLE, generator)) * 255 - expected).max() < 1
+    for name in ("tensor 3 H W", "picture RGB"):
+        assert (plain(dpnet.inpaint(KINDS[name], HOLE, generator)) == expected).all()
+    assert (plain(dpnet.inpaint(KINDS["array N H W 3"], HOLE, generator))[0] == expected).all()
+    with_alpha = dpnet.inpaint(KINDS["array H W 4"], HOLE, generator)
+    assert (with_alpha[..., :3] == expected).all()
 
 
-def test_a_palette_picture_becomes_rgb():
-    photo = Image.fromarray(picture()).convert("P")
-    filled = inpaint_photograph(Constant(), photo, hole_mask())
-    assert filled.mode == "RGB"
-    known = np.asarray(hole_mask()) == 0
-    assert (np.asarray(filled)[known] == np.asarray(photo.convert("RGB"))[known]).all()
+@pytest.mark.parametrize(("mode", "becomes"), [("1", "L"), ("P", "RGB")])
+def test_a_picture_that_cannot_hold_new_colours_becomes_one_that_can(generator, mode, becomes):
+    image = as_pil(mode)
+    filled = dpnet.inpaint(image, HOLE, generator)
+    assert filled.mode == becomes
+    assert (np.asarray(filled)[~HOLE] == np.asarray(image.convert(becomes))[~HOLE]).all()
 
 
-def test_white_is_the_hole_from_128_up_and_a_grey_mask_is_told(capsys):
-    mask = np.zeros((40, 50), np.uint8)
-    mask[0, 0], mask[0, 1] = 127, 128
-    filled = np.asarray(
-        inpaint_photograph(Constant(0), Image.fromarray(picture()), Image.fromarray(mask))
-    )
-    assert (filled[0, 0] == picture()[0, 0]).all()
-    assert (filled[0, 1] == 0).all()
-    assert "not pure black and white" in capsys.readouterr().err
+def test_a_palette_with_transparency_becomes_rgba(generator):
+    image = as_pil("P")
+    image.info["transparency"] = 3
+    assert dpnet.inpaint(image, HOLE, generator).mode == "RGBA"
 
 
-def test_a_black_and_white_mask_is_taken_without_a_word(capsys):
-    inpaint_photograph(Constant(), Image.fromarray(picture()), hole_mask().convert("1"))
-    assert "mask" not in capsys.readouterr().err
+def test_a_picture_keeps_its_colour_profile(generator):
+    image = as_pil("RGB")
+    image.info["icc_profile"] = b"profile"
+    assert dpnet.inpaint(image, HOLE, generator).info["icc_profile"] == b"profile"
 
 
-def test_white_paint_on_a_transparent_mask_is_the_hole():
+def rgba_mask():
+    """White everywhere, transparent but in the hole."""
     mask = Image.new("RGBA", (50, 40), (255, 255, 255, 0))
-    mask.paste((255, 255, 255, 255), (5, 5, 10, 10))
-    filled = np.asarray(inpaint_photograph(Constant(0), Image.fromarray(picture()), mask))
-    assert (filled[5:10, 5:10] == 0).all()
-    assert (filled[20:] == picture()[20:]).all()
+    mask.paste((255, 255, 255, 255), (5, 10, 30, 20))
+    return mask
 
 
-def test_a_mask_of_another_size_is_refused_with_both_sizes():
-    with pytest.raises(PipelineError, match=r"50 x 40 pixels .* 50 x 39"):
-        inpaint_photograph(Constant(), Image.fromarray(picture(39)), hole_mask())
+MASKS = {
+    "array of booleans": HOLE,
+    "array of 0 and 255": np.uint8(255) * HOLE,
+    "array of 0 and 1": HOLE.astype(np.uint8),
+    "array of integers": HOLE.astype(np.int64),
+    "array of floats": HOLE.astype(np.float32),
+    "array H W 1": HOLE[..., None],
+    "array H W 3": np.repeat(np.uint8(255) * HOLE[..., None], 3, axis=2),
+    "array H W 4": np.asarray(rgba_mask()),
+    "array N H W": HOLE[None],
+    "array N H W 1": HOLE[None, ..., None],
+    "tensor H W": torch.from_numpy(HOLE),
+    "tensor 1 H W": torch.from_numpy(HOLE)[None].float(),
+    "tensor N 1 H W": torch.from_numpy(HOLE)[None, None] * 255,
+    "picture L": MASK,
+    "picture 1": MASK.convert("1"),
+    "picture P": MASK.convert("P"),
+    "picture RGB": MASK.convert("RGB"),
+    "picture RGBA": rgba_mask(),
+}
 
 
-def test_a_mask_without_a_hole_gives_the_picture_back(capsys):
-    photo = Image.fromarray(picture())
-    filled = inpaint_photograph(Constant(), photo, Image.new("L", (50, 40)))
-    assert filled.tobytes() == photo.tobytes()
-    assert "no hole" in capsys.readouterr().err
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_every_kind_of_mask_is_taken_without_a_word(generator, expected, mask):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (dpnet.inpaint(picture(), mask, generator) == expected).all()
 
 
-def test_a_mask_that_is_all_hole_is_refused():
-    with pytest.raises(PipelineError, match="white everywhere"):
-        inpaint_photograph(Constant(), Image.fromarray(picture()), Image.new("L", (50, 40), 255))
+def test_a_batch_takes_one_mask_for_all_or_one_for_each(generator, expected):
+    images, other = np.stack([picture(), picture(seed=2)]), HOLE[::-1].copy()
+    both = dpnet.inpaint(images, np.stack([HOLE, other]), generator)
+    assert (both[0] == expected).all()
+    assert (both[1] == dpnet.inpaint(images[1], other, generator)).all()
+    for one in (HOLE, HOLE[None], MASK):
+        assert (dpnet.inpaint(images, one, generator)[0] == expected).all()
+    tensors = dpnet.inpaint(first(images), torch.from_numpy(np.stack([HOLE, other])), generator)
+    assert (plain(tensors) == both).all()
 
 
-def test_a_mask_that_leaves_little_known_is_warned_about(capsys):
-    mask = Image.new("L", (50, 40), 255)
-    mask.paste(0, (0, 0, 5, 5))
-    inpaint_photograph(Constant(), Image.fromarray(picture()), mask)
-    assert "invert the mask" in capsys.readouterr().err
+def test_a_list_may_mix_sizes_and_kinds(generator, expected):
+    images = [picture(), Image.fromarray(picture(30, 35))]
+    masks = [MASK, hole(30, 35)]
+    filled = dpnet.inpaint(images, masks, generator)
+    assert (filled[0] == expected).all()
+    assert filled[1].size == (35, 30)
+    assert (dpnet.inpaint([picture()] * 2, MASK, generator)[1] == expected).all()
+    with pytest.raises(PipelineError, match="3 masks for 2 images"):
+        dpnet.inpaint(images, [MASK] * 3, generator)
 
 
-def test_a_picture_with_16_bits_is_refused():
-    photo = Image.fromarray(np.zeros((40, 50), np.uint16))
-    with pytest.raises(PipelineError, match="8-bit"):
-        inpaint_photograph(Constant(), photo, hole_mask())
+def test_a_large_image_is_run_by_tiles_of_the_size_asked_for(generator):
+    sizes = []
+    handle = generator.register_forward_hook(lambda _m, given, _r: sizes.append(given[0].shape[2:]))
+    dpnet.inpaint(picture(100, 130), hole(100, 130), generator, tile=64)
+    handle.remove()
+    assert max(max(size) for size in sizes) == 64
+
+
+def test_what_the_hole_holds_has_no_influence(generator):
+    image = KINDS["array of floats"]
+    expected = dpnet.inpaint(image, HOLE, generator)
+    for content in (np.nan, np.inf, -3.0):
+        other = np.where(HOLE[..., None], np.float32(content), image)
+        assert (dpnet.inpaint(other, HOLE, generator) == expected).all()
+
+
+def test_an_image_without_a_hole_comes_back_itself(generator):
+    image = picture()
+    assert dpnet.inpaint(image, np.zeros_like(HOLE), generator) is image
+
+
+def test_a_sample_without_a_hole_comes_back_as_it_is_beside_others(generator):
+    images = np.stack([picture(), picture(seed=2)])
+    filled = dpnet.inpaint(images, np.stack([HOLE, np.zeros_like(HOLE)]), generator)
+    assert (filled[1] == images[1]).all()
+
+
+@pytest.mark.parametrize(("white", "told"), [(255, "from 128 up"), (1.0, "from 0.5 up")])
+def test_a_mask_that_is_not_binary_is_hole_from_half_of_white_and_that_is_told(
+    generator, expected, white, told
+):
+    grey = np.where(HOLE, 0.51 * white, 0.49 * white)
+    mask = grey.astype(np.uint8 if white == 255 else np.float32)
+    with pytest.warns(UserWarning, match=told) as caught:
+        assert (dpnet.inpaint(picture(), mask, generator) == expected).all()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_a_mask_that_leaves_little_known_is_warned_about(generator):
+    with pytest.warns(UserWarning, match="invert the mask"):
+        dpnet.inpaint(picture(200, 200), ~hole(200, 200), generator)
+
+
+def floats(**changes):
+    image = KINDS["array of floats"].copy()
+    for name, value in changes.items():
+        image[0, 0, "rgb".index(name)] = value
+    return image
+
+
+BAD_IMAGES = {
+    "NaN or infinite": floats(r=np.nan),
+    "known pixels that are NaN or infinite": floats(g=np.inf),
+    r"values from 0 to 1\.5": floats(r=0, b=1.5),
+    "values from -0.25 to": floats(r=-0.25),
+    "the image has known values from .* to 255: give .* uint8": picture().astype(np.float32),
+    "of uint16: .* divide by 65535": picture().astype(np.uint16),
+    "of bool": HOLE,
+    "of int64": first(picture()).long(),
+    "shape 3 x 40 x 50: give H x W": np.moveaxis(picture(), -1, 0),
+    "shape 40 x 50 x 3: give H x W, C x H x W": torch.from_numpy(picture()),
+    "shape 40 x 50 x 2": picture()[..., :2],
+    "shape 1 x 1 x 40 x 50 x 3": picture()[None, None],
+    "shape 0 x 50 x 3": picture()[:0],
+    "mode I;16": Image.fromarray(np.zeros((40, 50), np.uint16)),
+    "mode CMYK": Image.new("CMYK", (50, 40)),
+    "is a str": "photo.png",
+}
+
+
+@pytest.mark.parametrize("told", BAD_IMAGES)
+def test_an_image_that_cannot_be_used_is_told(generator, told):
+    with pytest.raises(PipelineError, match=told):
+        dpnet.inpaint(BAD_IMAGES[told], HOLE, generator)
+
+
+BAD_MASKS = {
+    "is 50 x 39 pixels but the picture is 50 x 40": HOLE[:39],
+    "the mask is 49 x 40 pixels": torch.from_numpy(HOLE)[None, :, :49],
+    "a batch of 3 for 1 images": np.stack([HOLE] * 3)[..., None],
+    "shape 40 x 50 x 5": np.stack([HOLE] * 5, axis=-1),
+    "values from 0 to 300": np.int64(300) * HOLE,
+    "values from -1 to 0": -HOLE.astype(np.int8),
+    "values from 0 to 255: give": np.float32(255) * HOLE,
+    "values from nan": np.where(HOLE, np.nan, 0),
+    "white everywhere": np.ones_like(HOLE),
+    "the mask is of <U1": HOLE.astype("U1"),
+    "the mask is a NoneType": None,
+    "the mask is a picture of mode F": Image.new("F", (50, 40)),
+}
+
+
+@pytest.mark.parametrize("told", BAD_MASKS)
+def test_a_mask_that_cannot_be_used_is_told(generator, told):
+    with pytest.raises(PipelineError, match=told):
+        dpnet.inpaint(picture(), BAD_MASKS[told], generator)
+
+
+def test_a_sample_of_which_nothing_is_known_is_named(generator):
+    with pytest.raises(PipelineError, match=r"number 1 of the batch.* white everywhere"):
+        dpnet.inpaint(np.stack([picture()] * 2), np.stack([HOLE, ~HOLE | HOLE]), generator)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A root with a real, untrained model registered in it."""
     store = small_root.new_store(tmp_path_factory.mktemp("root"))
-    nothing = small_root.commit(store, "images", "images/x", {"a": b"a"})
-    run = small_root.trained(store, images=nothing, masks=nothing)
-    summary = {"hole_psnr": 20.0, "pairs_digest": "p" * 64, "figures": {}}
-    evaluation = small_root.commit(
-        store,
-        "evaluate",
-        "evaluations",
-        {"report.json": b"{}"},
-        inputs={"run": run},
-        summary=summary,
-    )
-    register(RegisterSettings(), run, evaluation, store)
-    return store.folder, run
+    return store.folder, small_root.champion(store)
 
 
-@pytest.fixture
-def files(tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "photo.png")
-    hole_mask().save(tmp_path / "mask.png")
-    return tmp_path
-
-
-def fill(files, root, out="out.png", image="photo.png", mask="mask.png", **options):
-    return inpaint_files(files / image, files / mask, files / out, root=str(root), **options)
-
-
-def test_files_are_filled_with_the_champion_of_the_root(files, root):
-    result = fill(files, root[0], "new/folder/out.png")
-    filled = np.asarray(Image.open(files / "new/folder/out.png"))
-    known = np.asarray(hole_mask()) == 0
-    assert (filled[known] == picture()[known]).all()
-    assert result["model"] == "dpnet version 1"
-    assert (result["width"], result["height"]) == (50, 40)
-
-
-def test_every_way_of_naming_the_model_gives_the_same_picture(files, root):
+def test_every_way_of_naming_the_model_gives_the_same(root):
     folder, run = root
-    references = ["", "models:/dpnet@champion", "models:/dpnet/1", run.folder]
+    references = [None, "models:/dpnet@champion", "models:/dpnet/1", run.folder]
     references += [str(folder / run.folder), f"{(folder / run.folder).as_uri()}/model"]
-    made = set()
-    for reference in references:
-        fill(files, folder, model=reference)
-        made.add((files / "out.png").read_bytes())
+    made = {dpnet.inpaint(picture(), HOLE, each, root=str(folder)).tobytes() for each in references}
     assert len(made) == 1
 
 
-def test_a_root_without_a_champion_is_told(files, tmp_path):
-    with pytest.raises(PipelineError, match="no champion yet"):
-        fill(files, tmp_path / "empty")
+def test_a_model_is_loaded_once_and_used_often(root):
+    generator = dpnet.load_model(root=str(root[0]))
+    expected = dpnet.inpaint(picture(), HOLE, root=str(root[0]))
+    assert (dpnet.inpaint(picture(), HOLE, generator) == expected).all()
+
+
+def test_the_root_is_dpnet_root_if_none_is_given(root, monkeypatch, tmp_path):
+    monkeypatch.setenv("DPNET_ROOT", str(root[0]))
+    dpnet.load_model()
+    monkeypatch.delenv("DPNET_ROOT")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PipelineError, match="dpnet-demo has no champion yet"):
+        dpnet.load_model()
 
 
 @pytest.mark.parametrize(
@@ -291,65 +361,12 @@ def test_a_root_without_a_champion_is_told(files, tmp_path):
         ("/nowhere/runs/x", "holds no model"),
     ],
 )
-def test_a_model_that_is_not_there_is_told(files, root, reference, told):
+def test_a_model_that_is_not_there_is_told(root, reference, told):
     with pytest.raises(PipelineError, match=told):
-        fill(files, root[0], model=reference)
+        dpnet.load_model(reference, str(root[0]))
 
 
-def test_a_missing_file_is_told(files, root):
-    with pytest.raises(PipelineError, match=r"gone\.png does not exist"):
-        fill(files, root[0], image="gone.png")
-
-
-def test_a_file_that_is_no_picture_is_told(files, root):
-    (files / "text.png").write_text("not a picture")
-    with pytest.raises(PipelineError, match=r"text\.png is not a picture that can be read"):
-        fill(files, root[0], mask="text.png")
-
-
-def test_a_picture_that_is_cut_short_is_told(files, root):
-    (files / "half.png").write_bytes((files / "photo.png").read_bytes()[:2000])
-    with pytest.raises(PipelineError, match=r"half\.png is not a picture that can be read"):
-        fill(files, root[0], image="half.png")
-
-
-def test_an_unknown_extension_is_told_before_any_work(files, root):
-    with pytest.raises(PipelineError, match=r"\.png, \.webp"):
-        fill(files, root[0], out="out.docx")
-
-
-def test_alpha_is_not_dropped_silently_into_a_jpeg(files, root):
-    Image.new("RGBA", (50, 40)).save(files / "clear.png")
-    with pytest.raises(PipelineError, match="alpha channel"):
-        fill(files, root[0], image="clear.png", out="out.jpg")
-
-
-def test_a_place_that_cannot_be_written_is_told(files, root):
-    (files / "file").write_text("")
-    with pytest.raises(PipelineError, match="cannot write"):
-        fill(files, root[0], out="file/out.png")
-
-
-@pytest.mark.parametrize("extension", ["webp", "tif", "jpg"])
-def test_other_formats_are_written_and_lossless_ones_keep_known_pixels(files, root, extension):
-    fill(files, root[0], out=f"out.{extension}")
-    filled = np.asarray(Image.open(files / f"out.{extension}"))
-    assert filled.shape == (40, 50, 3)
-    known = np.asarray(hole_mask()) == 0
-    assert (filled[known] == picture()[known]).all() or extension == "jpg"
-
-
-def test_a_photograph_lying_on_its_side_is_turned_upright_first(files, root):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(picture(50, 40)).save(files / "turned.png", exif=exif)
-    fill(files, root[0], image="turned.png")
-    upright = np.rot90(picture(50, 40), -1)
-    known = np.asarray(hole_mask()) == 0
-    assert (np.asarray(Image.open(files / "out.png"))[known] == upright[known]).all()
-
-
-def test_an_altered_model_is_refused(files, root, tmp_path):
+def test_an_altered_model_is_refused(root, tmp_path):
     folder, run = root
     store = LocalStore(tmp_path / "copy")
     for path in ("model/generator.safetensors", "model/model.json"):
@@ -358,4 +375,15 @@ def test_an_altered_model_is_refused(files, root, tmp_path):
     weights[-1] ^= 1
     store.write("run/model/generator.safetensors", bytes(weights))
     with pytest.raises(PipelineError, match="altered"):
-        fill(files, folder, model=str(tmp_path / "copy" / "run"))
+        dpnet.load_model(str(tmp_path / "copy" / "run"))
+
+
+def test_the_package_is_imported_without_torch_until_it_is_used():
+    code = "import sys, dpnet; before = 'torch' in sys.modules; dpnet.inpaint; print(before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_name_that_the_package_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'outpaint'"):
+        getattr(dpnet, "outpaint")  # noqa: B009

@@ -1,7 +1,11 @@
 """The training loop without Ray: one process, real shards, a session that keeps folders."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,13 +13,23 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.errors import PipelineError
+from data_prep.errors import ConfigError, PipelineError
 from data_prep.images import ImagesConfig, prepare_images
 from data_prep.masks import MasksConfig, prepare_masks
 from data_prep.storage import open_store
+from dpnet import loop
 from dpnet.data import Samples, TrainingBatches, validation_pairs
-from dpnet.loop import LOG, STATE, rate, train_loop
-from dpnet.train import LossSettings, ModelSettings, TrainJob, TrainSettings, train_request
+from dpnet.loop import LOG, Meter, choose_backend, train_loop
+from dpnet.model import losses as L
+from dpnet.step import STATE, Measured
+from dpnet.train import (
+    LossSettings,
+    ModelSettings,
+    TrainJob,
+    TrainSettings,
+    train_request,
+    vgg_command,
+)
 from dpnet.validation import hole_psnr
 from dpnet.weights import load_generator, save_generator
 
@@ -68,7 +82,7 @@ class Session:
     rank, world, device = 0, 1, torch.device("cpu")
 
     def __init__(self, folder, stop_at=None):
-        self.folder, self.stop_at, self.steps = folder, stop_at, []
+        self.folder, self.stop_at, self.steps, self.notes = folder, stop_at, [], []
 
     @contextmanager
     def latest(self):
@@ -82,6 +96,7 @@ class Session:
 
     def progress(self, step, note):
         self.steps.append(step)
+        self.notes.append(note)
 
 
 def final(folder):
@@ -146,24 +161,116 @@ def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp
     assert (
         "vgg" in train_request(job.model, losses, job.settings, "t", job.images, job.masks).sources
     )
-    file.write_bytes(b"not weights")
-    with pytest.raises(PipelineError, match=r"vgg_weights .* cannot be used"):
-        train_loop(job, Session(tmp_path / "again"))
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_step_and_term(prepared, tmp_path, monkeypatch):
-    from dpnet import loop
+def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepared, tmp_path):
+    losses = LossSettings(vgg_weights=str(tmp_path / "vgg.pth"))
+    job = make_job(prepared, losses)
+    with pytest.raises(ConfigError, match=r"no file: make it with `python -c .*vgg\.pth`"):
+        train_request(job.model, losses, job.settings, "t", job.images, job.masks)
 
-    real = loop.L.l1_terms
+
+def test_the_command_that_makes_a_vgg_file_saves_torchvisions_weights(tmp_path):
+    fake = "from types import SimpleNamespace as N\n"
+    fake += "vgg16 = lambda weights: N(state_dict=lambda: {'features.0.weight': weights})\n"
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").touch()
+    (tmp_path / "torchvision/models.py").write_text(fake)
+    file = tmp_path / "a file.pth"
+    command = vgg_command("vgg16", str(file)).replace("python", sys.executable, 1)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run(["sh", "-c", command], env=environment, check=True)
+    assert torch.load(file) == {"features.0.weight": "DEFAULT"}
+
+
+@pytest.mark.parametrize(("due", "every"), [("checkpoint", 3), ("validate", 3), ("log", 2)])
+def test_a_loss_that_is_not_finite_stops_before_anything_is_kept_and_names_its_first_step(
+    prepared, tmp_path, monkeypatch, due, every
+):
+    real, steps = L.l1_terms, []
 
     def broken(prediction, truth, valid):
         hole, known = real(prediction, truth, valid)
-        return hole * float("nan"), known
+        steps.append(1)
+        return hole * float("nan" if len(steps) >= 2 else 1), known
 
-    monkeypatch.setattr(loop.L, "l1_terms", broken)
-    with pytest.raises(PipelineError, match=r"step 1: .* \(hole\)"):
-        train_loop(make_job(prepared), Session(tmp_path))
+    monkeypatch.setattr(L, "l1_terms", broken)
+    validated = []
+    measure = loop.Validation.measure
+    monkeypatch.setattr(
+        loop.Validation, "measure", lambda *a: validated.append(a[2]) or measure(*a)
+    )
+    rare = {"checkpoint_every": 100, "validate_every": 100}
+    if due == "log":
+        monkeypatch.setattr(loop, "LOG_EVERY", every)
+    else:
+        rare[f"{due}_every"] = every
+    with pytest.raises(PipelineError, match=r"step 2: .* \(hole\)"):
+        train_loop(make_job(prepared, **rare), Session(tmp_path))
+    assert len(steps) == every
+    assert validated == [0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gradient_that_is_not_finite_stops_even_where_the_losses_are():
+    meter = Meter()
+    for gradient in (1.0, float("inf"), float("nan")):
+        losses = {"hole": torch.tensor(0.5)}
+        meter.add(Measured(losses, {"generator": torch.tensor(gradient)}), 4)
+    with pytest.raises(PipelineError, match=r"step 9: .* \(the gradient\)"):
+        meter.record(10)
+
+
+def test_a_record_holds_the_mean_of_each_term_over_the_steps_that_have_it():
+    meter = Meter()
+    for number in range(4):
+        terms = {"hole": torch.tensor(float(number))}
+        if number >= 2:
+            terms["adversarial"] = torch.tensor(float(number))
+        meter.add(Measured(terms, {"generator": torch.tensor(2.0)}), 8)
+    record = meter.record(4)
+    assert record["losses"] == {"hole": 1.5, "adversarial": 2.5}
+    assert record["gradients"] == {"generator": 2}
+    assert record["images"] == 32
+    assert record["seconds"] >= 0
+
+
+def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(loop, "compiler_problem", lambda device: None)
+    assert choose_backend(None, cpu) == (None, None)
+    assert choose_backend(None, gpu) == ("inductor", None)
+    assert choose_backend(True, cpu) == ("inductor", None)
+    assert choose_backend(False, gpu) == (None, None)
+    monkeypatch.setattr(loop, "compiler_problem", lambda device: "no compiler")
+    assert choose_backend(None, gpu) == (None, "no compiler")
+    with pytest.raises(PipelineError, match=r"train\.compile is true, but .*no compiler"):
+        choose_backend(True, cpu)
+
+
+def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "choose_backend", lambda wanted, device: (None, "no compiler"))
+    session = Session(tmp_path)
+    train_loop(make_job(prepared, validate_every=100, checkpoint_every=3), session)
+    assert re.fullmatch(r"validation \d+\.\d\d dB, not compiled \(no compiler\)", session.notes[0])
+    assert session.notes[0] == session.notes[1]
+    assert session.notes[2].startswith("L1 in the hole 0.")
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_is_found_out(tmp_path):
+    code = """
+import torch
+from torch._inductor import config
+from dpnet.step import compiler_problem
+config.cpp.cxx = ("no-such-compiler",)
+problem = compiler_problem(torch.device("cpu"))
+assert problem and "\\n" not in problem, problem
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_two_ranks_share_the_batch_that_one_would_have(prepared):
@@ -220,21 +327,14 @@ def test_hole_psnr_is_over_the_hole_and_capped():
     assert float(psnr[1]) == 100
 
 
-def test_the_learning_rate_warms_up_and_falls_to_its_end():
-    settings = TrainSettings(steps=100, warmup_steps=10, final_rate=0.1)
-    assert rate(0, settings) == pytest.approx(0.1)
-    assert rate(9, settings) == pytest.approx(1, abs=0.02)
-    assert rate(99, settings) == pytest.approx(0.1, abs=0.01)
-    assert max(rate(step, settings) for step in range(100)) <= 1
-
-
 def test_the_request_ignores_what_does_not_change_the_weights(prepared):
     def digest(**settings):
         job = make_job(prepared, **settings)
         return train_request(job.model, job.losses, job.settings, "t", job.images, job.masks).digest
 
-    assert digest() == digest(workers=2, checkpoint_every=5, keep_checkpoints=9)
+    assert digest() == digest(workers=2, checkpoint_every=5, keep_checkpoints=9, compile=True)
     assert digest() != digest(steps=7)
+    assert digest() != digest(finetune_share=0.3)
 
 
 def test_weights_survive_storage_and_alterations_are_found(tmp_path):

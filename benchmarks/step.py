@@ -1,0 +1,229 @@
+"""B4: one whole GAN step (generator, discriminator, losses, optimisers) beside the model plain.
+
+    python benchmarks/step.py [--preset base] [--size 256] [--batch 8] [--repeats 5] [--json]
+
+Ours is the training loop's step: channels_last, fused Adam, attention without a score matrix; on a
+GPU bf16 autocast and torch.compile (on a CPU --compile, which takes minutes). The other is eager
+fp32, NCHW, torch's default Adam, attention with the whole score matrix; torch keeps its default
+precision, in which convolutions may use TF32 and matrix products do not. Both have the same losses,
+with a feature network of VGG19's shape, its weights random unless --vgg names a file. They take
+turns, and beside them large matrix products in the precision of ours.
+
+FLOP are those of the plain form, counted by torch over convolutions and matrix products, forward
+and backward, the feature network included. `vs_eager_fp32` is how many times faster ours is,
+`of_matmul_rate` the share of the matrix products' FLOP/s that it reaches. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from compare import Row, ratio, report, take_turns
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dpnet.model import PRESETS, losses
+from dpnet.model.attention import plain_attention
+from dpnet.step import BETA2, Step, TrainState, load_vgg, placed
+
+LOSSES = SimpleNamespace(
+    hole=6.0,
+    valid=1.0,
+    adversarial=0.1,
+    gan="nsgan",
+    perceptual=0.1,
+    style=250.0,
+    total_variation=0.0,
+)
+SETTINGS = SimpleNamespace(
+    steps=1_000_000,
+    learning_rate=1e-4,
+    discriminator_learning_rate=1e-4,
+    beta1=0.0,
+    warmup_steps=0,
+    finetune_share=0.0,
+    final_rate=0.1,
+    adversarial_from=0,
+    gradient_clip=1.0,
+    ema_decay=0.999,
+    seed=0,
+)
+WARM_UP = 3  # steps before the first turn
+# Index in torchvision's `features`: channels in and out.
+VGG19 = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 19: (256, 512)}
+VGG19 |= dict.fromkeys((12, 14, 16), (256, 256))
+
+
+class Turn(NamedTuple):
+    """Seconds a step, and the most memory in bytes that this contender alone had (GPU)."""
+
+    seconds: float
+    peak: int
+
+
+class Contender:
+    """A model with its step on random photographs; what it holds on the device is known."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device, *, ours: bool) -> None:
+        before = _allocated(device)
+        self.device, self.steps, self.ours = device, options.steps, ours
+        state = TrainState(PRESETS[options.preset], SETTINGS, device)
+        vgg = _vgg(options.vgg, device)
+        torch.manual_seed(0)
+        image = torch.rand(options.batch, 3, options.size, options.size, device=device)
+        self.valid = torch.ones_like(image[:, :1])
+        quarter = options.size // 4
+        self.valid[:, :, quarter:-quarter, quarter:-quarter] = 0
+        if ours:
+            self.image = image.contiguous(memory_format=torch.channels_last)
+        else:
+            self.image = image
+            for module in (state.generator, state.discriminator, vgg):
+                module.to(memory_format=torch.contiguous_format)
+            for name in ("generator", "discriminator"):
+                parameters = getattr(state, name).parameters()
+                optimizer = torch.optim.Adam(parameters, betas=(SETTINGS.beta1, BETA2))
+                setattr(state, f"{name}_optimizer", optimizer)
+        self.step = Step(
+            state,
+            LOSSES,
+            SETTINGS,
+            vgg=vgg,
+            bf16=ours and device.type == "cuda",
+            backend="inductor" if ours and options.compile else None,
+        )
+        for _ in range(WARM_UP):
+            self.run()
+        self.resident = _allocated(device) - before
+
+    def run(self) -> None:
+        with nullcontext() if self.ours else plain_attention():
+            self.step(0, self.image, self.valid)
+
+    def turn(self) -> Turn:
+        others = _allocated(self.device) - self.resident
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        _wait(self.device)
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            self.run()
+        _wait(self.device)
+        seconds = (time.perf_counter() - start) / self.steps
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return Turn(seconds, peak - others)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large matrix product in the precision of our step."""
+    cuda = device.type == "cuda"
+    side, times = (8192, 30) if cuda else (2048, 3)
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if cuda else None)
+    a @ b
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    _wait(device)
+    return 2 * side**3 * times / (time.perf_counter() - start)
+
+
+def flop_per_image(options: argparse.Namespace, device: torch.device) -> int:
+    """FLOP of a step on one image in the plain form."""
+    one = argparse.Namespace(**{**vars(options), "batch": 1})
+    contender = Contender(one, device, ours=False)
+    # torch counts the backward pass of grouped convolutions as if they had no groups.
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        contender.run()
+    return counter.get_total_flops()
+
+
+def _convolution_backward(grad, x, weight, *rest, out_shape=None, **_) -> int:  # type: ignore[no-untyped-def]
+    wanted = rest[-1]  # gradient of the input, of the weight, of the bias
+    return sum(wanted[:2]) * conv_flop_count(x, weight, grad)
+
+
+def _vgg(file: Path | None, device: torch.device) -> losses.VGGFeatures:
+    if file is not None:
+        return load_vgg(file, "vgg19", device)
+    random = torch.Generator().manual_seed(0)
+    weights = {}
+    for i, (channels, out) in VGG19.items():
+        deviation = (2 / (9 * channels)) ** 0.5
+        weights[f"features.{i}.weight"] = deviation * torch.randn(
+            out, channels, 3, 3, generator=random
+        )
+        weights[f"features.{i}.bias"] = torch.zeros(out)
+    return placed(losses.VGGFeatures(weights, "vgg19"), device)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="base" if cuda else "tiny")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+    parser.add_argument("--batch", type=int, default=8 if cuda else 2)
+    parser.add_argument("--steps", type=int, default=10 if cuda else 1, help="steps of a turn")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="ours, by inductor"
+    )
+    parser.add_argument("--vgg", type=Path, help="file of VGG19 weights; speed is the same")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args()
+
+    flop = flop_per_image(options, device)
+    ours, eager = (Contender(options, device, ours=flag) for flag in (True, False))
+    measured = take_turns(
+        {"ours": ours.turn, "eager fp32": eager.turn, "matmul": lambda: matmul_rate(device)},
+        options.repeats,
+    )
+    seconds = {name: [turn.seconds for turn in measured[name]] for name in ("ours", "eager fp32")}
+    rows, rates = [], {}
+    for name, times in seconds.items():
+        rates[name] = [options.batch * flop / t for t in times]
+        rows += [
+            Row(f"{name}: a step", [1000 * t for t in times], "ms"),
+            Row(f"{name}: speed", [options.batch / t for t in times], "images/s"),
+            Row(f"{name}: reached", [rate / 1e12 for rate in rates[name]], "TFLOP/s"),
+        ]
+        if cuda:
+            peaks = [turn.peak / 2**30 for turn in measured[name]]
+            rows.append(Row(f"{name}: peak memory", peaks, "GiB"))
+    rows += [
+        Row("matmul", [rate / 1e12 for rate in measured["matmul"]], "TFLOP/s"),
+        Row("work on one image", [flop / 1e12], "TFLOP"),
+    ]
+    ratios = {
+        "vs_eager_fp32": ratio(seconds["eager fp32"], seconds["ours"]),
+        "of_matmul_rate": ratio(rates["ours"], measured["matmul"]),
+    }
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    title = (
+        f"A GAN step of {options.preset}, batch {options.batch} of {options.size} x {options.size};"
+        f" ours in {'bf16' if cuda else 'fp32'}, {'' if options.compile else 'not '}compiled"
+        f"\n{where}, torch {torch.__version__}"
+    )
+    report(title, rows, ratios, as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()
