@@ -68,7 +68,7 @@ def describe(config: ModelConfig, size: int = 256) -> dict[str, Any]:
 
 
 def description_text(found: Mapping[str, Any]) -> str:
-    """`describe`'s result as text of at most 100 columns, without the name of the preset."""
+    """`describe`'s result as two tables with totals, for people."""
     attention = found["attention_macs"], found["attention_macs_computed"]
     discriminator = found["discriminator"]
     rows = [
@@ -121,7 +121,7 @@ def _note_attention(layers: list[Layer], products: list[int], name: str) -> Any:
         ]
         dim = module.query.out_channels + module.out.in_channels  # d + d_v
         products.append(queries * sum(keys) * dim)
-        what = f"{queries:,} queries, {sum(keys):,} keys"
+        what = f"{queries:,} x {sum(keys):,} scores"
         layers.append(_layer(name, what, output.shape[1:], [PATCH], [], 0, 0))
 
     return hook
@@ -181,7 +181,7 @@ def _table(layers: Sequence[Layer]) -> list[str]:
         (
             layer["name"],
             layer["what"],
-            " x ".join(map(str, layer["shape"])),
+            "x".join(map(str, layer["shape"])),
             " ".join(map(str, layer["kernels"])),
             " ".join(map(str, layer["groups"])),
             f"{layer['parameters']:,}" if layer["parameters"] else "",

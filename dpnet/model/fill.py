@@ -40,8 +40,9 @@ def pull_push(image: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         pulled.append((colour, weight))
     filled = colour + (1 - weight) * mean
     for colour, weight in reversed(pulled[:-1]):
-        size = (colour.shape[2], colour.shape[3])
-        above = F.interpolate(filled, size=size, mode="bilinear", align_corners=False)
+        # Twice as large and cut, as `_halve` rounds up: stretched to an odd size it would shift.
+        above = F.interpolate(filled, scale_factor=2, mode="bilinear", align_corners=False)
+        above = above[:, :, : colour.shape[2], : colour.shape[3]]
         filled = colour + (1 - weight) * above
         for _ in range(RELAXATIONS):
             filled = colour + (1 - weight) * _neighbours(filled)

@@ -90,6 +90,69 @@ def test_what_is_not_built_yet_says_so(argv: list[str], capsys: pytest.CaptureFi
     assert "is not built yet" in fails(capsys, *argv)
 
 
+def test_model_describe_prints_layers_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = answer(capsys, "model", "describe", "--preset", "base")
+    assert (status, found["ok"], found["preset"], found["size"]) == (0, True, "base", 256)
+    assert found["macs"] / 1e9 == pytest.approx(55.58, rel=0.02)
+    assert found["parameters"] > 1e6
+    sets = ["--set", "attention=none", "--set", "model.pyramid=false"]
+    assert cli.main(["model", "describe", "--preset", "tiny", *sets]) == 0
+    text = capsys.readouterr().out
+    assert "down4" not in text
+    assert "attention over 3x3 patches          0.00 GMac" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--preset", "huge"], "must be one of tiny, base, large"),
+        (["--set", "depth=3"], "model.depth is no option"),
+        (["--size", "100"], "give a multiple of 32 pixels"),
+    ],
+)
+def test_model_describe_tells_what_cannot_be(
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in fails(capsys, "model", "describe", *argv)
+
+
+def test_model_describe_loads_torch_and_no_other_heavy_library() -> None:
+    code = "import sys; from dpnet import cli; cli.main(['model', 'describe', '--preset', 'tiny'])"
+    code += "; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "torch" in loaded
+    assert not loaded & {"ray", "prefect", "mlflow", "pyarrow", "cv2", "matplotlib", "skimage"}
+
+
+def test_export_writes_a_folder_and_tells_what_was_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpnet.model import ModelConfig, build_generator
+    from dpnet.weights import save_generator
+
+    config = ModelConfig((8, 8, 8), 1, 8, 7, (8, 8, 8, 8))
+    save_generator(LocalStore(tmp_path), "run", build_generator(config), {})
+    out, run = str(tmp_path / "out"), str(tmp_path / "run")
+    status, found = answer(capsys, "export", run, "-o", out, "--format", "torchscript")
+    assert (status, found["model"], found["out"]) == (0, run, out)
+    assert found["files"]["generator.ts"] == (tmp_path / "out" / "generator.ts").stat().st_size
+    assert found["differences"]["generator.ts"] <= 1e-3
+    again = ["export", out, "-o", f"{out}2", "--format", "torchscript"]  # from what was exported
+    assert cli.main(again) == 0
+    text = capsys.readouterr().out
+    assert "generator.ts differs from the network by" in text
+    assert "README.md: " in text
+
+
+def test_export_of_what_is_no_model_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fails(capsys, "export", str(tmp_path / "none"), "-o", str(tmp_path / "out"))
+    assert "holds no model" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("share", ["0", "1.5", "-1", "nan", "some"])
 def test_a_share_of_nothing_or_of_more_than_all_is_wrong_usage(
     share: str, capsys: pytest.CaptureFixture[str]

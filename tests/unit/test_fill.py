@@ -3,6 +3,7 @@
 import pytest
 import torch
 from exactly import MASKS, assert_exact, mask
+from torch.nn import functional as F
 
 from dpnet.model.fill import pull_push
 
@@ -49,9 +50,7 @@ def push(levels, mean):
     for colour, weight in reversed(levels[:-1]):
         height, width = colour.shape
         above = [
-            bilinear(
-                filled, (i + 0.5) * filled.shape[0] / height, (j + 0.5) * filled.shape[1] / width
-            )
+            bilinear(filled, (i + 0.5) / 2, (j + 0.5) / 2)
             for i in range(height)
             for j in range(width)
         ]
@@ -143,3 +142,12 @@ def test_a_sample_without_known_pixels_is_filled_with_the_mean():
         torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16), torch.full((1, 3, 1, 1), 0.7)
     )
     torch.testing.assert_close(filled, torch.full((1, 3, 16, 16), 0.7))
+
+
+def test_an_odd_side_gives_what_padding_with_unknown_pixels_gives():
+    image, mean = torch.rand(1, 3, 37, 65, dtype=torch.float64), torch.full((1, 3, 1, 1), 0.5)
+    valid = torch.ones(1, 1, 37, 65, dtype=torch.float64)
+    valid[..., 8:29, 20:45] = 0
+    odd = pull_push(image * valid, valid, mean)
+    padded = [F.pad(x, (0, 63, 0, 91)) for x in (image * valid, valid)]
+    assert float((pull_push(*padded, mean)[..., :37, :65] - odd).abs().max()) < 0.01
