@@ -309,7 +309,7 @@ def _add_inpaint(parsers: _Parsers) -> None:
     parser.add_argument(
         "--model",
         default="",
-        help="a run's folder, models:/NAME@champion or models:/NAME/VERSION"
+        help="a run's folder or an exported one, models:/NAME@champion or models:/NAME/VERSION"
         " (default: the root's champion)",
     )
     parser.add_argument(

@@ -241,7 +241,8 @@ def load_graph(name: str, data: bytes) -> Graph:
     if name == "torch-export":
         return torch.export.load(io.BytesIO(data)).module()
     if name == "torchscript":
-        return cast("Graph", torch.jit.load(io.BytesIO(data)))  # type: ignore[no-untyped-call]
+        with _quiet():
+            return cast("Graph", torch.jit.load(io.BytesIO(data)))  # type: ignore[no-untyped-call]
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -40,7 +40,7 @@ _USE = {
     "torch-export": """\
 ## generator.pt2: PyTorch
 
-Loading takes torch up to a minute or two; a call does not.
+Loading takes torch a while, a call does not.
 
 ```python
 import torch
