@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import PipelineError, StorageError, storage_error
+from data_prep.errors import ConfigError, PipelineError, StorageError, storage_error
 from data_prep.storage import LocalStore, Store, open_store
 from dpnet.arguments import DEMO_ROOT
 from dpnet.config import Config, config_of_source, is_config, load_config, resolve_root
@@ -203,9 +203,12 @@ def inpaint(args: Namespace) -> Outcome:
 
 
 def model_describe(args: Namespace) -> Outcome:
-    # Any config will do: all but its model is left out.
     sets = [o if o.startswith("model.") else f"model.{o}" for o in args.set]
-    settings = load_config("demo", [f"model.preset={args.preset}", *sets]).model.model_dump()
+    try:  # any config will do: all but its model is left out
+        config = load_config("demo", [f"model.preset={args.preset}", *sets])
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix("demo: ")) from None
+    settings = config.model.model_dump()
 
     from dpnet.model.config import preset
     from dpnet.model.describe import describe, description_text
