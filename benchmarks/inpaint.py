@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--one", type=int, metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.sides) < 64:
+        parser.error("--sides: give at least 64 pixels")
     if args.one:
         print(json.dumps(measure(args, args.one)))
         return

@@ -86,8 +86,10 @@ def _typed(*words: str, root: str | None, photos: str | None = None, sets: Seque
 
 def stage(args: Namespace) -> Outcome:
     from dpnet.chain import run_chain
+    from dpnet.train import check_vgg_file
 
     config = load_config(args.config, args.set)
+    check_vgg_file(config.losses)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
@@ -238,9 +240,12 @@ def not_built(args: Namespace) -> Outcome:
 
 
 def _check_source(config: Config) -> None:
-    """Raise PipelineError where the photo folder is missing, before a server is started for it."""
+    """Raise PipelineError where a file or folder is missing, before hours are spent on the rest."""
     from data_prep.raw import check_source
     from dpnet.chain import SAMPLE
+    from dpnet.train import check_vgg_file
+
+    check_vgg_file(config.losses)
 
     if config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)

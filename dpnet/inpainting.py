@@ -20,6 +20,7 @@ from dpnet.model import Generator
 from dpnet.tiles import TILE, Tell, fill, on_fastest_device
 from dpnet.weights import find_layout, load_generator
 
+ROUNDING = 1e-3  # how far beyond 0 and 1 floating point may be, as after a resize
 FEW_KNOWN = 0.05  # below this known share the mask is probably inverted
 
 Kind = TypeVar("Kind")
@@ -164,7 +165,7 @@ def _check_values(colours: Tensor, valid: Tensor, name: str) -> None:
             f"{name} has known pixels that are NaN or infinite: repair them or make them part of"
             " the hole."
         )
-    if low < 0 or high > 1:
+    if low < -ROUNDING or high > 1 + ROUNDING:
         raise PipelineError(
             f"{name} has known values from {low:g} to {high:g}: give floating point from 0 to 1,"
             " or uint8 from 0 to 255."

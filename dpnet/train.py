@@ -133,6 +133,9 @@ def train(
             f"train.batch_size is {settings.batch_size} and train.workers {settings.workers}:"
             " choose a batch size that the workers divide."
         )
+    if losses.vgg_weights is not None:  # the workers run in other folders
+        path = str(Path(losses.vgg_weights).expanduser().absolute())
+        losses = losses.model_copy(update={"vgg_weights": path})
     request = train_request(model, losses, settings, name, images, masks)
     job = TrainJob(store.uri, images, masks, model, losses, settings)
     return run_stage(store, request, lambda work: _build(job, work), say)
@@ -151,13 +154,8 @@ def train_request(
     if losses.vgg_weights is None:
         loss_settings |= {"perceptual": 0.0, "style": 0.0}
     else:
-        path = Path(losses.vgg_weights)
-        if not path.is_file():
-            raise ConfigError(
-                f"losses.vgg_weights names {str(path)!r}, which is no file: make it with"
-                f" `{vgg_command(losses.vgg, str(path))}`, or leave the option out."
-            )
-        sources["vgg"] = sha256_file(path)
+        check_vgg_file(losses)
+        sources["vgg"] = sha256_file(Path(losses.vgg_weights).expanduser())
     return Request(
         stage="train",
         name=name,
@@ -171,6 +169,16 @@ def train_request(
         inputs={"images": images, "masks": masks},
         sources=sources,
     )
+
+
+def check_vgg_file(losses: LossSettings) -> None:
+    """Raise ConfigError where `losses.vgg_weights` names no file."""
+    name = losses.vgg_weights
+    if name is not None and not Path(name).expanduser().is_file():
+        raise ConfigError(
+            f"losses.vgg_weights names {name!r}, which is no file: make it with"
+            f" `{vgg_command(losses.vgg, name)}`, or leave the option out."
+        )
 
 
 def vgg_command(kind: str, file: str) -> str:

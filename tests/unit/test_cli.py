@@ -426,3 +426,13 @@ def test_fresh_waits_for_no_one_and_removes_nothing_under_a_running_demo(
 def test_fresh_on_a_folder_that_is_not_there_does_nothing(tmp_path: Path) -> None:
     clear_root(LocalStore(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", [["train"], ["pipeline", "run"], ["demo"]])
+def test_a_missing_file_of_vgg_weights_is_told_before_anything_is_built(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = [] if command == ["demo"] else ["demo"]
+    given = ["--root", str(tmp_path / "root"), "--set", "losses.vgg_weights=none.pth"]
+    assert "which is no file" in fails(capsys, *command, *config, *given)
+    assert not (tmp_path / "root" / "images").exists()

@@ -18,6 +18,7 @@ from data_prep.images import ImagesConfig, prepare_images
 from data_prep.masks import MasksConfig, prepare_masks
 from data_prep.storage import open_store
 from dpnet import loop
+from dpnet import train as training
 from dpnet.data import Samples, TrainingBatches, validation_pairs
 from dpnet.loop import LOG, Meter, choose_backend, train_loop
 from dpnet.model import losses as L
@@ -168,6 +169,22 @@ def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepa
     job = make_job(prepared, losses)
     with pytest.raises(ConfigError, match=r"no file: make it with `python -c .*vgg\.pth`"):
         train_request(job.model, losses, job.settings, "t", job.images, job.masks)
+
+
+def test_workers_are_given_the_whole_path_of_the_vgg_file(prepared, tmp_path, monkeypatch):
+    (tmp_path / "vgg.pth").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    jobs = []
+    monkeypatch.setattr(training, "run_stage", lambda store, request, build, say: build(None))
+    monkeypatch.setattr(training, "_build", lambda job, work: jobs.append(job))
+    job = make_job(prepared)
+    training.train(
+        job.model,
+        LossSettings(vgg_weights="vgg.pth"),
+        *(job.settings, "t", job.images, job.masks),
+        open_store(job.root),
+    )
+    assert jobs[0].losses.vgg_weights == str(tmp_path / "vgg.pth")
 
 
 def test_the_command_that_makes_a_vgg_file_saves_torchvisions_weights(tmp_path):
