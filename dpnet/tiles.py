@@ -173,8 +173,7 @@ def _predict_large(
 ) -> Tensor:
     """The raw prediction 1 3 H W of one image by tiles; it may be 0 where there is no hole.
 
-    Only tiles with a hole are run, to gather the statistics as well: with those of all tiles, or of
-    the neighbours too, the tiles agree less where they overlap.
+    Only tiles with a hole are run, to gather the statistics as well.
     """
     device = device_of(generator)
     height, width = valid.shape[2:]

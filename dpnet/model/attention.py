@@ -50,17 +50,7 @@ R = TypeVar("R")
 def attend(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], shares: Sequence[Tensor]
 ) -> Tensor:
-    """Attention of the 3x3 patches of one map over those of several others.
-
-    Args:
-        query: N D H W. keys: maps N D h w. values: maps N E h w of the same sizes.
-        shares: N 1 h w, the known share c_j of the patch around each key, in [0, 1].
-
-    Returns:
-        N E H W, the weighted value patches pasted back, overlaps averaged; 0 in a sample in which
-        no key has a share of 0.05. With q and k the patches divided by their norms, the logits
-        are s q.k + log c_j in fp32, s = 10 log K / log 5376 for K keys.
-    """
+    """What `plain_attend` gives of the same arguments, worked out as this module's head says."""
     n, _, height, width = query.shape
     column, bias, some = key_terms(keys, shares)
     out = _attend(

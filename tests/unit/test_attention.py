@@ -198,6 +198,7 @@ def test_the_form_that_a_compiler_fuses_gives_the_same(block):
     inputs = [padded, A._flat(keys).detach(), A._flat(values).detach()]
     inputs += [A.inverse_norms(query)[:, 0].detach(), column.detach(), bias.detach()]
     if block is A._backward_block:
+        torch.manual_seed(0)
         inputs.insert(0, torch.randn(2, 6, 3, VALUES, dtype=torch.float64))
     sides = [side for k in keys for side in k.shape[2:]]
     fused = torch.compile(block, backend="aot_eager", fullgraph=True)(*inputs, sides)

@@ -145,6 +145,7 @@ def test_a_sample_without_known_pixels_is_filled_with_the_mean():
 
 
 def test_an_odd_side_gives_what_padding_with_unknown_pixels_gives():
+    torch.manual_seed(0)
     image, mean = torch.rand(1, 3, 37, 65, dtype=torch.float64), torch.full((1, 3, 1, 1), 0.5)
     valid = torch.ones(1, 1, 37, 65, dtype=torch.float64)
     valid[..., 8:29, 20:45] = 0
