@@ -39,7 +39,7 @@ demo: setup
 	@$(BIN)/dpnet demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not e2e and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not e2e and not gpu" $(ARGS)
 
 test-all: setup
 	$(BIN)/python -m pytest -m "slow or e2e" $(ARGS)

@@ -1,12 +1,16 @@
-"""B8, planning: listings of 10^5 to 10^7 images, manifests of 10^2 to 10^5 shards.
+"""B8: listings of 10^5 to 10^7 images, manifests of 10^2 to 10^5 shards, orders for 1,024 ranks.
 
     python benchmarks/scale.py [--json]
 
 Each size in a process of its own: seconds, and the process's peak memory. Its processor time tells
 more than the seconds where others use the machine too. The listing is synthetic, its keys in no
-order, and no image exists: planning reads none. `plan_s` and `plan_gb` are those of 10^7 images;
-`linear` is how many times more time an image takes there than of 10^5, and `linear_gb` the same of
-memory beyond the interpreter's.
+order, and no image exists: planning reads none. `plan_s` and `plan_gb` are those of 10^7 images,
+`order_s` that of 10^5 shards and 1,024 ranks; `linear` is how many times more time an image takes
+there than of 10^5, and `linear_gb` the same of memory beyond the interpreter's.
+
+The order is that of shards of 1,000 samples read along 1,024 lanes: how long it takes to find the
+samples of one step of all ranks, 16 a rank, in the middle of the second epoch, from nothing, as
+when training is taken up there; and how many shards one rank opens for its first batch after that.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ from data_prep.listing import Item
 
 IMAGES = (10**5, 10**6, 10**7)
 SHARDS = (10**2, 10**3, 10**4, 10**5)
+RANKS = (1, 32, 1024)
+LANES, SAMPLES, OF_RANK = 1024, 1000, 16
 
 
 def synthetic_items(count: int) -> Iterator[Item]:
@@ -93,19 +99,40 @@ def manifest(count: int) -> dict[str, float]:
     return {"write": written - start, "read": read - written, "MB": size / 1e6, "GB": peak_gb()}
 
 
+def order(shards: int, ranks: int) -> dict[str, float]:
+    """Find one step's samples in the middle of the second epoch: seconds, shards, GB."""
+    from dpnet.order import ShardOrder, rank_cursors
+
+    start = time.perf_counter()
+    found = ShardOrder("digest", 0, [SAMPLES] * shards, LANES)
+    batch = OF_RANK * ranks
+    step = shards * SAMPLES * 3 // 2 // batch
+    samples = found.samples_at(step * batch, (step + 1) * batch)
+    assert len(samples) == batch
+    seconds = time.perf_counter() - start
+    mine = [cursor - step * batch for cursor in rank_cursors(step, batch, 0, ranks)]
+    opened = len({tuple(samples[i, :2]) for i in mine})
+    return {"seconds": seconds, "shards": opened, "GB": peak_gb()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        what, count = arguments.run
-        print(json.dumps((plan if what == "plan" else manifest)(int(count))))
+        what, *counts = arguments.run
+        print(
+            json.dumps(
+                {"plan": plan, "manifest": manifest, "order": order}[what](*map(int, counts))
+            )
+        )
         return
 
-    def measured(what: str, count: int) -> dict[str, float]:
-        print(f"{what}: {count}", file=sys.stderr, flush=True)
-        return dict(in_a_process([sys.executable, __file__, "--run", what, str(count)]))
+    def measured(what: str, *counts: int) -> dict[str, float]:
+        words = [what, *map(str, counts)]
+        print(" ".join(words), file=sys.stderr, flush=True)
+        return dict(in_a_process([sys.executable, __file__, "--run", *words]))
 
     rows: list[Row] = []
     seconds, memory, start_gb = {}, {}, 0.0
@@ -126,15 +153,26 @@ def main() -> None:
             Row(f"{count:,} shards: manifest", [figures["MB"]], "MB"),
             Row(f"{count:,} shards: peak memory", [figures["GB"]], "GB"),
         ]
+    for count in SHARDS:
+        for ranks in RANKS:
+            figures = measured("order", count, ranks)
+            where = f"{count:,} shards, {ranks:,} ranks"
+            rows += [
+                Row(f"{where}: order at a step", [figures["seconds"]], "s"),
+                Row(f"{where}: opened by one rank", [figures["shards"]], "shards"),
+                Row(f"{where}: peak memory", [figures["GB"]], "GB"),
+            ]
+    order_s = figures["seconds"]
     least, most = IMAGES[0], IMAGES[-1]
     times = most / least
     ratios = {
         "plan_s": seconds[most],
         "plan_gb": memory[most],
         "linear": seconds[most] / seconds[least] / times,
+        "order_s": order_s,
         "linear_gb": (memory[most] - start_gb) / max(memory[least] - start_gb, 1e-3) / times,
     }
-    report("B8: growth of planning", rows, ratios, as_json=arguments.json)
+    report("B8: growth", rows, ratios, as_json=arguments.json)
 
 
 if __name__ == "__main__":

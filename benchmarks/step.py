@@ -54,6 +54,8 @@ SETTINGS = SimpleNamespace(
     gradient_clip=1.0,
     ema_decay=0.999,
     seed=0,
+    accumulate=1,
+    max_skipped=0,
 )
 WARM_UP = 3  # steps before the first turn
 # Index in torchvision's `features`: channels in and out.

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -437,7 +438,7 @@ def _inherited(parent: Version | None, record: FileRecord) -> FileRecord:
     path = record.path
     if not path.startswith("../"):
         path = f"../{posixpath.basename(parent.folder)}/{path}"
-    return FileRecord(path, record.size, record.sha256, record.content)
+    return replace(record, path=path)
 
 
 def _write_lists(
@@ -458,7 +459,7 @@ def _write_lists(
         ]
         # The order of the lines follows from the names, so this says nothing about the content.
         record = write_urls(work, split, paths)
-        records.append(FileRecord(record.path, record.size, record.sha256, content=False))
+        records.append(replace(record, content=False))
         own = stored & (outcomes.plan.split == code)
         figures[split] = {
             "samples": int(outcomes.samples[own].sum(dtype=np.int64)),

@@ -342,7 +342,7 @@ def _write_record(
 ) -> None:
     metadata = {
         b"task": digest.encode(),
-        b"files": json.dumps([asdict(file) for file in files]).encode(),
+        b"files": json.dumps([file.to_json() for file in files]).encode(),
     }
     rows = [{name: getattr(finding, name) for name in _FINDINGS} for finding in findings]
     data = encode_table(rows, _FINDINGS, metadata)

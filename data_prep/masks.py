@@ -9,6 +9,8 @@ Training and evaluation masks come from different random streams.
 from __future__ import annotations
 
 import math
+import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -203,11 +205,39 @@ def valid_from_png(data: bytes) -> NDArray[np.uint8]:
     import cv2
     import numpy as np
 
+    if (own := _unpacked(data)) is not None:
+        return own
     hole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
     if hole is None:
         raise PipelineError("a mask is not a readable PNG: give a PNG with white holes.")
     valid: NDArray[np.uint8] = (hole < 128).astype(np.uint8)
     return valid
+
+
+# What comes before the pixels of a PNG as `encode_png` writes it: 1 bit, grey, not interlaced.
+_OWN_PNG = re.compile(
+    rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR(....)(....)\x01\0\0\0\0....(....)IDAT", re.DOTALL
+)
+
+
+def _unpacked(data: bytes) -> NDArray[np.uint8] | None:
+    """`valid` of a PNG of our own, at a third of the cost of a general reader; None for others."""
+    import numpy as np
+
+    if (match := _OWN_PNG.match(data)) is None:
+        return None
+    width, height, size = (int.from_bytes(match[n], "big") for n in (1, 2, 3))
+    stop = match.end() + size
+    if data[stop + 4 : stop + 12] != b"\0\0\0\0IEND":
+        return None  # its pixels go on in another chunk
+    try:
+        packed = np.frombuffer(zlib.decompress(data[match.end() : stop]), np.uint8)
+        lines = packed.reshape(height, 1 + (width + 7) // 8)
+    except (zlib.error, ValueError):
+        return None
+    if lines[:, 0].any():  # a filter
+        return None
+    return np.unpackbits(~lines[:, 1:], axis=1, count=width)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 PLAIN_EVERY_S = 10.0
+listeners: list[Callable[[str], None]] = []  # are told too, where nobody reads standard error
 
 
 def say(message: str) -> None:
     """One plain line for people; standard output is kept for results."""
     print(message, file=sys.stderr, flush=True)
+    for listener in listeners:
+        listener(message)
 
 
 class Progress:
@@ -59,6 +63,8 @@ class Progress:
             speed = (count - self._first) / max(now - self._start, 1e-9)
             share = 100 * count // max(self.total, 1)
             text = f"{self.title}: {count}/{self.total} {self.unit} ({share} %), {speed:.1f}/s"
+            if count < self.total and speed > 0:
+                text += f", {_duration((self.total - count) / speed)} left"
             say(f"{text}, {note}" if note else text)
 
     def __exit__(
@@ -69,3 +75,10 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    """As "40 s", "12 min" or "5.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

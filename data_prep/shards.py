@@ -169,7 +169,7 @@ def write_shard(work: Place, name: str, samples: Iterable[ShardSample]) -> list[
         work.store.upload(work.key(f"{name}.tar"), Path(file.name))
     mark = {_TAR_SHA256: sha256.encode(), _TAR_SIZE: str(tar.size).encode()}
     written = write_file(work, f"{name}.parquet", encode_table(index, metadata=mark))
-    return [FileRecord(f"{name}.tar", tar.size, sha256), written]
+    return [FileRecord(f"{name}.tar", tar.size, sha256, samples=len(index)), written]
 
 
 def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
@@ -178,14 +178,15 @@ def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
 
     try:
         index = work.store.read(work.key(f"{name}.parquet"))
-        mark = pq.read_schema(io.BytesIO(index)).metadata or {}
+        footer = pq.read_metadata(io.BytesIO(index))
+        mark = footer.metadata or {}
         sha256, size = sha256_of(work.store, work.key(f"{name}.tar"))
     except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
         return None
     if mark.get(_TAR_SHA256) != sha256.encode():
         return None
     return [
-        FileRecord(f"{name}.tar", size, sha256),
+        FileRecord(f"{name}.tar", size, sha256, samples=footer.num_rows),
         FileRecord(f"{name}.parquet", len(index), sha256_bytes(index)),
     ]
 

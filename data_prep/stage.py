@@ -28,13 +28,19 @@ class FileRecord:
     earlier version).
 
     `content` says whether it counts in the content digest: files that hold times or fingerprints
-    do not.
+    do not. `samples` is how many samples a tar has: the order of training is made of these counts
+    before any shard is opened.
     """
 
     path: str
     size: int
     sha256: str
     content: bool = True
+    samples: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without what is not known."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -152,7 +158,7 @@ def run_stage(
                 for role, ref in request.inputs.items()
             },
             "sources": dict(request.sources),
-            "files": [asdict(f) for f in files],
+            "files": [f.to_json() for f in files],
             "summary": produced.summary,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 3),

@@ -93,7 +93,9 @@ def _add_group(parsers: _Parsers, name: str, what: str, example: str) -> _Parser
 def _add_pipeline(parsers: _Parsers) -> None:
     example = "dpnet pipeline run places2 --root /data/dpnet --set images.source=/data/places2"
     group = _add_group(parsers, "pipeline", "the whole pipeline as one Prefect flow run", example)
-    _add_config(_add(group, "run", "pipeline_run", "run every stage that is not done yet", example))
+    parser = _add(group, "run", "pipeline_run", "run every stage that is not done yet", example)
+    _add_config(parser)
+    _add_launch(parser)
 
 
 def _add_demo(parsers: _Parsers) -> None:
@@ -209,6 +211,8 @@ def _add_stage(parsers: _Parsers, name: str, stage: str, what: str, command: str
     )
     parser.set_defaults(stage=stage)
     _add_config(parser)
+    if stage in _STAGES:
+        _add_launch(parser)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +223,18 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         "--root", help="where everything is stored (default: DPNET_ROOT, else the config's)"
     )
     _add_set(parser)
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--launcher",
+        choices=["local", "ray-job"],
+        help="where training runs: Ray on this machine, or a job on a Ray cluster, which goes on"
+        " when this command is killed and is found again by it (default: the config's, else local)",
+    )
+    parser.add_argument(
+        "--address", metavar="URL", help="the cluster's dashboard, as http://head:8265"
+    )
 
 
 def _add_set(

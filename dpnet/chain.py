@@ -19,7 +19,7 @@ from data_prep.stage import StageRef
 from data_prep.storage import LocalStore, Store
 from dpnet.config import Config
 from dpnet.evaluate import evaluate
-from dpnet.register import register
+from dpnet.register import register, tracking_uri
 from dpnet.train import train
 
 SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
@@ -38,11 +38,6 @@ def run_chain(
 ) -> list[StageRef]:
     """Run the stages that `wanted` needs, and it last; their references in that order."""
     refs: list[StageRef] = []
-    if wanted not in ("images", "masks") and config.images.mode in ("short-side", "keep"):
-        raise ConfigError(
-            f"images.mode is {config.images.mode}, which gives pictures of many shapes, and"
-            " training reads squares: use center-crop or tiles."
-        )
 
     def run(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
         ref = call(title, stage, *arguments, store)
@@ -56,15 +51,23 @@ def run_chain(
         masks = run("prepare masks", prepare_masks, config.masks)
     if wanted in ("images", "masks"):
         return refs
-    trained = run(
-        "train", train, config.model, config.losses, config.train, config.name, images, masks
-    )
+    of_training = (config.model, config.losses, config.train, config.launch)
+    tracked = _tracking(config, store)
+    trained = run("train", train, *of_training, tracked, config.name, images, masks)
     if wanted == "train":
         return refs
     evaluation = run("evaluate", evaluate, config.evaluate, images, masks, trained)
     if wanted == "register":
         run("register", register, config.registry, trained, evaluation)
     return refs
+
+
+def _tracking(config: Config, store: Store) -> str | None:
+    """The MLflow that training tells how it goes; None where there is none."""
+    try:
+        return tracking_uri(config.registry, store)
+    except ConfigError:  # registering needs one, training does not
+        return None
 
 
 def with_photographs(config: Config, store: Store) -> Config:

@@ -45,11 +45,12 @@ def demo(args: Namespace) -> Outcome:
 
 
 def pipeline_run(args: Namespace) -> Outcome:
-    resolved = load_config(args.config, args.set)
+    overrides = _with_launch(args)
+    resolved = load_config(args.config, overrides)
     _check_source(resolved)
     store = open_store(resolve_root(args.root, resolved))
-    again = _typed("pipeline", "run", args.config, root=args.root, sets=args.set)
-    return _run_flow(args.config, store, args.set, args, again, embedded=False)
+    again = _typed("pipeline", "run", args.config, root=args.root, sets=overrides)
+    return _run_flow(args.config, store, overrides, args, again, embedded=False)
 
 
 def _run_flow(
@@ -86,14 +87,22 @@ def _typed(*words: str, root: str | None, photos: str | None = None, sets: Seque
 
 def stage(args: Namespace) -> Outcome:
     from dpnet.chain import run_chain
-    from dpnet.train import check_vgg_file
+    from dpnet.train import check_settings, check_vgg_file
 
-    config = load_config(args.config, args.set)
+    config = load_config(args.config, _with_launch(args))
+    check_settings(config.train)
     check_vgg_file(config.losses)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
     return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
+
+
+def _with_launch(args: Namespace) -> list[str]:
+    """The options of --set, and those that have names of their own."""
+    own = {"launcher": getattr(args, "launcher", None), "address": getattr(args, "address", None)}
+    given = [f"launch.{name}={json.dumps(value)}" for name, value in own.items() if value]
+    return [*args.set, *given]
 
 
 def images_build(args: Namespace) -> Outcome:
@@ -243,10 +252,10 @@ def _check_source(config: Config) -> None:
     """Raise PipelineError where a file or folder is missing, before hours are spent on the rest."""
     from data_prep.raw import check_source
     from dpnet.chain import SAMPLE
-    from dpnet.train import check_vgg_file
+    from dpnet.train import check_settings, check_vgg_file
 
+    check_settings(config.train)
     check_vgg_file(config.losses)
-
     if config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
 

@@ -27,6 +27,7 @@ from data_prep.errors import ConfigError
 from data_prep.images import ImagesConfig
 from data_prep.masks import MasksConfig
 from dpnet.evaluate import EvaluateSettings
+from dpnet.launch import LaunchSettings
 from dpnet.register import RegisterSettings
 from dpnet.train import LossSettings, ModelSettings, TrainSettings
 
@@ -49,6 +50,7 @@ class Config(BaseModel):
     model: ModelSettings
     losses: LossSettings
     train: TrainSettings
+    launch: LaunchSettings
     evaluate: EvaluateSettings
     # `register` is a method of pydantic's classes, so the attribute has another name.
     registry: RegisterSettings = Field(alias="register")
@@ -71,7 +73,7 @@ class Config(BaseModel):
         return self
 
 
-_SECTIONS = ("images", "masks", "model", "losses", "train", "evaluate", "register")
+_SECTIONS = ("images", "masks", "model", "losses", "train", "launch", "evaluate", "register")
 
 
 def packaged_configs() -> list[str]:

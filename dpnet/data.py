@@ -1,16 +1,9 @@
-"""Training batches from image shards and mask shards.
-
-Every sample is one range read through its shard's index. A thread reads and decodes ahead of the
-training step.
-"""
+"""Single samples by position, for validation and evaluation: each is one range read through its
+shard's index. Training reads whole shards (`dpnet.loader`)."""
 
 from __future__ import annotations
 
 import io
-import queue
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,25 +12,17 @@ from data_prep.errors import PipelineError
 from data_prep.masks import valid_from_png
 from data_prep.shards import read_index, split_shards
 from data_prep.storage import Store
-from dpnet.order import generator, rank_cursors, sample_at
 from dpnet.pairs import frozen_pairs
-
-AHEAD = 4  # batches that wait decoded
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`image` N H W 3 uint8; `valid` N H W uint8 in {0, 1}, 1 = known pixel."""
-
-    image: NDArray[np.uint8]
-    valid: NDArray[np.uint8]
 
 
 class Samples:
-    """The payloads of one split of a committed images or masks stage, by position."""
+    """The payloads of one split of a committed images or masks stage, by position.
 
-    def __init__(self, store: Store, folder: str, split: str) -> None:
-        self.store = store
+    Images larger than `size` pixels are cut to the square in their middle.
+    """
+
+    def __init__(self, store: Store, folder: str, split: str, size: int | None = None) -> None:
+        self.store, self.size = store, size
         self.shards = split_shards(store, folder, split)
         self.rows = [
             {**row, "shard": shard} for shard in self.shards for row in read_index(store, shard)
@@ -68,13 +53,24 @@ class Samples:
     def image(self, position: int) -> NDArray[np.uint8]:
         """H W 3 uint8."""
         try:
-            return decode_image(self.payload(position))
+            return self._cut(decode_image(self.payload(position)))
         except (OSError, ValueError) as error:
             row = self.rows[position]
             raise PipelineError(
                 f"sample {row['key']} of {self.store.uri}/{row['shard']} cannot be decoded"
                 f" ({error}): run `dpnet verify` on the root."
             ) from error
+
+    def _cut(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self.size is None:
+            return image
+        height, width = image.shape[:2]
+        if min(height, width) < self.size:
+            raise ValueError(
+                f"it is {width} x {height} pixels, smaller than the masks' {self.size}"
+            )
+        top, left = (height - self.size) // 2, (width - self.size) // 2
+        return image[top : top + self.size, left : left + self.size]
 
     def valid(self, position: int) -> NDArray[np.uint8]:
         """H W uint8 in {0, 1}, 1 = known."""
@@ -92,76 +88,6 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
 
     with Image.open(io.BytesIO(data)) as picture:
         return np.asarray(picture.convert("RGB"))
-
-
-class TrainingBatches:
-    """The batches of one rank, a pure function of the step.
-
-    Images and masks are paired by two independent orders. Images are flipped left to right; masks
-    are also turned by quarters, which photographs must not be.
-    """
-
-    def __init__(
-        self,
-        images: Samples,
-        masks: Samples,
-        digests: tuple[str, str],
-        *,
-        seed: int,
-        batch: int,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.images, self.masks, self.digests = images, masks, digests
-        self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
-
-    def at(self, step: int) -> Batch:
-        pairs = [self._pair(c) for c in rank_cursors(step, self.batch, self.rank, self.world)]
-        return Batch(np.stack([image for image, _ in pairs]), np.stack([v for _, v in pairs]))
-
-    def _pair(self, cursor: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        images_digest, masks_digest = self.digests
-        image = self.images.image(sample_at(images_digest, self.seed, cursor, len(self.images)))
-        valid = self.masks.valid(sample_at(masks_digest, self.seed, cursor, len(self.masks)))
-        random = generator("augment", self.seed, cursor)
-        if random.integers(2):
-            image = image[:, ::-1]
-        valid = np.rot90(valid, int(random.integers(4)))
-        if random.integers(2):
-            valid = valid[:, ::-1]
-        return image, valid
-
-    def ahead(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) for steps [start, stop), read and decoded by a thread in advance."""
-        ready: queue.Queue[tuple[int, Batch] | BaseException] = queue.Queue(AHEAD)
-        stopped = threading.Event()
-
-        def put(item: tuple[int, Batch] | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    return
-                except queue.Full:
-                    continue
-
-        def work() -> None:
-            try:
-                for step in range(start, stop):
-                    if stopped.is_set():
-                        return
-                    put((step, self.at(step)))
-            except BaseException as error:  # handed to the consumer, which raises it
-                put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in range(start, stop):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
 
 
 def validation_pairs(

@@ -149,9 +149,10 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
     from dpnet.weights import load_generator
 
     store, inputs = work.store, work.request.inputs
-    images = Samples(store, inputs["images"].folder, settings.split)
     masks = Samples(store, inputs["masks"].folder, "eval")
-    _check_sizes(images, masks)
+    side = masks.rows[0]["width"]
+    images = Samples(store, inputs["images"].folder, settings.split, side)
+    _check_sizes(images, side)
     digests = (inputs["images"].content_digest, inputs["masks"].content_digest)
     pairs = validation_pairs(images, masks, digests, seed=settings.seed, count=settings.max_pairs)
     generator = on_fastest_device(load_generator(store, inputs["run"].folder))
@@ -184,13 +185,15 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
     return Produced(files, summarise(report))
 
 
-def _check_sizes(images: Samples, masks: Samples) -> None:
-    sizes = [(s.rows[0]["width"], s.rows[0]["height"]) for s in (images, masks)]
-    if sizes[0] != sizes[1]:
-        raise PipelineError(
-            f"the pictures are {sizes[0][0]} x {sizes[0][1]} pixels but the masks"
-            f" {sizes[1][0]} x {sizes[1][1]}: give images.size and masks.size the same value."
-        )
+def _check_sizes(images: Samples, side: int) -> None:
+    """Raise PipelineError where a picture is smaller than the masks; larger ones are cropped."""
+    for row in images.rows:
+        if min(row["width"], row["height"]) < side:
+            raise PipelineError(
+                f"the picture {row['key']} is {row['width']} x {row['height']} pixels but the masks"
+                f" {side} x {side}: give images.size and masks.size the same value, and use"
+                " images.mode center-crop, short-side or tiles."
+            )
 
 
 def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:

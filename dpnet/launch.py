@@ -1,242 +1,129 @@
-"""Launching the training loop: Ray on this machine.
+"""Where training runs: a launcher begins it, or finds it at work, and is asked how it goes.
 
-`run_local` starts Ray for the time of the training, runs the loop under Ray Train with DDP and
-reads the result from the run's storage. Ray Train's run name is the stage's folder, so a run that
-was cut off goes on from its last checkpoint.
+`local` is Ray on this machine, for as long as it takes; `ray-job` a job on a Ray cluster that goes
+on when this process ends. Both leave their work in the run's folder, so any of them, on whatever
+machine, takes up what another has begun.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import shutil
 import signal
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal, Protocol
 
-from data_prep.errors import PipelineError, storage_error_in
-from data_prep.progress import say
-from data_prep.stage import FileRecord, Work
-from data_prep.storage import LocalStore
-from dpnet.train import TrainJob
+from pydantic import BaseModel, ConfigDict, Field
 
-Report = Callable[[int, str], None]
+from data_prep.errors import ConfigError
+from data_prep.progress import Progress, say
+from data_prep.stage import Work
+from dpnet.journal import read_status
+from dpnet.tracking import Tracker
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What training left: the weights' files and the log."""
-
-    files: list[FileRecord]
-    log: list[dict[str, Any]]
-    resumed_from: int  # the step this call went on from
+POLL_S = 0.3
 
 
-def run_local(job: TrainJob, work: Work, report: Report) -> Outcome:
-    """Train with `train.workers` Ray workers on this machine; `report(step, note)` is called."""
-    # A worker's prints are of no use to the user, Ray's own reports even less.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+class LaunchSettings(BaseModel):
+    """Where training runs."""
 
-    # Sockets under a deep folder would exceed the system's limit of 107 bytes.
-    scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))
-    status = scratch / "status.json"
-    storage, run = work.folder.rsplit("/", 1)
-    root = work.store
-    storage_path = (
-        str(root.path(storage)) if isinstance(root, LocalStore) else f"{root.uri}/{storage}"
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    launcher: Literal["local", "ray-job"] = Field(
+        "local", description="Ray on this machine, or a job on a Ray cluster."
     )
-    settings = job.settings
-    try:
-        say("train: starting Ray")
-        with _quiet_ray(ray, scratch, settings.workers, settings.gpus):
-            trainer = TorchTrainer(
-                _worker,
-                train_loop_config={"job": job, "status": str(status)},
-                scaling_config=ScalingConfig(num_workers=settings.workers, use_gpu=settings.gpus),
-                run_config=RunConfig(
-                    name=run,
-                    storage_path=storage_path,
-                    checkpoint_config=CheckpointConfig(num_to_keep=settings.keep_checkpoints),
-                    failure_config=FailureConfig(max_failures=1, controller_failure_limit=2),
-                ),
-            )
-            result = _fit(trainer, status, report, f"{root.uri}/{work.folder}")
-            checkpoint = result.checkpoint
-            if checkpoint is None:
-                raise PipelineError(
-                    f"training of {root.uri}/{work.folder} ended without a checkpoint:"
-                    " run the same command again."
-                )
-            with checkpoint.as_directory() as folder:
-                return _collect(job, work, Path(folder), _resumed_from(status))
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    address: str | None = Field(
+        None,
+        description="Of the cluster's dashboard, as http://head:8265, for ray-job. Its token is"
+        " RAY_AUTH_TOKEN's or the one in ~/.ray/auth_token.",
+    )
+    python: str = Field(
+        "python", min_length=1, description="The interpreter on the cluster's head that has dpnet."
+    )
+    deadline_s: int = Field(
+        1800,
+        ge=1,
+        le=604_800,
+        description="Seconds without a sign of life, as while there are no free workers, after"
+        " which training is given up.",
+    )
+
+
+class Launcher(Protocol):
+    """Begins a training or finds it at work; everything is known by the run's digest."""
+
+    attempt: str  # names the start of training that it follows
+
+    def start(self) -> None:
+        """Begin, or attach to the one that is at work."""
+
+    def goes_on(self) -> bool:
+        """Whether it is at work, asked several times a second. Raises PipelineError where it has
+        failed for good."""
+
+    def cancel(self) -> None:
+        """Stop it; what it has saved stays."""
+
+    def print_stacks(self) -> None:
+        """Print what every worker is doing."""
+
+
+def launched(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> int:
+    """Train to the end, wherever it runs, and show how it goes; the step it was taken up from."""
+    launcher = _launcher(job, launch, work)
+    resumed_from: int | None = None
+    with (
+        Tracker(tracking_uri, work),
+        Progress("train", job.settings.steps, "steps") as progress,
+        _stacks_on_signal(launcher),
+    ):
+        try:
+            launcher.start()
+            while launcher.goes_on():
+                threading.Event().wait(POLL_S)
+                status = read_status(work.store, work.folder)
+                if status.get("attempt") != launcher.attempt:  # an earlier one's
+                    continue
+                if status["resumed_from"] != resumed_from:
+                    resumed_from = status["resumed_from"]
+                    if resumed_from:
+                        say(f"train: goes on from the checkpoint of step {resumed_from}")
+                progress.update(status["step"], status["note"])
+        except BaseException:
+            launcher.cancel()
+            raise
+        launcher.cancel()
+    return resumed_from or 0
+
+
+def _launcher(job: Any, launch: LaunchSettings, work: Work) -> Launcher:
+    if launch.launcher == "local":
+        from dpnet.launch_local import LocalLauncher
+
+        return LocalLauncher(job, launch)
+    if launch.address is None:
+        raise ConfigError(
+            "launch.address is missing: the launcher ray-job needs the address of a Ray cluster's"
+            " dashboard, as --address http://head:8265."
+        )
+    from dpnet.launch_ray_job import RayJobLauncher
+
+    return RayJobLauncher(job, launch, work)
 
 
 @contextmanager
-def _quiet_ray(ray: Any, scratch: Path, workers: int, gpus: bool) -> Iterator[None]:
-    if ray.is_initialized():
-        raise PipelineError("Ray already runs in this process: shut it down before training.")
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(
-        address="local",
-        num_cpus=workers + 1,
-        num_gpus=workers if gpus else 0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=128 << 20,  # nothing large passes through it
-        _temp_dir=str(scratch),
-    )
-    if threading.current_thread() is threading.main_thread():
-        for each, handler in handlers.items():  # Ray's own of SIGTERM aborts the process
-            signal.signal(each, handler)
+def _stacks_on_signal(launcher: Launcher) -> Iterator[None]:
+    """SIGUSR1 prints what every worker is doing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def show(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=launcher.print_stacks, daemon=True).start()
+
+    before = signal.signal(signal.SIGUSR1, show)
     try:
         yield
     finally:
-        ray.shutdown()
-
-
-def _fit(trainer: Any, status: Path, report: Report, where: str) -> Any:
-    """`trainer.fit()` in a thread, so that Ctrl-C stays ours and progress can be shown.
-
-    In the main thread Ray would take over the handler of SIGINT and not give it back.
-    """
-    outcome: dict[str, Any] = {}
-    told = False
-
-    def fit() -> None:
-        try:
-            outcome["result"] = trainer.fit()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        seen = _read(status)
-        if seen.get("resumed_from", 0) and not told:
-            told = True
-            say(f"train: goes on from the checkpoint of step {seen['resumed_from']}")
-        if "step" in seen:
-            report(seen["step"], seen["note"])
-    if "error" in outcome:
-        raise _plain(outcome["error"], where) from outcome["error"]
-    return outcome["result"]
-
-
-def _plain(error: BaseException, where: str) -> BaseException:
-    """What to tell of an error of Ray Train's: the worker's own, where a user can act on it."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    if controller := getattr(error, "controller_failure", None):
-        failures.append(controller)
-    for failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, PipelineError):
-                return PipelineError(str(cause))
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        text = f"{type(failure).__name__}: {failure}".strip().splitlines()[-1]
-        if full := storage_error_in(text, where):
-            return full
-        return PipelineError(
-            f"training failed ({text}): run the same command again, it resumes from the"
-            " last checkpoint."
-        )
-    return error
-
-
-def _collect(job: TrainJob, work: Work, folder: Path, resumed_from: int) -> Outcome:
-    import torch
-
-    from dpnet.loop import LOG, initial_state
-    from dpnet.weights import save_generator
-
-    state = initial_state(job, torch.device("cpu"))
-    state.load(folder)
-    log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    facts = {
-        "step": state.step,
-        "images": job.images.content_digest,
-        "masks": job.masks.content_digest,
-    }
-    return Outcome(save_generator(work.store, work.folder, state.ema, facts), log, resumed_from)
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """What each Ray worker runs."""
-    import torch
-
-    from dpnet.loop import train_loop
-
-    job: TrainJob = config["job"]
-    if not job.settings.gpus:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.settings.workers))
-    train_loop(job, RaySession(Path(config["status"])))
-
-
-class RaySession:
-    """The loop's surroundings inside a Ray Train worker."""
-
-    def __init__(self, status: Path) -> None:
-        import ray.train
-        import ray.train.torch
-
-        context = ray.train.get_context()
-        self.rank: int = context.get_world_rank()
-        self.world: int = context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        self._status = status
-        self._start = 0
-
-    @contextmanager
-    def latest(self) -> Iterator[Path | None]:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            self._start = int(Path(checkpoint.path).name.removeprefix("step-"))
-            yield Path(folder)
-
-    def save(self, step: int, folder: Path | None) -> None:
-        import ray.train
-
-        checkpoint = None if folder is None else ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(
-            {"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step-{step:08d}"
-        )
-
-    def progress(self, step: int, note: str) -> None:
-        if self.rank == 0:
-            record = {"step": step, "note": note, "resumed_from": self._start}
-            staged = self._status.with_suffix(".new")
-            staged.write_text(json.dumps(record))
-            os.replace(staged, self._status)
-
-
-def _read(status: Path) -> dict[str, Any]:
-    try:
-        seen: dict[str, Any] = json.loads(status.read_text())
-    except FileNotFoundError:
-        return {}
-    return seen
-
-
-def _resumed_from(status: Path) -> int:
-    return int(_read(status).get("resumed_from", 0))
+        signal.signal(signal.SIGUSR1, before)

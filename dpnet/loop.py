@@ -1,32 +1,42 @@
 """The training loop: fetch, step, log, validate, save.
 
 Runs on one device of one rank. It knows nothing of Ray: what it needs of its surroundings is a
-`Session`. All randomness comes from the seed and the step, so a run resumed from a checkpoint goes
-on exactly as an undisturbed one.
+`Session`, and ranks speak to one another through torch.distributed. All randomness comes from the
+seed and the step, so a run resumed from a checkpoint goes on exactly as an undisturbed one.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
+import os
+import socket
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from data_prep.errors import PipelineError
-from data_prep.storage import open_store
-from dpnet.data import Samples, TrainingBatches
+from data_prep.storage import Store, open_store
+from dpnet.checkpoints import Loaded, Log, Writer, check_asked, load, marks, newest
+from dpnet.journal import Journal
+from dpnet.loader import Loader
 from dpnet.model.config import preset
+from dpnet.order import rank_cursors
+from dpnet.result import is_finished
+from dpnet.shard_cache import ShardCache
+from dpnet.shard_files import ShardFiles, ShardSet, find_shards
 from dpnet.step import Measured, Step, TrainState, compiler_problem, load_vgg
-from dpnet.train import TrainJob
-from dpnet.validation import Validation, to_device
+from dpnet.train import TrainJob, TrainSettings
+from dpnet.validation import Validation, mask_size, to_device
+from dpnet.weights import load_generator
 
 LOG_EVERY = 25  # steps that one record of the log averages, at most
-LOG = "log.jsonl"
+NOTICE_EVERY = 10  # steps between two looks whether this machine is about to be taken away
+T = TypeVar("T")
 
 
 class Session(Protocol):
@@ -34,70 +44,247 @@ class Session(Protocol):
 
     rank: int
     world: int
+    local_world: int  # ranks on this machine
     device: torch.device
+    node: str  # how whoever runs it calls this machine
+    attempt: str  # names the start of training that this is part of
 
-    def latest(self) -> AbstractContextManager[Path | None]:
-        """The folder of the newest checkpoint, or None."""
-
-    def save(self, step: int, folder: Path | None) -> None:
-        """Keep a checkpoint; only rank 0 gives its folder."""
-
-    def progress(self, step: int, note: str) -> None: ...
+    def notice(self) -> bool:
+        """Whether there is a new warning that a rank's machine will be taken away; the same answer
+        on every rank."""
 
 
-def train_loop(job: TrainJob, session: Session) -> None:
-    """Train from the newest checkpoint, or from the start, to the last step."""
+def train_loop(job: TrainJob, session: Session) -> bool:
+    """Train from the newest checkpoint, or from the start, to the last step.
+
+    Returns whether it came to the end: it leaves earlier, with everything saved, where a machine is
+    about to be taken away.
+    """
     settings, device = job.settings, session.device
+    rank, world = session.rank, session.world
     store = open_store(job.root)
-    digests = (job.images.content_digest, job.masks.content_digest)
-    batches = TrainingBatches(
-        Samples(store, job.images.folder, "train"),
-        Samples(store, job.masks.folder, "train"),
-        digests,
-        seed=settings.seed,
-        batch=settings.batch_size,
-        rank=session.rank,
-        world=session.world,
-    )
-    validation = Validation(
-        Samples(store, job.images.folder, "val"), Samples(store, job.masks.folder, "eval"), job
-    )
+    validation = Validation(store, job)
+    loader = open_loader(job, session, store)
     state = initial_state(job, device)
-    log: list[dict[str, Any]] = []
-    with session.latest() as folder:
-        if folder is not None:
-            state.load(folder)
-            log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    log, finished = resume(job, session, store, state)
+    if is_finished(job, state.step, finished):
+        return True
     vgg = None
     if job.losses.vgg_weights is not None:
         vgg = load_vgg(Path(job.losses.vgg_weights), job.losses.vgg, device)
     backend, problem = choose_backend(settings.compile, device)
-    step_fn = Step(
-        state,
-        job.losses,
-        settings,
-        vgg=vgg,
-        world=session.world,
-        bf16=device.type == "cuda",
-        backend=backend,
-    )
+    bf16 = device.type == "cuda"
+    options: dict[str, Any] = {"vgg": vgg, "world": world, "bf16": bf16, "backend": backend}
+    step_fn = Step(state, job.losses, settings, **options)
+    if world > 1:
+        own = len(rank_cursors(0, settings.batch_size, rank, world))
+        step_fn.warm_up(max(1, own // settings.accumulate), loader.size, device)
     if state.step == 0:
-        log.append(validation.measure(state.ema, 0, session.rank, session.world))
-    meter = Meter()
-    for step, batch in batches.ahead(state.step, settings.steps):
-        meter.add(step_fn(step, *to_device(batch, device)), len(batch.image) * session.world)
-        last = state.step == settings.steps
-        validate = last or state.step % settings.validate_every == 0
-        save = last or state.step % settings.checkpoint_every == 0
-        if validate or save or state.step % LOG_EVERY == 0:
-            # First of all: a state that is not finite is neither validated nor saved.
-            log.append(meter.record(state.step))
-            if validate:
-                log.append(validation.measure(state.ema, state.step, session.rank, session.world))
-            if save:
-                save_checkpoint(state, log, session)
-            meter = Meter()
-        session.progress(state.step, _note(log, problem))
+        log.append(validation.measure(state.ema, 0, rank, world))
+    tell = Teller(job, session, store, state.step, problem)
+    saver = None if rank else Saver(job, store)
+    warned = False
+    meter = Meter(loader, state, settings)
+    try:
+        with closing(loader.batches(state.step, settings.steps)) as batches:
+            for step, batch in batches:
+                image, valid = to_device(batch, device)
+                weight = len(batch.image) * world / settings.batch_size
+                meter.add(step_fn(step, image, valid, weight))
+                last = state.step == settings.steps
+                validate = last or state.step % settings.validate_every == 0
+                save = last or state.step % settings.checkpoint_every == 0
+                save |= state.step == settings.constant_until  # where a longer run can go on
+                warned = state.step % NOTICE_EVERY == 0 and session.notice()
+                if validate or save or warned or state.step % LOG_EVERY == 0:
+                    # First of all: a state that is not finite is neither validated nor saved.
+                    log.append(meter.record())
+                    score = None
+                    if validate:
+                        with meter.aside():
+                            log.append(validation.measure(state.ema, state.step, rank, world))
+                        score = log[-1]["hole_psnr"]
+                        save |= state.keep_best(score)
+                        finished = early_stop(job, log)
+                        tell.picture(state.step, lambda: validation.strip(state.ema))
+                    if saver and (save or warned or finished):
+                        with meter.aside():
+                            saver.save(state, log, score, finished, now=warned)
+                    tell.log(log)
+                tell.status(state.step, log)
+                if finished or warned:
+                    break
+        if saver:
+            saver.wait()
+    finally:
+        if saver:
+            saver.close()
+        tell.close()
+    return is_finished(job, state.step, finished)
+
+
+def open_loader(job: TrainJob, session: Session, store: Store) -> Loader:
+    """The loader of this rank. Raises PipelineError where the data cannot be trained on."""
+    s = job.settings
+    images = find_shards(store, job.images, "train")
+    masks = find_shards(store, job.masks, "train")
+    for shards in (images, masks):
+        check_enough(shards, s.batch_size)
+    cache = ShardCache(Path(s.cache).expanduser(), int(s.cache_gb * 1e9)) if s.cache else None
+    cores = len(os.sched_getaffinity(0))
+    return Loader(
+        images,
+        masks,
+        ShardFiles(store, cache, skip=s.on_bad_sample == "skip"),
+        size=mask_size(store, job.masks.folder),
+        seed=s.seed,
+        batch=s.batch_size,
+        lanes=s.lanes,
+        rank=session.rank,
+        world=session.world,
+        threads=s.loader_threads or max(1, cores // session.local_world),
+        pin=session.device.type == "cuda",
+    )
+
+
+def check_enough(shards: ShardSet, batch: int) -> None:
+    if shards.samples < batch:
+        raise PipelineError(
+            f"{shards.uri} has {shards.samples} samples to train on, fewer than a batch of {batch}:"
+            " build it from more data, or lower train.batch_size."
+        )
+
+
+def resume(job: TrainJob, session: Session, store: Store, state: TrainState) -> tuple[Log, str]:
+    """Put the newest sound checkpoint into `state`, or what the run begins with.
+
+    Returns the log so far, and why training ended there if it did.
+    """
+    loaded: Loaded | None = None
+    if session.rank == 0:  # one looks, so that all take the same
+        loaded = newest(store, job.folder) or _extended(job, store)
+    folder = agreed(loaded.mark.folder if loaded else None, session)
+    if folder is None:
+        if job.init is not None:
+            begin_with(state, *job.init)
+        return [], ""
+    if loaded is None:
+        run = folder.rpartition("/")[0]
+        loaded = load(store, next(mark for mark in marks(store, run) if mark.folder == folder))
+    if folder.startswith(f"{job.folder}/"):
+        check_asked(loaded.mark, job.asked, store.uri)
+    state.from_dict(loaded.state, f"{store.uri}/{folder}")
+    finished = loaded.mark.finished if folder.startswith(f"{job.folder}/") else ""
+    return loaded.log, finished
+
+
+def _extended(job: TrainJob, store: Store) -> Loaded | None:
+    if job.extends is None:
+        return None
+    found = marks(store, job.extends.rpartition("/")[0])
+    return next((load(store, mark) for mark in found if mark.folder == job.extends), None)
+
+
+def begin_with(state: TrainState, uri: str, folder: str) -> None:
+    """Start from the generator in `folder` of the store at `uri`; the discriminator is new."""
+    generator = load_generator(open_store(uri), folder)
+    if generator.config.to_json() != state.config.to_json():
+        raise PipelineError(
+            f"train.init_from names {uri}/{folder}, which is another network than `model` asks for:"
+            " give it the same preset and switches, or leave train.init_from out."
+        )
+    for each in (state.generator, state.ema):
+        each.load_state_dict(generator.state_dict())
+
+
+def early_stop(job: TrainJob, log: Log) -> str:
+    """Why training ends now, empty where it goes on."""
+    patience = job.settings.patience
+    if patience is None:
+        return ""
+    scores = [record["hole_psnr"] for record in log if record["kind"] == "validation"]
+    since = len(scores) - 1 - scores.index(max(scores))
+    if since < patience:
+        return ""
+    return f"{since} validations in a row without a better one"
+
+
+def agreed(value: T, session: Session) -> T:
+    """What rank 0 has, on every rank."""
+    if session.world == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=session.device)
+    return values[0]
+
+
+class Saver:
+    """Rank 0's checkpoints."""
+
+    def __init__(self, job: TrainJob, store: Store) -> None:
+        s = job.settings
+        kept = {"last": s.keep_checkpoints, "best": s.keep_best}
+        self._writer = Writer(store, job.folder, job.asked, **kept, fixed=[s.constant_until])
+        self._saved = -1
+
+    def save(
+        self, state: TrainState, log: Log, score: float | None, finished: str, *, now: bool
+    ) -> None:
+        """Begin to write; with `now` wait until it is written."""
+        if state.step != self._saved:
+            self._writer.save(state.step, state.to_dict(), list(log), score, finished)
+            self._saved = state.step
+        if now:
+            self._writer.wait()
+
+    def wait(self) -> None:
+        self._writer.wait()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Teller:
+    """What rank 0 tells of the course of training."""
+
+    def __init__(
+        self, job: TrainJob, session: Session, store: Store, start: int, problem: str | None
+    ) -> None:
+        self._problem, self._steps = problem, job.settings.steps
+        self._about: dict[str, Any] = {"attempt": session.attempt, "resumed_from": start}
+        self._about["workers"] = _gathered(_whereabouts(session), session)
+        self._journal = None if session.rank else Journal(store, job.folder)
+
+    def status(self, step: int, log: Log) -> None:
+        if self._journal:
+            record = {"step": step, "steps": self._steps, "records": len(log)}
+            self._journal.status({**self._about, **record, "note": note(log, self._problem)})
+
+    def log(self, log: Log) -> None:
+        if self._journal:
+            self._journal.log(log)
+
+    def picture(self, step: int, draw: Callable[[], bytes]) -> None:
+        if self._journal:
+            self._journal.picture(step, draw())
+
+    def close(self) -> None:
+        if self._journal:
+            self._journal.close()
+
+
+def _whereabouts(session: Session) -> dict[str, Any]:
+    process = {"host": socket.gethostname(), "pid": os.getpid()}
+    return {"rank": session.rank, "node": session.node, **process}
+
+
+def _gathered(value: T, session: Session) -> list[T]:
+    """What every rank has, by rank."""
+    if session.world == 1:
+        return [value]
+    values: list[Any] = [None] * session.world
+    dist.all_gather_object(values, value)
+    return values
 
 
 def initial_state(job: TrainJob, device: torch.device) -> TrainState:
@@ -129,46 +316,93 @@ def choose_backend(wanted: bool | None, device: torch.device) -> tuple[str | Non
 class Meter:
     """What the steps since the last record measured; it stays on the device until then."""
 
-    def __init__(self) -> None:
-        self.measured: list[Measured] = []
-        self.images, self.start = 0, time.monotonic()
+    def __init__(self, loader: Loader, state: TrainState, settings: TrainSettings) -> None:
+        self._loader, self._state, self._settings = loader, state, settings
+        self._skipped = int(state.skipped)
+        self._begin()
 
-    def add(self, measured: Measured, images: int) -> None:
-        self.measured.append(measured)
-        self.images += images
+    def _begin(self) -> None:
+        self._measured: list[Measured] = []
+        self._start, self._aside, self._waited = time.monotonic(), 0.0, self._loader.waited
 
-    def record(self, step: int) -> dict[str, Any]:
-        """The log's record of the steps up to `step`: means, images, seconds.
+    def add(self, measured: Measured) -> None:
+        self._measured.append(measured)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is no training: validation and saving."""
+        begun = time.monotonic()
+        yield
+        self._aside += time.monotonic() - begun
+
+    def record(self) -> dict[str, Any]:
+        """The log's record of the steps since the last one: means over their samples, times.
 
         The one place in which the host waits for the device. Raises PipelineError, with the first
-        bad step, when a loss or a gradient was not finite.
+        bad step, when more losses or gradients were not finite than may be skipped.
         """
-        scalars = [term for m in self.measured for group in m for term in group.values()]
-        values = iter(torch.stack(scalars).tolist())  # one transfer for all of them
-        seconds = time.monotonic() - self.start
-        losses, gradients = [], []
-        for number, m in enumerate(self.measured, step - len(self.measured) + 1):
-            losses.append({name: next(values) for name in m.losses})
-            gradients.append({name: next(values) for name in m.gradients})
-            _check_finite(number, losses[-1], gradients[-1])
-        return {
+        losses, gradients, skipped_samples = self._values()
+        most, step, count = self._settings.max_skipped, self._state.step, len(self._measured)
+        sound = []
+        for at, number in enumerate(range(step - count + 1, step + 1)):
+            if bad := _not_finite(losses[at], gradients[at]):
+                self._skipped += 1
+                if self._skipped > most:
+                    raise PipelineError(_halted(number, bad, most))
+            else:
+                sound.append(at)
+        training = time.monotonic() - self._start - self._aside
+        images = count * self._settings.batch_size
+        record = {
             "kind": "train",
             "step": step,
-            "losses": _means(losses),
-            "gradients": _means(gradients),
-            "images": self.images,
-            "seconds": round(seconds, 3),
+            "losses": _means([losses[at] for at in sound]),
+            "gradients": _means([gradients[at] for at in sound]),
+            "images": images,
+            "seconds": round(training, 3),
+            "data_seconds": round(self._loader.waited - self._waited, 3),
+            "other_seconds": round(self._aside, 3),
+            "images_per_second": round(images / max(training, 1e-9), 2),
+            "skipped_steps": self._skipped,
+            "skipped_samples": skipped_samples,
         }
+        if self._state.skipped.is_cuda:
+            record["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        self._begin()
+        return record
+
+    def _values(self) -> tuple[list[dict[str, float]], list[dict[str, float]], int]:
+        """Of each step its losses, over the samples of all ranks, and its gradients' norms; and
+        the samples skipped so far."""
+        device, world = self._state.skipped.device, self._loader.world
+        skipped = torch.tensor(float(self._loader.skipped), device=device)
+        of_losses = [m.weight / world * v for m in self._measured for v in m.losses.values()]
+        shared = torch.stack([v.double() for v in [*of_losses, skipped]])
+        if world > 1:
+            dist.all_reduce(shared)
+        norms = [v.double() for m in self._measured for v in m.gradients.values()]
+        *numbers, total = torch.cat([torch.stack(norms), shared]).tolist()  # one transfer for all
+        values = iter(numbers)
+        gradients = [{name: next(values) for name in m.gradients} for m in self._measured]
+        losses = [{name: next(values) for name in m.losses} for m in self._measured]
+        return losses, gradients, int(total)
 
 
-def _check_finite(step: int, losses: dict[str, float], gradients: dict[str, float]) -> None:
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad or not all(map(math.isfinite, gradients.values())):
-        raise PipelineError(
-            f"training stopped at step {step}: the loss or its gradient is not finite"
-            f" ({', '.join(bad) or 'the gradient'}); the last checkpoint is kept: lower"
-            " train.learning_rate or train.gradient_clip."
-        )
+def _not_finite(losses: dict[str, float], gradients: dict[str, float]) -> str:
+    """The terms that are not finite, "the gradient" where it is that alone; empty where all are."""
+    if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+        return ", ".join(bad)
+    return "" if all(map(math.isfinite, gradients.values())) else "the gradient"
+
+
+def _halted(step: int, bad: str, allowed: int) -> str:
+    before = f", after {allowed} such steps that were skipped" if allowed else ""
+    return (
+        f"training stopped at step {step}: the loss or its gradient is not finite ({bad}){before};"
+        " nothing was trained on after it, and the last checkpoint is kept: lower"
+        " train.learning_rate or train.gradient_clip, or let train.max_skipped such steps be left"
+        " out."
+    )
 
 
 def _means(records: list[dict[str, float]]) -> dict[str, float]:
@@ -180,24 +414,16 @@ def _means(records: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(sum(values) / len(values), 6) for name, values in found.items()}
 
 
-def save_checkpoint(state: TrainState, log: list[dict[str, Any]], session: Session) -> None:
-    """Every rank calls; rank 0 writes."""
-    if session.rank != 0:
-        session.save(state.step, None)
-        return
-    with tempfile.TemporaryDirectory(prefix="dpnet-checkpoint-") as name:
-        folder = Path(name)
-        state.save(folder)
-        (folder / LOG).write_text("".join(json.dumps(record) + "\n" for record in log))
-        session.save(state.step, folder)
-
-
-def _note(log: list[dict[str, Any]], problem: str | None) -> str:
+def note(log: Log, problem: str | None) -> str:
     """The newest of what the log tells of the course of training."""
     newest = {record["kind"]: record for record in log}
     parts = []
     if "train" in newest:
-        parts.append(f"L1 in the hole {newest['train']['losses']['hole']:.3f}")
+        record = newest["train"]
+        if "hole" in record["losses"]:  # not where every step of it was skipped
+            parts.append(f"L1 in the hole {record['losses']['hole']:.3f}")
+        wait = record["data_seconds"] / max(record["seconds"], 1e-9)
+        parts.append(f"{record['images_per_second']:.1f} images/s, {wait:.0%} waiting for data")
     parts.append(f"validation {newest['validation']['hole_psnr']:.2f} dB")
     if problem is not None:
         parts.append(f"not compiled ({problem})")

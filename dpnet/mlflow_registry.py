@@ -1,7 +1,7 @@
-"""What we ask of MLflow: runs, versions and aliases. Nothing else imports MLflow.
+"""What we ask of MLflow's registry, versions and aliases, and how MLflow is reached.
 
-Its tracking of use is off, its artifacts stay out of the working directory, and each call here can
-be repeated: a run or a version is found again by its request digest.
+Its tracking of use is off, it prints nothing, and each call here can be repeated: a version is
+found again by its request digest. Of runs, `dpnet.mlflow_runs` knows.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_prep.digest import SHORT
 from data_prep.errors import PipelineError
 from data_prep.progress import say
 from data_prep.storage import LocalStore, Store
+from dpnet.mlflow_runs import Course, leaves, log_figures, read_log, training_run
 
 _SQLITE = "sqlite:///"
-_CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
+_LONGEST = 300  # characters of an error's text that are shown
 
 
 @contextmanager
@@ -31,24 +31,42 @@ def connect(uri: str) -> Iterator[Any]:
     """An MLflow client for tracking and registry at `uri`; its errors become PipelineError."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield new_client(uri)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise PipelineError(
+            f"MLflow at {public(uri)} refused the registration ({reason(error)}): check"
+            " register.tracking_uri and that it can be written, then run the same command again."
+        ) from error
+
+
+def new_client(uri: str) -> Any:
+    """An MLflow client for tracking and registry at `uri`; its errors are MLflow's."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # that is for results
+    # Servers other than AWS refuse or mangle boto3's newer default checksums.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    from mlflow.tracking import MlflowClient
 
     # They would tell every migration of the schema, and tracebacks of what is raised anyway.
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        if uri.startswith(_SQLITE):
-            _create_database(Path(uri.removeprefix(_SQLITE)))
-        yield MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except (MlflowException, SQLAlchemyError) as error:
-        # SQLAlchemy may begin with advice to programmers, in a line of its own.
-        lines = [line for line in str(error).splitlines() if not line.startswith("(raised as")]
-        reason = lines[0] if lines else type(error).__name__
-        raise PipelineError(
-            f"MLflow at {_public(uri)} refused the registration ({reason}): check"
-            " register.tracking_uri and that it can be written, then run the same command again."
-        ) from error
+    if uri.startswith(_SQLITE):
+        _create_database(Path(uri.removeprefix(_SQLITE)))
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of MLflow's says, in one line and without credentials."""
+    # SQLAlchemy may begin with advice to programmers, in a line of its own.
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as")]
+    if not lines:
+        return type(error).__name__
+    # Of a server that is not reached, the last of several errors within one another.
+    cause = re.search(r"Caused by .*?: ([^\"]*)", lines[0])
+    return public(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
 
 
 def _create_database(path: Path) -> None:
@@ -67,9 +85,9 @@ def _create_database(path: Path) -> None:
         LocalStore(path.parent).create(path.name, new.read_bytes())
 
 
-def _public(uri: str) -> str:
-    """A URI without user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def public(text: str) -> str:
+    """A URI, or a text with URIs in it, without users and passwords."""
+    return re.sub(r"://\S*@", "://", text)
 
 
 def restore_versions(
@@ -120,14 +138,14 @@ def ensure_version(
 ) -> int:
     """The number of the version with the record's request digest, made if it is not there.
 
-    `training` and `evaluation` are the two stages' manifests; a new version gets an MLflow run with
-    their settings and figures.
+    `training` and `evaluation` are the two stages' manifests; a new version gets the training's
+    MLflow run, with the evaluation's figures added.
     """
     digest = record["request_digest"]
     for version in _versions(client, model):
         if version.tags.get("request_digest") == digest:
             return int(version.version)
-    run_id = _log_run(client, store, model, digest, training, evaluation)
+    run_id = _log_run(client, store, training, evaluation)
     source = _source(store, training["folder"])
     made = client.create_model_version(model, source=source, run_id=run_id, tags=_tags(record))
     return int(made.version)
@@ -155,53 +173,20 @@ def _tags(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _log_run(
-    client: Any,
-    store: Store,
-    model: str,
-    digest: str,
-    training: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
+    client: Any, store: Store, training: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> str:
-    """Log the training's settings and the evaluation's figures; the MLflow run's id."""
-    from mlflow.entities import Metric, Param
+    """Add the evaluation's figures to the training's MLflow run; its id.
 
-    experiment = client.get_experiment_by_name(model)
-    number = (
-        experiment.experiment_id
-        if experiment
-        # Without a location it would be a folder of the working directory.
-        else client.create_experiment(model, artifact_location=f"{store.uri}/mlflow-artifacts")
-    )
-    begun = client.search_runs([number], f"tags.request_digest = '{digest}'", max_results=1)
-    if begun:  # by an earlier, killed call
-        run_id = str(begun[0].info.run_id)
-    else:
-        name = f"{training['name']}-{training['request_digest'][:SHORT]}"
-        tags = {"request_digest": digest} | {
-            manifest["stage"]: f"{store.uri}/{manifest['folder']}"
-            for manifest in (training, evaluation)
-        }
-        run_id = str(client.create_run(number, tags=tags, run_name=name).info.run_id)
+    The training's course is added too where it is missing: the database was lost, or MLflow could
+    not be reached while it went on.
+    """
+    run_id = training_run(client, store, training)
+    Course(client, run_id).add(read_log(store, training["folder"]))
+    client.set_tag(run_id, evaluation["stage"], f"{store.uri}/{evaluation['folder']}")
     # A fixed time, so that repeating the call adds no second point.
     at = calendar.timegm(time.strptime(evaluation["created"], "%Y-%m-%dT%H:%M:%SZ")) * 1000
-    params = [Param(k, str(v)[:6000]) for k, v in _leaves(training["settings"]).items()]
-    figures = _leaves(evaluation["summary"]["figures"])
-    metrics = [Metric(k, float(v), at, 0) for k, v in figures.items() if v is not None]
-    for start in range(0, len(params), _CALL_PARAMS):
-        client.log_batch(run_id, params=params[start : start + _CALL_PARAMS])
-    for start in range(0, len(metrics), _CALL_METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + _CALL_METRICS])
-    client.set_terminated(run_id)
+    figures = leaves(evaluation["summary"]["figures"])
+    log_figures(client, run_id, {k: v for k, v in figures.items() if v is not None}, at)
+    if client.get_run(run_id).info.status != "FINISHED":  # would take now for the training's end
+        client.set_terminated(run_id)
     return run_id
-
-
-def _leaves(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings under dotted names, with the characters MLflow allows."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = before + re.sub(r"[^\w. /-]", "_", str(key))
-        if isinstance(value, Mapping):
-            leaves |= _leaves(value, f"{name}.")
-        else:
-            leaves[name] = value
-    return leaves

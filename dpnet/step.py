@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -25,7 +26,6 @@ from dpnet.model import losses as L
 if TYPE_CHECKING:  # pydantic is not needed at run time
     from dpnet.train import LossSettings, TrainSettings
 
-STATE = "state.pt"
 BETA2 = 0.99
 FINETUNE_RATE = 0.5  # of the peak: where the fine-tuning phase begins
 M = TypeVar("M", bound=nn.Module)
@@ -43,6 +43,8 @@ class TrainState:
         self.generator_optimizer = self._adam(self.generator, settings)
         self.discriminator_optimizer = self._adam(self.discriminator, settings)
         self.step = 0  # steps done
+        self.skipped = torch.zeros((), device=device)  # steps whose loss or gradient was not finite
+        self.best: dict[str, Any] | None = None  # averaged generator of the best validation
         self._parts: dict[str, Any] = {
             "generator": self.generator,
             "discriminator": self.discriminator,
@@ -56,31 +58,30 @@ class TrainState:
         # The learning rate is set at every step.
         return torch.optim.Adam(module.parameters(), betas=(settings.beta1, BETA2), fused=True)
 
-    def save(self, folder: Path) -> None:
-        parts = {name: part.state_dict() for name, part in self._parts.items()}
-        saved = {"model": self.config.to_json(), "step": self.step, **parts}
-        torch.save(saved, folder / STATE)
+    def to_dict(self) -> dict[str, Any]:
+        """A copy on the CPU of all that a run goes on from; plain tensors, numbers and text."""
+        parts = {name: _copied(part.state_dict()) for name, part in self._parts.items()}
+        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if self.skipped.is_cuda:
+            rng["cuda"] = torch.cuda.get_rng_state(self.skipped.device)
+        best = self.best  # replaced as a whole, never changed
+        numbers = {"step": self.step, "skipped": int(self.skipped), "best": best, "rng": rng}
+        return {"model": self.config.to_json(), **numbers, **parts}
 
-    def load(self, folder: Path) -> None:
-        """Take up what `save` wrote. Raises PipelineError when it is damaged or does not fit."""
+    def from_dict(self, saved: Any, where: str) -> None:
+        """Take up what `to_dict` gave; `where` names it in the PipelineError if it does not fit."""
         advice = "restore it, or remove the run's folder to train afresh."
-        try:
-            saved = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        except Exception as error:
+        names = {"model", "step", "skipped", "best", "rng", *self._parts}
+        if not isinstance(saved, dict) or not names <= saved.keys():
             raise PipelineError(
-                f"the checkpoint {folder / STATE} cannot be read ({_first_line(error)}), so it is"
-                f" missing, cut short or altered: {advice}"
-            ) from error
-        if not isinstance(saved, dict) or not {"model", "step", *self._parts} <= saved.keys():
-            raise PipelineError(
-                f"the checkpoint {folder / STATE} is not one of this version of dpnet: {advice}"
+                f"the checkpoint {where} is not one of this version of dpnet: {advice}"
             )
         ours = self.config.to_json()
         if saved["model"] != ours:
-            names = sorted(k for k in ours if saved["model"].get(k) != ours[k])
-            differences = ", ".join(f"{k} {saved['model'].get(k)}, not {ours[k]}" for k in names)
+            differ = sorted(k for k in ours if saved["model"].get(k) != ours[k])
+            differences = ", ".join(f"{k} {saved['model'].get(k)}, not {ours[k]}" for k in differ)
             raise PipelineError(
-                f"the checkpoint {folder / STATE} is of another network"
+                f"the checkpoint {where} is of another network"
                 f" ({differences or 'with options unknown here'}): train with its settings, or"
                 " remove the run's folder to train afresh."
             )
@@ -89,10 +90,22 @@ class TrainState:
                 part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise PipelineError(
-                f"the checkpoint {folder / STATE} does not fit this version of the network"
+                f"the checkpoint {where} does not fit this version of the network"
                 f" ({_first_line(error)}): {advice}"
             ) from error
-        self.step = saved["step"]
+        self.step, self.best = saved["step"], saved["best"]
+        self.skipped.fill_(saved["skipped"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if self.skipped.is_cuda and "cuda" in saved["rng"]:
+            torch.cuda.set_rng_state(saved["rng"]["cuda"], self.skipped.device)
+
+    def keep_best(self, score: float) -> bool:
+        """Remember the averaged generator, if no validation before gave as high a `score`."""
+        if self.best is not None and score <= self.best["score"]:
+            return False
+        weights = _copied(self.ema.state_dict())
+        self.best = {"score": score, "step": self.step, "ema": weights}
+        return True
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -108,15 +121,22 @@ class Measured(NamedTuple):
     """What a step measured: scalars on the device, detached; to read one is to wait for it.
 
     Attributes:
-        losses: the terms, unweighted. gradients: each network's gradient norm before clipping.
+        losses: the terms, unweighted: means over this rank's samples.
+        gradients: each network's gradient norm before clipping, the same on every rank.
+        weight: of this rank's means in the mean over all samples of the step, times the ranks.
     """
 
     losses: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    weight: float = 1.0
 
 
 class Step:
     """One GAN step: the discriminator on real and composite, then the generator.
+
+    A step whose loss or gradient is not finite changes no weight. Once there were more of them than
+    `settings.max_skipped`, no later step changes any either: the host, which reads nothing back
+    before the next record of the log, stops then, and nothing was trained on in the meantime.
 
     Args:
         vgg: the feature network of the perceptual and style terms; without it they are off.
@@ -150,45 +170,131 @@ class Step:
         self._likeness = _compiled(_Likeness(losses, vgg, bf16), backend)
         self._persuade = _compiled(_Persuade(state.discriminator, losses.gan, bf16), backend)
 
-    def __call__(self, step: int, image: Tensor, valid: Tensor) -> Measured:
-        """Train on N3HW images in [0, 1] and N1HW masks, in fp32; `step` counts from 0."""
+    def warm_up(self, samples: int, size: int, device: torch.device) -> None:
+        """One pass forward and backward that changes nothing, on inputs of a step's shape.
+
+        After its first backward pass DDP arranges the gradients anew, and with three ranks or more
+        it sums them in another order from then on: a run that is taken up again would differ from
+        an undisturbed one by rounding. So every run has that behind it before its first step.
+        """
+        image = torch.full((samples, 3, size, size), 0.5, device=device)
+        image = image.contiguous(memory_format=torch.channels_last)
+        valid = torch.ones(samples, 1, size, size, device=device)
+        valid[:, :, size // 4 : size // 2] = 0
+        networks = (self.state.generator, self.state.discriminator)
+        buffers = [(buffer, buffer.clone()) for each in networks for buffer in each.buffers()]
+        raw, composite = self._inpaint(image, valid)
+        self._judge(image, composite.detach(), valid).backward()
+        self._likeness(raw, composite, image, valid)[0].backward()
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        for each in networks:
+            each.zero_grad(set_to_none=True)
+
+    def __call__(self, step: int, image: Tensor, valid: Tensor, weight: float = 1.0) -> Measured:
+        """Train on N3HW images in [0, 1] and N1HW masks, in fp32; `step` counts from 0.
+
+        `weight` is this rank's share of the step's samples times the number of ranks: 1 where all
+        have the same number. With it the mean over ranks is the mean over samples.
+        """
         s, state = self.settings, self.state
         scale = rate(step, s)
-        weight = adversarial_weight(step, self.losses, s)
-        raw, composite = self._inpaint(image, valid)
+        adversarial = adversarial_weight(step, self.losses, s)
+        parts = min(s.accumulate, len(image))
+        # Of each micro-batch: its samples, and its share of the sum that the gradients are.
+        micro = [
+            (x, v, weight * len(x) / len(image))
+            for x, v in zip(image.tensor_split(parts), valid.tensor_split(parts), strict=True)
+        ]
         terms: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
-        if weight > 0:
-            loss = self._judge(image, composite.detach(), valid)
-            terms["discriminator"] = loss
-            gradients["discriminator"] = self._descend(
-                loss, state.discriminator_optimizer, s.discriminator_learning_rate * scale
+        bad = torch.zeros_like(state.skipped)
+
+        # With one micro-batch both networks learn from the same pass; several would have to be held
+        # in memory at once, so each is computed again for the generator.
+        once = self._inpaint(image, valid) if parts == 1 else None
+        if adversarial > 0:
+            state.discriminator_optimizer.zero_grad(set_to_none=True)
+            for number, (x, v, share) in enumerate(micro, 1):
+                composite = once[1] if once else self._composite(x, v)
+                with _last_syncs(self._judge, number == parts):
+                    loss = self._judge(x, composite.detach(), v)
+                    self._backward(loss, share)
+                _add(terms, "discriminator", loss, share / weight)
+            gradients["discriminator"], bad = self._descend(
+                state.discriminator_optimizer, s.discriminator_learning_rate * scale, bad
             )
-        total, likeness = self._likeness(raw, composite, image, valid)
-        terms |= likeness
-        if weight > 0:
-            state.discriminator.requires_grad_(False)
-            terms["adversarial"] = self._persuade(composite, valid)
-            total = total + weight * terms["adversarial"]
-        gradients["generator"] = self._descend(
-            total, state.generator_optimizer, s.learning_rate * scale
+        state.generator_optimizer.zero_grad(set_to_none=True)
+        state.discriminator.requires_grad_(False)
+        for number, (x, v, share) in enumerate(micro, 1):
+            with _last_syncs(self._inpaint, number == parts):
+                raw, composite = once or self._inpaint(x, v)
+                total, likeness = self._likeness(raw, composite, x, v)
+                if adversarial > 0:
+                    likeness["adversarial"] = self._persuade(composite, v)
+                    total = total + adversarial * likeness["adversarial"]
+                self._backward(total, share)
+            for name, term in likeness.items():
+                _add(terms, name, term, share / weight)
+        gradients["generator"], bad = self._descend(
+            state.generator_optimizer, s.learning_rate * scale, bad
         )
         state.discriminator.requires_grad_(True)
+        state.skipped += bad
         state.update_ema(s.ema_decay)
         state.step = step + 1
-        return Measured({name: term.detach() for name, term in terms.items()}, gradients)
+        return Measured(terms, gradients, weight)
+
+    @torch.no_grad()
+    def _composite(self, image: Tensor, valid: Tensor) -> Tensor:
+        composite: Tensor = self._inpaint(image, valid)[1]
+        return composite
+
+    def _backward(self, loss: Tensor, share: float) -> None:
+        # The second factor is 1; for a loss that is not finite it is NaN, and so are all gradients,
+        # on every rank. Otherwise one rank could go on where another does not.
+        (loss * share * (loss.detach() * 0 + 1)).backward()  # type: ignore[no-untyped-call]
 
     def _descend(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, learning_rate: float
-    ) -> Tensor:
-        """One step of the optimiser; the norm of the gradient before it was clipped."""
+        self, optimizer: torch.optim.Optimizer, learning_rate: float, bad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the optimiser, unless a gradient of this step is not finite.
+
+        Returns the gradients' norm before clipping, and 1 if the step is bad so far, else 0.
+        """
         (group,) = optimizer.param_groups
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(group["params"], self.settings.gradient_clip)
+        bad = torch.maximum(bad, (~norm.isfinite()).to(bad.dtype))
+        halted = self.state.skipped + bad > self.settings.max_skipped
+        # What a gradient scaler sets: the optimiser skips its step where it is 1, without waiting.
+        optimizer.found_inf = torch.maximum(bad, halted.to(bad.dtype))  # type: ignore[attr-defined]
         group["lr"] = learning_rate
         optimizer.step()
-        return norm
+        return norm, bad
+
+
+def _add(terms: dict[str, Tensor], name: str, term: Tensor, share: float) -> None:
+    part = term.detach() * share
+    terms[name] = terms[name] + part if name in terms else part
+
+
+def _last_syncs(module: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Average gradients over the ranks in the last micro-batch only."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    context: AbstractContextManager[None] = module.no_sync()
+    return context
+
+
+def _copied(tree: Any) -> Any:
+    """A copy on the CPU of nested dicts and lists of tensors, in which nothing is shared."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_copied(value) for value in tree]
+    return tree
 
 
 class _Inpaint(nn.Module):

@@ -1,7 +1,8 @@
-"""Validation during training: hole PSNR on frozen pairs, and how batches become tensors."""
+"""Validation during training on frozen pairs: hole PSNR, pictures. How batches become tensors."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,20 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpnet.data import Batch, Samples, validation_pairs
+from data_prep.stage import read_manifest
+from data_prep.storage import Store
+from dpnet.data import Samples, validation_pairs
+from dpnet.loader import Batch
 from dpnet.model import Generator
 from dpnet.model.generator import known_mean
 from dpnet.train import TrainJob
 
 BATCH = 32
 PSNR_CAP = 100.0
+PICTURES = 6  # pairs in a strip
+GAP = 2  # pixels between pictures
 
 
 class Validation:
     """Hole PSNR of the averaged generator on frozen pairs of the val split."""
 
-    def __init__(self, images: Samples, masks: Samples, job: TrainJob) -> None:
-        self.images, self.masks = images, masks
+    def __init__(self, store: Store, job: TrainJob) -> None:
+        size = mask_size(store, job.masks.folder)
+        self.images = images = Samples(store, job.images.folder, "val", size)
+        self.masks = masks = Samples(store, job.masks.folder, "eval")
         digests = (job.images.content_digest, job.masks.content_digest)
         self.pairs = validation_pairs(
             images, masks, digests, seed=job.settings.seed, count=job.settings.validation_pairs
@@ -58,9 +66,38 @@ class Validation:
             "parameters": sum(p.numel() for p in generator.parameters()),
         }
 
+    @torch.no_grad()
+    def strip(self, generator: Generator) -> bytes:
+        """A PNG of a few pairs, one a line: truth, masked, what the network makes of it."""
+        from PIL import Image
+
+        count = min(PICTURES, len(self.pairs))
+        chosen = [self.pairs[i * len(self.pairs) // count] for i in range(count)]
+        batch = self._batch(chosen)
+        image, valid = to_device(batch, next(generator.parameters()).device)
+        raw = torch.where(valid > 0, image, generator(image, valid).float())
+        output = (raw.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        truth, known = batch.image.numpy(), batch.valid.numpy()[..., None]
+        masked = np.where(known > 0, truth, 255).astype(np.uint8)
+        side = truth.shape[1]
+        sheet = Image.new("RGB", (3 * (side + GAP) - GAP, count * (side + GAP) - GAP), "white")
+        for column, pictures in enumerate((truth, masked, output)):
+            for line, picture in enumerate(pictures):
+                at = (column * (side + GAP), line * (side + GAP))
+                sheet.paste(Image.fromarray(picture), at)
+        file = io.BytesIO()
+        sheet.save(file, "PNG")
+        return file.getvalue()
+
     def _batch(self, pairs: Iterable[tuple[int, int]]) -> Batch:
         both = [(self.images.image(i), self.masks.valid(m)) for i, m in pairs]
-        return Batch(np.stack([i for i, _ in both]), np.stack([v for _, v in both]))
+        image, valid = np.stack([i for i, _ in both]), np.stack([v for _, v in both])
+        return Batch(torch.from_numpy(image), torch.from_numpy(valid))
+
+
+def mask_size(store: Store, folder: str) -> int:
+    """Side of the masks of a stage in pixels, which is that of training and validation."""
+    return int(read_manifest(store, folder)["settings"]["size"])
 
 
 def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
@@ -79,9 +116,7 @@ def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """N3HW in [0, 1] (channels_last) and N1HW in {0, 1}, both float32."""
-    image, valid = torch.from_numpy(batch.image), torch.from_numpy(batch.valid)
-    if device.type == "cuda":
-        # A copy from memory that is not pinned would wait for all that the device has yet to do.
-        image, valid = image.pin_memory(), valid.pin_memory()
-    image, valid = image.to(device, non_blocking=True), valid.to(device, non_blocking=True)
+    # From page-locked memory, as training batches are, the copy does not wait for the device.
+    image = batch.image.to(device, non_blocking=True)
+    valid = batch.valid.to(device, non_blocking=True)
     return image.permute(0, 3, 1, 2).float() / 255, valid[:, None].float()

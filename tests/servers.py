@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -172,6 +172,18 @@ class FaultProxy:
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    start: Callable[[], None] = lambda: None
+    stop: Callable[[], None] = lambda: None
+    running: bool = False
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Nothing listens there while in the block, and who was connected is cut off."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
 
     def inject(self, fault: Fault) -> None:
         with self.lock:
@@ -206,6 +218,9 @@ def fault_proxy(upstream: Server) -> Iterator[FaultProxy]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            if not proxy.running:
+                self._break()
+                return
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             headers = dict(self.headers.items())
             fault = proxy.next_fault(self.command, self.path, headers)
@@ -277,16 +292,30 @@ def fault_proxy(upstream: Server) -> Iterator[FaultProxy]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    port = server.server_address[1]
-    own = Server(f"http://127.0.0.1:{port}", upstream.access_key, upstream.secret_key)
-    proxy = FaultProxy(own)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield proxy
-    finally:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    server: ThreadingHTTPServer
+    thread: threading.Thread
+
+    def start() -> None:
+        nonlocal server, thread
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        proxy.running = True
+
+    def stop() -> None:
+        proxy.running = False
         server.shutdown()
         thread.join()
         server.server_close()
+
+    own = Server(f"http://127.0.0.1:{port}", upstream.access_key, upstream.secret_key)
+    proxy = FaultProxy(own, start=start, stop=stop)
+    start()
+    try:
+        yield proxy
+    finally:
+        stop()

@@ -1,12 +1,15 @@
 """The training loop without Ray: one process, real shards, a session that keeps folders."""
 
+import io
+import itertools
 import json
 import os
-import re
-import shutil
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,15 +22,19 @@ from data_prep.masks import MasksConfig, prepare_masks
 from data_prep.storage import open_store
 from dpnet import loop
 from dpnet import train as training
-from dpnet.data import Samples, TrainingBatches, validation_pairs
-from dpnet.loop import LOG, Meter, choose_backend, train_loop
+from dpnet.checkpoints import load, marks
+from dpnet.data import Samples, validation_pairs
+from dpnet.extend import find_start
+from dpnet.launch import LaunchSettings
+from dpnet.loop import Meter, choose_backend, note, resume, train_loop
 from dpnet.model import losses as L
-from dpnet.step import STATE, Measured
+from dpnet.step import Measured, Step
 from dpnet.train import (
     LossSettings,
     ModelSettings,
     TrainJob,
     TrainSettings,
+    asked,
     train_request,
     vgg_command,
 )
@@ -56,7 +63,10 @@ def prepared(tmp_path_factory):
     return store, images, masks
 
 
-def make_job(prepared, losses=None, **settings):
+RUNS = itertools.count()
+
+
+def make_job(prepared, losses=None, folder=None, **settings):
     store, images, masks = prepared
     defaults = {
         "steps": 6,
@@ -66,42 +76,65 @@ def make_job(prepared, losses=None, **settings):
         "checkpoint_every": 2,
         "validate_every": 3,
         "ema_decay": 0.9,
+        "keep_checkpoints": 10,
+        "finetune_share": 0.0,
     }
-    return TrainJob(
-        store.uri,
-        images,
-        masks,
-        ModelSettings(preset="tiny"),
-        losses or LossSettings(adversarial=0.01),
-        TrainSettings(**{**defaults, **settings}),
-    )
+    model, losses = ModelSettings(preset="tiny"), losses or LossSettings(adversarial=0.01)
+    settings = TrainSettings(**{**defaults, **settings})
+    request = train_request(model, losses, settings, "t", images, masks)
+    folder = folder or f"runs/t-{next(RUNS):012x}"
+    rest = (images, masks, model, losses, settings, asked(request))
+    return TrainJob(store.uri, folder, *rest)
 
 
 class Session:
-    """Keeps checkpoints in a folder; raises after the one at `stop_at`, as a killed run would."""
+    """One rank, nothing around it; warns of its end at the steps `notices`."""
 
-    rank, world, device = 0, 1, torch.device("cpu")
+    rank, world, local_world, device = 0, 1, 1, torch.device("cpu")
+    node, attempt = "here", "first"
 
-    def __init__(self, folder, stop_at=None):
-        self.folder, self.stop_at, self.steps, self.notes = folder, stop_at, [], []
+    def __init__(self, notices=()):
+        self.notices, self.asked = set(notices), 0
 
-    @contextmanager
-    def latest(self):
-        found = sorted(self.folder.glob("step-*"))
-        yield found[-1] if found else None
-
-    def save(self, step, folder):
-        shutil.copytree(folder, self.folder / f"step-{step:08d}")
-        if step == self.stop_at:
-            raise InterruptedError
-
-    def progress(self, step, note):
-        self.steps.append(step)
-        self.notes.append(note)
+    def notice(self):
+        self.asked += 1
+        return self.asked in self.notices
 
 
-def final(folder):
-    return torch.load(folder / "step-00000006" / STATE, weights_only=True)
+class Killed(BaseException):
+    """What the process's end looks like to the code after it: nothing runs any more."""
+
+
+def killed_after(job, step):
+    """Train, and end all at once when `step` is done."""
+    real = Step.__call__
+
+    def dying(self, number, *rest):
+        if number == step:
+            raise Killed
+        return real(self, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", dying)
+        with pytest.raises(Killed):
+            train_loop(job, Session())
+
+
+def saved(job, step):
+    """The state and the log of the checkpoint at a step."""
+    store = open_store(job.root)
+    (mark,) = [mark for mark in marks(store, job.folder) if mark.step == step]
+    found = load(store, mark)
+    return found.state, found.log
+
+
+def saved_steps(job):
+    return [mark.step for mark in marks(open_store(job.root), job.folder)]
+
+
+def without_times(log):
+    times = ("seconds", "data_seconds", "other_seconds", "images_per_second")
+    return [{k: v for k, v in record.items() if k not in times} for record in log]
 
 
 def equal(a, b):
@@ -114,29 +147,193 @@ def equal(a, b):
     return a == b
 
 
-def test_a_run_cut_off_and_resumed_ends_bit_identical(prepared, tmp_path):
+@pytest.mark.parametrize(("step", "last"), [(1, 0), (3, 3), (5, 4)])
+def test_a_run_cut_off_and_taken_up_ends_bit_identical(prepared, step, last):
+    whole, broken = make_job(prepared), make_job(prepared)
+    train_loop(whole, Session())
+    killed_after(broken, step)
+    assert max(saved_steps(broken), default=0) == last
+    train_loop(broken, Session())
+    (mine, my_log), (its, its_log) = saved(broken, 6), saved(whole, 6)
+    assert equal(mine, its)
+    # Records end at other steps where the run was cut off in between; what is measured is the same.
+    assert [r for r in my_log if r["kind"] == "validation"] == [
+        r for r in its_log if r["kind"] == "validation"
+    ]
+    assert without_times(my_log) == without_times(its_log)
+
+
+def test_a_finished_run_is_not_trained_again(prepared, monkeypatch):
+    job = make_job(prepared, steps=2)
+    train_loop(job, Session())
+    monkeypatch.setattr(Step, "__call__", None)
+    train_loop(job, Session())
+    assert saved_steps(job) == [2]
+
+
+def test_a_warning_that_the_machine_goes_away_is_answered_by_a_checkpoint_at_once(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(loop, "NOTICE_EVERY", 1)
+    job = make_job(prepared, checkpoint_every=100, validate_every=100, finetune_share=1)
+    train_loop(job, Session(notices={5}))
+    assert saved_steps(job) == [6, 5]
+
+
+def test_checkpoints_are_kept_as_asked_the_last_the_best_and_where_fine_tuning_begins(prepared):
+    job = make_job(
+        prepared,
+        steps=10,
+        validate_every=2,
+        keep_checkpoints=1,
+        keep_best=1,
+        finetune_share=0.5,
+        checkpoint_every=1,
+    )
+    train_loop(job, Session())
+    _, log = saved(job, 10)
+    scores = {r["step"]: r["hole_psnr"] for r in log if r["kind"] == "validation" and r["step"]}
+    assert set(saved_steps(job)) == {10, 5, max(scores, key=lambda step: (scores[step], step))}
+
+
+def test_training_ends_early_when_validation_does_not_get_better(prepared, monkeypatch):
+    scores = iter([10.0, 12.0, 11.0, 11.5, 13.0])
+    monkeypatch.setattr(
+        loop.Validation,
+        "measure",
+        lambda self, ema, step, rank, world: {
+            "kind": "validation",
+            "step": step,
+            "hole_psnr": next(scores),
+        },
+    )
+    job = make_job(prepared, steps=50, validate_every=1, patience=2, checkpoint_every=100)
+    train_loop(job, Session())
+    store = open_store(job.root)
+    newest = marks(store, job.folder)[0]
+    assert newest.step == 3
+    assert newest.finished == "2 validations in a row without a better one"
+    assert load(store, newest).state["best"]["step"] == 1
+    train_loop(job, Session())  # it is finished: no further validation is asked for
+
+
+def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_identical(
+    prepared, capsys
+):
+    short = make_job(prepared, finetune_share=0.5, folder="runs/more-000000000001")
+    train_loop(short, Session())
+    settings = {"steps": 10, "finetune_share": 0.5}
+    straight = make_job(prepared, **settings, folder="runs/straight-000000000002")
+    longer = make_job(prepared, **settings, folder="runs/more-000000000003")
+    start = find_start(open_store(longer.root), longer)
+    assert start == "runs/more-000000000001/step-00000003"
+    assert "extends the run of 6 steps" in capsys.readouterr().err
+    longer = replace(longer, extends=start)
+    train_loop(longer, Session())
+    assert saved_steps(longer)[-1] > 3
+    train_loop(straight, Session())
+    assert equal(saved(longer, 10)[0], saved(straight, 10)[0])
+    assert find_start(open_store(longer.root), longer) is None  # it has checkpoints of its own
+
+
+def test_a_run_that_cannot_be_extended_is_told(prepared, capsys):
+    train_loop(make_job(prepared, folder="runs/cosine-000000000001", finetune_share=1), Session())
+    capsys.readouterr()
+    longer = make_job(prepared, steps=8, folder="runs/cosine-000000000002", finetune_share=1)
+    assert find_start(open_store(longer.root), longer) is None
+    assert "no checkpoint of it from before step 1" in capsys.readouterr().err
+    other = make_job(prepared, steps=8, seed=5, folder="runs/cosine-000000000003")
+    assert find_start(open_store(other.root), other) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_begins_with_another_ones_generator(prepared, tmp_path):
+    from dpnet.model import build_generator
+
+    torch.manual_seed(7)
+    generator = build_generator("tiny")
+    store = open_store(str(tmp_path))
+    save_generator(store, "model", generator, {"step": 1})
+    job = replace(make_job(prepared, steps=1), init=(store.uri, "model"))
+    state = loop.initial_state(job, torch.device("cpu"))
+    assert resume(job, Session(), open_store(job.root), state) == ([], "")
+    for mine in (state.generator, state.ema):
+        assert equal(dict(mine.state_dict()), dict(generator.state_dict()))
+    other = replace(job, model=ModelSettings(preset="tiny", pyramid=False))
+    state = loop.initial_state(other, torch.device("cpu"))
+    with pytest.raises(PipelineError, match=r"train\.init_from names .*another network"):
+        resume(other, Session(), open_store(job.root), state)
+
+
+def test_a_checkpoint_made_with_other_settings_is_refused_by_their_names(prepared):
+    job = make_job(prepared, steps=2)
+    train_loop(job, Session())
+    other = make_job(prepared, steps=2, batch_size=2, seed=3, folder=job.folder)
+    with pytest.raises(PipelineError, match=r"train\.batch_size 4, not 2, train\.seed 0, not 3"):
+        train_loop(other, Session())
+
+
+def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, capsys):
     job = make_job(prepared)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    train_loop(job, Session(whole))
-    with pytest.raises(InterruptedError):
-        train_loop(job, Session(broken, stop_at=4))
-    resumed = Session(broken)
-    train_loop(job, resumed)
-    assert resumed.steps == [5, 6]
-    assert equal(final(whole), final(broken))
-    logs = [(f / "step-00000006" / "log.jsonl").read_text().splitlines() for f in (whole, broken)]
-    metrics = [[line for line in log if '"validation"' in line] for log in logs]
-    assert len(metrics[0]) == 3
-    assert metrics[0] == metrics[1]
+    killed_after(job, 5)
+    store = open_store(job.root)
+    whole = store.read(f"{job.folder}/step-00000004/state.pt")
+    store.write(f"{job.folder}/step-00000004/state.pt", whole[:-1] + b"x")
+    train_loop(job, Session())
+    assert "step-00000004 is passed over: state.pt was altered" in capsys.readouterr().err
+    # The same step came again, and went elsewhere.
+    assert store.read(f"{job.folder}/step-00000004/state.pt") == whole[:-1] + b"x"
+    again = next(m for m in marks(store, job.folder) if m.folder.endswith("/step-00000004.2"))
+    assert equal(load(store, again).state, torch.load(io.BytesIO(whole), weights_only=True))
+    undisturbed = make_job(prepared)
+    train_loop(undisturbed, Session())
+    assert equal(saved(job, 6)[0], saved(undisturbed, 6)[0])
 
 
-def test_training_changes_every_part_and_the_discriminator_waits_for_its_turn(prepared, tmp_path):
-    late = make_job(prepared, adversarial_from=5)
-    train_loop(late, Session(tmp_path))
-    first = torch.load(tmp_path / "step-00000002" / STATE, weights_only=True)
-    last = final(tmp_path)
+def test_the_run_tells_how_it_goes_while_it_goes_on(prepared):
+    job = make_job(prepared, validate_every=2)
+    train_loop(job, Session())
+    store = open_store(job.root)
+    status = json.loads(store.read(f"{job.folder}/status.json"))
+    assert (status["step"], status["steps"], status["resumed_from"]) == (6, 6, 0)
+    assert status["workers"] == [
+        {"rank": 0, "node": "here", "host": socket.gethostname(), "pid": os.getpid()}
+    ]
+    lines = store.read(f"{job.folder}/log.jsonl").splitlines()
+    assert [json.loads(line) for line in lines] == saved(job, 6)[1]
+    assert status["records"] == len(lines)
+    train = [json.loads(line) for line in lines if b'"train"' in line]
+    assert [record["step"] for record in train] == [2, 4, 6]
+    for record in train:
+        assert record["images_per_second"] > 0
+        assert 0 <= record["data_seconds"] <= record["seconds"]
+        assert record["skipped_samples"] == record["skipped_steps"] == 0
+    picture = Image.open(io.BytesIO(store.read(f"{job.folder}/pictures/step-00000006.png")))
+    assert picture.size[0] == 3 * 32 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"workers": 5, "batch_size": 4}, r"train\.workers is 5 and train\.batch_size 4"),
+        ({"workers": 9, "batch_size": 16, "lanes": 8}, r"train\.workers is 9 and train\.lanes 8"),
+        ({"workers": 2, "min_workers": 3, "batch_size": 4}, r"train\.min_workers is 3"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        training.check_settings(TrainSettings(**settings))
+
+
+def test_fewer_samples_than_a_batch_are_refused(prepared):
+    with pytest.raises(PipelineError, match="samples to train on, fewer than a batch of 11"):
+        train_loop(make_job(prepared, batch_size=11), Session())
+
+
+def test_training_changes_every_part_and_the_discriminator_waits_for_its_turn(prepared):
+    job = make_job(prepared, adversarial_from=5)
+    train_loop(job, Session())
+    first, last = saved(job, 2)[0], saved(job, 6)[0]
     assert not equal(first["generator"], last["generator"])
     assert not equal(first["ema"], last["ema"])
     assert not equal(last["generator"], last["ema"])
@@ -154,8 +351,8 @@ def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp
     torch.save(weights, file)
     losses = LossSettings(adversarial=0, total_variation=0.1, vgg_weights=str(file))
     job = make_job(prepared, losses, steps=2)
-    train_loop(job, Session(tmp_path))
-    records = [json.loads(r) for r in (tmp_path / "step-00000002" / LOG).read_text().splitlines()]
+    train_loop(job, Session())
+    _, records = saved(job, 2)
     (record,) = [r for r in records if r["kind"] == "train"]
     assert set(record["losses"]) == {"hole", "valid", "perceptual", "style", "total_variation"}
     assert all(value > 0 for value in record["losses"].values())
@@ -166,9 +363,8 @@ def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp
 
 def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepared, tmp_path):
     losses = LossSettings(vgg_weights=str(tmp_path / "vgg.pth"))
-    job = make_job(prepared, losses)
     with pytest.raises(ConfigError, match=r"no file: make it with `python -c .*vgg\.pth`"):
-        train_request(job.model, losses, job.settings, "t", job.images, job.masks)
+        make_job(prepared, losses)
 
 
 def test_workers_are_given_the_whole_path_of_the_vgg_file(prepared, tmp_path, monkeypatch):
@@ -176,12 +372,12 @@ def test_workers_are_given_the_whole_path_of_the_vgg_file(prepared, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     jobs = []
     monkeypatch.setattr(training, "run_stage", lambda store, request, build, say: build(None))
-    monkeypatch.setattr(training, "_build", lambda job, work: jobs.append(job))
+    monkeypatch.setattr(training, "_build", lambda job, *rest: jobs.append(job))
     job = make_job(prepared)
     training.train(
         job.model,
         LossSettings(vgg_weights="vgg.pth"),
-        *(job.settings, "t", job.images, job.masks),
+        *(job.settings, LaunchSettings(), None, "t", job.images, job.masks),
         open_store(job.root),
     )
     assert jobs[0].losses.vgg_weights == str(tmp_path / "vgg.pth")
@@ -202,7 +398,7 @@ def test_the_command_that_makes_a_vgg_file_saves_torchvisions_weights(tmp_path):
 
 @pytest.mark.parametrize(("due", "every"), [("checkpoint", 3), ("validate", 3), ("log", 2)])
 def test_a_loss_that_is_not_finite_stops_before_anything_is_kept_and_names_its_first_step(
-    prepared, tmp_path, monkeypatch, due, every
+    prepared, monkeypatch, due, every
 ):
     real, steps = L.l1_terms, []
 
@@ -217,39 +413,69 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_kept_and_names_its_f
     monkeypatch.setattr(
         loop.Validation, "measure", lambda *a: validated.append(a[2]) or measure(*a)
     )
-    rare = {"checkpoint_every": 100, "validate_every": 100}
+    rare = {"checkpoint_every": 100, "validate_every": 100, "finetune_share": 1}
     if due == "log":
         monkeypatch.setattr(loop, "LOG_EVERY", every)
     else:
         rare[f"{due}_every"] = every
-    with pytest.raises(PipelineError, match=r"step 2: .* \(hole\)"):
-        train_loop(make_job(prepared, **rare), Session(tmp_path))
+    job = make_job(prepared, **rare)
+    with pytest.raises(PipelineError, match=r"step 2: .* \(hole\); nothing was trained on"):
+        train_loop(job, Session())
     assert len(steps) == every
     assert validated == [0]
-    assert list(tmp_path.iterdir()) == []
+    assert saved_steps(job) == []
+
+
+def meter(max_skipped=0):
+    loader = SimpleNamespace(world=1, waited=0.0, skipped=0)
+    state = SimpleNamespace(skipped=torch.zeros(()), step=0)
+    settings = TrainSettings(batch_size=8, max_skipped=max_skipped)
+    return Meter(loader, state, settings), state, loader
 
 
 def test_a_gradient_that_is_not_finite_stops_even_where_the_losses_are():
-    meter = Meter()
+    made, state, _ = meter()
     for gradient in (1.0, float("inf"), float("nan")):
         losses = {"hole": torch.tensor(0.5)}
-        meter.add(Measured(losses, {"generator": torch.tensor(gradient)}), 4)
+        made.add(Measured(losses, {"generator": torch.tensor(gradient)}))
+    state.step = 10
     with pytest.raises(PipelineError, match=r"step 9: .* \(the gradient\)"):
-        meter.record(10)
+        made.record()
+
+
+def test_steps_that_may_be_skipped_are_counted_and_left_out_of_the_means():
+    made, state, _ = meter(max_skipped=2)
+    for value in (1.0, float("nan"), 3.0, float("inf")):
+        losses = {"hole": torch.tensor(value)}
+        made.add(Measured(losses, {"generator": torch.tensor(1.0)}))
+    state.step = 4
+    record = made.record()
+    assert record["losses"] == {"hole": 2}
+    assert record["skipped_steps"] == 2
+    made.add(Measured({"hole": torch.tensor(float("nan"))}, {"generator": torch.tensor(1.0)}))
+    state.step = 5
+    with pytest.raises(PipelineError, match=r"step 5: .*after 2 such steps that were skipped"):
+        made.record()
 
 
 def test_a_record_holds_the_mean_of_each_term_over_the_steps_that_have_it():
-    meter = Meter()
+    made, state, loader = meter()
     for number in range(4):
         terms = {"hole": torch.tensor(float(number))}
         if number >= 2:
             terms["adversarial"] = torch.tensor(float(number))
-        meter.add(Measured(terms, {"generator": torch.tensor(2.0)}), 8)
-    record = meter.record(4)
+        made.add(Measured(terms, {"generator": torch.tensor(2.0)}))
+    state.step, loader.skipped, loader.waited = 4, 3, 0.25
+    with made.aside():
+        time.sleep(0.05)
+    record = made.record()
     assert record["losses"] == {"hole": 1.5, "adversarial": 2.5}
     assert record["gradients"] == {"generator": 2}
     assert record["images"] == 32
     assert record["seconds"] >= 0
+    assert record["other_seconds"] >= 0.05
+    assert record["data_seconds"] == 0.25
+    assert record["skipped_samples"] == 3
 
 
 def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(monkeypatch):
@@ -265,15 +491,13 @@ def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(
         choose_backend(True, cpu)
 
 
-def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled(
-    prepared, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(loop, "choose_backend", lambda wanted, device: (None, "no compiler"))
-    session = Session(tmp_path)
-    train_loop(make_job(prepared, validate_every=100, checkpoint_every=3), session)
-    assert re.fullmatch(r"validation \d+\.\d\d dB, not compiled \(no compiler\)", session.notes[0])
-    assert session.notes[0] == session.notes[1]
-    assert session.notes[2].startswith("L1 in the hole 0.")
+def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled():
+    log = [{"kind": "validation", "step": 0, "hole_psnr": 20.0}]
+    assert note(log, None) == "validation 20.00 dB"
+    times = {"seconds": 2.0, "data_seconds": 0.5, "images_per_second": 12.34}
+    log.append({"kind": "train", "step": 5, "losses": {"hole": 0.1234}, **times})
+    told = "L1 in the hole 0.123, 12.3 images/s, 25% waiting for data, validation 20.00 dB"
+    assert note(log, "no compiler") == f"{told}, not compiled (no compiler)"
 
 
 @pytest.mark.slow
@@ -288,41 +512,6 @@ assert problem and "\\n" not in problem, problem
 """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-def test_two_ranks_share_the_batch_that_one_would_have(prepared):
-    store, images, masks = prepared
-    both = (Samples(store, images.folder, "train"), Samples(store, masks.folder, "train"))
-    digests = (images.content_digest, masks.content_digest)
-
-    def batch(rank, world):
-        return TrainingBatches(*both, digests, seed=0, batch=4, rank=rank, world=world).at(3)
-
-    whole, parts = batch(0, 1), [batch(rank, 2) for rank in range(2)]
-    for rank, part in enumerate(parts):
-        assert np.array_equal(whole.image[rank::2], part.image)
-        assert np.array_equal(whole.valid[rank::2], part.valid)
-    assert whole.image.shape == (4, 32, 32, 3)
-    assert set(np.unique(whole.valid)) == {0, 1}
-
-
-def test_reading_ahead_gives_the_same_batches_and_hands_errors_on(prepared, monkeypatch):
-    store, images, masks = prepared
-    batches = TrainingBatches(
-        Samples(store, images.folder, "train"),
-        Samples(store, masks.folder, "train"),
-        ("a", "b"),
-        seed=0,
-        batch=2,
-        rank=0,
-        world=1,
-    )
-    ahead = list(batches.ahead(3, 8))
-    assert [step for step, _ in ahead] == [3, 4, 5, 6, 7]
-    assert np.array_equal(ahead[2][1].image, batches.at(5).image)
-    monkeypatch.setattr(Samples, "payload", lambda self, position: b"no picture")
-    with pytest.raises(PipelineError, match="cannot be decoded"):
-        list(batches.ahead(0, 2))
 
 
 def test_validation_pairs_are_spread_over_the_masks(prepared):
@@ -349,7 +538,11 @@ def test_the_request_ignores_what_does_not_change_the_weights(prepared):
         job = make_job(prepared, **settings)
         return train_request(job.model, job.losses, job.settings, "t", job.images, job.masks).digest
 
-    assert digest() == digest(workers=2, checkpoint_every=5, keep_checkpoints=9, compile=True)
+    how = {"workers": 2, "min_workers": 1, "compile": True, "accumulate": 2, "max_failures": 9}
+    kept = {"checkpoint_every": 5, "keep_checkpoints": 9, "keep_best": 3}
+    read = {"loader_threads": 3, "cache": "/tmp", "cache_gb": 1, "on_bad_sample": "skip"}
+    assert digest() == digest(**how, **kept, **read)
+    assert digest() != digest(lanes=8)
     assert digest() != digest(steps=7)
     assert digest() != digest(finetune_share=0.3)
 

@@ -1,7 +1,10 @@
 import io
+import itertools
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from data_prep.mask_plan import (
 )
 from data_prep.mask_recipes import RECIPES, draw, hole_ratio
 from data_prep.mask_shards import encode_png
-from data_prep.masks import MasksConfig, prepare_masks, valid_from_png
+from data_prep.masks import MasksConfig, _unpacked, prepare_masks, valid_from_png
 from data_prep.shards import iterate_shard, read_index, split_shards
 from data_prep.stage import MANIFEST, Request, StageRef
 from data_prep.storage import LocalStore
@@ -94,6 +97,110 @@ def test_a_mask_is_stored_with_white_holes_and_read_as_1_for_known() -> None:
     valid = valid_from_png(png)
     assert valid.dtype == np.uint8
     assert (valid == (hole == 0)).all()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+ADAM7 = [
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+]
+
+
+def png_of(
+    hole: np.ndarray, *, filtered: bool = False, interlaced: bool = False, parts: int = 1
+) -> bytes:
+    """A 1-bit PNG as another program may write it."""
+    lines = b""
+    for top, left, down, right in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        part = hole[top::down, left::right]
+        for row in np.packbits(part > 0, axis=1) if part.size else []:
+            if filtered:  # each byte less the one before
+                row = np.diff(row, prepend=np.uint8(0))
+            lines += bytes([filtered]) + row.tobytes()
+    packed = zlib.compress(lines)
+    header = struct.pack(">IIBBBBB", hole.shape[1], hole.shape[0], 1, 0, 0, 0, interlaced)
+    cuts = [len(packed) * number // parts for number in range(parts + 1)]
+    pixels = b"".join(chunk(b"IDAT", packed[a:b]) for a, b in itertools.pairwise(cuts))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def with_pillow(data: bytes) -> np.ndarray:
+    return (np.asarray(Image.open(io.BytesIO(data)).convert("L")) < 128).astype(np.uint8)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_mask_of_our_own_is_unpacked_as_a_general_reader_reads_it(recipe: str) -> None:
+    for index, size in enumerate([*range(16, 34), 63, 64, 65, 100, 256]):
+        hole = draw(recipe, 0, index, size)
+        png = encode_png(hole)
+        unpacked = _unpacked(png)
+        assert unpacked is not None
+        assert unpacked.dtype == np.uint8
+        assert (unpacked == (hole == 0)).all()
+        assert (unpacked == with_pillow(png)).all()
+        assert (valid_from_png(png) == unpacked).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "unpacked"),
+    [
+        ({}, True),
+        ({"filtered": True}, False),
+        ({"interlaced": True}, False),
+        ({"parts": 2}, False),
+        ({"parts": 5}, False),
+    ],
+)
+@pytest.mark.parametrize("size", [17, 64])
+def test_a_png_that_another_program_wrote_is_read_too(how: dict, unpacked: bool, size: int) -> None:
+    hole = draw("free-form", 1, 2, size)
+    png = png_of(hole, **how)
+    assert (_unpacked(png) is not None) == unpacked
+    assert (valid_from_png(png) == (hole == 0)).all()
+    assert (with_pillow(png) == (hole == 0)).all()
+
+
+def test_gray_values_from_128_up_are_holes() -> None:
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    file = io.BytesIO()
+    Image.fromarray(gray).save(file, "PNG")
+    assert (valid_from_png(file.getvalue()) == (gray < 128)).all()
+
+
+def test_a_mask_with_any_bit_flipped_is_the_same_mask_or_an_error() -> None:
+    hole = draw("strokes", 0, 0, 32)
+    png = encode_png(hole)
+    refused = 0
+    for at in range(8 * len(png)):
+        if at // 8 in (33, 34):
+            continue  # a length of gigabytes, for which the general reader takes memory: slow
+        altered = bytearray(png)
+        altered[at // 8] ^= 1 << at % 8
+        try:
+            valid = valid_from_png(bytes(altered))
+        except PipelineError:
+            refused += 1
+        else:
+            assert (valid == (hole == 0)).all()
+    assert refused > 8 * (len(png) - 30)  # what is not: check sums, the end mark
+
+
+def test_a_mask_that_was_cut_short_is_an_error() -> None:
+    png = encode_png(draw("strokes", 0, 0, 32))
+    for length in range(len(png) - 12):  # the end mark has nothing to say
+        with pytest.raises(PipelineError, match="not a readable PNG"):
+            valid_from_png(png[:length])
+    short = png_of(np.zeros((15, 16), np.uint8))
+    longer = short.replace(struct.pack(">II", 16, 15), struct.pack(">II", 16, 16))
+    assert _unpacked(longer) is None  # fewer pixels than it says
 
 
 @pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])

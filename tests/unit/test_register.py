@@ -225,7 +225,7 @@ def test_a_database_that_cannot_be_opened_is_told_without_its_password(store):
     settings = RegisterSettings(tracking_uri=f"sqlite:///{store.folder}/broken.db")
     with pytest.raises(PipelineError, match="refused the registration"):
         register(settings, run, evaluation, store)
-    assert mlflow_registry._public("postgresql://me:secret@host/db") == "postgresql://host/db"
+    assert mlflow_registry.public("postgresql://me:secret@host/db") == "postgresql://host/db"
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])

@@ -135,6 +135,14 @@ def test_a_finished_shard_is_recognised_with_the_same_records(place: Folder) -> 
     assert [record.path for record in records] == ["train-000000.tar", "train-000000.parquet"]
 
 
+def test_the_record_of_a_tar_says_how_many_samples_it_has(place: Folder) -> None:
+    tar, index = write_shard(place, "train-000000", ROWED)
+    assert (tar.samples, index.samples) == (3, None)
+    found = finished_shard(place, "train-000000")
+    assert found is not None
+    assert [record.samples for record in found] == [3, None]
+
+
 @pytest.mark.parametrize("harm", ["no tar", "no index", "altered tar", "cut index"])
 def test_a_shard_that_is_not_whole_is_not_taken_up(place: Folder, harm: str) -> None:
     write_shard(place, "train-000000", ROWED)

@@ -5,14 +5,22 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from data_prep import digest
 from data_prep.errors import LeaseLostError, PipelineError
 from data_prep.lease import Lease
-from data_prep.shards import write_file
-from data_prep.stage import Produced, Request, load_reference, run_stage
+from data_prep.shards import write_file, write_shard
+from data_prep.stage import (
+    FileRecord,
+    Produced,
+    Request,
+    content_digest,
+    load_reference,
+    run_stage,
+)
 from data_prep.storage import open_store
 
 
@@ -84,6 +92,24 @@ def test_the_request_digest_follows_settings_and_the_content_of_inputs(store):
     assert Request("train", "z", "elsewhere", {"lr": 1}, {"images": upstream}).digest == train(
         upstream, lr=1
     )
+
+
+def test_the_manifest_says_how_many_samples_a_tar_has_and_nothing_where_that_is_not_known(store):
+    def shard(work):
+        samples = [(key, {"png": b"x"}, {}) for key in "abc"]
+        return Produced([*write_shard(work, "train-000000", samples)], {})
+
+    folder = run_stage(store, request(), shard).folder
+    index, tar = json.loads(store.read(f"{folder}/manifest.json"))["files"]
+    assert (tar["path"], tar["samples"]) == ("train-000000.tar", 3)
+    assert index.keys() == {"path", "size", "sha256", "content"}
+    assert [FileRecord(**file).samples for file in (index, tar)] == [None, 3]
+
+
+def test_the_number_of_samples_does_not_change_the_content_digest(store):
+    files = [FileRecord("a.tar", 1, "0" * 64), FileRecord("a.parquet", 1, "1" * 64)]
+    counted = [replace(file, samples=3) for file in files]
+    assert content_digest(counted) == content_digest(files)
 
 
 def test_an_altered_manifest_is_named(store):

@@ -1,5 +1,7 @@
 """One step of GAN training: what it computes, what it compiles to, what it saves."""
 
+import copy
+import io
 import os
 import subprocess
 import sys
@@ -16,7 +18,6 @@ from data_prep.errors import PipelineError
 from dpnet.model import ModelConfig, generator
 from dpnet.model import losses as L
 from dpnet.step import (
-    STATE,
     Step,
     TrainState,
     adversarial_weight,
@@ -44,6 +45,8 @@ def settings(**changes):
             "gradient_clip": 1.0,
             "ema_decay": 0.9,
             "seed": 0,
+            "accumulate": 1,
+            "max_skipped": 0,
             **changes,
         }
     )
@@ -143,46 +146,73 @@ def test_generated_code_computes_what_eager_does():
     assert_near(compiled, trained(steps, config=part)[1], 1e-3)
 
 
-TWO_RANKS = """
+RANKS = """
 import sys
-import torch
 from datetime import timedelta
-from torch import distributed
-from test_step import batch, trained
 
-rank, backend = int(sys.argv[1]), sys.argv[3] or None
+import torch
+from torch import distributed
+from test_step import CPU, SMALL, batch, losses, settings
+from dpnet.step import Step, TrainState
+
+meet, rank, world, samples, backend, begin, end, start, result = sys.argv[1:]
+rank, world, samples, begin, end = map(int, (rank, world, samples, begin, end))
+torch.set_num_threads(1)
 distributed.init_process_group(
-    "gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2,
+    "gloo", init_method=f"file://{meet}", rank=rank, world_size=world,
     timeout=timedelta(seconds=120),
 )
-part = lambda number: [t[rank::2] for t in batch(number)]
-state, measured = trained(range(4), part, world=2, backend=backend)
+state = TrainState(SMALL, settings(), CPU)
+if start != "-":
+    state.from_dict(torch.load(start, weights_only=True), start)
+step = Step(state, losses(), settings(), world=world, backend=backend or None)
+own = len(range(rank, samples, world))
+step.warm_up(own, 32, CPU)
+norms = []
+for number in range(begin, end):
+    image, valid = (t[rank::world] for t in batch(number, samples))
+    done = step(number, image, valid, len(image) * world / samples)
+    norms.append({name: float(norm) for name, norm in done.gradients.items()})
 if rank == 0:
-    torch.save((measured, dict(state.generator.state_dict())), sys.argv[4])
+    torch.save((norms, state.to_dict()), result)
 distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["", "aot_eager"])
-def test_two_ranks_with_half_a_batch_each_train_as_one_with_all_of_it(backend, tmp_path):
+def ranks(folder, world, samples, steps=range(4), start="-", backend=""):
+    """Gradients' norms and the state after `steps`, trained by several processes."""
     environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"}
-    result = tmp_path / "result"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meet"), backend, result],
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(300) for process in ranks] == [0, 0]
-    measured, weights = torch.load(result)
-    state, alone = trained(range(4))
+    folder.mkdir()
+    result, meet = str(folder / "result"), str(folder / "meet")
+    rest = [str(v) for v in (world, samples, backend, steps.start, steps.stop, start, result)]
+    commands = [[sys.executable, "-c", RANKS, meet, str(rank), *rest] for rank in range(world)]
+    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    assert [process.wait(300) for process in processes] == [0] * world
+    return torch.load(result, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("samples", "backend"), [(2, ""), (2, "aot_eager"), (3, "")])
+def test_two_ranks_train_as_one_with_all_samples_also_where_one_has_more(
+    samples, backend, tmp_path
+):
+    norms, saved = ranks(tmp_path / "two", 2, samples, backend=backend)
+    state = TrainState(SMALL, settings(), CPU)
+    alone = run(state, range(4), batch=lambda number: batch(number, samples))
     # Gradients are those of the whole batch, after the average over ranks.
-    norms = [{k: v for k, v in record.items() if k[:2] == "g "} for record in measured]
-    assert_near(norms, [{k: v for k, v in r.items() if k[:2] == "g "} for r in alone], 1e-3)
+    assert_near(norms, [floats(m.gradients) for m in alone], 1e-3)
     for name, weight in state.generator.state_dict().items():
-        assert torch.allclose(weights[name], weight, atol=1e-4), name
+        assert torch.allclose(saved["generator"][name], weight, atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_ranks_taken_up_in_the_middle_end_bit_identical(world, tmp_path):
+    _, whole = ranks(tmp_path / "whole", world, 6, range(STEPS))
+    _, first = ranks(tmp_path / "first", world, 6, range(3))
+    torch.save(first, tmp_path / "start")
+    _, second = ranks(tmp_path / "second", world, 6, range(3, STEPS), tmp_path / "start")
+    assert equal(second, whole)
 
 
 class NothingRead(TorchDispatchMode):
@@ -284,35 +314,156 @@ def test_the_learning_rate_of_a_step_reaches_both_optimisers():
     assert state.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    TrainState(SMALL, settings(), CPU).save(tmp_path)
-    return tmp_path
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
 
 
-def test_a_checkpoint_of_another_network_is_refused_by_the_option_that_differs(checkpoint):
+def run(state, steps, changes=None, batch=batch, **options):
+    step = Step(state, losses(), settings(**(changes or {})), **options)
+    return [step(number, *batch(number)) for number in steps]
+
+
+def test_a_state_saved_and_taken_up_goes_on_bit_for_bit():
+    whole, first, second = (TrainState(SMALL, settings(), CPU) for _ in range(3))
+    run(whole, range(STEPS))
+    run(first, range(3))
+    first.keep_best(20.0)
+    file = io.BytesIO()
+    torch.save(first.to_dict(), file)
+    file.seek(0)
+    second.from_dict(torch.load(file, weights_only=True), "there")
+    assert second.step == 3
+    assert equal(second.to_dict(), first.to_dict())
+    run(second, range(3, STEPS))
+    mine, its = second.to_dict(), whole.to_dict()
+    assert mine.pop("best")["score"] == 20
+    del its["best"]
+    assert equal(mine, its)
+
+
+def test_a_saved_state_shares_no_memory_with_training():
+    state = TrainState(SMALL, settings(), CPU)
+    run(state, range(SECOND + 1))
+    saved = state.to_dict()
+    before = copy.deepcopy(saved)
+    run(state, range(SECOND + 1, STEPS))
+    assert equal(saved, before)
+    assert not equal(state.to_dict()["generator"], before["generator"])
+
+
+def test_the_state_of_the_random_generator_is_saved():
+    state = TrainState(SMALL, settings(), CPU)
+    saved = state.to_dict()
+    first = torch.rand(3)
+    state.from_dict(saved, "there")
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_only_a_better_validation_replaces_the_best():
+    state = TrainState(SMALL, settings(), CPU)
+    assert state.keep_best(20.0)
+    best = state.best
+    run(state, range(2))
+    assert not state.keep_best(20.0)
+    assert state.best is best
+    assert state.keep_best(20.5)
+    assert (state.best["step"], best["step"]) == (2, 0)
+    assert equal(state.best["ema"], dict(state.ema.state_dict()))
+    assert not equal(state.best["ema"], best["ema"])
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_the_option_that_differs():
+    saved = TrainState(SMALL, settings(), CPU).to_dict()
     other = TrainState(ModelConfig((8, 16, 16), 2, 8, 7, (8, 8, 8, 8)), settings(), CPU)
     with pytest.raises(PipelineError, match=r"another network \(blocks 1, not 2\)"):
-        other.load(checkpoint)
+        other.from_dict(saved, "there")
 
 
-@pytest.mark.parametrize("keep", [0, 100, 5000])
-def test_a_checkpoint_cut_short_is_refused(checkpoint, keep):
-    os.truncate(checkpoint / STATE, keep)
-    with pytest.raises(PipelineError, match=r"state\.pt cannot be read .* cut short"):
-        TrainState(SMALL, settings(), CPU).load(checkpoint)
-
-
-def test_a_checkpoint_of_another_version_is_refused(checkpoint):
+def test_a_checkpoint_of_another_version_is_refused():
     state = TrainState(SMALL, settings(), CPU)
-    saved = torch.load(checkpoint / STATE)
-    torch.save({**saved, "generator": {"renamed": torch.ones(1)}}, checkpoint / STATE)
+    saved = state.to_dict()
     with pytest.raises(PipelineError, match="does not fit this version of the network"):
-        state.load(checkpoint)
+        state.from_dict({**saved, "generator": {"renamed": torch.ones(1)}}, "there")
     for other in ({name: saved[name] for name in saved if name != "model"}, [1]):
-        torch.save(other, checkpoint / STATE)
         with pytest.raises(PipelineError, match="not one of this version"):
-            state.load(checkpoint)
+            state.from_dict(other, "there")
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_in_parts_trains_as_one_in_a_piece(parts):
+    def whole(number):
+        return batch(number, samples=4)
+
+    of_parts, at_once = (TrainState(SMALL, settings(), CPU) for _ in range(2))
+    # Each pass of the discriminator moves its spectral norms on: its own steps are left out.
+    steps, quiet = range(3), {"discriminator_learning_rate": 1e-12}
+    split = run(of_parts, steps, {"accumulate": parts, **quiet}, whole)
+    one = run(at_once, steps, quiet, whole)
+    for mine, its in zip(split, one, strict=True):
+        for name in ("hole", "valid", "total_variation"):
+            assert float(mine.losses[name]) == pytest.approx(float(its.losses[name]), rel=1e-4)
+    first = [floats(m[0].gradients)["generator"] for m in (split, one)]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    for a, b in zip(of_parts.ema.parameters(), at_once.ema.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-3)
+
+
+def spoiled(at):
+    """Batches of which those of the steps `at` hold a value whose square is infinite."""
+
+    def make(number):
+        image, valid = batch(number)
+        if number in at:
+            image = image.clone()
+            image[0, 0] = 3e38
+        return image, valid
+
+    return make
+
+
+def weights_of(state):
+    return {name: state.to_dict()[name] for name in ("generator", "discriminator")}
+
+
+@pytest.mark.parametrize("bad", [1, SECOND + 1])
+def test_a_step_that_is_not_finite_and_those_after_it_change_no_weight(bad):
+    state, before = (TrainState(SMALL, settings(), CPU) for _ in range(2))
+    run(before, range(bad))
+    measured = run(state, range(STEPS), batch=spoiled({bad}))
+    assert not torch.isfinite(measured[bad].gradients["generator"])
+    assert torch.isfinite(measured[bad + 1].gradients["generator"])
+    mine, its = weights_of(state), weights_of(before)
+    for name in mine:  # the spectral norms' vectors are no weights
+        parameters = dict(getattr(state, name).named_parameters())
+        assert all(torch.equal(mine[name][k], its[name][k]) for k in parameters)
+    assert float(state.skipped) == 1
+
+
+def test_as_many_steps_as_are_allowed_are_left_out_and_training_goes_on():
+    state = TrainState(SMALL, settings(), CPU)
+    step = Step(state, losses(), settings(max_skipped=2))
+    seen = []
+    for number in range(STEPS):
+        before = torch.cat([p.detach().flatten() for p in state.generator.parameters()])
+        step(number, *spoiled({0, 2, 4})(number))
+        after = torch.cat([p.detach().flatten() for p in state.generator.parameters()])
+        seen.append(torch.equal(before, after))
+    assert seen == [True, False, True, False, True, True]
+    assert float(state.skipped) == 3
+
+
+def test_warming_up_changes_nothing():
+    state = TrainState(SMALL, settings(), CPU)
+    before = state.to_dict()
+    Step(state, losses(), settings()).warm_up(2, 32, CPU)
+    assert equal(state.to_dict(), before)
+    assert all(p.grad is None for p in state.generator.parameters())
 
 
 def test_vgg_weights_are_read_from_both_kinds_of_files(tmp_path):

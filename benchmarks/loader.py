@@ -1,0 +1,515 @@
+"""B2: an epoch over image shards and mask shards as uint8 batches, on two cores.
+
+    python benchmarks/loader.py [--photos DIR] [--repeats 5] [--s3 URI] [--json]
+
+Contenders, each in a process of its own, decode the same 256 x 256 JPEGs of quality 95 and a mask
+for each of them, shuffled, into batches for the device: image N H W 3 uint8 and valid N H W uint8
+in {0, 1}.
+
+* dpnet: `ours`, which also checks shards by their hashes and flips and turns samples.
+* webdataset: WebLoader, 2 workers, our image shards zipped with the mask shards; by simplejpeg and
+  by Pillow.
+* mosaicml-streaming: the same bytes as MDS, 2 workers.
+* litdata: the same bytes optimized, 0 and 2 workers; the better one counts.
+* ray data: `read_webdataset` of our shards, 2 CPUs; only the order of the files is shuffled.
+* decode limit: 2 processes decode from memory into one batch each and hand nothing over.
+
+No peer loses by how it decodes: all but one use simplejpeg, and workers decode straight into shared
+memory. In MDS and litdata's format an image and its mask are one record, which spares them the
+pairing; the conversion is not timed.
+
+Timed is the epoch from asking for its first batch to having its last, without the import of the
+libraries. Each contender goes through all images and, by itself, through a quarter of them; a rate
+is the difference in images by the difference in time, so that nobody's fixed cost counts (start of
+workers, first fill of buffers). What is fixed is shown beside it (for Ray, started before, least of
+it), and the processor time of an image (not for Ray, whose processes are not reaped here), which
+tells most where others use the machine.
+
+With --s3 the data is put under URI, read from there with empty caches, and removed at the end.
+webdataset reads no S3 by itself and is left out. mosaicml-streaming needs numpy < 2.2, so it and
+litdata get an environment of their own, 6 GB for its torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import venv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from compare import Row, in_a_process, ratio, report, take_turns
+
+# torchvision brings the torch that it fits. The decoders are those that are installed here.
+PEERS = ("mosaicml-streaming==0.13.0", "litdata==0.2.76", "torchvision==0.29.1")
+DECODERS = ("simplejpeg", "opencv-python-headless", "pydantic")
+SIZE, QUALITY, WORKERS, BATCH, LANES = 256, 95, 2, 32, 64
+IMAGE, VALID = (SIZE, SIZE, 3), (SIZE, SIZE)
+SHARDS = 8  # of images and of masks: the same for each worker, so that none waits for another
+CHUNK = 16 << 20  # bytes in a file of the peers' formats: about 500 images, as in our shards
+BUFFER = 1000  # samples that webdataset shuffles
+RAY_BATCH = 256  # images that Ray Data decodes in a call: the fastest of 32, 256 and a whole block
+CROPS = 300  # of each sample photograph
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpnet-benchmarks"
+Sample = tuple[bytes, bytes]  # a JPEG and the PNG of its mask
+Batches = Iterable[tuple[Any, Any]]  # image and valid, arrays or tensors
+Decode = Callable[[bytes, Any], None]  # into an array
+Counted = tuple[int, float, float]  # images, the seconds that they took, and the processor's
+
+
+@dataclass(frozen=True)
+class Data:
+    """What an epoch goes through, and where it is."""
+
+    root: str  # a folder or an S3 URI
+    images: str  # folders under it
+    masks: str
+    count: int  # of images, and of masks
+
+    def keys(self, folder: str) -> list[str]:
+        from data_prep.shards import split_shards
+        from data_prep.storage import open_store
+
+        return split_shards(open_store(self.root), folder, "train")
+
+    def shards(self, folder: str) -> list[str]:
+        return [f"{self.root}/{key}" for key in self.keys(folder)]
+
+    def samples(self) -> Iterator[Sample]:
+        """Each image with a mask, in the order of the shards."""
+        from data_prep.shards import iterate_shard
+        from data_prep.storage import open_store
+
+        store = open_store(self.root)
+
+        def payloads(folder: str) -> Iterator[bytes]:
+            for key in self.keys(folder):
+                yield from (next(iter(files.values())) for _, files in iterate_shard(store, key))
+
+        return zip(payloads(self.images), payloads(self.masks), strict=True)
+
+
+def ours(root: str, images: str, masks: str, batch: int, threads: int) -> Batches:
+    """The batches of an epoch by our loader with so many threads."""
+    from data_prep.stage import StageRef, read_manifest
+    from data_prep.storage import open_store
+    from dpnet.loader import Loader
+    from dpnet.shard_files import ShardFiles, ShardSet, find_shards
+
+    store = open_store(root)
+
+    def shards(folder: str) -> ShardSet:
+        digest = read_manifest(store, folder)["content_digest"]
+        ref = StageRef("", "", folder, "", digest, seconds=0, skipped=True)
+        return find_shards(store, ref, "train")
+
+    pictures, files = shards(images), ShardFiles(store, None, skip=False)
+    options: dict[str, Any] = {"size": SIZE, "seed": 0, "lanes": LANES, "threads": threads}
+    loader = Loader(pictures, shards(masks), files, batch=batch, **options)
+    for _, made in loader.batches(0, pictures.samples // batch):
+        yield made.image, made.valid
+
+
+def check_order() -> None:
+    raise NotImplementedError
+
+
+def simplejpeg(data: bytes, out: Any) -> None:
+    from simplejpeg import decode_jpeg
+
+    decode_jpeg(data, colorspace="RGB", buffer=out)
+
+
+def pillow(data: bytes, out: Any) -> None:
+    import numpy as np
+    from PIL import Image
+
+    out[:] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def mask(data: bytes, out: Any) -> None:
+    from data_prep.masks import valid_from_png
+
+    out[:] = valid_from_png(data)
+
+
+def decoded(encoded: Sequence[bytes], decode: Decode, out: Any) -> Any:
+    for place, data in zip(out, encoded, strict=True):
+        decode(data, place)
+    return out
+
+
+def as_tensors(samples: Sequence[Sample], decode: Decode = simplejpeg) -> tuple[Any, Any]:
+    """A batch of a peer's loader; a worker's lies in shared memory, which spares it a copy."""
+    import torch
+    from torch.utils.data import get_worker_info
+
+    jpegs, pngs = zip(*samples, strict=True)
+    image = torch.empty((len(jpegs), *IMAGE), dtype=torch.uint8)
+    valid = torch.empty((len(pngs), *VALID), dtype=torch.uint8)
+    if get_worker_info() is not None:
+        image, valid = (t.share_memory_() for t in (image, valid))  # type: ignore[no-untyped-call]
+    decoded(jpegs, decode, image.numpy())
+    decoded(pngs, mask, valid.numpy())
+    return image, valid
+
+
+def of_records(records: Sequence[dict[str, bytes]]) -> tuple[Any, Any]:
+    return as_tensors([(record["jpg"], record["png"]) for record in records])
+
+
+def with_dpnet(data: Data, scratch: Path) -> Batches:
+    import pyarrow.parquet  # noqa: F401
+
+    import dpnet.loader  # noqa: F401
+
+    return ours(data.root, data.images, data.masks, BATCH, WORKERS)
+
+
+def with_webdataset(data: Data, scratch: Path, decode: Decode) -> Batches:
+    import webdataset as wds
+    from torch.utils.data import IterableDataset
+
+    def stream(folder: str, extension: str) -> Any:
+        shards = data.shards(folder)
+        # The other file of a sample is passed over.
+        only = {"select_files": lambda name: name.endswith(extension)}
+        return wds.WebDataset(shards, shardshuffle=SHARDS, **only)
+
+    class Pairs(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            images = stream(data.images, ".jpg").shuffle(BUFFER)
+            # A worker's shards may hold a few masks less than images.
+            masks = stream(data.masks, ".png").repeat().shuffle(BUFFER)
+            pairs = ((a["jpg"], b["png"]) for a, b in zip(images, masks, strict=False))
+            while batch := list(islice(pairs, BATCH)):
+                yield as_tensors(batch, decode)
+
+    batches: Batches = wds.WebLoader(Pairs(), batch_size=None, num_workers=WORKERS)
+    return batches
+
+
+def with_mosaicml(data: Data, scratch: Path) -> Batches:
+    from streaming import StreamingDataset  # type: ignore[import-not-found]
+    from torch.utils.data import DataLoader
+
+    place = f"{data.root}/mds"
+    where = {"remote": place, "local": str(scratch)} if "://" in place else {"local": place}
+    dataset = StreamingDataset(**where, batch_size=BATCH, shuffle=True)
+    return DataLoader(dataset, BATCH, num_workers=WORKERS, collate_fn=of_records)
+
+
+def with_litdata(data: Data, scratch: Path, workers: int) -> Batches:
+    from litdata import StreamingDataLoader, StreamingDataset  # type: ignore[import-not-found]
+    from litdata.streaming import downloader  # type: ignore[import-not-found]
+
+    # Its public options let it read no S3 server without TLS.
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
+    place = f"{data.root}/litdata"
+    where = {"cache_dir": str(scratch)} if "://" in place else {}
+    dataset = StreamingDataset(place, shuffle=True, **where)
+    options = {"num_workers": workers, "collate_fn": of_records}
+    batches: Batches = StreamingDataLoader(dataset, batch_size=BATCH, **options)
+    return batches
+
+
+def with_ray_data(data: Data, scratch: Path) -> Batches:
+    import numpy as np
+    import ray
+    import ray.data
+
+    ray.init(
+        address="local",
+        num_cpus=WORKERS,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=2 << 30,
+        _temp_dir=str(scratch),
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def pixels(shards: list[str], extension: str, decode: Decode, shape: tuple[int, ...]) -> Any:
+        def decode_rows(rows: dict[str, Any]) -> dict[str, Any]:
+            out = np.empty((len(rows[extension]), *shape), np.uint8)
+            return {"pixels": decoded(rows[extension], decode, out)}
+
+        only = {"decoder": None, "fileselect": [f"*.{extension}"], "shuffle": "files"}
+        rows = ray.data.read_webdataset(shards, **only)
+        rows = rows.map_batches(decode_rows, batch_size=RAY_BATCH)
+        return (batch["pixels"] for batch in rows.iter_batches(batch_size=BATCH))
+
+    images, masks = data.shards(data.images), data.shards(data.masks)
+    # The start of its processes takes seconds that vary, so they are started before.
+    for _ in pixels(images[:2], "jpg", simplejpeg, IMAGE):
+        pass
+    both = pixels(images, "jpg", simplejpeg, IMAGE), pixels(masks, "png", mask, VALID)
+    return zip(*both, strict=True)
+
+
+HELD: dict[str, Any] = {}  # what the processes of the limit have from their parent
+
+
+def decode_held(first: int) -> int:
+    jpegs, pngs = zip(*HELD["samples"][first : first + BATCH], strict=True)
+    decoded(jpegs, simplejpeg, HELD["image"][: len(jpegs)])
+    decoded(pngs, mask, HELD["valid"][: len(pngs)])
+    return len(jpegs)
+
+
+def with_decode_alone(data: Data, scratch: Path) -> Iterable[int]:
+    import multiprocessing
+
+    import numpy as np
+
+    HELD["samples"] = list(data.samples())
+    HELD["image"], HELD["valid"] = (np.empty((BATCH, *shape), np.uint8) for shape in (IMAGE, VALID))
+    pool = multiprocessing.get_context("fork").Pool(WORKERS)
+    return pool.imap_unordered(decode_held, range(0, data.count, BATCH))
+
+
+CONTENDERS: dict[str, Callable[[Data, Path], Batches | Iterable[int]]] = {
+    "dpnet": with_dpnet,
+    "webdataset, simplejpeg": partial(with_webdataset, decode=simplejpeg),
+    "webdataset, Pillow": partial(with_webdataset, decode=pillow),
+    "mosaicml-streaming": with_mosaicml,
+    "litdata, 0 workers": partial(with_litdata, workers=0),
+    "litdata, 2 workers": partial(with_litdata, workers=2),
+    "ray data": with_ray_data,
+    "decode limit": with_decode_alone,
+}
+
+
+def checked(image: Any, valid: Any) -> int:
+    """How many images a batch has."""
+    assert (image.shape[1:], valid.shape) == (IMAGE, image.shape[:3])
+    assert all(str(pixels.dtype).endswith("uint8") for pixels in (image, valid))
+    assert valid[0].max() <= 1
+    return len(image)
+
+
+def run_one(name: str, data: Data, scratch: Path) -> None:
+    """In a contender's process: print how many images came, and in how many seconds."""
+    import cv2  # noqa: F401
+    import PIL.Image  # noqa: F401
+    import simplejpeg  # noqa: F401
+
+    import data_prep.masks  # noqa: F401
+
+    batches = CONTENDERS[name](data, scratch)
+    images, start = 0, perf_counter()
+    end = start
+    for batch in batches:
+        end = perf_counter()
+        images += batch if isinstance(batch, int) else checked(*batch)
+    print(json.dumps([images, end - start]))
+
+
+def records(data: Data, _: int = 0) -> Iterator[dict[str, bytes]]:
+    for jpeg, png in data.samples():
+        yield {"jpg": jpeg, "png": png}
+
+
+def convert(data: Data) -> None:
+    """Write the peers' formats with their own tools, beside the shards."""
+    from litdata import optimize
+    from streaming import MDSWriter
+
+    columns = {"jpg": "bytes", "png": "bytes"}
+    with MDSWriter(out=f"{data.root}/mds", columns=columns, size_limit=CHUNK) as writer:
+        for record in records(data):
+            writer.write(record)
+    made = {"output_dir": f"{data.root}/litdata", "chunk_bytes": CHUNK}
+    optimize(fn=partial(records, data), inputs=[0], num_workers=1, **made)
+    print("true")
+
+
+def crops_of_sample_photographs(folder: Path) -> list[Path]:
+    """Squares cut at random from the photographs that scikit-image carries."""
+    import cv2
+    import numpy as np
+
+    from data_prep.photos import write_sample_photographs
+
+    write_sample_photographs(folder / "whole")
+    random = np.random.default_rng(0)
+    made = []
+    for path in photographs_in(folder / "whole"):
+        image: Any = cv2.imread(str(path))
+        for number in range(CROPS):
+            top, left = (int(random.integers(side - SIZE + 1)) for side in image.shape[:2])
+            made.append(folder / f"{path.stem}-{number}.png")
+            cv2.imwrite(str(made[-1]), image[top : top + SIZE, left : left + SIZE])
+    return made
+
+
+def photographs_in(folder: Path) -> list[Path]:
+    suffixes = (".jpg", ".jpeg", ".png")
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+
+
+def prepare(photographs: Sequence[Path], folder: Path, name: str, python: str) -> Data:
+    """Shards of images and of as many masks, and the same in the peers' formats, in a folder."""
+    from data_prep.images import ImagesConfig, prepare_images
+    from data_prep.masks import MasksConfig, prepare_masks
+    from data_prep.storage import LocalStore
+
+    source, store = folder / "photographs" / name, LocalStore(folder / "data" / name)
+    one = photographs[:1]
+    for split, chosen in {"train": photographs, "val": one, "test": one}.items():
+        (source / split).mkdir(parents=True)
+        for number, path in enumerate(chosen):
+            (source / split / f"{number:06d}{path.suffix}").symlink_to(path.absolute())
+    config: dict[str, Any] = {"source": str(source), "size": SIZE, "quality": QUALITY}
+    config |= {"mode": "center-crop", "dedupe": "off", "near_duplicates": "off"}
+    config |= {"shard_samples": math.ceil(len(photographs) / SHARDS), "workers": WORKERS}
+    images = prepare_images(ImagesConfig.model_validate(config), store)
+    count = images.summary["splits"]["train"]["samples"]
+    config = {"size": SIZE, "train": count, "eval_per_bin": 1}
+    config |= {"shard_samples": math.ceil(count / SHARDS)}
+    masks = prepare_masks(MasksConfig.model_validate(config), store)
+    data = Data(str(store.folder), images.folder, masks.folder, count)
+    in_a_process([python, __file__, "--convert", json.dumps(asdict(data))], environment())
+    return data
+
+
+def environment() -> dict[str, str]:
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "LITDATA_DISABLE_VERSION_CHECK": "1"}
+    return {**os.environ, **own, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+
+
+def peers_python(cache: Path) -> str:
+    """The interpreter of an environment with the pinned peers, made unless it is there."""
+    packages = " ".join([*PEERS, *(f"{name}=={version(name)}" for name in DECODERS)])
+    home = cache / f"loader-{hashlib.sha256(packages.encode()).hexdigest()[:12]}"
+    python, ready = home / "bin" / "python", home / "ready"
+    if not ready.exists():
+        print(f"installing {', '.join(PEERS)} into {home}", file=sys.stderr, flush=True)
+        venv.create(home, with_pip=True, clear=True)
+        in_a_process(["bash", "-c", f"'{python}' -m pip install -q {packages} >&2 && echo true"])
+        ready.touch()
+    return str(python)
+
+
+def measure(name: str, python: str, data: Data, scratch: Path) -> Counted:
+    """An epoch of a contender. Exits when images are missing or come twice."""
+    own = scratch / "own"
+    own.mkdir()
+    command = [python, __file__, "--run", name, json.dumps(asdict(data)), str(own)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        images, seconds = in_a_process(command, environment())
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    # A batch that would not be full may be dropped, or filled up.
+    if abs(images - data.count) >= BATCH * WORKERS:
+        sys.exit(f"{name} gave {images} images of {data.count}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return images, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@contextmanager
+def put(folder: Path, uri: str) -> Iterator[None]:
+    """What is in `folder` is also under `uri`, until the end."""
+    from data_prep.storage import LocalStore, open_store
+
+    here, there = LocalStore(folder), open_store(uri)
+    keys = [entry.key for entry in here.list()]
+    try:
+        for key in keys:
+            there.upload(key, here.path(key))
+        yield
+    finally:
+        for key in keys:
+            there.delete(key)
+
+
+def measure_all(
+    photos: Path | None, repeats: int, s3: str | None, cache: Path
+) -> dict[str, list[tuple[Counted, Counted]]]:
+    """Each contender's quarter and whole epoch, in each repeat."""
+    if len(os.sched_getaffinity(0)) > WORKERS:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])
+    peers = peers_python(cache)
+    scratch = Path(tempfile.mkdtemp(prefix="dpnet-bench-", dir="/tmp"))  # short: for Ray's sockets
+    try:
+        found = photographs_in(photos) if photos else crops_of_sample_photographs(scratch / "crops")
+        some = prepare(found[::4], scratch, "quarter", peers)
+        every = prepare(found, scratch, "all", peers)
+        if s3:
+            some, every = (replace(d, root=f"{s3}/{Path(d.root).name}") for d in (some, every))
+
+        def turn(name: str) -> Callable[[], tuple[Counted, Counted]]:
+            python = peers if name.startswith(("mosaicml", "litdata")) else sys.executable
+            return lambda: (
+                measure(name, python, some, scratch),
+                measure(name, python, every, scratch),
+            )
+
+        names = [name for name in CONTENDERS if not (s3 and name.startswith("webdataset"))]
+        with put(scratch / "data", s3) if s3 else nullcontext():
+            return take_turns({name: turn(name) for name in names}, repeats)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--photos", type=Path, help="folder of photographs (default: samples)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--s3", metavar="URI", help="where to put the data and read it from")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where peers are installed")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--check-order", action="store_true")
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--convert", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        name, data, scratch = options.run
+        run_one(name, Data(**json.loads(data)), Path(scratch))
+        return
+    if options.convert:
+        convert(Data(**json.loads(options.convert)))
+        return
+    if options.check_order:
+        check_order()
+        return
+    cache = options.cache.expanduser().absolute()
+    timed = measure_all(options.photos, options.repeats, options.s3, cache)
+    rates, rows = {}, list[Row]()
+    for name, turns in timed.items():
+        more = [[a - b for a, b in zip(every, some, strict=True)] for some, every in turns]
+        rates[name] = [images / seconds for images, seconds, _ in more]
+        rows.append(Row(name, rates[name], "images/s"))
+        fixed = [every[1] - every[0] / r for (_, every), r in zip(turns, rates[name], strict=True)]
+        rows.append(Row(f"{name}, fixed", fixed, "s"))
+        if name != "ray data":
+            work = [1000 * processor / images for images, _, processor in more]
+            rows.append(Row(f"{name}, processor", work, "ms/image"))
+    others = [name for name in rates if name not in ("dpnet", "decode limit")]
+    ratios = {
+        "vs_best_peer": min(ratio(rates["dpnet"], rates[name]) for name in others),
+        "vs_ray_data": ratio(rates["dpnet"], rates["ray data"]),
+        "of_decode_limit": ratio(rates["dpnet"], rates["decode limit"]),
+    }
+    count, where = timed["decode limit"][0][1][0], "S3" if options.s3 else "a folder"
+    title = f"B2: {count} images and masks from {where}, {options.repeats} repeats"
+    report(title, rows, ratios, as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

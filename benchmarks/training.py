@@ -1,0 +1,281 @@
+"""B5 and B6: training with the real loader, and what Ray costs.
+
+    python benchmarks/training.py [--photos DIR] [--preset tiny] [--size 64] [--batch 16] [--json]
+
+B5: the GAN step fed by the loader (shards read whole, decoded, paired, augmented, copied to the
+device) beside the same step on one batch that lies on the device already. They take turns in one
+process; `of_device_only` is the share of the latter's images/s that the former reaches.
+
+B6: `dpnet.loop.train_loop` with two workers under Ray Train and, in turns, under torchrun. The rate
+is the loop's own, from its log: without start, validation and checkpoints, and without the first
+record. `ray_overhead` is the share of a step's time that Ray adds. Then one worker of a run under
+Ray is killed (kill -9): `recover_s` is how long it takes until training has made its next step,
+`steps_lost` how many were made twice. Checkpoints come every 10 steps there.
+
+Without --photos the photographs are those of scikit-image, cut into tiles. On a GPU B5 alone is
+measured where Ray is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import Row, ratio, report, take_turns
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.images import ImagesConfig, prepare_images
+from data_prep.masks import MasksConfig, prepare_masks
+from data_prep.photos import write_sample_photographs
+from data_prep.storage import open_store
+from dpnet.journal import read_status
+from dpnet.loop import initial_state, open_loader, train_loop
+from dpnet.step import Step
+from dpnet.train import LossSettings, ModelSettings, TrainJob, TrainSettings, asked, train_request
+from dpnet.validation import to_device
+
+WORKERS = 2
+WARM_UP = 3  # steps before the first turn
+TURN_S = 8.0  # of one contender of B5
+STEPS = 50  # of a run of B6; a record of the log every 25
+EVERY = 10  # steps between checkpoints of the run whose worker is killed
+
+
+class TorchSession:
+    """The loop's surroundings under torchrun."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_world = int(os.environ["LOCAL_WORLD_SIZE"])
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+        self.node, self.attempt = "here", "torchrun"
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+    def notice(self) -> bool:
+        return False
+
+
+class OneProcess:
+    """The loop's surroundings for one rank in this process."""
+
+    rank, world, local_world, node, attempt = 0, 1, 1, "here", "one"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def notice(self) -> bool:
+        return False
+
+
+def prepared(arguments: argparse.Namespace, root: Path) -> TrainJob:
+    """A job on real shards."""
+    store = open_store(str(root))
+    photos = arguments.photos or str(root / "photos")
+    if not arguments.photos:
+        write_sample_photographs(root / "photos")
+    images = prepare_images(
+        ImagesConfig(
+            source=photos, name="b", mode="tiles", size=arguments.size, tile=[128, 192],
+            tile_stride=0.5, max_tiles=300, val=0.15, test=0.2, max_failure_ratio=0.5,
+        ),
+        store,
+    )  # fmt: skip
+    masks = prepare_masks(
+        MasksConfig(name="b", size=arguments.size, train=4000, eval_per_bin=10), store
+    )
+    model, losses = ModelSettings(preset=arguments.preset), LossSettings(adversarial=0.005)
+    settings = TrainSettings(
+        steps=STEPS, batch_size=arguments.batch, warmup_steps=2, workers=WORKERS,
+        validate_every=10**6, validation_pairs=4, checkpoint_every=10**6, finetune_share=0,
+    )  # fmt: skip
+    request = train_request(model, losses, settings, "b", images, masks)
+    rest = (images, masks, model, losses, settings, asked(request))
+    return TrainJob(store.uri, "runs/b-000000000000", *rest)
+
+
+def loader_or_device(job: TrainJob, repeats: int) -> dict[str, list[float]]:
+    """images/s of the step with the loader, and on a batch that is on the device."""
+    session: Any = OneProcess()
+    device = session.device
+    loader = open_loader(job, session, open_store(job.root))
+    state = initial_state(job, device)
+    gpu = device.type == "cuda"
+    step = Step(state, job.losses, job.settings, bf16=gpu, backend="inductor" if gpu else None)
+    batches = loader.batches(0, 10**9)
+
+    def fed() -> tuple[torch.Tensor, torch.Tensor]:
+        return to_device(next(batches)[1], device)
+
+    one = fed()
+
+    def rate(feed: Any) -> float:
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < TURN_S:
+            # Not by the loader's own number, so that both turns have the same schedule.
+            step(0, *feed())
+            count += 1
+        if gpu:
+            torch.cuda.synchronize()
+        return count * job.settings.batch_size / (time.perf_counter() - start)
+
+    for _ in range(WARM_UP):
+        step(0, *fed())
+    rates = take_turns({"loader": lambda: rate(fed), "device": lambda: rate(lambda: one)}, repeats)
+    batches.close()
+    return rates
+
+
+def loop_rate(job: TrainJob) -> float:
+    """images/s of a finished run: the median of its records but the first."""
+    log = open_store(job.root).read(f"{job.folder}/log.jsonl").splitlines()
+    records = [json.loads(line) for line in log]
+    rates = [r["images"] / r["seconds"] for r in records if r["kind"] == "train"]
+    return statistics.median(rates[1:])
+
+
+def under_torchrun(job: TrainJob) -> float:
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as spec:
+        json.dump(job.to_json(), spec)
+        spec.flush()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={WORKERS}", __file__, "--worker", spec.name]
+        subprocess.run(command, check=True, capture_output=True)
+    return loop_rate(job)
+
+
+class UnderRay:
+    """A run under Ray on this machine, in a process of its own as the command's is."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job = job
+
+    def __enter__(self) -> subprocess.Popen[bytes]:
+        self._spec = tempfile.NamedTemporaryFile("w", suffix=".json")
+        json.dump(self.job.to_json(), self._spec)
+        self._spec.flush()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--ray", self._spec.name], stderr=subprocess.DEVNULL
+        )
+        return self._process
+
+    def __exit__(self, *error: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+        self._spec.close()
+
+
+def under_ray(job: TrainJob) -> float:
+    with UnderRay(job) as process:
+        if process.wait():
+            sys.exit("the run under Ray failed")
+    return loop_rate(job)
+
+
+def recovery(job: TrainJob) -> tuple[float, int]:
+    """Seconds from the death of a worker to the next step, and how many steps were made twice."""
+    settings = job.settings.model_copy(update={"checkpoint_every": EVERY, "steps": 10_000})
+    job = replace(job, settings=settings)
+    store = open_store(job.root)
+    with UnderRay(job) as process:
+        while (status := read_status(store, job.folder)).get("step", 0) < 2 * EVERY + EVERY // 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        worker = next(each for each in status["workers"] if each["rank"] == WORKERS - 1)
+        os.kill(worker["pid"], signal.SIGKILL)
+        killed = time.perf_counter()
+        before = read_status(store, job.folder)["step"]
+        while True:
+            assert process.poll() is None
+            status = read_status(store, job.folder)
+            if status["resumed_from"] and status["step"] > status["resumed_from"]:
+                return time.perf_counter() - killed, before - status["resumed_from"]
+            time.sleep(0.05)
+
+
+def run_ray(job: TrainJob) -> None:
+    from dpnet.launch import LaunchSettings
+    from dpnet.launch_local import LocalLauncher
+
+    launcher = LocalLauncher(job, LaunchSettings())
+    try:
+        launcher.start()
+        while launcher.goes_on():
+            threading.Event().wait(0.1)
+    finally:
+        launcher.cancel()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--photos", metavar="DIR")
+    parser.add_argument("--preset", default="tiny", choices=["tiny", "base", "large"])
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--worker", metavar="SPEC", help=argparse.SUPPRESS)
+    parser.add_argument("--ray", metavar="SPEC", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if spec := arguments.worker or arguments.ray:
+        job = TrainJob.from_json(json.loads(Path(spec).read_text()))
+        if arguments.ray:
+            run_ray(job)
+            return
+        session: Any = TorchSession()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // session.local_world))
+        train_loop(job, session)
+        torch.distributed.destroy_process_group()
+        return
+
+    with tempfile.TemporaryDirectory(prefix="dpnet-training-") as root:
+        job = prepared(arguments, Path(root))
+        number = iter(range(10**6))
+
+        def fresh() -> TrainJob:
+            return replace(job, folder=f"runs/b-{next(number):012x}")
+
+        fed = loader_or_device(job, arguments.repeats)
+        rows = [
+            Row("step, with the loader", fed["loader"], "images/s"),
+            Row("step, batch on the device", fed["device"], "images/s"),
+        ]
+        ratios = {"of_device_only": ratio(fed["loader"], fed["device"])}
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            print("Ray is not installed: B6 is left out", file=sys.stderr)
+        else:
+            loops = take_turns(
+                {"ray": lambda: under_ray(fresh()), "torchrun": lambda: under_torchrun(fresh())},
+                arguments.repeats,
+            )
+            rows += [
+                Row("loop, 2 workers under Ray", loops["ray"], "images/s"),
+                Row("loop, 2 workers under torchrun", loops["torchrun"], "images/s"),
+            ]
+            ratios["ray_overhead"] = ratio(loops["torchrun"], loops["ray"]) - 1
+            recovered = take_turns({"killed": lambda: recovery(fresh())}, arguments.repeats)[
+                "killed"
+            ]
+            rows += [
+                Row("a killed worker to the next step", [s for s, _ in recovered], "s"),
+                Row("steps made twice", [float(lost) for _, lost in recovered], "steps"),
+            ]
+            ratios["recover_s"] = statistics.median(s for s, _ in recovered)
+            ratios["steps_lost"] = max(lost for _, lost in recovered)
+    report("B5, B6: training", rows, ratios, as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The launcher `local`: Ray on this machine, for as long as the training takes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import PipelineError
+from data_prep.progress import say
+from dpnet.launch import LaunchSettings
+from dpnet.train import TrainJob
+
+
+class LocalLauncher:
+    def __init__(self, job: TrainJob, launch: LaunchSettings) -> None:
+        self.job, self.launch = job, launch
+        self.attempt = secrets.token_hex(4)
+        self._scratch: Path | None = None
+        self._training: Any = None
+
+    def start(self) -> None:
+        # A worker's prints are of no use to the user, Ray's own reports even less.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        from dpnet.ray_train import Training
+
+        if ray.is_initialized():
+            raise PipelineError("Ray already runs in this process: shut it down before training.")
+        say("train: starting Ray")
+        # Sockets under a deep folder would exceed the system's limit of 107 bytes.
+        self._scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))
+        workers, gpus = self.job.settings.workers, self.job.settings.gpus
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        ray.init(
+            address="local",
+            num_cpus=workers + 1,
+            num_gpus=workers if gpus else 0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=128 << 20,  # nothing large passes through it
+            _temp_dir=str(self._scratch),
+        )
+        if threading.current_thread() is threading.main_thread():
+            for each, handler in handlers.items():  # Ray's own of SIGTERM aborts the process
+                signal.signal(each, handler)
+        self._training = Training(self.job, self._scratch, self.attempt, self.launch.deadline_s)
+        self._training.start()
+
+    def goes_on(self) -> bool:
+        going: bool = self._training.goes_on()
+        return going
+
+    def cancel(self) -> None:
+        if self._scratch is not None:
+            import ray
+
+            ray.shutdown()
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def print_stacks(self) -> None:
+        if self._training is not None:
+            self._training.print_stacks()

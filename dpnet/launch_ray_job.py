@@ -1,0 +1,217 @@
+"""The launcher `ray-job`: a job on a Ray cluster, known by the run's digest.
+
+The job goes on when this process ends; the same command, here or elsewhere, attaches to it. A job
+keeps its id for ever, so the next attempt after one that failed or was stopped gets the next
+number, and takes the run up from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import secrets
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_prep.digest import SHORT
+from data_prep.errors import PipelineError
+from data_prep.progress import say
+from data_prep.stage import Work
+from dpnet.launch import LaunchSettings
+from dpnet.train import TrainJob
+
+SPEC = "job.json"
+EXPLAINED = 3  # exit status of a driver whose last line says why training cannot go on
+ASK_S = 1.0  # between two questions after the job's state
+ANSWER_S = 30.0  # for which the cluster is waited for at each
+STOP_S = 25.0  # for which a cancelled job is waited for
+STACKS_S = 30.0  # for which the workers' stacks are waited for
+_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+
+
+class RayJobLauncher:
+    def __init__(self, job: TrainJob, launch: LaunchSettings, work: Work) -> None:
+        self.job, self.launch, self.work = job, launch, work
+        self.name = f"dpnet-{work.request.digest[:SHORT]}"
+        self.address = str(launch.address)
+        self.attempt = ""
+        self._client: Any = None
+        self._deaths = 0
+        self._asked, self._answered = 0.0, time.monotonic()
+        self._told = False
+
+    def start(self) -> None:
+        self._client = _connected(self.address)
+        spec = {"job": self.job.to_json(), "deadline": self.launch.deadline_s}
+        self.work.store.write(self.work.key(SPEC), json.dumps(spec, indent=1).encode())
+        self._begin_or_attach()
+
+    def goes_on(self) -> bool:
+        if time.monotonic() - self._asked < ASK_S:
+            return True
+        self._asked = time.monotonic()
+        info = self._info()
+        if info is None or info.status in ("PENDING", "RUNNING"):
+            return True
+        if info.status == "SUCCEEDED":
+            return False
+        if info.status == "STOPPED":
+            raise PipelineError(f"the job {self.attempt} was stopped: the same command resumes it.")
+        lines = self._client.get_job_logs(self.attempt).strip().splitlines() or ["without a word"]
+        if info.driver_exit_code == EXPLAINED:
+            raise PipelineError(lines[-1])
+        if self._deaths >= self.job.settings.max_failures:
+            raise PipelineError(
+                f"the job {self.attempt} failed ({lines[-1]}): look at its log on {self.address};"
+                " the same command resumes."
+            )
+        self._deaths += 1
+        say(f"train: the job {self.attempt} died: it is begun again from its last checkpoint")
+        self._begin_or_attach()
+        return True
+
+    def cancel(self) -> None:
+        if not self.attempt:
+            return
+        try:
+            self._client.stop_job(self.attempt)
+            deadline = time.monotonic() + STOP_S
+            while not self._client.get_job_status(self.attempt).is_terminal():
+                if time.monotonic() > deadline:
+                    raise TimeoutError("it does not end")
+                time.sleep(0.5)
+        except Exception as error:
+            say(f"warning: the job {self.attempt} may still be at work ({_reason(error)})")
+
+    def print_stacks(self) -> None:
+        """By a job of its own: the workers are on the cluster's machines."""
+        name = f"{self.name}-stacks-{secrets.token_hex(3)}"
+        self._client.submit_job(
+            entrypoint=self._entrypoint("--stacks", self.attempt), submission_id=name
+        )
+        deadline = time.monotonic() + STACKS_S
+        while not self._client.get_job_status(name).is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        say(str(self._client.get_job_logs(name)))
+
+    def _begin_or_attach(self) -> None:
+        pattern = re.compile(rf"{re.escape(self.name)}-(\d+)")
+        jobs = {}
+        for job in self._client.list_jobs():
+            if match := pattern.fullmatch(job.submission_id or ""):
+                jobs[int(match[1])] = job.status
+        newest = max(jobs, default=0)
+        if newest and not jobs[newest].is_terminal():
+            self.attempt = f"{self.name}-{newest}"
+            say(f"train: the job {self.attempt} is at work on {self.address}: attached to it")
+        else:
+            attempt = f"{self.name}-{newest + 1}"
+            try:
+                self._client.submit_job(
+                    entrypoint=self._entrypoint(attempt),
+                    submission_id=attempt,
+                    metadata={"run": self.work.folder},
+                )
+            except RuntimeError as error:
+                raise PipelineError(
+                    f"the Ray cluster at {self.address} refused the job ({_reason(error)})."
+                ) from error
+            self.attempt = attempt
+            say(f"train: the job {self.attempt} is submitted to {self.address}")
+        threading.Thread(target=self._show_log, args=(self.attempt,), daemon=True).start()
+
+    def _entrypoint(self, *arguments: str) -> str:
+        words = [self.launch.python, "-m", "dpnet.ray_driver", *arguments]
+        return shlex.join([*words, self.work.store.uri, self.work.folder])
+
+    def _show_log(self, job: str) -> None:
+        """Print the job's log as it grows."""
+
+        async def show() -> None:
+            async for lines in self._client.tail_job_logs(job):
+                for line in lines.splitlines():
+                    say(f"{job}: {line}")
+
+        try:
+            asyncio.run(show())
+        except Exception:
+            return  # a log that breaks off takes nothing from the training
+
+    def _info(self) -> Any:
+        """What the cluster knows of the job, or None where it does not answer now. Raises
+        PipelineError after the deadline."""
+        try:
+            info = self._client.get_job_info(self.attempt)
+        except Exception as error:
+            if time.monotonic() - self._answered > self.launch.deadline_s:
+                raise PipelineError(
+                    f"the Ray cluster at {self.address} has not answered for"
+                    f" {self.launch.deadline_s} s ({_reason(error)}): the same command resumes."
+                ) from error
+            if not self._told:
+                self._told = True
+                say(
+                    f"warning: the Ray cluster at {self.address} does not answer"
+                    f" ({_reason(error)}): asking on"
+                )
+            return None
+        self._answered, self._told = time.monotonic(), False
+        return info
+
+
+def _connected(address: str) -> Any:
+    """A client of the cluster's Jobs API. Raises PipelineError where it is not to be had."""
+    # A token that the user has given is meant to be used; Ray would have to be told so.
+    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token or Path("~/.ray/auth_token").expanduser().exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for part in ("job.sdk", "dashboard_sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
+
+    class Client(JobSubmissionClient):  # type: ignore[misc]
+        """Ray's own waits for an answer for ever."""
+
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **options, timeout=ANSWER_S)
+
+    try:
+        with _no_other_address():
+            client = Client(address)
+        client.list_jobs()
+    except AuthenticationError as error:
+        raise PipelineError(
+            f"the Ray cluster at {address} wants its token ({_reason(error)}): give it in"
+            " RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH."
+        ) from error
+    except Exception as error:
+        raise PipelineError(
+            f"cannot reach a Ray cluster at {address} ({_reason(error)}): give the address of its"
+            " dashboard, as http://head:8265."
+        ) from error
+    return client
+
+
+@contextmanager
+def _no_other_address() -> Iterator[None]:
+    """For Ray's client an address in the environment would count more than the one it is given."""
+    kept = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")[:200]

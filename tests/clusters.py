@@ -1,0 +1,184 @@
+"""Real Ray clusters for tests: each node is a process of its own on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+RAY = str(Path(sys.executable).parent / "ray")
+START_S = 120.0  # a busy machine is slow
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(true: Callable[[], object], what: str, seconds: float = START_S) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+@dataclass
+class Node:
+    """A node: `ray start` and all that it has started."""
+
+    process: subprocess.Popen[bytes]
+
+    def has(self, pid: int) -> bool:
+        """Whether a process belongs to this node."""
+        return pid in self.processes()
+
+    def processes(self) -> list[int]:
+        return family(self.process.pid)
+
+    def kill(self) -> None:
+        """As when the machine loses its power."""
+        members = self.processes()
+        for pid in members:  # nobody can start anything or notice
+            send(pid, signal.SIGSTOP)
+        for pid in {*members, *self.processes()}:
+            send(pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+@dataclass
+class Cluster:
+    """A head without cores and the nodes that work."""
+
+    address: str  # host:port of its control service
+    dashboard: str  # URL
+    scratch: Path
+    environment: dict[str, str]
+    head: Node | None = None
+    nodes: list[Node] = field(default_factory=list)
+
+    def add_node(self, cpus: int = 1) -> Node:
+        node = self.start(f"--address={self.address}", f"--num-cpus={cpus}")
+        self.nodes.append(node)
+        return node
+
+    def start(self, *options: str) -> Node:
+        log = self.scratch / "nodes.log"
+        before = _starts(log)
+        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *options]
+        command += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
+        command += ["--metrics-export-port=0", f"--dashboard-agent-listen-port={free_port()}"]
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=out, stderr=out, start_new_session=True
+            )
+
+        def started() -> bool:
+            assert process.poll() is None, log.read_text("utf-8", "replace")
+            return _starts(log) > before
+
+        wait_until(started, f"no node: {log}")
+        return Node(process)
+
+    def node_of(self, pid: int) -> Node:
+        """The node that a process belongs to."""
+        return next(node for node in self.nodes if node.has(pid))
+
+    def process(self, text: str) -> int:
+        """The process of the head with `text` in its command line."""
+        assert self.head
+        return find_process(self.head.process.pid, text)
+
+    def drain(self, node_id: str, seconds: int) -> None:
+        """Give notice that a node will be taken away."""
+        when = f"--deadline-remaining-seconds={seconds}"
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test"]
+        subprocess.run(
+            [RAY, "drain-node", f"--address={self.address}", f"--node-id={node_id}", *reason, when],
+            env=self.environment,
+            check=True,
+            capture_output=True,
+        )
+
+
+def _starts(log: Path) -> int:
+    return log.read_text("utf-8", "replace").count("Ray runtime started") if log.exists() else 0
+
+
+@contextmanager
+def ray_cluster(nodes: int, token: str | None = None) -> Iterator[Cluster]:
+    """A cluster with a head, whose dashboard takes jobs, and `nodes` nodes of one core each."""
+    scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))  # sockets: 107 bytes at most
+    port, dashboard = free_port(), free_port()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
+    if token is None:
+        environment["RAY_AUTH_MODE"] = "disabled"
+    else:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    cluster = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", scratch, environment)
+    try:
+        cluster.head = cluster.start(
+            "--head", "--num-cpus=0", f"--port={port}", f"--temp-dir={scratch}",
+            "--include-dashboard=true", f"--dashboard-port={dashboard}",
+        )  # fmt: skip
+        for _ in range(nodes):
+            cluster.add_node()
+        yield cluster
+    finally:
+        for node in (*cluster.nodes, cluster.head):
+            if node and node.process.poll() is None:
+                node.kill()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def family(ancestor: int) -> list[int]:
+    """A process and all that descend from it."""
+    children: dict[int, list[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = status.read_text("utf-8", "replace")
+        except OSError:  # it has ended
+            continue
+        parent = int(text.rpartition(")")[2].split()[1])
+        children.setdefault(parent, []).append(int(status.parent.name))
+    found = [ancestor]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def find_process(ancestor: int, text: str) -> int:
+    """The one process below `ancestor` with `text` in its command line."""
+    (found,) = [pid for pid in family(ancestor)[1:] if text in _command(pid)]
+    return found
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there, and not only waited for by its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass

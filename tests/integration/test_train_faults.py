@@ -1,0 +1,522 @@
+"""Training on a real Ray cluster, in which everything dies once: it ends all the same, unaided."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from clusters import Cluster, alive, family, find_process, free_port, ray_cluster, wait_until
+from PIL import Image
+from servers import Server, fault_proxy
+
+from data_prep.storage import LocalStore, Store, open_store
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+STEPS, EVERY, VALIDATE, BATCH = 90, 10, 30, 4
+PATIENCE_S = 300.0  # for what takes a fraction of that on an idle machine
+# The command without MLflow, which would take seconds and has tests of its own.
+COMMAND = """
+import sys
+from dpnet import chain
+from dpnet.cli import main
+chain.tracking_uri = lambda *_: None
+"""
+# With shorter patience with storage than a user would want.
+HURRIED = """
+from dpnet import ray_train
+real = ray_train._worker
+def worker(config):
+    from data_prep import s3
+    from dpnet import checkpoints
+    s3.ATTEMPTS = s3.ATTEMPTS_UNREACHED = 3
+    checkpoints._WAIT_S = 1.0
+    checkpoints.Writer.__init__.__kwdefaults__["patience"] = {patience}
+    return real(config)
+ray_train._worker = worker
+"""
+
+
+@dataclass
+class Training:
+    """`dpnet train` in a process of its own, as a user starts it."""
+
+    store: Store
+    process: subprocess.Popen[str]
+    log: Path  # its standard error
+
+    @property
+    def run(self) -> str:
+        keys = [entry.key for entry in self.store.list("runs")]
+        return "/".join(keys[0].split("/")[:2])
+
+    def said(self, text: str) -> bool:
+        return text in self.log.read_text()
+
+    def wait_to_say(self, text: str) -> None:
+        self._wait(lambda: self.said(text), text)
+
+    def status(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(self.store.read(f"{self.run}/status.json"))
+        except (OSError, IndexError):
+            return {}
+        return found
+
+    def workers(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.status()["workers"]
+        return found
+
+    def saved(self) -> list[int]:
+        """The steps of the checkpoints that are there."""
+        marks = [e.key for e in self.store.list("runs") if e.key.endswith("/checkpoint.json")]
+        return sorted(json.loads(self.store.read(mark))["step"] for mark in marks)
+
+    def wait_for_step(self, step: int) -> None:
+        self._wait(lambda: self.status().get("step", 0) >= step, f"step {step}")
+
+    def wait_for(self, step: int) -> None:
+        """Until the checkpoint of `step`, or a later one, is there."""
+        self._wait(lambda: any(saved >= step for saved in self.saved()), f"step {step}")
+
+    def _wait(self, true: Any, what: str) -> None:
+        def reached() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return bool(true())
+
+        wait_until(reached, f"{what}: {self.log}", PATIENCE_S)
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for its end, which is a good one; the training's summary. Every step was made."""
+        out, _ = self.process.communicate(timeout=PATIENCE_S)
+        assert self.process.returncode == 0, self.log.read_text()
+        summary: dict[str, Any] = json.loads(out.splitlines()[-1])["stages"][-1]["summary"]
+        records = [record for record in self.records() if record["kind"] == "train"]
+        steps = records[-1]["step"]
+        assert sum(record["images"] for record in records) == steps * BATCH
+        manifest = json.loads(self.store.read(f"{self.run}/manifest.json"))
+        assert steps == summary["steps"] == manifest["settings"]["train"]["steps"]
+        return summary
+
+    def records(self) -> list[dict[str, Any]]:
+        lines = self.store.read(f"{self.run}/log.jsonl").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def validations(self) -> dict[int, float]:
+        return {r["step"]: r["hole_psnr"] for r in self.records() if r["kind"] == "validation"}
+
+    def fail(self) -> str:
+        """Wait for its end, which is a bad one; the sentence."""
+        self.process.communicate(timeout=PATIENCE_S)
+        assert self.process.returncode == 1, self.log.read_text()
+        last = self.log.read_text().splitlines()[-1]
+        assert last.startswith("dpnet: ")
+        return last.removeprefix("dpnet: ")
+
+
+@dataclass
+class Trainer:
+    """Starts trainings on the same data, and ends those that a test leaves behind."""
+
+    folder: Path
+    started: list[Training] = field(default_factory=list)
+
+    def fill(self, root: str) -> None:
+        """Put the data into a root."""
+        data, store = LocalStore(self.folder / "data"), open_store(root)
+        for entry in data.list():
+            store.write(entry.key, data.read(entry.key))
+
+    def start(
+        self,
+        root: Path | str,
+        *options: str,
+        environment: Mapping[str, str] | None = None,
+        patience: float | None = None,
+    ) -> Training:
+        """`patience` with storage in seconds, None: the product's own."""
+        hurried = "" if patience is None else HURRIED.format(patience=patience)
+        code = f"{COMMAND}{hurried}sys.exit(main())"
+        command = [sys.executable, "-c", code, "train", str(self.folder / "config.yaml"), "--json"]
+        command += [f"--root={root}"]
+        for option in options:
+            command += ["--set", option]
+        log = self.folder / f"{len(self.started)}.log"
+        with log.open("w") as err:
+            process = subprocess.Popen(
+                command,
+                env={**clean_environment(), **(environment or {})},
+                stdout=subprocess.PIPE,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
+        self.started.append(Training(open_store(str(root)), process, log))
+        return self.started[-1]
+
+    def end(self) -> None:
+        for training in self.started:
+            if training.process.poll() is None:
+                training.process.kill()
+                training.process.wait()
+
+
+def clean_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "DPNET_"))}
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+    folder = tmp_path_factory.mktemp("faults")
+    photos = folder / "photos"
+    photos.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(24):
+        small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize((40, 40), Image.Resampling.BICUBIC).save(photos / f"{number:02}.png")
+    config = {
+        "name": "faults",
+        "images": {"source": str(photos), "name": "t", "size": 32, "val": 0.2, "test": 0.2},
+        "masks": {"name": "t", "size": 32, "train": 40, "eval_per_bin": 2},
+        "model": {"preset": "tiny"},
+        "losses": {"adversarial": 0.01},
+        "train": {
+            "steps": STEPS,
+            "batch_size": BATCH,
+            "learning_rate": 1e-3,
+            "warmup_steps": 5,
+            "checkpoint_every": EVERY,
+            "validate_every": VALIDATE,
+            "validation_pairs": 6,
+            "workers": 2,
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for kind in ("images", "masks"):
+        command = [sys.executable, "-m", "dpnet", kind, "build", str(folder / "config.yaml")]
+        command += ["--root", str(folder / "data")]
+        subprocess.run(command, env=clean_environment(), check=True, capture_output=True)
+    trainer = Trainer(folder)
+    yield trainer
+    trainer.end()
+
+
+@pytest.fixture
+def root(trainer: Trainer, tmp_path: Path) -> Path:
+    """A root with the data."""
+    trainer.fill(str(tmp_path / "root"))
+    return tmp_path / "root"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with ray_cluster(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def job(cluster: Cluster) -> Iterator[list[str]]:
+    """The options that make a training a job on the cluster, which has two sound nodes."""
+    yield job_on(cluster)
+    cluster.nodes = [node for node in cluster.nodes if node.process.poll() is None]
+    while len(cluster.nodes) < 2:
+        cluster.add_node()
+
+
+def job_on(cluster: Cluster) -> list[str]:
+    return [
+        "launch.launcher=ray-job",
+        f"launch.address={cluster.dashboard}",
+        f"launch.python={sys.executable}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A run with two workers to which nothing happens but a request for their stacks."""
+    root = str(tmp_path_factory.mktemp("undisturbed"))
+    trainer.fill(root)
+    training = trainer.start(root)
+    training.wait_for(EVERY)
+    os.kill(training.process.pid, signal.SIGUSR1)
+    assert training.finish()["resumed_from"] == 0
+    assert list(training.validations()) == [0, 30, 60, 90]
+    return training
+
+
+def test_a_signal_prints_what_every_thread_of_every_worker_is_doing(undisturbed: Training) -> None:
+    text = undisturbed.log.read_text()
+    for rank in range(2):
+        _, found, stacks = text.partition(f"worker {rank}, process ")
+        assert found
+        assert "Thread 0x" in stacks
+        assert " in train_loop" in stacks
+
+
+def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(
+    trainer: Trainer, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    training = trainer.start(root, *job)
+    training.wait_for(2 * EVERY)
+    os.kill(training.workers()[1]["pid"], signal.SIGKILL)
+    assert training.finish()["resumed_from"] >= 2 * EVERY
+    assert training.validations() == undisturbed.validations()
+    run = training.run.rpartition("-")[2]
+    assert training.said(f"dpnet-{run}-1: train: workers that died: 1")
+    assert training.said("train: goes on from the checkpoint of step ")
+
+
+def test_when_ray_trains_controller_is_killed_training_is_started_again_at_once(
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    # With elastic workers, for which Ray keeps what the dead one had for three minutes.
+    training = trainer.start(root, *job, "train.min_workers=2")
+    training.wait_for(2 * EVERY)
+    begun = time.monotonic()
+    os.kill(cluster.process("ray::TrainController"), signal.SIGKILL)
+    training.wait_to_say("Ray Train's controller died: training is started again")
+    training.wait_to_say("goes on from the checkpoint")
+    assert time.monotonic() - begun < 150
+    assert training.finish()["resumed_from"] >= 2 * EVERY
+    assert training.validations() == undisturbed.validations()
+
+
+def test_when_the_jobs_driver_is_killed_the_launcher_submits_the_next_attempt(
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    training = trainer.start(root, *job, "train.min_workers=2")
+    training.wait_for(2 * EVERY)
+    os.kill(cluster.process("-m dpnet.ray_driver"), signal.SIGKILL)
+    assert training.finish()["resumed_from"] >= 2 * EVERY
+    assert training.validations() == undisturbed.validations()
+    assert training.said("-1 died: it is begun again from its last checkpoint")
+    assert training.said("-2 is submitted to")
+
+
+def test_the_job_outlives_its_launcher_and_the_next_one_attaches_to_it_and_stops_it(
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    first = trainer.start(root, *job)
+    first.wait_for(EVERY)
+    second = trainer.start(root, *job)
+    second.wait_to_say("another runner")
+    first.process.kill()
+    second.wait_to_say("-1 is at work on")
+    driver = cluster.process("-m dpnet.ray_driver")
+    second.wait_for(2 * EVERY)
+    assert not second.said("submitted")
+    begun = time.monotonic()
+    second.process.send_signal(signal.SIGINT)
+    second.process.communicate(timeout=PATIENCE_S)
+    assert time.monotonic() - begun < 30
+    assert second.process.returncode == 130
+    assert not Path(f"/proc/{driver}").exists()
+    assert jobs(cluster, first.run) == {1: "STOPPED"}
+    third = trainer.start(root, *job)
+    assert third.finish()["resumed_from"] >= 2 * EVERY
+    assert jobs(cluster, first.run) == {1: "STOPPED", 2: "SUCCEEDED"}
+    assert third.validations() == undisturbed.validations()
+
+
+def jobs(cluster: Cluster, run: str) -> dict[int, str]:
+    """The state of each attempt at a run that the cluster knows of."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        from ray.job_submission import JobSubmissionClient
+
+        name = f"dpnet-{run.rpartition('-')[2]}-"
+        found = [
+            (str(job.submission_id), str(job.status.value))
+            for job in JobSubmissionClient(cluster.dashboard).list_jobs()
+        ]
+    return {int(each.removeprefix(name)): state for each, state in found if each.startswith(name)}
+
+
+def test_when_a_machine_dies_training_goes_on_with_fewer_workers(
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    training = trainer.start(root, *job, "train.min_workers=1")
+    training.wait_for(2 * EVERY)
+    cluster.node_of(training.workers()[1]["pid"]).kill()
+    assert training.finish()["resumed_from"] >= 2 * EVERY
+    assert len(training.workers()) == 1
+    # The same batches, of which the sums were rounded otherwise.
+    assert training.validations() == pytest.approx(undisturbed.validations(), abs=0.2)
+
+
+def test_when_a_machine_dies_training_waits_for_another_one(
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    training = trainer.start(root, *job)
+    training.wait_for(2 * EVERY)
+    dead = cluster.node_of(training.workers()[0]["pid"])
+    dead.kill()
+    cluster.nodes.remove(dead)
+    training.wait_to_say("workers that died")
+    cluster.add_node()
+    assert training.finish()["resumed_from"] >= 2 * EVERY
+    assert training.validations() == undisturbed.validations()
+
+
+def test_before_a_machine_is_taken_away_training_saves_and_goes_on_elsewhere_and_no_step_is_lost(
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    cluster.add_node()
+    training = trainer.start(root, *job, "train.checkpoint_every=1000", "train.finetune_share=0")
+    training.wait_for_step(3)
+    taken = training.workers()[1]
+    node = cluster.node_of(taken["pid"])
+    cluster.drain(taken["node"], 120)
+    training.wait_to_say("about to be taken away: saving")
+    training.wait_to_say("goes on from the checkpoint")
+    assert taken["node"] not in [worker["node"] for worker in training.workers()]
+    node.kill()
+    (saved,) = [step for step in training.saved() if step < STEPS]
+    assert training.finish()["resumed_from"] == saved
+    assert len(training.workers()) == 2
+
+
+def test_without_enough_free_workers_it_is_given_up_after_the_deadline(
+    trainer: Trainer, job: list[str], root: Path
+) -> None:
+    training = trainer.start(root, *job, "train.workers=3", "launch.deadline_s=10")
+    sentence = training.fail()
+    assert "for 10 s" in sentence
+    assert "3 free workers with one CPU each" in sentence
+    assert "2 of 2" in sentence
+
+
+def test_what_the_user_must_mend_ends_training_at_once(
+    trainer: Trainer, job: list[str], root: Path
+) -> None:
+    (shard,) = root.glob("images/t/*/train-000000.tar")
+    data = bytearray(shard.read_bytes())
+    data[2000] ^= 1
+    shard.write_bytes(data)
+    training = trainer.start(root, *job)
+    assert f"{shard.name} was altered or cut short" in training.fail()
+    assert not training.said("workers that failed")
+    assert not training.said("begun again")
+
+
+def test_no_cluster_at_the_address_is_told_in_one_sentence(trainer: Trainer, root: Path) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    training = trainer.start(root, "launch.launcher=ray-job", f"launch.address={address}")
+    assert training.fail().startswith(f"cannot reach a Ray cluster at {address} (")
+
+
+def test_a_cluster_takes_the_right_token_alone(
+    trainer: Trainer, root: Path, tmp_path: Path
+) -> None:
+    token = secrets.token_hex(32)
+    home = {"HOME": str(tmp_path)}  # without a token of the user's own
+    with ray_cluster(1, token) as cluster:
+        options = [*job_on(cluster), "train.workers=1", "train.steps=10"]
+        missing = trainer.start(root, *options, environment=home)
+        assert f"{cluster.dashboard} wants its token" in missing.fail()
+        wrong = trainer.start(
+            root, *options, environment={**home, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        )
+        assert f"{cluster.dashboard} wants its token" in wrong.fail()
+        # An address in the environment leads Ray's own client astray.
+        right = {**home, "RAY_AUTH_TOKEN": token, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
+        assert trainer.start(root, *options, environment=right).finish()["steps"] == 10
+
+
+def test_on_this_machine_the_controllers_death_is_got_over_and_a_killed_command_leaves_nothing(
+    trainer: Trainer, root: Path, undisturbed: Training
+) -> None:
+    first = trainer.start(root)
+    first.wait_for(EVERY)
+    os.kill(find_process(first.process.pid, "ray::TrainController"), signal.SIGKILL)
+    first.wait_to_say("goes on from the checkpoint")
+    members = family(first.process.pid)
+    assert len(members) > 5
+    first.process.kill()
+    wait_until(lambda: not any(map(alive, members)), "processes stay", PATIENCE_S)
+    second = trainer.start(root)
+    assert second.finish()["resumed_from"] >= EVERY
+    assert second.validations() == undisturbed.validations()
+
+
+def test_while_storage_cannot_be_reached_training_goes_on_and_the_checkpoint_is_written_later(
+    trainer: Trainer, moto: Server
+) -> None:
+    root = moto.fresh_root()
+    with fault_proxy(moto) as proxy, pytest.MonkeyPatch.context() as patch:
+        moto.use(patch)
+        trainer.fill(root)
+        training = trainer.start(
+            root,
+            "train.workers=1",
+            f"train.steps={STEPS}",
+            environment=proxy.server.environment(),
+            patience=PATIENCE_S,
+        )
+        training.wait_for(2 * EVERY)
+        with proxy.outage():
+            training.wait_to_say("cannot be written yet")
+            time.sleep(15)
+        training.wait_to_say("is written now.")
+        training.finish()
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk can only be made where file systems may be mounted")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    """Take up all the space that there is."""
+    with file.open("wb", buffering=0) as ballast:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while True:
+                    ballast.write(bytes(size))
+            except OSError:
+                pass
+
+
+def test_when_the_disk_is_full_training_goes_on_and_what_stays_full_is_told_and_damages_nothing(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "root"
+    with small_disk(folder, 128):
+        trainer.fill(str(folder))
+        ballast = folder / "ballast"
+        first = trainer.start(folder, "train.workers=1", patience=20)
+        first.wait_for(EVERY)
+        fill(ballast)
+        first.wait_to_say("the disk is full")
+        assert first.said("Training goes on")
+        ballast.unlink()
+        first.wait_to_say("is written now.")
+        fill(ballast)
+        sentence = first.fail()
+        assert "the disk is full: free some space and run the same command again" in sentence
+        assert not first.said("workers that failed")
+        ballast.unlink()
+        second = trainer.start(folder, "train.workers=1")
+        assert second.finish()["resumed_from"] >= EVERY
+        verify = [sys.executable, "-m", "dpnet", "verify", str(folder)]
+        subprocess.run(verify, env=clean_environment(), check=True)
