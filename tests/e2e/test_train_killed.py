@@ -136,6 +136,32 @@ def test_killed_at_random_steps_it_ends_bit_identical(workers: int, tmp_path: Pa
     assert mine == its
 
 
+def losses(root: str, folder: str) -> dict[int, dict[str, float]]:
+    """Losses by the step that their record ends at."""
+    lines = open_store(root).read(f"{folder}/log.jsonl").splitlines()
+    return {r["step"]: r["losses"] for r in map(json.loads, lines) if r["kind"] == "train"}
+
+
+def test_with_another_number_of_workers_the_next_steps_are_the_same_but_for_rounding(
+    tmp_path: Path,
+) -> None:
+    file, env = config(tmp_path, 2), environment()
+    whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
+    undisturbed = trained(file, whole, env)
+    for part in ("images", "masks"):
+        shutil.copytree(Path(whole, part), Path(broken, part))
+    killed_at(8, file, broken, env)
+    # Four workers share six samples unevenly.
+    file.write_text(file.read_text().replace("workers: 2", "workers: 4"))
+    resumed = trained(file, broken, env)
+    start = resumed["summary"]["resumed_from"]
+    assert 0 < start <= 8
+    mine, its = losses(broken, resumed["folder"]), losses(whole, undisturbed["folder"])
+    assert mine.keys() == its.keys()
+    for step in [step for step in its if start < step <= start + 10]:
+        assert mine[step] == pytest.approx(its[step], rel=1e-3)
+
+
 def test_shards_and_checkpoints_on_s3_are_taken_up_all_the_same(
     ceph: Server, tmp_path: Path, s3_root: str
 ) -> None:

@@ -90,7 +90,7 @@ def test_where_all_are_damaged_nothing_is_trained_afresh(store):
     write(store, 1, 2)
     for step in (1, 2):
         store.write(f"{RUN}/step-{step:08d}/state.pt", b"no")
-    with pytest.raises(PipelineError, match="none of the 2 checkpoints .* is sound: restore one"):
+    with pytest.raises(PipelineError, match=r"none of the 2 checkpoints .* is sound: restore one"):
         newest(store, RUN)
 
 

@@ -85,3 +85,12 @@ def test_the_training_step_and_the_benchmarks_of_the_network_need_torch_alone(sc
         f" sys.modules.update(dict.fromkeys({libraries})); runpy.run_path({script!r})"
     )  # what sys.modules has as None cannot be imported
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize("module", ["dpnet.loop", "dpnet.result", "dpnet.extend"])
+def test_the_training_loop_needs_neither_ray_nor_prefect_nor_mlflow(module: str) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('ray', 'prefect', 'mlflow')));"
+        f" import {module}"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

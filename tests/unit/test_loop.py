@@ -265,6 +265,34 @@ def test_a_run_begins_with_another_ones_generator(prepared, tmp_path):
         resume(other, Session(), open_store(job.root), state)
 
 
+def test_the_generator_that_a_run_begins_with_is_part_of_its_request_and_of_the_chain(
+    prepared, tmp_path
+):
+    from small_root import trained
+
+    store, images, masks = prepared
+    job = make_job(prepared)
+
+    def request(reference):
+        init = training._initial(reference, store)
+        rest = (images, masks, init)
+        return train_request(job.model, job.losses, job.settings, "t", *rest)
+
+    assert training._initial(None, store) is None
+    run = trained(store, images=images, masks=masks)
+    of_run = request(run.folder)
+    assert of_run.inputs["init"].content_digest == run.content_digest
+    assert of_run.digest != request(None).digest
+    assert training.asked(of_run)["content digest"]["init"] == run.content_digest
+    # Elsewhere it is known by the hash of its weights alone.
+    (tmp_path / "elsewhere").symlink_to(store.folder / run.folder)
+    elsewhere = request(str(tmp_path / "elsewhere"))
+    assert elsewhere.sources["init"] == of_run.sources["init"]
+    assert "init" not in elsewhere.inputs
+    with pytest.raises(PipelineError, match=r"has no champion yet|no such model"):
+        request("models:/t@champion")
+
+
 def test_a_checkpoint_made_with_other_settings_is_refused_by_their_names(prepared):
     job = make_job(prepared, steps=2)
     train_loop(job, Session())
