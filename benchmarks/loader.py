@@ -278,8 +278,12 @@ def with_decode_alone(data: Data, scratch: Path) -> Iterable[int]:
 
     HELD["samples"] = list(data.samples())
     HELD["image"], HELD["valid"] = (np.empty((BATCH, *shape), np.uint8) for shape in (IMAGE, VALID))
-    pool = multiprocessing.get_context("fork").Pool(WORKERS)
-    return pool.imap_unordered(decode_held, range(0, data.count, BATCH))
+
+    def counts() -> Iterator[int]:
+        with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
+            yield from pool.imap_unordered(decode_held, range(0, data.count, BATCH))
+
+    return counts()
 
 
 CONTENDERS: dict[str, Callable[[Data, Path], Batches | Iterable[int]]] = {
@@ -302,8 +306,14 @@ def checked(image: Any, valid: Any) -> int:
     return len(image)
 
 
+def processor() -> float:
+    """Seconds of this process and of those of its children that have ended."""
+    used = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 def run_one(name: str, data: Data, scratch: Path) -> None:
-    """In a contender's process: print how many images came, and in how many seconds."""
+    """In a contender's process: print what `Counted` says."""
     import cv2  # noqa: F401
     import PIL.Image  # noqa: F401
     import simplejpeg  # noqa: F401
@@ -311,12 +321,12 @@ def run_one(name: str, data: Data, scratch: Path) -> None:
     import data_prep.masks  # noqa: F401
 
     batches = CONTENDERS[name](data, scratch)
-    images, start = 0, perf_counter()
+    images, start, before = 0, perf_counter(), processor()
     end = start
     for batch in batches:
         end = perf_counter()
         images += batch if isinstance(batch, int) else checked(*batch)
-    print(json.dumps([images, end - start]))
+    print(json.dumps([images, end - start, processor() - before]))  # its workers have ended
 
 
 def records(data: Data, _: int = 0) -> Iterator[dict[str, bytes]]:
@@ -410,16 +420,14 @@ def measure(name: str, python: str, data: Data, scratch: Path) -> Counted:
     own = scratch / "own"
     own.mkdir()
     command = [python, __file__, "--run", name, json.dumps(asdict(data)), str(own)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        images, seconds = in_a_process(command, environment())
+        images, seconds, work = in_a_process(command, environment())
     finally:
         shutil.rmtree(own, ignore_errors=True)
     # A batch that would not be full may be dropped, or filled up.
     if abs(images - data.count) >= BATCH * WORKERS:
         sys.exit(f"{name} gave {images} images of {data.count}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return images, seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return images, seconds, work
 
 
 @contextmanager
@@ -498,7 +506,7 @@ def main() -> None:
         fixed = [every[1] - every[0] / r for (_, every), r in zip(turns, rates[name], strict=True)]
         rows.append(Row(f"{name}, fixed", fixed, "s"))
         if name != "ray data":
-            work = [1000 * processor / images for images, _, processor in more]
+            work = [1000 * used / images for images, _, used in more]
             rows.append(Row(f"{name}, processor", work, "ms/image"))
     others = [name for name in rates if name not in ("dpnet", "decode limit")]
     ratios = {

@@ -216,7 +216,7 @@ def valid_from_png(data: bytes) -> NDArray[np.uint8]:
 
 # What comes before the pixels of a PNG as `encode_png` writes it: 1 bit, grey, not interlaced.
 _OWN_PNG = re.compile(
-    rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR(....)(....)\x01\0\0\0\0....(....)IDAT", re.DOTALL
+    rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR(....)(....)\x01\0\0\0\0(....)(....)IDAT", re.DOTALL
 )
 
 
@@ -226,7 +226,9 @@ def _unpacked(data: bytes) -> NDArray[np.uint8] | None:
 
     if (match := _OWN_PNG.match(data)) is None:
         return None
-    width, height, size = (int.from_bytes(match[n], "big") for n in (1, 2, 3))
+    width, height, size = (int.from_bytes(match[n], "big") for n in (1, 2, 4))
+    if zlib.crc32(data[12:29]) != int.from_bytes(match[3], "big"):
+        return None
     stop = match.end() + size
     if data[stop + 4 : stop + 12] != b"\0\0\0\0IEND":
         return None  # its pixels go on in another chunk

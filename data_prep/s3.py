@@ -73,10 +73,11 @@ class S3Store:
     write then, which is safe for one runner at a time; a warning says so.
     """
 
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, prefix
+    def __init__(self, bucket: str, prefix: str, patience: float = 0.0) -> None:
+        self.bucket, self.prefix, self.patience = bucket, prefix, patience
         self.uri = f"s3://{posixpath.join(bucket, prefix)}".rstrip("/")
         self._reached = False  # whether the server has ever answered
+        self._warned = False  # since it last did
         self._honoured: _Conditions | None = None  # None: not asked yet
         self._client: Any = None
         self._lock = threading.RLock()
@@ -396,7 +397,7 @@ class S3Store:
 
         Waits grow exponentially with full jitter. Raises FileNotFoundError or StorageError.
         """
-        failures = 0
+        failures, start = 0, time.monotonic()
         while True:
             try:
                 result = attempt()
@@ -405,15 +406,24 @@ class S3Store:
                 self._reached = self._reached or status_of(error) > 0
                 few = is_unreachable(error) and not self._reached
                 told: Exception | None = None
-                if failures >= (ATTEMPTS_UNREACHED if few else ATTEMPTS) or not may_pass(error):
+                often = failures >= (ATTEMPTS_UNREACHED if few else ATTEMPTS)
+                if often or not may_pass(error):
                     told = explain(error, self._where(key), self.bucket, self._server())
+                if told and may_pass(error) and time.monotonic() - start < self.patience:
+                    self._warn(f"{told} It is tried on for {self.patience / 60:.0f} minutes.")
+                    told = None
             else:
-                self._reached = True
+                self._reached, self._warned = True, False
                 return result
             if told is not None:
                 raise told  # out here it carries no chain: what the libraries say stays unseen
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1))
             time.sleep(secrets.SystemRandom().uniform(0.0, longest))  # differs in forked processes
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            say(f"warning: {text}")
 
     def _end(self, key: str, answer: Any, position: int) -> int | None:
         """Where the object of an answer to a GET from `position` ends; None if it does not say."""

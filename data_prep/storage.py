@@ -71,8 +71,12 @@ class Store(Protocol):
         """Remove the object; absent is fine."""
 
 
-def open_store(uri: str) -> Store:
-    """The store at `s3://bucket/prefix`, `file:///path` or a plain path."""
+def open_store(uri: str, patience: float = 0.0) -> Store:
+    """The store at `s3://bucket/prefix`, `file:///path` or a plain path.
+
+    S3 that does not answer is tried again for a minute at most, or for `patience` seconds if these
+    are more, with a warning.
+    """
     if uri.startswith("s3://"):
         from data_prep.s3 import S3Store
 
@@ -85,7 +89,7 @@ def open_store(uri: str) -> Store:
             )
         if not bucket:
             raise StorageError(f"{uri!r} names no bucket: write s3://bucket/prefix.")
-        return S3Store(bucket, prefix.strip("/"))
+        return S3Store(bucket, prefix.strip("/"), patience)
     parts = urlsplit(uri)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):

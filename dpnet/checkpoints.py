@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,6 +205,7 @@ class Writer:
         self.last, self.best, self.fixed, self.patience = last, best, set(fixed), patience
         self._pool = ThreadPoolExecutor(1, "dpnet-checkpoint")
         self._pending: Future[None] | None = None
+        self._closed = threading.Event()
 
     def save(
         self, step: int, state: Any, log: Log, score: float | None = None, finished: str = ""
@@ -220,7 +222,8 @@ class Writer:
             pending.result()
 
     def close(self) -> None:
-        """Wait, whatever becomes of it."""
+        """Wait for a try that is under way, but not for storage to come back."""
+        self._closed.set()
         self._pool.shutdown(wait=True)
 
     def _write(self, step: int, state: Any, log: bytes, score: float | None, finished: str) -> None:
@@ -245,8 +248,10 @@ class Writer:
                 self._put(step, files, json.dumps(record, indent=1).encode())
                 break
             except StorageError as error:
-                if time.monotonic() > deadline:
-                    raise
+                if self._closed.is_set() or time.monotonic() > deadline:
+                    # No StorageError any more, of which whoever runs this would think that it may
+                    # pass, and take up the last checkpoint.
+                    raise PipelineError(str(error)) from error
                 if not told:
                     told = True
                     say(
@@ -254,7 +259,7 @@ class Writer:
                         " Training goes on, and it is tried again for"
                         f" {round(self.patience / 60)} minutes."
                     )
-                time.sleep(_WAIT_S)
+                self._closed.wait(_WAIT_S)
         if told:
             say(f"the checkpoint of step {step} is written now.")
         try:

@@ -3,16 +3,19 @@ shard's index. Training reads whole shards (`dpnet.loader`)."""
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.errors import PipelineError
+from data_prep.decoding import Limits, decode_rgb
+from data_prep.errors import ItemError, PipelineError
 from data_prep.masks import valid_from_png
 from data_prep.shards import read_index, split_shards
 from data_prep.storage import Store
 from dpnet.pairs import frozen_pairs
+
+_ANY = Limits(max_pixels=1 << 40)  # the images stage has refused what is too large
+_HEAD = 4096  # bytes in which a JPEG's tags and profile begin
+_MARKS = (b"Exif\0", b"ICC_PROFILE\0", b"Adobe\0")
 
 
 class Samples:
@@ -54,7 +57,7 @@ class Samples:
         """H W 3 uint8."""
         try:
             return self._cut(decode_image(self.payload(position)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ItemError) as error:
             row = self.rows[position]
             raise PipelineError(
                 f"sample {row['key']} of {self.store.uri}/{row['shard']} cannot be decoded"
@@ -74,20 +77,36 @@ class Samples:
 
     def valid(self, position: int) -> NDArray[np.uint8]:
         """H W uint8 in {0, 1}, 1 = known."""
-        return valid_from_png(self.payload(position))
+        try:
+            return valid_from_png(self.payload(position))
+        except PipelineError as error:
+            row = self.rows[position]
+            raise PipelineError(
+                f"sample {row['key']} of {self.store.uri}/{row['shard']}: {error}"
+            ) from error
+
+
+def plain_jpeg(data: bytes) -> bool:
+    """Whether it is a JPEG whose pixels are what it shows, as those that the images stage encodes:
+    neither turned by a tag nor in another colour space than sRGB."""
+    head = data[:_HEAD]
+    return head[:2] == b"\xff\xd8" and not any(mark in head for mark in _MARKS)
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """H W 3 uint8 of a stored sample: JPEG by libjpeg-turbo, the others by Pillow."""
-    if data[:2] == b"\xff\xd8":
+    """H W 3 uint8 of a stored sample, as the images stage sees it. Raises ValueError or ItemError.
+
+    With images.mode `keep` it may be any file that a camera has written.
+    """
+    if plain_jpeg(data):
         import simplejpeg
 
-        decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
-        return decoded
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture.convert("RGB"))
+        try:
+            decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
+            return decoded
+        except ValueError:
+            pass  # perhaps of a kind that needs Pillow
+    return decode_rgb(data, _ANY).rgb
 
 
 def validation_pairs(

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.digest import SHORT
+from data_prep.digest import SHORT, sha256_bytes
 from data_prep.errors import PipelineError
 from data_prep.progress import say
 from data_prep.stage import Work
@@ -40,7 +40,9 @@ _ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 class RayJobLauncher:
     def __init__(self, job: TrainJob, launch: LaunchSettings, work: Work) -> None:
         self.job, self.launch, self.work = job, launch, work
-        self.name = f"dpnet-{work.request.digest[:SHORT]}"
+        # Several roots may ask one cluster for the same.
+        root = sha256_bytes(work.store.uri.encode())
+        self.name = f"dpnet-{work.request.digest[:SHORT]}-{root[:4]}"
         self.address = str(launch.address)
         self.attempt = ""
         self._client: Any = None
@@ -58,25 +60,60 @@ class RayJobLauncher:
         if time.monotonic() - self._asked < ASK_S:
             return True
         self._asked = time.monotonic()
-        info = self._info()
-        if info is None or info.status in ("PENDING", "RUNNING"):
+        try:
+            going = self._look()
+        except PipelineError:
+            raise
+        except Exception as error:  # what Ray's client raises is of many kinds
+            self._no_answer(error)
             return True
-        if info.status == "SUCCEEDED":
+        self._answered, self._told = time.monotonic(), False
+        return going
+
+    def _look(self) -> bool:
+        try:
+            job = self._client.get_job_info(self.attempt)
+        except RuntimeError as error:
+            if "status code 404" not in str(error):
+                raise
+            self._begin_again("is unknown now, the cluster is another one")
+            return True
+        if not job.status.is_terminal():
+            return True
+        if job.status == "SUCCEEDED":
             return False
-        if info.status == "STOPPED":
+        if job.status == "STOPPED":
             raise PipelineError(f"the job {self.attempt} was stopped: the same command resumes it.")
         lines = self._client.get_job_logs(self.attempt).strip().splitlines() or ["without a word"]
-        if info.driver_exit_code == EXPLAINED:
+        if job.driver_exit_code == EXPLAINED:
             raise PipelineError(lines[-1])
+        self._begin_again(f"died ({lines[-1][:300]})")
+        return True
+
+    def _begin_again(self, why: str) -> None:
         if self._deaths >= self.job.settings.max_failures:
             raise PipelineError(
-                f"the job {self.attempt} failed ({lines[-1]}): look at its log on {self.address};"
-                " the same command resumes."
+                f"the job {self.attempt} {why}, and train.max_failures is"
+                f" {self.job.settings.max_failures}: look at its log on {self.address}; the same"
+                " command resumes."
             )
         self._deaths += 1
-        say(f"train: the job {self.attempt} died: it is begun again from its last checkpoint")
+        say(f"train: the job {self.attempt} {why}: it is begun again from its last checkpoint")
         self._begin_or_attach()
-        return True
+
+    def _no_answer(self, error: Exception) -> None:
+        """Say so once; raise PipelineError after the deadline."""
+        if time.monotonic() - self._answered > self.launch.deadline_s:
+            raise PipelineError(
+                f"the Ray cluster at {self.address} has not answered for"
+                f" {self.launch.deadline_s} s ({_reason(error)}): the same command resumes."
+            ) from error
+        if not self._told:
+            self._told = True
+            say(
+                f"warning: the Ray cluster at {self.address} does not answer ({_reason(error)}):"
+                " asking on"
+            )
 
     def cancel(self) -> None:
         if not self.attempt:
@@ -94,13 +131,18 @@ class RayJobLauncher:
     def print_stacks(self) -> None:
         """By a job of its own: the workers are on the cluster's machines."""
         name = f"{self.name}-stacks-{secrets.token_hex(3)}"
-        self._client.submit_job(
-            entrypoint=self._entrypoint("--stacks", self.attempt), submission_id=name
-        )
-        deadline = time.monotonic() + STACKS_S
-        while not self._client.get_job_status(name).is_terminal() and time.monotonic() < deadline:
-            time.sleep(0.5)
-        say(str(self._client.get_job_logs(name)))
+        try:
+            self._client.submit_job(
+                entrypoint=self._entrypoint("--stacks", self.attempt), submission_id=name
+            )
+            deadline = time.monotonic() + STACKS_S
+            while not self._client.get_job_status(name).is_terminal():
+                if time.monotonic() > deadline:
+                    raise TimeoutError("they do not come")
+                time.sleep(0.5)
+            say(self._client.get_job_logs(name))
+        except Exception as error:
+            say(f"warning: the workers' stacks cannot be had ({_reason(error)})")
 
     def _begin_or_attach(self) -> None:
         pattern = re.compile(rf"{re.escape(self.name)}-(\d+)")
@@ -145,35 +187,40 @@ class RayJobLauncher:
         except Exception:
             return  # a log that breaks off takes nothing from the training
 
-    def _info(self) -> Any:
-        """What the cluster knows of the job, or None where it does not answer now. Raises
-        PipelineError after the deadline."""
-        try:
-            info = self._client.get_job_info(self.attempt)
-        except Exception as error:
-            if time.monotonic() - self._answered > self.launch.deadline_s:
-                raise PipelineError(
-                    f"the Ray cluster at {self.address} has not answered for"
-                    f" {self.launch.deadline_s} s ({_reason(error)}): the same command resumes."
-                ) from error
-            if not self._told:
-                self._told = True
-                say(
-                    f"warning: the Ray cluster at {self.address} does not answer"
-                    f" ({_reason(error)}): asking on"
-                )
-            return None
-        self._answered, self._told = time.monotonic(), False
-        return info
-
 
 def _connected(address: str) -> Any:
     """A client of the cluster's Jobs API. Raises PipelineError where it is not to be had."""
-    # A token that the user has given is meant to be used; Ray would have to be told so.
-    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if token or Path("~/.ray/auth_token").expanduser().exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import AuthenticationError
+
+    own = Path("~/.ray/auth_token").expanduser()
+    try:
+        try:
+            return _client(address, _token())
+        except AuthenticationError:
+            if not own.exists():
+                raise
+            return _client(address, own.read_text().strip())  # only to who asks for one
+    except AuthenticationError as error:
+        raise PipelineError(
+            f"the Ray cluster at {address} wants its token ({_reason(error)}): give it in"
+            f" RAY_AUTH_TOKEN, or in the file {own} or the one that RAY_AUTH_TOKEN_PATH names."
+        ) from error
+    except Exception as error:
+        raise PipelineError(
+            f"cannot reach a Ray cluster at {address} ({_reason(error)}): give the address of its"
+            " dashboard, as http://head:8265."
+        ) from error
+
+
+def _token() -> str:
+    """The token that the user gives for the cluster, empty if none."""
+    given = os.environ.get("RAY_AUTH_TOKEN", "")
+    if not given and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        given = Path(path).expanduser().read_text().strip()
+    return given
+
+
+def _client(address: str, token: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     for part in ("job.sdk", "dashboard_sdk"):
@@ -185,20 +232,9 @@ def _connected(address: str) -> Any:
         def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
             return super()._do_request(method, endpoint, **options, timeout=ANSWER_S)
 
-    try:
-        with _no_other_address():
-            client = Client(address)
-        client.list_jobs()
-    except AuthenticationError as error:
-        raise PipelineError(
-            f"the Ray cluster at {address} wants its token ({_reason(error)}): give it in"
-            " RAY_AUTH_TOKEN, or its file in RAY_AUTH_TOKEN_PATH."
-        ) from error
-    except Exception as error:
-        raise PipelineError(
-            f"cannot reach a Ray cluster at {address} ({_reason(error)}): give the address of its"
-            " dashboard, as http://head:8265."
-        ) from error
+    with _no_other_address():
+        client = Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    client.list_jobs()
     return client
 
 

@@ -25,16 +25,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.errors import PipelineError
+from data_prep.errors import ItemError, PipelineError
 from data_prep.masks import valid_from_png
-from dpnet.data import decode_image
+from dpnet.data import decode_image, plain_jpeg
 from dpnet.order import Augmentation, ShardOrder, Visit, augmentation, rank_cursors
 from dpnet.shard_files import OpenShard, ShardFiles, ShardSet
 
 AHEAD = 4  # batches that are decoded or being decoded
 CHUNK = 8  # samples that a thread decodes at a time
 FETCHERS = 4  # shards of each dataset that are fetched at a time
-_JPEG = b"\xff\xd8"
 
 Pixels = NDArray[np.uint8]
 
@@ -248,8 +247,7 @@ class Loader:
                 self._image(image, changes.flip[i], changes.crop[i], images[i])
                 sample = mask
                 self._mask(mask, int(changes.turns[i]), bool(changes.mask_flip[i]), valids[i])
-            # Pillow says SyntaxError of a PNG whose chunks are broken.
-            except (OSError, ValueError, SyntaxError, PipelineError) as error:
+            except (OSError, ValueError, ItemError, PipelineError) as error:
                 # In one line, without the address of an object, which Pillow's sentences may hold.
                 text = re.sub(r" <.*>", "", str(error)).strip() or "unreadable"
                 reason = text.splitlines()[0].rstrip(".")
@@ -260,7 +258,7 @@ class Loader:
 
     def _image(self, sample: Sample, flip: bool, crop: NDArray[np.float64], out: Pixels) -> None:
         data = sample.shard.read(sample.position)
-        if data[:2] == _JPEG:
+        if plain_jpeg(data):
             import simplejpeg
 
             height, width = simplejpeg.decode_jpeg_header(data)[:2]

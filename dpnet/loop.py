@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from data_prep.errors import PipelineError
 from data_prep.storage import Store, open_store
-from dpnet.checkpoints import Loaded, Log, Writer, check_asked, load, marks, newest
+from dpnet.checkpoints import PATIENCE_S, Loaded, Log, Writer, check_asked, load, marks, newest
 from dpnet.journal import Journal
 from dpnet.loader import Loader
 from dpnet.model.config import preset
@@ -63,10 +63,11 @@ def train_loop(job: TrainJob, session: Session) -> bool:
     settings, device = job.settings, session.device
     rank, world = session.rank, session.world
     store = open_store(job.root)
-    validation = Validation(store, job)
-    loader = open_loader(job, session, store)
+    patient = open_store(job.root, PATIENCE_S)  # for what training cannot go on without
+    validation = Validation(patient, job)
+    loader = open_loader(job, session, patient)
     state = initial_state(job, device)
-    log, finished = resume(job, session, store, state)
+    log, finished = resume(job, session, patient, state)
     if is_finished(job, state.step, finished):
         return True
     vgg = None

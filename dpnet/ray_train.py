@@ -144,7 +144,7 @@ class Training:
         )
         # Resources are set aside for an id, of one that died for three minutes more: the next one
         # with the same id has them at once.
-        object.__setattr__(trainer.train_run_context, "run_id", name)
+        object.__setattr__(trainer.train_run_context, "run_id", f"{self.store.uri}/{name}")
         return trainer
 
 

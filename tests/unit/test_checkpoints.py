@@ -158,7 +158,7 @@ def test_storage_that_refuses_for_too_long_ends_training(store, monkeypatch):
     failing(monkeypatch, 10**6)
     writer = Writer(store, RUN, ASKED, last=1, best=0, patience=0.05)
     writer.save(1, state(1), [])
-    with pytest.raises(StorageError, match="the disk is full"):
+    with pytest.raises(PipelineError, match="the disk is full"):
         writer.save(2, state(2), [])
 
 

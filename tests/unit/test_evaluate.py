@@ -227,13 +227,13 @@ def test_a_damaged_picture_stops_with_advice(fresh):
         evaluated(fresh)
 
 
-def test_masks_of_another_size_are_refused(fresh):
+def test_masks_larger_than_the_pictures_are_refused(fresh):
     from data_prep.masks import MasksConfig, prepare_masks
 
     store, images, _, run = fresh
-    config = MasksConfig(name="other", size=16, train=2, eval_per_bin=1, recipes={"outpaint": 1})
+    config = MasksConfig(name="other", size=48, train=2, eval_per_bin=1, recipes={"outpaint": 1})
     masks = prepare_masks(config, store)
-    with pytest.raises(PipelineError, match=r"32 x 32 pixels but the masks 16 x 16"):
+    with pytest.raises(PipelineError, match=r"32 x 32 pixels but the masks 48 x 48"):
         evaluated((store, images, masks, run))
 
 

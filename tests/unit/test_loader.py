@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,6 +109,36 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def own(tmp_path: Path) -> Data:
     """The same, for tests that do."""
     return data_in(LocalStore(tmp_path / "root"))
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("dpnet-")]
+
+
+def open_tars() -> int:
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:  # that of the listing
+            continue
+    return sum(link.endswith(".tar") for link in links)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """However a test ends, the loader's threads do too, and its shards are closed."""
+    yield
+    wait_until(lambda: not threads())
+    gc.collect()  # of exceptions' frames
+    wait_until(lambda: open_tars() == 0)
 
 
 def loader_of(
@@ -290,16 +321,6 @@ def test_the_first_batch_waits_for_no_shard_that_it_does_not_need(tmp_path: Path
 # What it holds
 
 
-def open_tars() -> int:
-    links = []
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:  # that of the listing
-            continue
-    return sum(link.endswith(".tar") for link in links)
-
-
 def test_two_shards_for_each_lane_are_open_at_most_besides_those_of_waiting_batches(
     tmp_path: Path,
 ) -> None:
@@ -312,14 +333,6 @@ def test_two_shards_for_each_lane_are_open_at_most_besides_those_of_waiting_batc
     assert len(most) == 300  # three epochs: 240 shards were open
     waiting = (AHEAD + 2) * 4  # samples, each of which may hold the last of its lane
     assert 2 * LANES <= max(most) <= 2 * 2 * LANES + 2 * waiting
-    until = time.monotonic() + 20
-    while open_tars():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("dpnet-")]
 
 
 @pytest.mark.parametrize("filled", [False, True])
@@ -330,10 +343,7 @@ def test_closing_it_early_ends_its_threads(data: Data, filled: bool) -> None:
     if filled:
         time.sleep(0.5)  # so that there is no room for another batch
     made.close()
-    until = time.monotonic() + 20
-    while threads():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    wait_until(lambda: not threads())
 
 
 def test_waiting_is_counted_and_the_work_of_the_consumer_is_not(data: Data) -> None:
@@ -393,8 +403,16 @@ def test_where_bad_samples_are_skipped_the_next_of_the_batch_take_their_places(
     assert loader.skipped == count >= 4
 
 
+def png_with_a_broken_chunk() -> bytes:
+    whole = png(picture(0, 200, 200))
+    second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
+    return whole[:second] + b"\x01DAT" + whole[second + 4 :]
+
+
 @pytest.mark.parametrize(
-    "payload", [b"", b"no picture", b"\xff\xd8\xff\xe0 a jpeg", b"\x89PNG\r\n\x1a\n"]
+    "payload",
+    [b"", b"no picture", b"\xff\xd8\xff\xe0 a", b"\x89PNG\r\n\x1a\n", png_with_a_broken_chunk()],
+    ids=["nothing", "text", "jpeg", "png", "broken chunk"],
 )
 @pytest.mark.parametrize("set_number", [0, 1])
 def test_a_sample_that_is_no_picture_is_named_or_skipped(

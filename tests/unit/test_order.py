@@ -157,13 +157,22 @@ def test_the_global_batch_is_the_same_whatever_the_number_of_ranks(world: int, b
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_ranks_differ_by_one_sample_at_most_and_none_is_left_without(world: int) -> None:
+@pytest.mark.parametrize("batch", [8, 15, 16])
+def test_ranks_differ_by_one_sample_at_most_and_none_is_left_without(
+    world: int, batch: int
+) -> None:
     for step in range(20):
-        for batch in (8, 15, 16):
-            counts = [len(rank_cursors(step, batch, rank, world)) for rank in range(world)]
-            assert sum(counts) == batch
-            assert max(counts) - min(counts) <= 1
-            assert min(counts) >= 1
+        counts = [len(rank_cursors(step, batch, rank, world)) for rank in range(world)]
+        assert sum(counts) == batch
+        assert max(counts) - min(counts) <= 1
+        assert min(counts) >= 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rank_takes_the_same_share_of_all_cursors_at_every_step(world: int) -> None:
+    for rank in range(world):
+        cursors = [c for step in range(9) for c in rank_cursors(step, 15, rank, world)]
+        assert cursors == list(range(rank, 135, world))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 32, 64])
