@@ -1,12 +1,12 @@
 """B2: an epoch over image shards and mask shards as uint8 batches, on two cores.
 
-    python benchmarks/loader.py [--photos DIR] [--repeats 5] [--s3 URI] [--json]
+    python benchmarks/loader.py [--check-order] [--photos DIR] [--repeats 5] [--s3 URI] [--json]
 
 Contenders, each in a process of its own, decode the same 256 x 256 JPEGs of quality 95 and a mask
 for each of them, shuffled, into batches for the device: image N H W 3 uint8 and valid N H W uint8
 in {0, 1}.
 
-* dpnet: `ours`, which also checks shards by their hashes and flips and turns samples.
+* dpnet: `ours`, which also checks each sample by its hash, and flips and turns samples.
 * webdataset: WebLoader, 2 workers, our image shards zipped with the mask shards; by simplejpeg and
   by Pillow.
 * mosaicml-streaming: the same bytes as MDS, 2 workers.
@@ -65,6 +65,7 @@ CHUNK = 16 << 20  # bytes in a file of the peers' formats: about 500 images, as 
 BUFFER = 1000  # samples that webdataset shuffles
 RAY_BATCH = 256  # images that Ray Data decodes in a call: the fastest of 32, 256 and a whole block
 CROPS = 300  # of each sample photograph
+WORLDS, EPOCHS = (1, 2, 3, 8), 2  # that the order is checked for
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpnet-benchmarks"
 Sample = tuple[bytes, bytes]  # a JPEG and the PNG of its mask
 Batches = Iterable[tuple[Any, Any]]  # image and valid, arrays or tensors
@@ -104,29 +105,79 @@ class Data:
         return zip(payloads(self.images), payloads(self.masks), strict=True)
 
 
-def ours(root: str, images: str, masks: str, batch: int, threads: int) -> Batches:
-    """The batches of an epoch by our loader with so many threads."""
-    from data_prep.stage import StageRef, read_manifest
+def sets_of(data: Data) -> list[Any]:
+    """Our shards of images and of masks."""
+    from data_prep.stage import load_reference
+    from data_prep.storage import open_store
+    from dpnet.shard_files import find_shards
+
+    store = open_store(data.root)
+    folders = (data.images, data.masks)
+    return [find_shards(store, load_reference(store, folder), "train") for folder in folders]
+
+
+def ours(data: Data) -> Batches:
+    """The batches of an epoch by our loader."""
     from data_prep.storage import open_store
     from dpnet.loader import Loader
-    from dpnet.shard_files import ShardFiles, ShardSet, find_shards
+    from dpnet.shard_files import ShardFiles
 
-    store = open_store(root)
-
-    def shards(folder: str) -> ShardSet:
-        digest = read_manifest(store, folder)["content_digest"]
-        ref = StageRef("", "", folder, "", digest, seconds=0, skipped=True)
-        return find_shards(store, ref, "train")
-
-    pictures, files = shards(images), ShardFiles(store, None, skip=False)
-    options: dict[str, Any] = {"size": SIZE, "seed": 0, "lanes": LANES, "threads": threads}
-    loader = Loader(pictures, shards(masks), files, batch=batch, **options)
-    for _, made in loader.batches(0, pictures.samples // batch):
+    images, masks = sets_of(data)
+    options: dict[str, Any] = {"size": SIZE, "seed": 0, "lanes": LANES, "threads": WORKERS}
+    files = ShardFiles(open_store(data.root), None)
+    loader = Loader(images, masks, files, batch=BATCH, **options)
+    for _, made in loader.batches(0, images.samples // BATCH):
         yield made.image, made.valid
 
 
-def check_order() -> None:
-    raise NotImplementedError
+def check_order(data: Data) -> int:
+    """Read two epochs of images and of masks as ranks of several worlds do; how many samples came.
+
+    Exits unless each sample of the shards comes once an epoch, whatever the world, each shard is
+    read by one rank an epoch where the ranks divide the lanes, and the cursors of a rank are those
+    that are left by the others.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from data_prep.shards import iterate_shard
+    from data_prep.storage import open_store
+    from dpnet.loader import Lanes
+    from dpnet.order import ShardOrder, rank_cursors
+    from dpnet.shard_files import ShardFiles
+
+    store, came = open_store(data.root), 0
+    for shards in sets_of(data):
+        every = {key for s in shards.shards for key, _ in iterate_shard(store, s.key)}
+        order = ShardOrder(shards.digest, 0, [s.samples for s in shards.shards], LANES)
+        steps = math.ceil((EPOCHS + 1) * len(every) / BATCH)  # an epoch ends within the next one
+        epochs = order.samples_at(0, steps * BATCH)[:, 0]
+        first: list[str] = []
+        for world in WORLDS:
+            keys, readers = [""] * (steps * BATCH), dict[tuple[int, str], set[int]]()
+            for rank in range(world):
+                with ThreadPoolExecutor(WORKERS) as pool:
+                    files, place = ShardFiles(store, None), {"rank": rank, "world": world}
+                    lanes = Lanes(order, shards, files, pool, 0, steps * BATCH, **place)
+                    for step in range(steps):
+                        for cursor in rank_cursors(step, BATCH, rank, world):
+                            shard, position = lanes.at(cursor)
+                            assert not keys[cursor], f"cursor {cursor} is of two ranks"
+                            keys[cursor] = shard.keys[position].as_py()
+                            visit = (int(epochs[cursor]), shard.shard.key)
+                            readers.setdefault(visit, set()).add(rank)
+            for epoch in range(EPOCHS):
+                seen = [key for key, its in zip(keys, epochs, strict=True) if its == epoch]
+                if len(seen) != len(every) or set(seen) != every:
+                    sys.exit(
+                        f"epoch {epoch} of {shards.uri} has {len(seen)} samples of {len(every)}"
+                    )
+                came += len(seen)
+            first = first or keys
+            if keys != first:
+                sys.exit(f"{world} ranks read {shards.uri} in another order than one")
+            if order.lanes % world == 0 and any(len(ranks) > 1 for ranks in readers.values()):
+                sys.exit(f"a shard of {shards.uri} is read by several of {world} ranks")
+    return came
 
 
 def simplejpeg(data: bytes, out: Any) -> None:
@@ -178,7 +229,7 @@ def with_dpnet(data: Data, scratch: Path) -> Batches:
 
     import dpnet.loader  # noqa: F401
 
-    return ours(data.root, data.images, data.masks, BATCH, WORKERS)
+    return ours(data)
 
 
 def with_webdataset(data: Data, scratch: Path, decode: Decode) -> Batches:
@@ -447,7 +498,7 @@ def put(folder: Path, uri: str) -> Iterator[None]:
 
 
 def measure_all(
-    photos: Path | None, repeats: int, s3: str | None, cache: Path
+    photos: Path | None, repeats: int, s3: str | None, cache: Path, *, check: bool
 ) -> dict[str, list[tuple[Counted, Counted]]]:
     """Each contender's quarter and whole epoch, in each repeat."""
     if len(os.sched_getaffinity(0)) > WORKERS:
@@ -458,6 +509,11 @@ def measure_all(
         found = photographs_in(photos) if photos else crops_of_sample_photographs(scratch / "crops")
         some = prepare(found[::4], scratch, "quarter", peers)
         every = prepare(found, scratch, "all", peers)
+        if check:
+            print(
+                f"order: {check_order(every)} samples, each once an epoch, in each of {EPOCHS}"
+                f" epochs, of images and of masks, for {', '.join(map(str, WORLDS))} ranks"
+            )
         if s3:
             some, every = (replace(d, root=f"{s3}/{Path(d.root).name}") for d in (some, every))
 
@@ -482,7 +538,9 @@ def main() -> None:
     parser.add_argument("--s3", metavar="URI", help="where to put the data and read it from")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where peers are installed")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--check-order", action="store_true")
+    parser.add_argument(
+        "--check-order", action="store_true", help="first prove that an epoch has each sample once"
+    )
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--convert", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -493,11 +551,9 @@ def main() -> None:
     if options.convert:
         convert(Data(**json.loads(options.convert)))
         return
-    if options.check_order:
-        check_order()
-        return
     cache = options.cache.expanduser().absolute()
-    timed = measure_all(options.photos, options.repeats, options.s3, cache)
+    check = options.check_order
+    timed = measure_all(options.photos, options.repeats, options.s3, cache, check=check)
     rates, rows = {}, list[Row]()
     for name, turns in timed.items():
         more = [[a - b for a, b in zip(every, some, strict=True)] for some, every in turns]

@@ -77,11 +77,13 @@ def launched(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: W
         Tracker(tracking_uri, work),
         Progress("train", job.settings.steps, "steps") as progress,
         _stacks_on_signal(launcher),
+        _stops() as stopped,
     ):
         try:
             launcher.start()
             while launcher.goes_on():
-                threading.Event().wait(POLL_S)
+                if stopped.wait(POLL_S):
+                    raise KeyboardInterrupt
                 status = read_status(work.store, work.folder)
                 if status.get("attempt") != launcher.attempt:  # an earlier one's
                     continue
@@ -110,6 +112,32 @@ def _launcher(job: Any, launch: LaunchSettings, work: Work) -> Launcher:
     from dpnet.launch_ray_job import RayJobLauncher
 
     return RayJobLauncher(job, launch, work)
+
+
+@contextmanager
+def _stops() -> Iterator[threading.Event]:
+    """Set at Ctrl-C and SIGTERM, besides what is done then: the exception that they raise is lost
+    where it comes up while an object is being disposed of."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        then = before[signal.Signals(number)]
+        if callable(then):
+            then(number, frame)
+
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield stopped
+    finally:
+        for each, then in before.items():
+            if signal.getsignal(each) is stop:
+                signal.signal(each, then)
 
 
 @contextmanager

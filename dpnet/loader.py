@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import re
+import sys
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from math import gcd
+from math import gcd, prod
 from typing import NamedTuple
 
 import cv2
@@ -134,8 +135,8 @@ class Loader:
 
     Attributes:
         waited: seconds that the consumer has waited for a batch.
-        skipped: samples that could not be used; where `files.skip` says so their places are taken
-            by the next sample of the batch, otherwise the first one is an error.
+        skipped: samples that could not be used; with `skip` their places are taken by the next
+            sample of the batch, otherwise the first one is an error.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Loader:
         world: int = 1,
         threads: int = 1,
         pin: bool = False,
+        skip: bool = False,
     ) -> None:
         self.sets, self.files = (images, masks), files
         self.orders = [
@@ -160,6 +162,8 @@ class Loader:
         ]
         self.size, self.seed, self.batch = size, seed, batch
         self.rank, self.world, self.threads, self.pin = rank, world, threads, pin
+        self.skip = skip
+        self._pieces: list[Pixels] = []  # memory of batches
         self.waited, self.skipped = 0.0, 0
 
     def batches(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
@@ -219,16 +223,32 @@ class Loader:
         decoders: ThreadPoolExecutor,
     ) -> _Filling:
         """A batch that threads are decoding into."""
-        shape = (len(cursors), self.size, self.size)
-        # torch keeps page-locked memory for the next batch, until the copy from it is done.
-        image = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self.pin)
-        valid = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin)
-        batch = Batch(image, valid)
+        batch = self._memory(len(cursors))
         changes = augmentation(self.seed, cursors)
-        into = image.numpy(), valid.numpy()
+        into = batch.image.numpy(), batch.valid.numpy()
         chunks = [range(at, min(at + CHUNK, len(pairs))) for at in range(0, len(pairs), CHUNK)]
         jobs = [decoders.submit(self._decode, pairs, changes, *into, chunk) for chunk in chunks]
         return _Filling(step, batch, jobs)
+
+    def _memory(self, samples: int) -> Batch:
+        """A batch of whatever its memory holds."""
+        shape = (samples, self.size, self.size)
+        if self.pin:  # torch keeps it for the next batch, once the copy from it is done
+            image = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=True)
+            return Batch(image, torch.empty(shape, dtype=torch.uint8, pin_memory=True))
+        # Fresh memory comes zeroed, page by page, which takes a tenth of the time that it takes to
+        # decode into it. So a piece is used again once nothing else refers to it: two references
+        # are then left, that of the list and that of the call.
+        pixels = prod(shape)
+        size = 4 * pixels
+        for number in range(len(self._pieces)):
+            if len(self._pieces[number]) == size and sys.getrefcount(self._pieces[number]) == 2:
+                break
+        else:
+            number = len(self._pieces)
+            self._pieces.append(np.empty(size, np.uint8))
+        memory = torch.from_numpy(self._pieces[number])
+        return Batch(memory[: 3 * pixels].view(*shape, 3), memory[3 * pixels :].view(shape))
 
     def _decode(
         self,
@@ -251,7 +271,7 @@ class Loader:
                 # In one line, without the address of an object, which Pillow's sentences may hold.
                 text = re.sub(r" <.*>", "", str(error)).strip() or "unreadable"
                 reason = text.splitlines()[0].rstrip(".")
-                if not self.files.skip:
+                if not self.skip:
                     raise self._unusable(sample, reason, error) from error
                 bad[i] = reason
         return bad
@@ -284,7 +304,10 @@ class Loader:
             raise ValueError(f"it is {width} x {height} pixels, not {self.size} x {self.size}")
         if turns:
             valid = cv2.rotate(valid, _TURNS[turns])
-        out[:] = valid[:, ::-1] if flip else valid
+        if flip:
+            cv2.flip(valid, 1, dst=out)
+        else:
+            out[:] = valid
 
     def _unusable(self, sample: Sample, reason: str, error: Exception) -> PipelineError:
         shard = sample.shard

@@ -136,7 +136,7 @@ def open_loader(job: TrainJob, session: Session, store: Store) -> Loader:
     return Loader(
         images,
         masks,
-        ShardFiles(store, cache, skip=s.on_bad_sample == "skip"),
+        ShardFiles(store, cache),
         size=mask_size(store, job.masks.folder),
         seed=s.seed,
         batch=s.batch_size,
@@ -145,6 +145,7 @@ def open_loader(job: TrainJob, session: Session, store: Store) -> Loader:
         world=session.world,
         threads=s.loader_threads or max(1, cores // session.local_world),
         pin=session.device.type == "cuda",
+        skip=s.on_bad_sample == "skip",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -29,7 +30,7 @@ def wait_until(true: Callable[[], object], what: str, seconds: float = START_S) 
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 @dataclass
@@ -59,12 +60,38 @@ class Node:
 class Cluster:
     """A head without cores and the nodes that work."""
 
-    address: str  # host:port of its control service
-    dashboard: str  # URL
     scratch: Path
     environment: dict[str, str]
     head: Node | None = None
     nodes: list[Node] = field(default_factory=list)
+    port: int = field(default_factory=free_port)
+    dashboard_port: int = field(default_factory=free_port)
+
+    @property
+    def address(self) -> str:
+        """Of its control service."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def start_head(self) -> None:
+        self.head = self.start(
+            "--head",
+            "--num-cpus=0",
+            f"--port={self.port}",
+            f"--temp-dir={self.scratch}",
+            "--include-dashboard=true",
+            f"--dashboard-port={self.dashboard_port}",
+        )
+
+    def kill(self) -> None:
+        """All of it, as when the power fails; `start_head` begins a new one at the same address."""
+        for node in (*self.nodes, self.head):
+            if node and node.process.poll() is None:
+                node.kill()
+        self.nodes, self.head = [], None
 
     def add_node(self, cpus: int = 1) -> Node:
         node = self.start(f"--address={self.address}", f"--num-cpus={cpus}")
@@ -79,7 +106,12 @@ class Cluster:
         command += ["--metrics-export-port=0", f"--dashboard-agent-listen-port={free_port()}"]
         with log.open("ab") as out:
             process = subprocess.Popen(
-                command, env=self.environment, stdout=out, stderr=out, start_new_session=True
+                command,
+                env=self.environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=end_with_parent,
             )
 
         def started() -> bool:
@@ -94,7 +126,7 @@ class Cluster:
         return next(node for node in self.nodes if node.has(pid))
 
     def process(self, text: str) -> int:
-        """The process of the head with `text` in its command line."""
+        """The process of the head whose command line begins with `text`."""
         assert self.head
         return find_process(self.head.process.pid, text)
 
@@ -118,25 +150,19 @@ def _starts(log: Path) -> int:
 def ray_cluster(nodes: int, token: str | None = None) -> Iterator[Cluster]:
     """A cluster with a head, whose dashboard takes jobs, and `nodes` nodes of one core each."""
     scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))  # sockets: 107 bytes at most
-    port, dashboard = free_port(), free_port()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     if token is None:
         environment["RAY_AUTH_MODE"] = "disabled"
     else:
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    cluster = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", scratch, environment)
+    cluster = Cluster(scratch, environment)
     try:
-        cluster.head = cluster.start(
-            "--head", "--num-cpus=0", f"--port={port}", f"--temp-dir={scratch}",
-            "--include-dashboard=true", f"--dashboard-port={dashboard}",
-        )  # fmt: skip
+        cluster.start_head()
         for _ in range(nodes):
             cluster.add_node()
         yield cluster
     finally:
-        for node in (*cluster.nodes, cluster.head):
-            if node and node.process.poll() is None:
-                node.kill()
+        cluster.kill()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -157,12 +183,12 @@ def family(ancestor: int) -> list[int]:
 
 
 def find_process(ancestor: int, text: str) -> int:
-    """The one process below `ancestor` with `text` in its command line."""
-    (found,) = [pid for pid in family(ancestor)[1:] if text in _command(pid)]
+    """The one process below `ancestor` whose command line begins with `text`."""
+    (found,) = [pid for pid in family(ancestor)[1:] if command_of(pid).startswith(text)]
     return found
 
 
-def _command(pid: int) -> str:
+def command_of(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     except OSError:
@@ -175,6 +201,11 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def end_with_parent() -> None:
+    """In a new process: Linux sends it a SIGTERM when its parent dies, even if that is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def send(pid: int, number: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -18,7 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from clusters import Cluster, alive, family, find_process, free_port, ray_cluster, wait_until
+from clusters import (
+    Cluster,
+    alive,
+    command_of,
+    end_with_parent,
+    family,
+    find_process,
+    free_port,
+    ray_cluster,
+    wait_until,
+)
 from PIL import Image
 from servers import Server, fault_proxy
 
@@ -27,6 +38,8 @@ from data_prep.storage import LocalStore, Store, open_store
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 STEPS, EVERY, VALIDATE, BATCH = 90, 10, 30, 4
+SCRATCH = re.compile(r"/tmp/dpnet-ray-\w+")
+DRIVER = f"{sys.executable} -m dpnet.ray_driver"
 PATIENCE_S = 300.0  # for what takes a fraction of that on an idle machine
 # The command without MLflow, which would take seconds and has tests of its own.
 COMMAND = """
@@ -163,6 +176,7 @@ class Trainer:
                 stderr=err,
                 text=True,
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
         self.started.append(Training(open_store(str(root)), process, log))
         return self.started[-1]
@@ -184,13 +198,13 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     photos = folder / "photos"
     photos.mkdir()
     random = np.random.default_rng(0)
-    for number in range(24):
+    for number in range(480):  # so many that a shard lasts for most of a training
         small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-        small.resize((40, 40), Image.Resampling.BICUBIC).save(photos / f"{number:02}.png")
+        small.resize((40, 40), Image.Resampling.BICUBIC).save(photos / f"{number:03}.png")
     config = {
         "name": "faults",
         "images": {"source": str(photos), "name": "t", "size": 32, "val": 0.2, "test": 0.2},
-        "masks": {"name": "t", "size": 32, "train": 40, "eval_per_bin": 2},
+        "masks": {"name": "t", "size": 32, "train": 400, "eval_per_bin": 2},
         "model": {"preset": "tiny"},
         "losses": {"adversarial": 0.01},
         "train": {
@@ -299,10 +313,10 @@ def test_when_the_jobs_driver_is_killed_the_launcher_submits_the_next_attempt(
 ) -> None:
     training = trainer.start(root, *job, "train.min_workers=2")
     training.wait_for(2 * EVERY)
-    os.kill(cluster.process("-m dpnet.ray_driver"), signal.SIGKILL)
+    os.kill(cluster.process(DRIVER), signal.SIGKILL)
     assert training.finish()["resumed_from"] >= 2 * EVERY
     assert training.validations() == undisturbed.validations()
-    assert training.said("-1 died: it is begun again from its last checkpoint")
+    assert training.said("-1 died (Killed): it is begun again from its last checkpoint")
     assert training.said("-2 is submitted to")
 
 
@@ -315,7 +329,7 @@ def test_the_job_outlives_its_launcher_and_the_next_one_attaches_to_it_and_stops
     second.wait_to_say("another runner")
     first.process.kill()
     second.wait_to_say("-1 is at work on")
-    driver = cluster.process("-m dpnet.ray_driver")
+    driver = cluster.process(DRIVER)
     second.wait_for(2 * EVERY)
     assert not second.said("submitted")
     begun = time.monotonic()
@@ -372,10 +386,12 @@ def test_when_a_machine_dies_training_waits_for_another_one(
 
 
 def test_before_a_machine_is_taken_away_training_saves_and_goes_on_elsewhere_and_no_step_is_lost(
-    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path
 ) -> None:
     cluster.add_node()
-    training = trainer.start(root, *job, "train.checkpoint_every=1000", "train.finetune_share=0")
+    # No checkpoint but that one and the last.
+    rare = ["train.checkpoint_every=1000", "train.validate_every=1000", "train.finetune_share=0"]
+    training = trainer.start(root, *job, *rare)
     training.wait_for_step(3)
     taken = training.workers()[1]
     node = cluster.node_of(taken["pid"])
@@ -418,13 +434,13 @@ def test_no_cluster_at_the_address_is_told_in_one_sentence(trainer: Trainer, roo
     assert training.fail().startswith(f"cannot reach a Ray cluster at {address} (")
 
 
-def test_a_cluster_takes_the_right_token_alone(
+def test_a_cluster_takes_the_right_token_alone_and_one_that_comes_back_is_given_the_job_again(
     trainer: Trainer, root: Path, tmp_path: Path
 ) -> None:
     token = secrets.token_hex(32)
     home = {"HOME": str(tmp_path)}  # without a token of the user's own
     with ray_cluster(1, token) as cluster:
-        options = [*job_on(cluster), "train.workers=1", "train.steps=10"]
+        options = [*job_on(cluster), "train.workers=1"]
         missing = trainer.start(root, *options, environment=home)
         assert f"{cluster.dashboard} wants its token" in missing.fail()
         wrong = trainer.start(
@@ -433,10 +449,17 @@ def test_a_cluster_takes_the_right_token_alone(
         assert f"{cluster.dashboard} wants its token" in wrong.fail()
         # An address in the environment leads Ray's own client astray.
         right = {**home, "RAY_AUTH_TOKEN": token, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
-        assert trainer.start(root, *options, environment=right).finish()["steps"] == 10
+        training = trainer.start(root, *options, environment=right)
+        training.wait_for(2 * EVERY)
+        cluster.kill()
+        training.wait_to_say("does not answer")
+        cluster.start_head()
+        cluster.add_node()
+        assert training.finish()["resumed_from"] >= 2 * EVERY
+        assert training.said("is unknown now, the cluster is another one: it is begun again")
 
 
-def test_on_this_machine_the_controllers_death_is_got_over_and_a_killed_command_leaves_nothing(
+def test_on_this_machine_the_controllers_death_is_got_over_and_a_command_that_ends_leaves_nothing(
     trainer: Trainer, root: Path, undisturbed: Training
 ) -> None:
     first = trainer.start(root)
@@ -448,8 +471,16 @@ def test_on_this_machine_the_controllers_death_is_got_over_and_a_killed_command_
     first.process.kill()
     wait_until(lambda: not any(map(alive, members)), "processes stay", PATIENCE_S)
     second = trainer.start(root)
-    assert second.finish()["resumed_from"] >= EVERY
-    assert second.validations() == undisturbed.validations()
+    second.wait_to_say("goes on from the checkpoint")
+    members = family(second.process.pid)
+    (scratch,) = {found for pid in members for found in SCRATCH.findall(command_of(pid))}
+    second.process.send_signal(signal.SIGINT)
+    assert second.process.wait(PATIENCE_S) == 130
+    wait_until(lambda: not any(map(alive, members)), "processes stay", PATIENCE_S)
+    assert not Path(scratch).exists()
+    third = trainer.start(root)
+    assert third.finish()["resumed_from"] >= EVERY
+    assert third.validations() == undisturbed.validations()
 
 
 def test_while_storage_cannot_be_reached_training_goes_on_and_the_checkpoint_is_written_later(
