@@ -516,6 +516,7 @@ def test_from_s3_come_the_same_batches_with_and_without_a_cache(
     for limit in (10**9, 20_000):  # all, or a few at a time
         cache = ShardCache(tmp_path / str(limit), limit)
         assert same(batches(loader_of(data, store, cache=cache), 0, 20), whole)
+        wait_until(lambda: not threads())  # what is under way is still fetched
         kept = sum(path.stat().st_size for path in (tmp_path / str(limit)).glob("*.tar"))
         assert 0 < kept <= limit
 
