@@ -12,10 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.errors import PipelineError, StorageError
+from data_prep.errors import StorageError
 from data_prep.storage import LocalStore, Store
 
-STATUS, LOG, ERROR = "status.json", "log.jsonl", "error.json"
+STATUS, LOG = "status.json", "log.jsonl"
 LOCAL_S, REMOTE_S = 0.5, 5.0  # least time between two writes of the same object
 
 
@@ -72,27 +72,8 @@ class Journal:
 
 def read_status(store: Store, run: str) -> dict[str, Any]:
     """The newest status; empty where there is none yet, or it cannot be had now."""
-    return _read(store, f"{run}/{STATUS}")
-
-
-def tell_error(store: Store, run: str, attempt: str, error: PipelineError) -> None:
-    """Leave word that training cannot go on, whoever starts it again."""
     try:
-        record = {"attempt": attempt, "error": str(error)}
-        store.write(f"{run}/{ERROR}", json.dumps(record).encode())
-    except StorageError:
-        pass  # whoever waits for it gets the error from Ray, later
-
-
-def read_error(store: Store, run: str, attempt: str) -> str:
-    """What `tell_error` left in this attempt, empty if nothing."""
-    record = _read(store, f"{run}/{ERROR}")
-    return str(record.get("error", "")) if record.get("attempt") == attempt else ""
-
-
-def _read(store: Store, key: str) -> dict[str, Any]:
-    try:
-        record = json.loads(store.read(key))
+        record = json.loads(store.read(f"{run}/{STATUS}"))
     except (OSError, ValueError, StorageError):
         return {}
     return record if isinstance(record, dict) else {}
