@@ -22,7 +22,6 @@ class LocalLauncher:
     def __init__(self, job: TrainJob, launch: LaunchSettings) -> None:
         self.job, self.launch = job, launch
         self.attempt = secrets.token_hex(4)
-        self._scratch: Path | None = None
         self._training: Any = None
 
     def start(self) -> None:
@@ -39,7 +38,8 @@ class LocalLauncher:
             raise PipelineError("Ray already runs in this process: shut it down before training.")
         say("train: starting Ray")
         # Sockets under a deep folder would exceed the system's limit of 107 bytes.
-        self._scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))
+        scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))
+        self._training = Training(self.job, scratch, self.attempt, self.launch.deadline_s)
         workers, gpus = self.job.settings.workers, self.job.settings.gpus
         logging.getLogger("ray").setLevel(logging.ERROR)
         handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -51,12 +51,11 @@ class LocalLauncher:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=128 << 20,  # nothing large passes through it
-            _temp_dir=str(self._scratch),
+            _temp_dir=str(scratch),
         )
         if threading.current_thread() is threading.main_thread():
             for each, handler in handlers.items():  # Ray's own of SIGTERM aborts the process
                 signal.signal(each, handler)
-        self._training = Training(self.job, self._scratch, self.attempt, self.launch.deadline_s)
         self._training.start()
 
     def goes_on(self) -> bool:
@@ -64,11 +63,9 @@ class LocalLauncher:
         return going
 
     def cancel(self) -> None:
-        if self._scratch is not None:
-            import ray
-
-            ray.shutdown()
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._training is not None:
+            self._training.stop()
+            shutil.rmtree(self._training.scratch, ignore_errors=True)
 
     def print_stacks(self) -> None:
         if self._training is not None:

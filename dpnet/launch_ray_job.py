@@ -34,6 +34,7 @@ ASK_S = 1.0  # between two questions after the job's state
 ANSWER_S = 30.0  # for which the cluster is waited for at each
 STOP_S = 25.0  # for which a cancelled job is waited for
 STACKS_S = 30.0  # for which the workers' stacks are waited for
+_NO_PROGRAM = (126, 127)  # of a shell
 _ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
@@ -84,10 +85,16 @@ class RayJobLauncher:
             return False
         if job.status == "STOPPED":
             raise PipelineError(f"the job {self.attempt} was stopped: the same command resumes it.")
-        lines = self._client.get_job_logs(self.attempt).strip().splitlines() or ["without a word"]
+        lines = self._client.get_job_logs(self.attempt).strip().splitlines()
+        last = lines[-1][:1000] if lines else "without a word"
         if job.driver_exit_code == EXPLAINED:
-            raise PipelineError(lines[-1])
-        self._begin_again(f"died ({lines[-1][:300]})")
+            raise PipelineError(last)
+        if job.driver_exit_code in _NO_PROGRAM or "No module named" in last:
+            raise PipelineError(
+                f"the head of the Ray cluster at {self.address} has no dpnet ({last}): name in"
+                " launch.python the interpreter there that has it."
+            )
+        self._begin_again(f"died ({last})")
         return True
 
     def _begin_again(self, why: str) -> None:

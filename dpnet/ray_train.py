@@ -49,6 +49,7 @@ class Training:
         self.deadline = deadline
         self.store = open_store(job.root)
         self.error: BaseException | None = None
+        self._stopped = False
         self._looked = self._heard = time.monotonic()
         self._seen: dict[str, Any] = {}
         # In a thread, because in the main one Ray would take over SIGINT and not give it back.
@@ -56,6 +57,13 @@ class Training:
 
     def start(self) -> None:
         self._thread.start()
+
+    def stop(self) -> None:
+        """Shut Ray down, and with it the workers."""
+        import ray
+
+        self._stopped = True
+        ray.shutdown()
 
     def goes_on(self) -> bool:
         """Whether it is still at work. Raises PipelineError where it has failed for good."""
@@ -110,7 +118,7 @@ class Training:
                 except Exception as error:
                     now = self.status().get("step")
                     deaths, step = 1 if now != step else deaths + 1, now
-                    if not _ray_failed(error) or deaths > DEATHS:
+                    if self._stopped or not _ray_failed(error) or deaths > DEATHS:
                         raise
                     say("train: Ray Train's controller died: training is started again")
                     _release_workers()

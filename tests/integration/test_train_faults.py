@@ -428,6 +428,15 @@ def test_what_the_user_must_mend_ends_training_at_once(
     assert not training.said("begun again")
 
 
+def test_a_head_without_the_interpreter_is_told_in_one_sentence(
+    trainer: Trainer, job: list[str], root: Path
+) -> None:
+    training = trainer.start(root, *job, "launch.python=/no/such/python")
+    assert "has no dpnet (" in (sentence := training.fail())
+    assert "name in launch.python the interpreter there" in sentence
+    assert not training.said("begun again")
+
+
 def test_no_cluster_at_the_address_is_told_in_one_sentence(trainer: Trainer, root: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     training = trainer.start(root, "launch.launcher=ray-job", f"launch.address={address}")
