@@ -62,7 +62,9 @@ class Progress:
             self._last_line, self._shown = now, count
             speed = (count - self._first) / max(now - self._start, 1e-9)
             share = 100 * count // max(self.total, 1)
-            text = f"{self.title}: {count}/{self.total} {self.unit} ({share} %), {speed:.1f}/s"
+            text = f"{self.title}: {count}/{self.total} {self.unit} ({share} %)"
+            if speed > 0:
+                text += f", {speed:.1f}/s"
             if count < self.total and speed > 0:
                 text += f", {_duration((self.total - count) / speed)} left"
             say(f"{text}, {note}" if note else text)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from data_prep.digest import sha256_bytes
 from data_prep.errors import PipelineError, StorageError
 from data_prep.progress import say
-from data_prep.storage import Store
+from data_prep.storage import LocalStore, Store
 
 FORMAT = 1
 MARK, STATE, LOG = "checkpoint.json", "state.pt", "log.jsonl"
@@ -128,8 +129,8 @@ def newest(store: Store, run: str) -> Loaded | None:
 
 def _damaged(store: Store, folder: str, reason: str) -> str:
     return (
-        f"warning: the checkpoint {store.uri}/{folder} is passed over: {reason}; it is left as it"
-        " is."
+        f"warning: the checkpoint {store.uri}/{folder} is passed over: {reason}; it is not written"
+        " over."
     )
 
 
@@ -303,6 +304,9 @@ class Writer:
             self.store.delete(f"{folder}/{MARK}")  # first, so that it is never half there
             for entry in list(self.store.list(folder)):
                 self.store.delete(entry.key)
+            if isinstance(self.store, LocalStore):
+                with suppress(OSError):
+                    self.store.path(folder).rmdir()
 
 
 def _rank(mark: Mark) -> tuple[float, int]:

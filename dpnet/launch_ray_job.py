@@ -256,5 +256,7 @@ def _no_other_address() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:")[:200]
+    text = str(error).strip() or type(error).__name__
+    if plain := re.search(r"\[Errno -?\d+\] ([\w ]+)|Read (timed out)", text):  # of much around it
+        return plain[1] or plain[2]
+    return text.splitlines()[0].rstrip(".:")[:200]

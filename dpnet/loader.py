@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import ItemError, PipelineError
 from data_prep.masks import valid_from_png
+from data_prep.progress import say
 from dpnet.data import decode_image, plain_jpeg
 from dpnet.order import Augmentation, ShardOrder, Visit, augmentation, rank_cursors
 from dpnet.shard_files import OpenShard, ShardFiles, ShardSet
@@ -163,6 +164,7 @@ class Loader:
         self.size, self.seed, self.batch = size, seed, batch
         self.rank, self.world, self.threads, self.pin = rank, world, threads, pin
         self.skip = skip
+        self._told = False
         self._pieces: list[Pixels] = []  # memory of batches
         self.waited, self.skipped = 0.0, 0
 
@@ -274,6 +276,13 @@ class Loader:
                 if not self.skip:
                     raise self._unusable(sample, reason, error) from error
                 bad[i] = reason
+                if not self._told:
+                    self._told = True
+                    where = f"{self.files.store.uri}/{sample.shard.shard.key}"
+                    say(
+                        f"warning: sample {sample.shard.keys[sample.position]} of {where} is"
+                        f" skipped ({reason}); how many are is counted in the run's log"
+                    )
         return bad
 
     def _image(self, sample: Sample, flip: bool, crop: NDArray[np.float64], out: Pixels) -> None:

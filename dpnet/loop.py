@@ -252,7 +252,7 @@ class Teller:
     def __init__(
         self, job: TrainJob, session: Session, store: Store, start: int, problem: str | None
     ) -> None:
-        self._problem, self._steps = problem, job.settings.steps
+        self._problem, self._steps, self._start = problem, job.settings.steps, start
         self._about: dict[str, Any] = {"attempt": session.attempt, "resumed_from": start}
         self._about["workers"] = _gathered(_whereabouts(session), session)
         self._journal = None if session.rank else Journal(store, job.folder)
@@ -260,7 +260,8 @@ class Teller:
     def status(self, step: int, log: Log) -> None:
         if self._journal:
             record = {"step": step, "steps": self._steps, "records": len(log)}
-            self._journal.status({**self._about, **record, "note": note(log, self._problem)})
+            fresh = [r for r in log if r["kind"] != "train" or r["step"] > self._start]
+            self._journal.status({**self._about, **record, "note": note(fresh, self._problem)})
 
     def log(self, log: Log) -> None:
         if self._journal:
@@ -426,7 +427,8 @@ def note(log: Log, problem: str | None) -> str:
             parts.append(f"L1 in the hole {record['losses']['hole']:.3f}")
         wait = record["data_seconds"] / max(record["seconds"], 1e-9)
         parts.append(f"{record['images_per_second']:.1f} images/s, {wait:.0%} waiting for data")
-    parts.append(f"validation {newest['validation']['hole_psnr']:.2f} dB")
+    last = newest["validation"]
+    parts.append(f"validation {last['hole_psnr']:.2f} dB at step {last['step']}")
     if problem is not None:
         parts.append(f"not compiled ({problem})")
     return ", ".join(parts)

@@ -360,6 +360,11 @@ def _build(job: TrainJob, launch: LaunchSettings, tracking_uri: str | None, work
             f" with `{vgg_command(job.losses.vgg, f'{job.losses.vgg}.pth')}` (pip install"
             " torchvision) and name it in losses.vgg_weights"
         )
+    if job.settings.steps <= job.settings.warmup_steps:
+        say(
+            f"warning: train.warmup_steps is {job.settings.warmup_steps} and train.steps"
+            f" {job.settings.steps}, so the learning rate does not reach its peak: lower the first."
+        )
     job = replace(job, extends=find_start(work.store, job))
     resolved = yaml.safe_dump(
         {

@@ -176,7 +176,9 @@ def test_a_warning_that_the_machine_goes_away_is_answered_by_a_checkpoint_at_onc
 ):
     monkeypatch.setattr(loop, "NOTICE_EVERY", 1)
     job = make_job(prepared, checkpoint_every=100, validate_every=100, finetune_share=1)
-    train_loop(job, Session(notices={5}))
+    assert not train_loop(job, Session(notices={5}))
+    assert saved_steps(job) == [5]
+    assert train_loop(job, Session())  # elsewhere
     assert saved_steps(job) == [6, 5]
 
 
@@ -521,10 +523,11 @@ def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(
 
 def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled():
     log = [{"kind": "validation", "step": 0, "hole_psnr": 20.0}]
-    assert note(log, None) == "validation 20.00 dB"
+    assert note(log, None) == "validation 20.00 dB at step 0"
     times = {"seconds": 2.0, "data_seconds": 0.5, "images_per_second": 12.34}
     log.append({"kind": "train", "step": 5, "losses": {"hole": 0.1234}, **times})
-    told = "L1 in the hole 0.123, 12.3 images/s, 25% waiting for data, validation 20.00 dB"
+    told = "L1 in the hole 0.123, 12.3 images/s, 25% waiting for data"
+    told += ", validation 20.00 dB at step 0"
     assert note(log, "no compiler") == f"{told}, not compiled (no compiler)"
 
 
