@@ -338,20 +338,20 @@ def test_the_job_outlives_its_launcher_and_the_next_one_attaches_to_it_and_stops
     assert time.monotonic() - begun < 30
     assert second.process.returncode == 130
     assert not alive(driver)
-    assert jobs(cluster, first.run) == {1: "STOPPED"}
+    assert jobs(cluster, first) == {1: "STOPPED"}
     third = trainer.start(root, *job)
     assert third.finish()["resumed_from"] >= 2 * EVERY
-    assert jobs(cluster, first.run) == {1: "STOPPED", 2: "SUCCEEDED"}
+    assert jobs(cluster, first) == {1: "STOPPED", 2: "SUCCEEDED"}
     assert third.validations() == undisturbed.validations()
 
 
-def jobs(cluster: Cluster, run: str) -> dict[int, str]:
-    """The state of each attempt at a run that the cluster knows of."""
+def jobs(cluster: Cluster, training: Training) -> dict[int, str]:
+    """The state of each attempt at a training that the cluster knows of."""
+    name = re.findall(r"the job (dpnet-\S+-)\d+ is", training.log.read_text())[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         from ray.job_submission import JobSubmissionClient
 
-        name = f"dpnet-{run.rpartition('-')[2]}-"
         found = [
             (str(job.submission_id), str(job.status.value))
             for job in JobSubmissionClient(cluster.dashboard).list_jobs()
