@@ -50,6 +50,7 @@ class Training:
         self.store = open_store(job.root)
         self.error: BaseException | None = None
         self._stopped = False
+        self._claim = f"{self.store.uri}/{job.folder}"
         self._looked = self._heard = time.monotonic()
         self._seen: dict[str, Any] = {}
         # In a thread, because in the main one Ray would take over SIGINT and not give it back.
@@ -63,7 +64,17 @@ class Training:
         import ray
 
         self._stopped = True
+        if self._thread.is_alive():
+            with suppress(Exception):  # gone with its cluster, perhaps
+                self._give_up_claim()
         ray.shutdown()
+
+    def _give_up_claim(self) -> None:
+        """Ray sets resources aside for a training, for three minutes more if that is cut off."""
+        import ray
+
+        keeper = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(keeper.cancel_request.remote(f"train-{self._claim}"), timeout=1)
 
     def goes_on(self) -> bool:
         """Whether it is still at work. Raises PipelineError where it has failed for good."""
@@ -150,9 +161,8 @@ class Training:
                 callbacks=callbacks,
             ),
         )
-        # Resources are set aside for an id, of one that died for three minutes more: the next one
-        # with the same id has them at once.
-        object.__setattr__(trainer.train_run_context, "run_id", f"{self.store.uri}/{name}")
+        # What was set aside for one that died is this one's, because it has the same id.
+        object.__setattr__(trainer.train_run_context, "run_id", self._claim)
         return trainer
 
 

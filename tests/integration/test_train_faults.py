@@ -408,24 +408,21 @@ def test_before_a_machine_is_taken_away_training_saves_and_goes_on_elsewhere_and
 def test_without_enough_free_workers_it_is_given_up_after_the_deadline(
     trainer: Trainer, job: list[str], root: Path
 ) -> None:
-    training = trainer.start(root, *job, "train.workers=3", "launch.deadline_s=10")
+    training = trainer.start(root, *job, "train.workers=3", "launch.deadline_s=3")
     sentence = training.fail()
-    assert "for 10 s" in sentence
+    assert "for 3 s" in sentence
     assert "3 free workers with one CPU each" in sentence
     assert "2 of 2" in sentence
 
 
-def test_what_the_user_must_mend_ends_training_at_once(
-    trainer: Trainer, job: list[str], root: Path
-) -> None:
+def test_what_the_user_must_mend_ends_training_at_once(trainer: Trainer, root: Path) -> None:
     (shard,) = root.glob("images/t/*/train-000000.tar")
     shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
-    training = trainer.start(root, *job)
+    training = trainer.start(root)
     sentence = training.fail()
     assert shard.name in sentence
     assert "run `dpnet verify` on" in sentence
     assert not training.said("workers that failed")
-    assert not training.said("begun again")
 
 
 def test_a_head_without_the_interpreter_is_told_in_one_sentence(
@@ -475,12 +472,12 @@ def test_on_this_machine_the_controllers_death_is_got_over_and_a_command_that_en
     first.wait_for(EVERY)
     os.kill(find_process(first.process.pid, "ray::TrainController"), signal.SIGKILL)
     first.wait_to_say("goes on from the checkpoint")
-    members = family(first.process.pid)
+    members = at_work(first)
     assert len(members) > 5
     first.process.kill()
     wait_until(lambda: not any(map(alive, members)), "processes stay", PATIENCE_S)
     second = trainer.start(root)
-    second.wait_to_say("goes on from the checkpoint")
+    wait_until(lambda: len(at_work(second)) > 5, "Ray does not start", PATIENCE_S)
     members = family(second.process.pid)
     (scratch,) = {found for pid in members for found in SCRATCH.findall(command_of(pid))}
     second.process.send_signal(signal.SIGINT)
@@ -490,6 +487,15 @@ def test_on_this_machine_the_controllers_death_is_got_over_and_a_command_that_en
     third = trainer.start(root)
     assert third.finish()["resumed_from"] >= EVERY
     assert third.validations() == undisturbed.validations()
+
+
+def at_work(training: Training) -> list[int]:
+    """Its processes, but for two of Ray's that take a minute to notice that they are left alone."""
+    return [
+        pid
+        for pid in family(training.process.pid)
+        if command_of(pid).strip() not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    ]
 
 
 def test_while_storage_cannot_be_reached_training_goes_on_and_the_checkpoint_is_written_later(
@@ -509,7 +515,7 @@ def test_while_storage_cannot_be_reached_training_goes_on_and_the_checkpoint_is_
         training.wait_for(2 * EVERY)
         with proxy.outage():
             training.wait_to_say("cannot be written yet")
-            time.sleep(15)
+            time.sleep(10)
         training.wait_to_say("is written now.")
         training.finish()
 
@@ -546,7 +552,7 @@ def test_when_the_disk_is_full_training_goes_on_and_what_stays_full_is_told_and_
     with small_disk(128) as folder:
         trainer.fill(str(folder))
         ballast = folder / "ballast"
-        first = trainer.start(folder, "train.workers=1", patience=20)
+        first = trainer.start(folder, "train.workers=1", patience=10)
         first.wait_for(EVERY)
         fill(ballast)
         first.wait_to_say("the disk is full")

@@ -252,6 +252,21 @@ def test_a_server_that_goes_away_for_a_while_is_waited_for(store, proxy, monkeyp
     assert time.monotonic() - begun < 10
 
 
+def test_a_patient_store_warns_once_and_tries_on(store, proxy, capsys):
+    patient = open_store(store.uri, patience=60)
+    for _ in range(2):
+        proxy.reset()
+        proxy.inject(Fault("answer", status=503, times=25))
+        assert patient.read("a") == DATA
+        told = capsys.readouterr().err
+        assert told.count("warning: s3://") == told.count("tried on for 1 minutes") == 1
+    proxy.reset()
+    proxy.inject(Fault("answer", status=403, code="AccessDenied", times=99))
+    with pytest.raises(StorageError):
+        patient.read("a")
+    assert proxy.count("GET") == 1
+
+
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "both"])
 def test_missing_credentials_are_told(proxy, monkeypatch, missing):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
