@@ -1,15 +1,42 @@
-"""Progress: a bar on a terminal, plain lines in a log. Both go to standard error."""
+"""Progress: a bar on a terminal, plain lines in a log. Both go to standard error.
+
+Who shows it elsewhere, too, as in a browser, puts a function into `listeners` or `watchers`.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 PLAIN_EVERY_S = 10.0
 listeners: list[Callable[[str], None]] = []  # are told too, where nobody reads standard error
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How far a task is.
+
+    `count` and `total` are of `unit`s. `per_second` is the mean since the first count of this
+    process, `seconds_left` what follows from it: both None while nothing is known.
+    """
+
+    title: str
+    count: int
+    total: int
+    unit: str
+    note: str = ""
+    per_second: float | None = None
+    seconds_left: float | None = None
+    state: Literal["begun", "at work", "done", "broken off"] = "at work"
+
+
+# Told of every count, in the thread that counts and before it goes on: be quick, or pass it on.
+watchers: list[Callable[[Moment], None]] = []
 
 
 def say(message: str) -> None:
@@ -26,7 +53,8 @@ class Progress:
         self.title, self.total, self.unit = title, total, unit
         self._start = self._last_line = time.monotonic()
         self._first: int | None = None
-        self._shown = 0
+        self._count = self._shown = 0
+        self._note = ""
         self._bar: Any = None
         self._task: Any = None
 
@@ -47,12 +75,16 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, note="")
+        _tell(Moment(self.title, 0, self.total, self.unit, state="begun"))
         return self
 
     def update(self, count: int, note: str = "") -> None:
         if self._first is None:
             self._first = self._shown = count
             self._start = time.monotonic()  # what came before the first was no work of this kind
+        self._count, self._note = count, note
+        moment = self._moment("at work")
+        _tell(moment)
         if self._bar is not None:
             self._bar.update(self._task, completed=count, note=note)
             return
@@ -60,14 +92,30 @@ class Progress:
         finished = count == self.total and count > self._shown
         if finished or (count < self.total and now - self._last_line >= PLAIN_EVERY_S):
             self._last_line, self._shown = now, count
-            speed = (count - self._first) / max(now - self._start, 1e-9)
             share = 100 * count // max(self.total, 1)
             text = f"{self.title}: {count}/{self.total} {self.unit} ({share} %)"
-            if speed > 0:
-                text += f", {speed:.1f}/s"
-            if count < self.total and speed > 0:
-                text += f", {_duration((self.total - count) / speed)} left"
+            if moment.per_second is not None:
+                text += f", {moment.per_second:.1f}/s"
+            if count < self.total and moment.seconds_left is not None:
+                text += f", {_duration(moment.seconds_left)} left"
             say(f"{text}, {note}" if note else text)
+
+    def _moment(self, state: Literal["at work", "done", "broken off"]) -> Moment:
+        per_second = seconds_left = None
+        if self._first is not None and self._count > self._first:
+            elapsed = max(time.monotonic() - self._start, 1e-9)
+            per_second = (self._count - self._first) / elapsed
+            seconds_left = max(self.total - self._count, 0) / per_second
+        return Moment(
+            self.title,
+            self._count,
+            self.total,
+            self.unit,
+            self._note,
+            per_second,
+            seconds_left,
+            state,
+        )
 
     def __exit__(
         self,
@@ -77,6 +125,13 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        _tell(self._moment("done" if kind is None else "broken off"))
+
+
+def _tell(moment: Moment) -> None:
+    for watcher in list(watchers):
+        with suppress(Exception):  # the work goes on, whatever becomes of the showing
+            watcher(moment)
 
 
 def _duration(seconds: float) -> str:

@@ -32,7 +32,8 @@ class Journal:
         self._thread.start()
 
     def status(self, record: Mapping[str, Any]) -> None:
-        self._put(STATUS, json.dumps(record).encode())
+        """`record` with the `time` of now, in seconds since 1970."""
+        self._put(STATUS, json.dumps({**record, "time": round(time.time(), 3)}).encode())
 
     def log(self, records: Sequence[Mapping[str, Any]]) -> None:
         self._put(LOG, "".join(json.dumps(record) + "\n" for record in records).encode())

@@ -82,7 +82,7 @@ def train_loop(job: TrainJob, session: Session) -> bool:
         step_fn.warm_up(max(1, own // settings.accumulate), loader.size, device)
     if state.step == 0:
         log.append(validation.measure(state.ema, 0, rank, world))
-    tell = Teller(job, session, store, state.step, problem)
+    tell = Teller(job, session, store, state.step, loader.size, problem)
     saver = None if rank else Saver(job, store)
     warned = False
     meter = Meter(loader, state, settings)
@@ -250,17 +250,25 @@ class Teller:
     """What rank 0 tells of the course of training."""
 
     def __init__(
-        self, job: TrainJob, session: Session, store: Store, start: int, problem: str | None
+        self,
+        job: TrainJob,
+        session: Session,
+        store: Store,
+        start: int,
+        size: int,
+        problem: str | None,
     ) -> None:
         self._problem, self._steps, self._start = problem, job.settings.steps, start
         self._about: dict[str, Any] = {"attempt": session.attempt, "resumed_from": start}
+        self._about |= {"size": size, "gpus": session.device.type == "cuda"}
         self._about["workers"] = _gathered(_whereabouts(session), session)
         self._journal = None if session.rank else Journal(store, job.folder)
 
     def status(self, step: int, log: Log) -> None:
         if self._journal:
-            record = {"step": step, "steps": self._steps, "records": len(log)}
+            record: dict[str, Any] = {"step": step, "steps": self._steps, "records": len(log)}
             fresh = [r for r in log if r["kind"] != "train" or r["step"] > self._start]
+            record |= {r["kind"]: r for r in fresh}  # the newest of each kind
             self._journal.status({**self._about, **record, "note": note(fresh, self._problem)})
 
     def log(self, log: Log) -> None:
@@ -362,6 +370,7 @@ class Meter:
             "losses": _means([losses[at] for at in sound]),
             "gradients": _means([gradients[at] for at in sound]),
             "images": images,
+            "workers": self._loader.world,
             "seconds": round(training, 3),
             "data_seconds": round(self._loader.waited - self._waited, 3),
             "other_seconds": round(self._aside, 3),

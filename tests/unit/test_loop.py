@@ -321,11 +321,14 @@ def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, caps
 
 
 def test_the_run_tells_how_it_goes_while_it_goes_on(prepared):
+    began = time.time() - 0.001  # it is told in milliseconds
     job = make_job(prepared, validate_every=2)
     train_loop(job, Session())
     store = open_store(job.root)
     status = json.loads(store.read(f"{job.folder}/status.json"))
     assert (status["step"], status["steps"], status["resumed_from"]) == (6, 6, 0)
+    assert (status["size"], status["gpus"]) == (32, False)
+    assert began <= status["time"] <= time.time()
     assert status["workers"] == [
         {"rank": 0, "node": "here", "host": socket.gethostname(), "pid": os.getpid()}
     ]
@@ -334,7 +337,10 @@ def test_the_run_tells_how_it_goes_while_it_goes_on(prepared):
     assert status["records"] == len(lines)
     train = [json.loads(line) for line in lines if b'"train"' in line]
     assert [record["step"] for record in train] == [2, 4, 6]
+    assert status["train"] == train[-1]
+    assert status["validation"]["step"] == 6
     for record in train:
+        assert record["workers"] == 1
         assert record["images_per_second"] > 0
         assert 0 <= record["data_seconds"] <= record["seconds"]
         assert record["skipped_samples"] == record["skipped_steps"] == 0
