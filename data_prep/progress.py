@@ -97,7 +97,7 @@ class Progress:
             if moment.per_second is not None:
                 text += f", {moment.per_second:.1f}/s"
             if count < self.total and moment.seconds_left is not None:
-                text += f", {_duration(moment.seconds_left)} left"
+                text += f", {duration(moment.seconds_left)} left"
             say(f"{text}, {note}" if note else text)
 
     def _moment(self, state: Literal["at work", "done", "broken off"]) -> Moment:
@@ -134,7 +134,7 @@ def _tell(moment: Moment) -> None:
             watcher(moment)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As "40 s", "12 min" or "5.5 h"."""
     if seconds < 90:
         return f"{seconds:.0f} s"

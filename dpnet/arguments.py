@@ -28,7 +28,6 @@ _STAGES = {
 }
 _NOT_BUILT = {
     "up": "start a local Prefect server, a worker and MLflow",
-    "deploy": "create the Prefect deployments",
 }
 _Parsers = Any  # argparse names the type of subparsers with an underscore
 
@@ -51,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inpaint(top)
     _add_model(top)
     _add_export(top)
+    _add_deploy(top)
     for name, what in _NOT_BUILT.items():
         _add(top, name, "not_built", f"{what} (not built yet)", f"dpnet {name}").set_defaults(
             wanted=name
@@ -96,6 +96,27 @@ def _add_pipeline(parsers: _Parsers) -> None:
     parser = _add(group, "run", "pipeline_run", "run every stage that is not done yet", example)
     _add_config(parser)
     _add_launch(parser)
+
+
+def _add_deploy(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "deploy",
+        "deploy",
+        "create or update everything on the Prefect server: deployments, schedules, alerts",
+        "dpnet deploy deploy.yaml --set parameters.images.source=/data/photos",
+        "What is there already is left alone. The server is PREFECT_API_URL's, else that of\n"
+        "`dpnet up`. With DPNET_ALERT_URL (an Apprise URL: a webhook, Slack, mailto://) alerts go\n"
+        "there.",
+    )
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="YAML file of what to deploy (default: the demo)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would change")
+    parser.add_argument(
+        "--root", help=f"whose `dpnet up` to use (default: DPNET_ROOT, else {DEMO_ROOT})"
+    )
+    _add_set(parser)
 
 
 def _add_demo(parsers: _Parsers) -> None:

@@ -20,7 +20,7 @@ from data_prep.storage import LocalStore, Store
 from dpnet.config import Config
 from dpnet.evaluate import evaluate
 from dpnet.register import register, tracking_uri
-from dpnet.train import train
+from dpnet.train import check_settings, check_vgg_file, train
 
 SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
 PHOTOS = "photos"  # folder of the root that they are written to
@@ -68,6 +68,17 @@ def _tracking(config: Config, store: Store) -> str | None:
         return tracking_uri(config.registry, store)
     except ConfigError:  # registering needs one, training does not
         return None
+
+
+def check_config(config: Config) -> None:
+    """Raise PipelineError where a file or folder is missing, or settings do not go together, before
+    hours are spent on the rest."""
+    from data_prep.raw import check_source
+
+    check_settings(config.train)
+    check_vgg_file(config.losses)
+    if config.images.source != SAMPLE:
+        check_source(config.images.source, config.images.layout)
 
 
 def with_photographs(config: Config, store: Store) -> Config:

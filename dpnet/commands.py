@@ -15,7 +15,8 @@ from typing import Any
 from data_prep.errors import ConfigError, PipelineError, StorageError, storage_error
 from data_prep.storage import LocalStore, Store, open_store
 from dpnet.arguments import DEMO_ROOT
-from dpnet.config import Config, config_of_source, is_config, load_config, resolve_root
+from dpnet.chain import check_config, run_chain, with_photographs
+from dpnet.config import config_of_source, is_config, load_config, resolve_root
 from dpnet.summary import as_text, place, stages_text
 
 Outcome = tuple[dict[str, Any], str]
@@ -29,7 +30,7 @@ def demo(args: Namespace) -> Outcome:
         # A JSON string is a YAML string, whatever characters the path has.
         overrides.append(f"images.source={json.dumps(str(Path(args.photos).absolute()))}")
     resolved = load_config("demo", overrides)
-    _check_source(resolved)
+    check_config(resolved)
     store = open_store(resolve_root(args.root, resolved))
     if not isinstance(store, LocalStore):
         raise PipelineError(
@@ -47,7 +48,7 @@ def demo(args: Namespace) -> Outcome:
 def pipeline_run(args: Namespace) -> Outcome:
     overrides = _with_launch(args)
     resolved = load_config(args.config, overrides)
-    _check_source(resolved)
+    check_config(resolved)
     store = open_store(resolve_root(args.root, resolved))
     again = _typed("pipeline", "run", args.config, root=args.root, sets=overrides)
     return _run_flow(args.config, store, overrides, args, again, embedded=False)
@@ -86,7 +87,6 @@ def _typed(*words: str, root: str | None, photos: str | None = None, sets: Seque
 
 
 def stage(args: Namespace) -> Outcome:
-    from dpnet.chain import run_chain
     from dpnet.train import check_settings, check_vgg_file
 
     config = load_config(args.config, _with_launch(args))
@@ -108,7 +108,6 @@ def _with_launch(args: Namespace) -> list[str]:
 def images_build(args: Namespace) -> Outcome:
     from data_prep.images import prepare_images
     from data_prep.pool import Map, run_tasks
-    from dpnet.chain import with_photographs
 
     given = {"name": args.name and json.dumps(args.name), "size": args.size}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None] + args.set
@@ -119,7 +118,7 @@ def images_build(args: Namespace) -> Outcome:
         config = load_config(args.source, overrides)
     else:
         config = config_of_source(args.source, overrides)
-    _check_source(config)
+    check_config(config)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     run: Map = run_tasks
@@ -244,20 +243,33 @@ def export(args: Namespace) -> Outcome:
     return {"ok": True, **found}, "\n".join([f"{found['model']} in {args.out}", *lines, *checked])
 
 
+def deploy(args: Namespace) -> Outcome:
+    from dpnet.config import load_settings
+
+    _find_server(_root_to_read(args))
+    from flows.deploy import deploy as put
+    from flows.deployments import DeploySettings
+
+    file = Path(args.file).expanduser() if args.file else None
+    lines = put(load_settings(DeploySettings, file, args.set), dry_run=args.dry_run)
+    if not lines:
+        text = "nothing to do: everything is deployed as it should be"
+    else:
+        text = "\n".join(["would change:", *lines] if args.dry_run else lines)
+    return {"ok": True, "dry_run": args.dry_run, "changes": lines}, text
+
+
+def _find_server(root: str) -> None:
+    """Make Prefect talk to the server that `dpnet up` has started for `root`, unless another is
+    configured. To be called before Prefect is imported."""
+    from flows.up import running
+
+    if "PREFECT_API_URL" not in os.environ and (up := running(root)):
+        os.environ["PREFECT_API_URL"] = up.api_url
+
+
 def not_built(args: Namespace) -> Outcome:
     raise PipelineError(f"`dpnet {args.wanted}` is not built yet: `dpnet --help` lists what is.")
-
-
-def _check_source(config: Config) -> None:
-    """Raise PipelineError where a file or folder is missing, before hours are spent on the rest."""
-    from data_prep.raw import check_source
-    from dpnet.chain import SAMPLE
-    from dpnet.train import check_settings, check_vgg_file
-
-    check_settings(config.train)
-    check_vgg_file(config.losses)
-    if config.images.source != SAMPLE:
-        check_source(config.images.source, config.images.layout)
 
 
 def check_root(store: Store) -> None:

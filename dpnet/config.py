@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import annotated_types
 import yaml
@@ -30,6 +30,8 @@ from dpnet.evaluate import EvaluateSettings
 from dpnet.launch import LaunchSettings
 from dpnet.register import RegisterSettings
 from dpnet.train import LossSettings, ModelSettings, TrainSettings
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Config(BaseModel):
@@ -88,12 +90,28 @@ def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> Config:
     Raises ConfigError with one sentence for whatever is wrong.
     """
     values = _parse(_text_of(name_or_path), name_or_path)
+    return validated(Config, values, overrides, f"{name_or_path}: ")
+
+
+def load_settings(model: type[Model], path: Path | None, overrides: Iterable[str] = ()) -> Model:
+    """Settings of another kind than `Config`, from a YAML file if one is given, checked alike."""
+    if path is None:
+        return validated(model, {}, overrides)
+    if not path.exists():
+        raise ConfigError(f"{path} is no file: check the path.")
+    return validated(model, _parse(_read_text(path), str(path)), overrides, f"{path}: ")
+
+
+def validated(
+    model: type[Model], values: dict[str, Any], overrides: Iterable[str], where: str = ""
+) -> Model:
+    """`values` with `overrides` applied in order as a `model`. Raises ConfigError."""
     for override in overrides:
         _apply(values, override)
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{name_or_path}: {_sentence(error)}") from None
+        raise ConfigError(f"{where}{_sentence(error, model)}") from None
 
 
 def is_config(text: str) -> bool:
@@ -107,12 +125,7 @@ def config_of_source(source: str, overrides: Iterable[str] = ()) -> Config:
     stem = re.sub(r"\.(tar\.gz|[A-Za-z0-9]+)$", "", path.rstrip("/").rpartition("/")[2])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-")[:60] or "photographs"
     values: dict[str, Any] = {"name": name, "images": {"source": path, "name": name}}
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
+    return validated(Config, values, overrides)
 
 
 def resolve_root(root: str | None, config: Config) -> str:
@@ -142,17 +155,23 @@ def _text_of(name_or_path: str) -> str:
     known = packaged_configs()
     if name_or_path in known:
         return (resources.files("dpnet.configs") / f"{name_or_path}.yaml").read_text("utf-8")
-    path = Path(name_or_path).expanduser()
     try:
-        return path.read_text("utf-8")
+        return _read_text(Path(name_or_path).expanduser())
     except FileNotFoundError:
         guess = difflib.get_close_matches(name_or_path, known, 1)
         raise ConfigError(
             f"{name_or_path!r} is neither a packaged config ({', '.join(known)}) nor a file"
             + (f": the nearest is {guess[0]}." if guess else ": check the path.")
         ) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not text in UTF-8: give a YAML file.") from None
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
 
@@ -188,17 +207,17 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[parts[-1]] = value
 
 
-def _sentence(error: ValidationError) -> str:
+def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """The first of pydantic's errors as a sentence; the others are counted."""
     errors = error.errors(include_url=False)
     more = f" ({len(errors) - 1} more after this one)" if len(errors) > 1 else ""
-    return f"{_describe(errors[0])}{more}."
+    return f"{_describe(errors[0], model)}{more}."
 
 
-def _describe(error: ErrorDetails) -> str:
+def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     option = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = list(_options(Config))
+        known = list(_options(model))
         siblings = [o for o in known if o.rpartition(".")[0] == option.rpartition(".")[0]]
         # A name that exists in another section is the likelier slip than a similar one in this.
         elsewhere = [o for o in known if o.rpartition(".")[2] == option.rpartition(".")[2]]
@@ -206,8 +225,11 @@ def _describe(error: ErrorDetails) -> str:
         known_here = f"the options here are {', '.join(siblings)}"
         return f"{option} is no option: {f'the nearest is {guesses[0]}' if guesses else known_here}"
     if error["type"] == "missing":
-        return f"{option} is missing: give {_allowed(_field(error['loc']))}"
-    allowed = _allowed(_field(error["loc"]))
+        return f"{option} is missing: give {_allowed(_field(model, error['loc']))}"
+    if error["type"] == "value_error" and option:  # of a check of ours
+        allowed = str(error["ctx"]["error"])
+    else:
+        allowed = _allowed(_field(model, error["loc"]))
     return f"{option} is {_short(error['input'])}: it must be {allowed or error['msg']}"
 
 
@@ -231,16 +253,16 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _field(location: tuple[int | str, ...]) -> FieldInfo | None:
+def _field(model: type[BaseModel], location: tuple[int | str, ...]) -> FieldInfo | None:
     """The field that an error's location leads to, None inside lists and dicts."""
-    model: type[BaseModel] | None = Config
+    inner: type[BaseModel] | None = model
     field = None
     for part in location:
-        if model is None:
+        if inner is None:
             return None
-        names = {f.alias or name: f for name, f in model.model_fields.items()}
+        names = {f.alias or name: f for name, f in inner.model_fields.items()}
         field = names.get(str(part))
-        model = _section(field.annotation) if field else None
+        inner = _section(field.annotation) if field else None
     return field
 
 
@@ -265,6 +287,9 @@ def _allowed(field: FieldInfo | None) -> str:
 def _kind(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     parts = typing.get_args(annotation)
+    if origin is typing.Annotated:
+        rules = [rule for part in parts[1:] for rule in getattr(part, "metadata", [part])]
+        return " ".join([_kind(parts[0]), *_bounds(rules)])
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else str(parts[0])
     if origin in (typing.Union, types.UnionType):

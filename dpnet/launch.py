@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -23,6 +24,8 @@ from dpnet.journal import read_status
 from dpnet.tracking import Tracker
 
 POLL_S = 0.3
+# Whether a job on a cluster goes on when the process that follows it is stopped: asked then.
+leaves_job: ContextVar[Callable[[], bool]] = ContextVar("leaves_job", default=lambda: False)
 
 
 class LaunchSettings(BaseModel):
@@ -92,8 +95,12 @@ def launched(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: W
                     if resumed_from:
                         say(f"train: goes on from the checkpoint of step {resumed_from}")
                 progress.update(status["step"], status["note"])
-        except BaseException:
+        except Exception:
             launcher.cancel()
+            raise
+        except BaseException:  # it is stopped
+            if launch.launcher == "local" or not leaves_job.get()():
+                launcher.cancel()
             raise
         launcher.cancel()
     return resumed_from or 0

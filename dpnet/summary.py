@@ -75,9 +75,62 @@ def as_text(summary: Summary, again: str) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(summary: Summary) -> str:
-    """The tables for the Prefect UI."""
-    return f"```\n{stages_text(summary['stages'])}\n\n{figures_text(summary)}\n```"
+def as_markdown(
+    name: str, store: Store, refs: Sequence[StageRef], cost: str, links: Mapping[str, str]
+) -> str:
+    """What came of a run of some stages, for the Prefect UI: tables, cost and links."""
+    lines = [f"**{name}** in `{place(store)}`", ""]
+    lines += _markdown_table(
+        ["stage", "state", "time", "digest", "holds", "output"],
+        [
+            [
+                ref.stage,
+                "skipped" if ref.skipped else "done",
+                _duration(ref.seconds),
+                f"`{ref.content_digest[:SHORT]}`",
+                holds(ref.stage, ref.summary),
+                f"`{ref.folder}`",
+            ]
+            for ref in refs
+        ],
+    )
+    by_stage = {ref.stage: ref for ref in refs}
+    if cost:
+        lines += ["", f"Cost of training: {cost}."]
+    if registered := by_stage.get("register"):
+        s = registered.summary
+        lines += ["", f"{s['model']} version {s['version']}, {s['alias']}: {s['reason']}"]
+    if evaluation := by_stage.get("evaluate"):
+        report = json.loads(store.read(f"{evaluation.folder}/report.json"))
+        lines += ["", *_figures_tables(report["figures"])]
+    if links:
+        lines += ["", *(f"* {what}: {_link(where)}" for what, where in links.items())]
+    return "\n".join(lines)
+
+
+def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
+    """For each metric a row for each bin of hole share, a column for each method."""
+    lines: list[str] = []
+    for metric, (title, digits) in METRICS.items():
+        rows = [
+            [hole, str(group["pairs"])]
+            + [f"{group['methods'][m][metric]['mean']:.{digits}f}" for m in METHODS]
+            for hole, group in figures["bins"].items()
+        ]
+        mean = figures["mean_over_bins"]
+        rows.append(["mean", "", *(f"{mean[m][metric]:.{digits}f}" for m in METHODS)])
+        lines += _markdown_table([f"{title}, by hole", "pairs", *METHODS.values()], rows)
+        lines.append("")
+    return lines
+
+
+def _markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _link(where: str) -> str:
+    return f"[{where}]({where})" if where.startswith("http") else f"`{where}`"
 
 
 def stages_text(stages: Iterable[Mapping[str, Any]]) -> str:
@@ -90,13 +143,13 @@ def stages_text(stages: Iterable[Mapping[str, Any]]) -> str:
                 f"{stage['seconds']:.1f} s",
                 stage["folder"],
                 stage["content_digest"][:SHORT],
-                _holds(stage["stage"], stage["summary"]),
+                holds(stage["stage"], stage["summary"]),
             )
         )
     return _table(rows, "<<><<<")
 
 
-def _holds(stage: str, summary: Mapping[str, Any]) -> str:
+def holds(stage: str, summary: Mapping[str, Any]) -> str:
     """What a stage made, in a few words."""
     match stage:
         case "images" | "masks":

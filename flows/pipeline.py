@@ -1,4 +1,4 @@
-"""The flow `dpnet-pipeline`: raw photographs to a registered model, one task a stage.
+"""The flows of the stages: raw photographs to a registered model, or as far as one wants.
 
 A task only calls its stage. Nothing is cached in Prefect: whether a stage is done is told by its
 commit marker alone, one cheap read under the stage's request digest, so a retry from the UI, the
@@ -9,25 +9,31 @@ folder is built again. A cached Prefect result would say nothing about what stil
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from prefect import flow, task
-from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect import flow
 
-from data_prep.stage import StageRef
 from data_prep.storage import open_store
-from dpnet.chain import run_chain
+from dpnet.chain import StageName, check_config, run_chain
 from dpnet.config import load_config, resolve_root
-from dpnet.summary import as_markdown, summarize
+from dpnet.launch import leaves_job
+from dpnet.summary import summarize
+from flows.forms import Evaluate, Images, Launch, Train, overrides_of
+from flows.story import Story, as_task, is_left_running, run_name
+
+_FLOW: Any = {"flow_run_name": run_name, "persist_result": False}
 
 
-@flow(name="dpnet-pipeline", persist_result=False)
+@flow(name="dpnet-pipeline", **_FLOW)
 def dpnet_pipeline(
     config: str = "demo",
     root: str = "",
-    overrides: list[str] = [],  # noqa: B006 (plain types make a plain form in the Prefect UI)
+    images: Images = Images(),  # noqa: B008 (they are frozen)
+    train: Train = Train(),  # noqa: B008
+    launch: Launch = Launch(),  # noqa: B008
+    evaluate: Evaluate = Evaluate(),  # noqa: B008
+    overrides: list[str] = [],  # noqa: B006
 ) -> dict[str, Any]:
     """Prepare images and masks, train DPNet, evaluate it and register the model.
 
@@ -36,22 +42,139 @@ def dpnet_pipeline(
 
     Args:
         config: A packaged config (demo, places2, celeba-hq, paris-street-view) or the path of a
-            YAML file on the machine that runs it.
+            YAML file on the machine that runs it. Fields below that are left empty have its values.
         root: Where everything is stored, a folder or s3://bucket/prefix; empty means DPNET_ROOT or
             the config's.
-        overrides: Options to change, each like train.steps=10.
+        images: Which photographs, and how they are cut.
+        train: How long and with what training goes.
+        launch: Where training runs.
+        evaluate: What the model is evaluated on.
+        overrides: Any other options to change, each like train.learning_rate=2e-4.
     """
+    given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
+    return run_stages("register", config, root, [*given, *overrides])
+
+
+@flow(name="prepare-images", **_FLOW)
+def prepare_images(
+    config: str = "demo",
+    root: str = "",
+    images: Images = Images(),  # noqa: B008
+    overrides: list[str] = [],  # noqa: B006
+) -> dict[str, Any]:
+    """Prepare image shards. Of a source that was prepared before, only what is new is read.
+
+    Args:
+        config: A packaged config or the path of a YAML file on the machine that runs it.
+        root: Where everything is stored; empty means DPNET_ROOT or the config's.
+        images: Which photographs, and how they are cut.
+        overrides: Any other options to change, each like images.quality=90.
+    """
+    return run_stages("images", config, root, [*overrides_of(images=images), *overrides])
+
+
+@flow(name="prepare-masks", **_FLOW)
+def prepare_masks(
+    config: str = "demo",
+    root: str = "",
+    overrides: list[str] = [],  # noqa: B006
+) -> dict[str, Any]:
+    """Prepare mask shards.
+
+    Args:
+        config: A packaged config or the path of a YAML file on the machine that runs it.
+        root: Where everything is stored; empty means DPNET_ROOT or the config's.
+        overrides: Options to change, each like masks.train=100000.
+    """
+    return run_stages("masks", config, root, overrides)
+
+
+@flow(name="train", **_FLOW)
+def train_model(
+    config: str = "demo",
+    root: str = "",
+    images: Images = Images(),  # noqa: B008
+    train: Train = Train(),  # noqa: B008
+    launch: Launch = Launch(),  # noqa: B008
+    overrides: list[str] = [],  # noqa: B006
+) -> dict[str, Any]:
+    """Train DPNet, or take up training from its last checkpoint. Shards that are missing are made.
+
+    Args:
+        config: A packaged config or the path of a YAML file on the machine that runs it.
+        root: Where everything is stored; empty means DPNET_ROOT or the config's.
+        images: Which photographs, and how they are cut.
+        train: How long and with what training goes.
+        launch: Where training runs.
+        overrides: Any other options to change, each like train.learning_rate=2e-4.
+    """
+    given = overrides_of(images=images, train=train, launch=launch)
+    return run_stages("train", config, root, [*given, *overrides])
+
+
+@flow(name="evaluate", **_FLOW)
+def evaluate_model(
+    config: str = "demo",
+    root: str = "",
+    images: Images = Images(),  # noqa: B008
+    train: Train = Train(),  # noqa: B008
+    launch: Launch = Launch(),  # noqa: B008
+    evaluate: Evaluate = Evaluate(),  # noqa: B008
+    overrides: list[str] = [],  # noqa: B006
+) -> dict[str, Any]:
+    """Evaluate the model of a config on frozen pairs. What it needs and is missing is made.
+
+    Args:
+        config: A packaged config or the path of a YAML file on the machine that runs it.
+        root: Where everything is stored; empty means DPNET_ROOT or the config's.
+        images: Which photographs, and how they are cut.
+        train: How long and with what training goes.
+        launch: Where training runs.
+        evaluate: What the model is evaluated on.
+        overrides: Any other options to change, each like evaluate.seed=1.
+    """
+    given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
+    return run_stages("evaluate", config, root, [*given, *overrides])
+
+
+@flow(name="register", **_FLOW)
+def register_model(
+    config: str = "demo",
+    root: str = "",
+    images: Images = Images(),  # noqa: B008
+    train: Train = Train(),  # noqa: B008
+    launch: Launch = Launch(),  # noqa: B008
+    evaluate: Evaluate = Evaluate(),  # noqa: B008
+    overrides: list[str] = [],  # noqa: B006
+) -> dict[str, Any]:
+    """Register the evaluated model of a config. What it needs and is missing is made.
+
+    Args:
+        config: A packaged config or the path of a YAML file on the machine that runs it.
+        root: Where everything is stored; empty means DPNET_ROOT or the config's.
+        images: Which photographs, and how they are cut.
+        train: How long and with what training goes.
+        launch: Where training runs.
+        evaluate: What the model is evaluated on.
+        overrides: Any other options to change, each like register.model=faces.
+    """
+    given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
+    return run_stages("register", config, root, [*given, *overrides])
+
+
+def run_stages(
+    wanted: StageName, config: str, root: str, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Run the chain up to `wanted` and tell it on the run's page; its summary."""
     start = time.monotonic()
     resolved = load_config(config, overrides)
-    place = resolve_root(root, resolved)
-    store = open_store(place)
-    refs = run_chain(resolved, store, call=_as_task)
-    summary = summarize(resolved.name, store, refs, time.monotonic() - start)
-    create_markdown_artifact(
-        as_markdown(summary), key="dpnet-pipeline", description=f"Run of {resolved.name} in {place}"
-    )
-    return summary
-
-
-def _as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
-    return task(name=title, cache_policy=NO_CACHE, persist_result=False)(stage)(*arguments)
+    check_config(resolved)
+    store = open_store(resolve_root(root, resolved))
+    leaves_job.set(is_left_running)
+    with Story(resolved, store) as story:
+        story.announce()
+        refs = run_chain(resolved, store, wanted, call=as_task)
+        story.conclude(refs)
+    if wanted == "register":
+        return summarize(resolved.name, store, refs, time.monotonic() - start)
+    return {"name": resolved.name, "root": store.uri, "stages": [ref.to_json() for ref in refs]}

@@ -1,0 +1,2 @@
+def running(root):
+    return None
