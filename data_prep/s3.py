@@ -135,18 +135,29 @@ class S3Store:
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        top = posixpath.join(self.prefix, checked_key(prefix) if prefix else "").strip("/")
         start = len(self.prefix) + 1 if self.prefix else 0
-        # botocore asks for the names URL-encoded, and decodes them: any character survives.
-        request = {"Bucket": self.bucket, "Prefix": f"{top}/" if top else ""}
-        while True:
-            page = self._call(prefix, lambda: self.client.list_objects_v2(**request))
+        for page in self._pages(prefix):
             for item in page.get("Contents", []):  # S3 lists in key order
                 key = item["Key"][start:]
                 # A name that ends in a slash marks a "folder" and is no object of ours.
                 name = posixpath.basename(key)
                 if name and not name.startswith(_PROBE):
                     yield Entry(key, item["Size"], item["ETag"])
+
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        start = len(self.prefix) + 1 if self.prefix else 0
+        for page in self._pages(prefix, Delimiter="/"):
+            for item in page.get("CommonPrefixes", []):
+                yield item["Prefix"][start:].rstrip("/")
+
+    def _pages(self, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
+        """The answers to the requests that list what is under the folder `prefix`."""
+        top = posixpath.join(self.prefix, checked_key(prefix) if prefix else "").strip("/")
+        # botocore asks for the names URL-encoded, and decodes them: any character survives.
+        request = {"Bucket": self.bucket, "Prefix": f"{top}/" if top else "", **more}
+        while True:
+            page = self._call(prefix, lambda: self.client.list_objects_v2(**request))
+            yield page
             if not page.get("IsTruncated"):
                 return
             request["ContinuationToken"] = page["NextContinuationToken"]

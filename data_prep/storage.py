@@ -57,6 +57,10 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Every object under the folder `prefix`, sorted by key, listed while it is asked for."""
 
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        """The keys of the folders right under the folder `prefix`, sorted, whatever is in them: as
+        quick as there are few of them."""
+
     def write(self, key: str, data: bytes) -> None: ...
     def upload(self, key: str, path: Path) -> None:
         """Store a local file's bytes under `key`; the file itself stays."""
@@ -149,18 +153,7 @@ class LocalStore:
 
     def _walk(self, folder: Path) -> Iterator[Entry]:
         """Files below `folder` in the order of their keys; what vanishes meanwhile is left out."""
-        try:
-            with os.scandir(folder) as found:
-                # With its slash a folder sorts among the files as its keys do.
-                names = sorted(
-                    f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
-                    for entry in found
-                )
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise storage_error(error, str(folder)) from error
-        for name in names:
+        for name in _names(folder):
             path = folder / name
             if name.endswith("/"):
                 yield from self._walk(path)
@@ -172,6 +165,11 @@ class LocalStore:
                 if not S_ISDIR(stat.st_mode):  # a link to a folder is not followed
                     key = path.relative_to(self.folder).as_posix()
                     yield Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        for name in _names(self.path(prefix) if prefix else self.folder):
+            if name.endswith("/"):
+                yield f"{prefix}/{name}".strip("/")
 
     def write(self, key: str, data: bytes) -> None:
         with self._staged(key) as (file, path):
@@ -236,6 +234,21 @@ class LocalStore:
 
 _TEMPORARY = ".staged-"
 _LOCK = ".lock"
+
+
+def _names(folder: Path) -> list[str]:
+    """What is right in `folder`, those of folders with a slash, in the order of their keys."""
+    try:
+        with os.scandir(folder) as found:
+            # With its slash a folder sorts among the files as its keys do.
+            return sorted(
+                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                for entry in found
+            )
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise storage_error(error, str(folder)) from error
 
 
 def _temporary_name() -> str:

@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails
 from data_prep.errors import ConfigError
 from data_prep.images import ImagesConfig
 from data_prep.masks import MasksConfig
+from dpnet.cost import CostSettings
 from dpnet.evaluate import EvaluateSettings
 from dpnet.launch import LaunchSettings
 from dpnet.register import RegisterSettings
@@ -56,6 +57,7 @@ class Config(BaseModel):
     evaluate: EvaluateSettings
     # `register` is a method of pydantic's classes, so the attribute has another name.
     registry: RegisterSettings = Field(alias="register")
+    cost: CostSettings
 
     @model_validator(mode="before")
     @classmethod
@@ -75,7 +77,9 @@ class Config(BaseModel):
         return self
 
 
-_SECTIONS = ("images", "masks", "model", "losses", "train", "launch", "evaluate", "register")
+_SECTIONS = (
+    "images", "masks", "model", "losses", "train", "launch", "evaluate", "register", "cost",
+)  # fmt: skip
 
 
 def packaged_configs() -> list[str]:

@@ -9,10 +9,19 @@ from __future__ import annotations
 
 from data_prep.progress import say
 from data_prep.storage import Store
-from dpnet.checkpoints import MARK, Mark, differences, marks
+from dpnet.checkpoints import Mark, differences, marks
 from dpnet.train import TrainJob
 
 _STEPS = "train.steps "
+
+
+def first_step(store: Store, job: TrainJob) -> int:
+    """The step that training would go on from now."""
+    own = marks(store, job.folder)
+    if own:
+        return own[0].step
+    best = _best(job, _others(store, job))
+    return best.step if best else 0
 
 
 def find_start(store: Store, job: TrainJob) -> str | None:
@@ -22,19 +31,12 @@ def find_start(store: Store, job: TrainJob) -> str | None:
     """
     if marks(store, job.folder):
         return None
-    name = job.folder.rsplit("-", 1)[0]
-    keys = {entry.key for entry in store.list("runs") if entry.key.endswith(f"/{MARK}")}
-    runs = {key.rsplit("/", 2)[0] for key in keys}
-    others: list[Mark] = []
-    for run in sorted(runs):
-        if run.rsplit("-", 1)[0] == name and run != job.folder:
-            others += [mark for mark in marks(store, run) if _only_steps_differ(mark, job)]
+    others = _others(store, job)
     if not others:
         return None
-    fitting = [mark for mark in others if mark.step <= _common(mark, job)]
+    best = _best(job, others)
     longest = max(mark.asked["train"]["steps"] for mark in others)
-    if fitting:
-        best = max(fitting, key=lambda mark: mark.step)
+    if best:
         say(
             f"train: extends the run of {best.asked['train']['steps']} steps in"
             f" {store.uri}/{best.folder.rpartition('/')[0]} from step {best.step}, up to which both"
@@ -47,6 +49,22 @@ def find_start(store: Store, job: TrainJob) -> str | None:
         " makes the two differ: training starts afresh"
     )
     return None
+
+
+def _others(store: Store, job: TrainJob) -> list[Mark]:
+    """The checkpoints of runs that differ in the number of steps alone."""
+    name = job.folder.rsplit("-", 1)[0]
+    others: list[Mark] = []
+    for run in store.folders("runs"):
+        if run.rsplit("-", 1)[0] == name and run != job.folder:
+            others += [mark for mark in marks(store, run) if _only_steps_differ(mark, job)]
+    return others
+
+
+def _best(job: TrainJob, others: list[Mark]) -> Mark | None:
+    """The last of the checkpoints that training may begin with."""
+    fitting = [mark for mark in others if mark.step <= _common(mark, job)]
+    return max(fitting, key=lambda mark: mark.step, default=None)
 
 
 def _only_steps_differ(mark: Mark, job: TrainJob) -> bool:

@@ -9,6 +9,7 @@ from data_prep.errors import PipelineError
 from data_prep.shards import write_file
 from data_prep.stage import FileRecord, Work
 from dpnet.checkpoints import newest
+from dpnet.cost import worked
 from dpnet.train import TrainJob
 
 
@@ -62,6 +63,7 @@ def _summary(job: TrainJob, log: list[dict[str, Any]], result: int) -> dict[str,
     (kept,) = [record for record in validations if record["step"] == result]
     seconds = sum(record["seconds"] for record in training)
     steps = training[-1]["step"]
+    gpu_hours, cpu_hours = worked(training)
     return {
         "steps": steps,
         "samples": steps * job.settings.batch_size,
@@ -72,6 +74,8 @@ def _summary(job: TrainJob, log: list[dict[str, Any]], result: int) -> dict[str,
         "mean_fill_psnr": kept["mean_fill_psnr"],
         "images_per_second": round(sum(r["images"] for r in training) / max(seconds, 1e-9), 1),
         "data_wait_share": round(sum(r["data_seconds"] for r in training) / max(seconds, 1e-9), 4),
+        "gpu_hours": round(gpu_hours, 4),
+        "cpu_hours": round(cpu_hours, 4),
         "skipped_steps": training[-1]["skipped_steps"],
         "skipped_samples": training[-1]["skipped_samples"],
     }

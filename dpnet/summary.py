@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.digest import SHORT
 from data_prep.stage import StageRef
 from data_prep.storage import LocalStore, Store
+from dpnet.cost import hours_text
 
 METHODS = {"dpnet": "DPNet", "mean_fill": "mean fill", "telea": "Telea"}
 METRICS = {"hole_psnr": ("hole PSNR, dB", 2), "ssim": ("SSIM", 4), "l1": ("L1, %", 2)}
@@ -68,6 +69,7 @@ def as_text(summary: Summary, again: str) -> str:
         "",
         f"report      {summary['report']}",
         f"registered  {model}: {registered['reason']}",
+        *_worked(summary["stages"]),
         f"total       {_duration(summary['seconds'])}",
         "",
         *_next(summary, again),
@@ -163,6 +165,14 @@ def holds(stage: str, summary: Mapping[str, Any]) -> str:
             return f"{summary['pairs']} pairs"
         case _:
             return f"version {summary['version']}"
+
+
+def _worked(stages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What training has used, where the version that trained has told it."""
+    for stage in stages:
+        summary = stage["summary"]
+        if stage["stage"] == "train" and "gpu_hours" in summary:
+            yield f"training    {hours_text(summary['gpu_hours'], summary['cpu_hours'])}"
 
 
 def figures_text(summary: Summary) -> str:

@@ -225,6 +225,20 @@ def train(
     `tracking_uri` is the MLflow that is told how it goes; None: none is.
     """
     check_settings(settings)
+    request, job = planned(model, losses, settings, name, images, masks, store)
+    return run_stage(store, request, lambda work: _build(job, launch, tracking_uri, work), say)
+
+
+def planned(
+    model: ModelSettings,
+    losses: LossSettings,
+    settings: TrainSettings,
+    name: str,
+    images: StageRef,
+    masks: StageRef,
+    store: Store,
+) -> tuple[Request, TrainJob]:
+    """What is asked of the stage, and what its workers are told."""
     if losses.vgg_weights is not None:  # the workers run in other folders
         path = str(Path(losses.vgg_weights).expanduser().absolute())
         losses = losses.model_copy(update={"vgg_weights": path})
@@ -241,7 +255,7 @@ def train(
         asked(request),
         (init.store, init.folder) if init else None,
     )
-    return run_stage(store, request, lambda work: _build(job, launch, tracking_uri, work), say)
+    return request, job
 
 
 def check_settings(settings: TrainSettings) -> None:

@@ -24,7 +24,7 @@ from dpnet import loop
 from dpnet import train as training
 from dpnet.checkpoints import load, marks
 from dpnet.data import Samples, validation_pairs
-from dpnet.extend import find_start
+from dpnet.extend import find_start, first_step
 from dpnet.launch import LaunchSettings
 from dpnet.loop import Meter, choose_backend, note, resume, train_loop
 from dpnet.model import losses as L
@@ -229,6 +229,7 @@ def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_ide
     longer = make_job(prepared, **settings, folder="runs/more-000000000003")
     start = find_start(open_store(longer.root), longer)
     assert start == "runs/more-000000000001/step-00000003"
+    assert first_step(open_store(longer.root), longer) == 3
     assert "extends the run of 6 steps" in capsys.readouterr().err
     longer = replace(longer, extends=start)
     train_loop(longer, Session())
@@ -236,6 +237,7 @@ def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_ide
     train_loop(straight, Session())
     assert equal(saved(longer, 10)[0], saved(straight, 10)[0])
     assert find_start(open_store(longer.root), longer) is None  # it has checkpoints of its own
+    assert first_step(open_store(longer.root), longer) == 10
 
 
 def test_a_run_that_cannot_be_extended_is_told(prepared, capsys):

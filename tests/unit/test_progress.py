@@ -33,9 +33,13 @@ def test_watchers_are_told_the_begin_every_count_and_the_end(told: list[Moment])
 
 
 def test_a_task_that_fails_is_told_to_be_broken_off_where_it_was(told: list[Moment]) -> None:
-    with pytest.raises(ValueError, match="no more"), Progress("train", 9, "steps") as task:
-        task.update(3, "loss 0.1")
-        raise ValueError("no more")
+    def fail() -> None:
+        with Progress("train", 9, "steps") as task:
+            task.update(3, "loss 0.1")
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        fail()
     assert (told[-1].state, told[-1].count, told[-1].note) == ("broken off", 3, "loss 0.1")
 
 

@@ -134,6 +134,14 @@ def test_odd_names_are_listed_as_they_are(store):
     assert all(store.read(f"odd/{name}") == name.encode() for name in names)
 
 
+def test_the_folders_right_under_one_are_named_without_what_is_in_them(store):
+    for key in ("runs/b/x/y", "runs/a b?/x", "runs/a b?/z", "runs/file", "runs-2/c/x", "top"):
+        store.write(key, b"")
+    assert list(store.folders("runs")) == ["runs/a b?", "runs/b"]
+    assert set(store.folders()) == {"runs", "runs-2"}
+    assert list(store.folders("absent")) == []
+
+
 def test_a_listing_is_in_the_order_of_its_keys(store):
     keys = ["a", "a-b/1", "a.b", "b!/x", "b/c/d", "b/c.d", "b0"]
     for key in keys:

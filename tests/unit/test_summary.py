@@ -16,7 +16,7 @@ SPLITS = {"splits": {"train": {"samples": 100_000, "shards": 9}, "val": {"sample
 SUMMARIES: dict[str, dict[str, Any]] = {
     "images": {**SPLITS, "failed": 12},
     "masks": SPLITS,
-    "train": {"steps": 600, "resumed_from": 250},
+    "train": {"steps": 600, "resumed_from": 250, "gpu_hours": 3.21, "cpu_hours": 0.0},
     "evaluate": {"pairs": 240},
     "register": {"model": "dpnet", "version": 3, "alias": "challenger", "reason": "Not better."},
 }
@@ -71,6 +71,7 @@ def test_the_text_names_output_digest_model_report_time_and_what_is_next(
         "100007 images, 12 failed",
         "dpnet version 3, challenger: Not better.",
         f"{summary['root']}/evaluations/abc/report.html",
+        "training    3.2 GPU-hours",
         "2 min 5 s",
         "dpnet demo --set train.steps=3000",
     ):
