@@ -7,6 +7,7 @@ machine, takes up what another has begun.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -162,3 +163,8 @@ def _stacks_on_signal(launcher: Launcher) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def ray_address(launch: LaunchSettings) -> str | None:
+    """The address of the cluster's dashboard: the setting, else the environment's."""
+    return launch.address or os.environ.get("RAY_API_SERVER_ADDRESS")

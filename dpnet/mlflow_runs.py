@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_prep.digest import SHORT
+from data_prep.stage import StageRef
 from data_prep.storage import Store
 from dpnet.journal import LOG
 
@@ -45,6 +46,25 @@ def training_run(client: Any, store: Store, training: Mapping[str, Any]) -> str:
     for start in range(0, len(params), _CALL_PARAMS):
         client.log_batch(run_id, params=params[start : start + _CALL_PARAMS])
     return run_id
+
+
+def run_page(uri: str, store: Store, training: StageRef) -> str | None:
+    """The address of a training's MLflow run in the UI of the server at `uri`; None where there is
+    no server or no such run."""
+    if not uri.startswith("http"):
+        return None
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(training.name)
+    if experiment is None:
+        return None
+    tags = f"tags.train_digest = '{training.request_digest}'"
+    for run in client.search_runs([experiment.experiment_id], tags):
+        if run.data.tags.get("train") == f"{store.uri}/{training.folder}":
+            place = f"experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
+            return f"{uri.rstrip('/')}/#/{place}"
+    return None
 
 
 def _experiment(client: Any, store: Store, name: str) -> str:

@@ -27,6 +27,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
+from prefect.logging import get_run_logger
 from prefect.states import Completed
 
 from data_prep import progress
@@ -45,7 +46,7 @@ NAME = 100  # characters of a run's name
 
 
 def run_name() -> str:
-    """What a run does: its flow, its config and what was changed in the form."""
+    """What a run does: its config and what was changed in the form."""
     parameters = runtime.flow_run.parameters
     given = [str(parameters.get("config", ""))]
     for name, value in parameters.items():
@@ -56,24 +57,26 @@ def run_name() -> str:
     given += [str(each) for each in parameters.get("overrides") or []]
     if parameters.get("root"):
         given.append(f"in {parameters['root']}")
-    name = f"{runtime.flow_run.flow_name}: {', '.join(given)}"
+    name = ", ".join(given)
     return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
 
 
 def as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
     """Run a stage as a task of its own, which says on the page whether there was anything to do."""
 
+    done: list[StageRef] = []  # of a task that returns a state, Prefect gives the state alone
+
     @task(name=title, cache_policy=NO_CACHE, persist_result=False)
-    def run() -> State[StageRef]:
+    def run() -> State[None]:
         ref = stage(*arguments)
+        done.append(ref)
         what = f"{holds(ref.stage, ref.summary)} in {ref.folder}"
         if ref.skipped:
-            return Completed(name="Skipped", message=f"Done before: {what}.", data=ref)
-        return Completed(message=f"{what[0].upper()}{what[1:]}.", data=ref)
+            return Completed(name="Skipped", message=f"Done before: {what}.")
+        return Completed(message=f"{what[0].upper()}{what[1:]}.")
 
-    done: Any = run()  # the data of the state that it returns
-    ref: StageRef = done
-    return ref
+    run()
+    return done[-1]
 
 
 def is_left_running() -> bool:
@@ -112,12 +115,14 @@ class Story:
         self._ended = threading.Event()
         self._event_at = 0.0
         # The thread needs the settings of the flow run's context to find the server.
+        self._log = get_run_logger().info
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._work,), daemon=True
         )
 
     def __enter__(self) -> Story:
         progress.watchers.append(self._watch)
+        progress.listeners.append(self._log)
         self._thread.start()
         return self
 
@@ -128,6 +133,7 @@ class Story:
         traceback: TracebackType | None,
     ) -> None:
         progress.watchers.remove(self._watch)
+        progress.listeners.remove(self._log)
         self._ended.set()
         self._thread.join(LAST_S)
 
@@ -135,7 +141,7 @@ class Story:
         """What is about to be done, and what it will cost as far as that is known."""
         from dpnet.cost import cost_text, estimated
 
-        cost = estimated(self.store, self.config)
+        cost = estimated(self.config, self.store)
         lines = [f"**{self.config.name}** in `{self.store.uri}`", ""]
         if cost is None:
             lines.append("Cost of training: not known before a first run of such a model here.")
@@ -170,7 +176,7 @@ class Story:
 
         for ref in refs:
             if ref.stage == "train":
-                return cost_text(measured(self.store, ref.folder, self.config))
+                return cost_text(measured(self.store, ref.folder, self.config.cost))
         return ""
 
     def _watch(self, moment: Moment) -> None:
