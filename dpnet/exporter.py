@@ -28,6 +28,7 @@ from data_prep.storage import LocalStore, Store, open_store
 from dpnet.journal import STATUS
 from dpnet.register import CHAMPION
 
+HOST, PORT = "127.0.0.1", 9808
 EVERY_S = 10.0  # between two looks at the store
 WAIT_S = 5.0  # for which a scrape waits for one; Prometheus gives up after 10 seconds
 STALE_S = 60.0  # after which what was seen last is not told any more
@@ -208,7 +209,7 @@ class RootCollector(Collector):
         self._at = time.monotonic()
 
 
-def serve(store: Store, port: int = 0, host: str = "127.0.0.1") -> tuple[WSGIServer, int]:
+def serve(store: Store, port: int = 0, host: str = HOST) -> tuple[WSGIServer, int]:
     """Answer scrapes in threads, on a free port where `port` is 0: the server, to be shut down, and
     its port. Raises PipelineError where the port cannot be had."""
     registry = CollectorRegistry()
@@ -226,8 +227,8 @@ def serve(store: Store, port: int = 0, host: str = "127.0.0.1") -> tuple[WSGISer
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m dpnet.exporter", description=__doc__)
     parser.add_argument("root", help="a folder or s3://bucket/prefix")
-    parser.add_argument("--port", type=int, default=9808, help="0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=PORT, help="0 takes a free one")
+    parser.add_argument("--host", default=HOST, help="address to listen on")
     args = parser.parse_args(arguments)
     ended = threading.Event()
     for each in (signal.SIGINT, signal.SIGTERM):
