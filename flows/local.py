@@ -10,6 +10,8 @@ from typing import Any
 
 from data_prep.errors import PipelineError
 from data_prep.progress import say
+from data_prep.storage import Store
+from dpnet.config import Config
 from flows.server import embedded_server
 
 QUIET = {
@@ -40,6 +42,25 @@ def run_pipeline(
         return _run(config, root, overrides)
     with _embedded(home):
         return _run(config, root, overrides)
+
+
+def watch_now(
+    config: Config, store: Store, min_new: int, quiet_s: float, *, again: bool, debug: bool
+) -> dict[str, Any]:
+    """Look at the config's source once and tell the configured Prefect API of a change.
+
+    Raises PipelineError where none is configured or it does not take the event.
+    """
+    os.environ.update({} if debug else QUIET)
+    if not (url := _configured_api()):
+        raise PipelineError(
+            "no Prefect API is configured, so nobody can be told: set PREFECT_API_URL to the"
+            " server's, as http://127.0.0.1:4200/api."
+        )
+    _check_reachable(url)
+    from flows.new_data import watch
+
+    return watch(config, store, min_new, quiet_s, again=again)
 
 
 def _run(config: str, root: str, overrides: Sequence[str]) -> dict[str, Any]:

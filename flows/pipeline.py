@@ -45,7 +45,7 @@ def dpnet_pipeline(
     resolved = load_config(config, overrides)
     place = resolve_root(root, resolved)
     store = open_store(place)
-    refs = run_chain(resolved, store, call=_as_task)
+    refs = run_chain(resolved, store, call=as_task)
     summary = summarize(resolved.name, store, refs, time.monotonic() - start)
     create_markdown_artifact(
         as_markdown(summary), key="dpnet-pipeline", description=f"Run of {resolved.name} in {place}"
@@ -53,5 +53,6 @@ def dpnet_pipeline(
     return summary
 
 
-def _as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+def as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+    """The stage as a task of the flow that is running."""
     return task(name=title, cache_policy=NO_CACHE, persist_result=False)(stage)(*arguments)
