@@ -57,7 +57,7 @@ def watch_now(
             "no Prefect API is configured, so nobody can be told: set PREFECT_API_URL to the"
             " server's, as http://127.0.0.1:4200/api."
         )
-    _check_reachable(url)
+    _check_reachable(url, "set PREFECT_API_URL to the one that is to be told")
     from flows.new_data import watch
 
     return watch(config, store, min_new, quiet_s, again=again)
@@ -75,13 +75,15 @@ def _configured_api() -> str | None:
     return get_current_settings().api.url
 
 
-def _check_reachable(url: str) -> None:
+def _check_reachable(
+    url: str, otherwise: str = "unset PREFECT_API_URL to run on an embedded one"
+) -> None:
     from prefect.client.orchestration import get_client
 
     if error := get_client(sync_client=True).api_healthcheck():
         raise PipelineError(
             f"the Prefect API at {url} cannot be reached ({type(error).__name__}): start that"
-            " server, or unset PREFECT_API_URL to run on an embedded one."
+            f" server, or {otherwise}."
         )
 
 
