@@ -50,8 +50,8 @@ def plan(count: int) -> dict[str, float]:
     import numpy as np
     import pyarrow.compute  # noqa: F401
 
+    from data_prep.changes import listing_digest
     from data_prep.image_plan import PICTURE, assign_splits, item_kinds, key_hashes, plan_items
-    from data_prep.images import listing_digest
     from data_prep.listing import collect
 
     figures = {"start GB": peak_gb()}

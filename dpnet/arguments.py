@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_shards(top, kind)
     for stage, what in _STAGES.items():
         _add_stage(top, stage, stage, what)
+    _add_notify(top)
     _add_verify(top, "walk the chain of digests and check every file's hash", "dpnet-demo")
     _add_inpaint(top)
     _add_model(top)
@@ -234,6 +235,55 @@ def _add_stage(parsers: _Parsers, name: str, stage: str, what: str, command: str
     _add_config(parser)
     if stage in _STAGES:
         _add_launch(parser)
+
+
+def _add_notify(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "notify",
+        "notify",
+        "look at a config's source and tell Prefect if it has changed",
+        "dpnet notify places2 --root s3://bucket/dpnet --event notification.json",
+        "What one run of watch-raw-data does, for the notifications of a bucket or a cron of yours."
+        "\nThe event goes to the Prefect API of PREFECT_API_URL; nothing is prepared or trained.",
+    )
+    _add_config(parser)
+    parser.add_argument(
+        "--event",
+        metavar="FILE|-",
+        help="a notification of S3 (JSON); one that is not of the config's source does nothing",
+    )
+    parser.add_argument(
+        "--min-new",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="how many images must be new or changed (default: 1)",
+    )
+    parser.add_argument(
+        "--quiet-minutes",
+        type=_minutes,
+        default=0.0,
+        metavar="N",
+        help="how long the source must have stood still, as earlier looks found it (default: 0)",
+    )
+    parser.add_argument("--again", action="store_true", help="also tell of what was told of before")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of images: give one as 100")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes: give one as 10")
+    return minutes
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

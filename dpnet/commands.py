@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shlex
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -155,6 +156,35 @@ def verify(args: Namespace) -> Outcome:
     wrong = f"{number} problem{'s'[: number > 1]}" if number else "all as they were made"
     lines.append(f"{found.covered()}: {wrong}")
     return found.to_json(), "\n".join(lines)
+
+
+def notify(args: Namespace) -> Outcome:
+    from data_prep.notification import below, notified
+
+    config = load_config(args.config, args.set)
+    source = config.images.source
+    if args.event is not None and not below(notified(_event_text(args.event)), source):
+        reason = f"the event is of no object in {source}, so nothing is done."
+        return {"ok": True, "announced": False, "reason": reason}, reason
+    _check_source(config)
+    store = open_store(resolve_root(args.root, config))
+    check_root(store)
+    from flows.local import watch_now
+
+    seen = watch_now(
+        config, store, args.min_new, args.quiet_minutes * 60, again=args.again, debug=args.debug
+    )
+    told = "told Prefect" if seen["announced"] else "nothing to tell"
+    return {"ok": True, "root": store.uri, **seen}, f"{seen['dataset']}: {told}. {seen['reason']}"
+
+
+def _event_text(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(file).expanduser().read_bytes()
+    except OSError as error:
+        raise PipelineError(f"--event {file} cannot be read: {error.strerror}.") from None
 
 
 def images_inspect(args: Namespace) -> Outcome:

@@ -27,6 +27,7 @@ from data_prep.storage import LocalStore, Store
 CHAMPION, CHALLENGER = "champion", "challenger"
 RECORD = "record.json"
 INPUTS = ("run", "evaluation")
+AGAINST = "against"  # a third input, where a new evaluation of the champion was compared with
 _REFERENCE = re.compile(r"models:/([A-Za-z0-9][\w.-]*)(?:@(\w+)|/(\d+))")
 
 
@@ -47,12 +48,17 @@ class RegisterSettings(BaseModel):
 
 
 def register(
-    settings: RegisterSettings, run: StageRef, evaluation: StageRef, store: Store
+    settings: RegisterSettings,
+    run: StageRef,
+    evaluation: StageRef,
+    store: Store,
+    against: StageRef | None = None,
 ) -> StageRef:
     """Make `run` a version of the model, and the champion if it beats the present one.
 
     The version becomes champion if there is none, or if the champion was evaluated on the same
-    pairs and has a lower hole PSNR (the mean over bins); otherwise challenger.
+    pairs and has a lower hole PSNR (the mean over bins); otherwise challenger. `against` is an
+    evaluation of the champion that counts instead of the one that it was registered with.
     """
     uri = tracking_uri(settings, store)
     request = Request(
@@ -60,7 +66,11 @@ def register(
         name=settings.model,
         top=f"registry/{settings.model}",
         settings={"model": settings.model},  # where MLflow runs changes no version
-        inputs={"run": run, "evaluation": evaluation},
+        inputs={
+            "run": run,
+            "evaluation": evaluation,
+            **({AGAINST: against} if against is not None else {}),
+        },
     )
     return run_stage(store, request, lambda work: _build(work, settings.model, uri), say)
 
@@ -109,6 +119,12 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     return _read_record(store, key)
 
 
+def find_champion(store: Store, model: str) -> dict[str, Any] | None:
+    """The record of the model's champion; None where it has no version yet."""
+    key = f"registry/{model}/{CHAMPION}.json"
+    return _read_record(store, key) if store.exists(key) else None
+
+
 def _read_record(store: Store, key: str) -> dict[str, Any]:
     try:
         record = json.loads(store.read(key))
@@ -137,7 +153,7 @@ def _build(work: Work, model: str, uri: str) -> Produced:
         records = _records(store, model)
         mlflow.restore_versions(client, store, model, records)
         crown = f"{top}/{CHAMPION}.json"
-        champion = _read_record(store, crown) if store.exists(crown) else None
+        champion = find_champion(store, model)
         mine = [r for r in records.values() if r["request_digest"] == work.request.digest]
         if mine:  # written by an earlier call, which was killed afterwards
             record = mine[0]
@@ -160,7 +176,7 @@ def _judged(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
     """The record of a version yet without its number: no times and no absolute paths in it."""
     summary = read_manifest(work.store, work.request.inputs["evaluation"].folder)["summary"]
     psnr, pairs = summary["hole_psnr"], summary["pairs_digest"]
-    alias, reason = judge(psnr, pairs, champion)
+    alias, reason = judge(psnr, pairs, _measured_again(work, champion))
     return {
         "alias": alias,
         "reason": reason,
@@ -177,6 +193,18 @@ def _judged(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
             for role, ref in work.request.inputs.items()
         },
     }
+
+
+def _measured_again(work: Work, champion: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The champion with the figures of `against`, unless that is of one that was champion before:
+    another may have been registered since it was evaluated."""
+    against = work.request.inputs.get(AGAINST)
+    if champion is None or against is None:
+        return champion
+    manifest = read_manifest(work.store, against.folder)
+    if manifest["inputs"]["run"]["content_digest"] != champion["run"]["content_digest"]:
+        return champion
+    return {**champion, **{key: manifest["summary"][key] for key in ("hole_psnr", "pairs_digest")}}
 
 
 def judge(psnr: float, pairs: str, champion: Mapping[str, Any] | None) -> tuple[str, str]:

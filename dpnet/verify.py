@@ -31,7 +31,7 @@ from data_prep.stage import (
     read_manifest,
 )
 from data_prep.storage import LocalStore, Store, checked_key, open_store
-from dpnet.register import CHAMPION, INPUTS, RECORD, find_record
+from dpnet.register import AGAINST, CHAMPION, INPUTS, RECORD, find_record
 
 CHUNK = 8 << 20  # bytes read at once, so that memory stays small with large shards
 THREADS = 4  # hashing frees the interpreter lock, and S3 answers several reads at once
@@ -250,7 +250,7 @@ def _check_record(store: Store, key: str, result: Verification) -> None:
         folder = _registration(record)
         if record["model"] != match[1] or match[2] not in (None, str(record["version"])):
             result.add(key, "was altered: it is the record of another version")
-        for role in INPUTS:
+        for role in (*INPUTS, *([AGAINST] if AGAINST in record else [])):
             _check_named(store, f"its {role}", record[role], key, result)
     except (ValueError, KeyError, TypeError):
         result.add(key, "was altered: it is not a whole record")

@@ -10,6 +10,8 @@ from typing import Any
 
 from data_prep.errors import PipelineError
 from data_prep.progress import say
+from data_prep.storage import Store
+from dpnet.config import Config
 from flows.server import embedded_server
 
 QUIET = {
@@ -42,6 +44,25 @@ def run_pipeline(
         return _run(config, root, overrides)
 
 
+def watch_now(
+    config: Config, store: Store, min_new: int, quiet_s: float, *, again: bool, debug: bool
+) -> dict[str, Any]:
+    """Look at the config's source once and tell the configured Prefect API of a change.
+
+    Raises PipelineError where none is configured or it does not take the event.
+    """
+    os.environ.update({} if debug else QUIET)
+    if not (url := _configured_api()):
+        raise PipelineError(
+            "no Prefect API is configured, so nobody can be told: set PREFECT_API_URL to the"
+            " server's, as http://127.0.0.1:4200/api."
+        )
+    _check_reachable(url, "set PREFECT_API_URL to the one that is to be told")
+    from flows.new_data import watch
+
+    return watch(config, store, min_new, quiet_s, again=again)
+
+
 def _run(config: str, root: str, overrides: Sequence[str]) -> dict[str, Any]:
     from flows.pipeline import dpnet_pipeline
 
@@ -54,13 +75,15 @@ def _configured_api() -> str | None:
     return get_current_settings().api.url
 
 
-def _check_reachable(url: str) -> None:
+def _check_reachable(
+    url: str, otherwise: str = "unset PREFECT_API_URL to run on an embedded one"
+) -> None:
     from prefect.client.orchestration import get_client
 
     if error := get_client(sync_client=True).api_healthcheck():
         raise PipelineError(
             f"the Prefect API at {url} cannot be reached ({type(error).__name__}): start that"
-            " server, or unset PREFECT_API_URL to run on an embedded one."
+            f" server, or {otherwise}."
         )
 
 

@@ -35,7 +35,7 @@ from image_sets import (
 from PIL import Image
 from pydantic import ValidationError
 
-from data_prep import image_build, image_shards, images
+from data_prep import changes, image_build, image_shards
 from data_prep.digest import sha256_bytes
 from data_prep.errors import PipelineError
 from data_prep.images import ImagesConfig, prepare_images
@@ -192,7 +192,7 @@ def test_samples_are_stored_by_the_hash_of_their_keys_and_shards_are_of_even_siz
 def test_one_and_two_workers_write_the_same_bytes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(images, "POOL_ITEMS", 1)
+    monkeypatch.setattr(changes, "POOL_ITEMS", 1)
     (folder / "broken.jpg").write_bytes(b"no image")
     (folder / "z.png").write_bytes((folder / "trip 0/0.png").read_bytes())
     made = []
@@ -323,8 +323,8 @@ def test_touching_photographs_or_moving_the_folder_makes_nothing_new(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare_images(crops(folder), store)
-    monkeypatch.setattr(images, "POOL_ITEMS", 2)
-    monkeypatch.setattr(images, "HASHED_AT_ONCE", 2)
+    monkeypatch.setattr(changes, "POOL_ITEMS", 2)
+    monkeypatch.setattr(changes, "HASHED_AT_ONCE", 2)
     for path in folder.rglob("*.png"):
         os.utime(path, (1, 1))
     assert prepare_images(crops(folder, workers=2), store).skipped

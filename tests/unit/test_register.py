@@ -10,6 +10,7 @@ from data_prep.storage import LocalStore, open_store
 from dpnet import mlflow_registry
 from dpnet import register as register_module
 from dpnet.register import CHALLENGER, CHAMPION, RegisterSettings, find_record, judge, register
+from dpnet.verify import verify
 
 
 @pytest.fixture
@@ -96,6 +97,31 @@ def test_a_model_evaluated_on_other_pairs_becomes_challenger(store):
     ref = registered(store, 30.0, pairs="q" * 64)
     assert alias_and_reason(ref)[0] == CHALLENGER
     assert "other pairs" in ref.summary["reason"]
+
+
+@pytest.mark.parametrize(("again", "alias"), [(29.0, CHAMPION), (31.0, CHALLENGER)])
+def test_a_new_evaluation_of_the_champion_on_the_same_pairs_decides(store, again, alias):
+    registered(store, 20.0)
+    champion, _ = small_root.run_and_evaluation(store, 20.0)
+    against = small_root.commit(
+        store,
+        "evaluate",
+        "evaluations",
+        {"report.json": b"again"},
+        settings={"pairs": "other"},
+        inputs={"run": champion},
+        summary={"hole_psnr": again, "pairs_digest": "q" * 64, "figures": {}},
+    )
+    run, evaluation = small_root.run_and_evaluation(store, 30.0, pairs="q" * 64)
+    ref = register(RegisterSettings(), run, evaluation, store, against)
+    assert ref.summary["alias"] == alias
+    assert f"the {again:.2f} dB of version 1" in ref.summary["reason"]
+    record = find_record(store, "models:/dpnet/2")
+    assert record["against"]["folder"] == against.folder
+    assert verify(store).problems == []
+    store.delete(f"{against.folder}/manifest.json")
+    told = {p.problem.partition(" is not there")[0] for p in verify(store).problems}
+    assert "its against" in told
 
 
 @pytest.mark.parametrize(("psnr", "alias"), [(20.0, CHALLENGER), (20.01, CHAMPION)])
