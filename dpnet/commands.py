@@ -166,7 +166,7 @@ def notify(args: Namespace) -> Outcome:
     if args.event is not None and not below(notified(_event_text(args.event)), source):
         reason = f"the event is of no object in {source}, so nothing is done."
         return {"ok": True, "announced": False, "reason": reason}, reason
-    _check_source(config)
+    check_config(config)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     from flows.local import watch_now

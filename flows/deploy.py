@@ -178,7 +178,7 @@ class _Server:
             "description": flow.description,
             "entrypoint": deployment.entrypoint,
             "parameters": wanted.parameters(settings, deployment),
-            "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
+            "parameter_openapi_schema": _schema(flow),
             "enforce_parameter_schema": True,
             "work_pool_name": settings.pool,
             "work_queue_name": QUEUE if deployment.trains else "default",
@@ -287,6 +287,12 @@ def _is(there: Any, field: str) -> Any:
 
 def _schedules(schedules: Any) -> list[tuple[str, str]]:
     return sorted((each.schedule.cron, each.schedule.timezone or "UTC") for each in schedules)
+
+
+def _schema(flow: Any) -> dict[str, Any]:
+    """What the form is made of; an empty part would differ from what `prefect deploy` leaves."""
+    schema: dict[str, Any] = parameter_schema(flow).model_dump_for_openapi()
+    return {name: part for name, part in schema.items() if part != {}}
 
 
 def _template() -> dict[str, Any]:

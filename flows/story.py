@@ -259,8 +259,8 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
         found["report"] = f"{served}/{page}" if served else f"{store.uri}/{page}"
     if training := by_stage.get("train"):
         try:
-            if page := run_page(tracking_uri(config.registry, store), store, training):
-                found["MLflow run"] = page
+            if run := run_page(tracking_uri(config.registry, store), store, training):
+                found["MLflow run"] = run
         except Exception:  # MLflow is away: no link
             pass
         if config.launch.launcher == "ray-job" and (address := ray_address(config.launch)):

@@ -109,7 +109,7 @@ def test_an_event_of_other_objects_does_nothing(
 
 
 def test_an_event_file_that_is_not_there_is_told(config: str) -> None:
-    with pytest.raises(PipelineError, match="--event none.json cannot be read: No such file"):
+    with pytest.raises(PipelineError, match=r"--event none\.json cannot be read: No such file"):
         notify(config, "--event", "none.json")
 
 
