@@ -2,7 +2,7 @@
 # make test       the fast tests and one run of the whole flow, at most ten minutes
 # make test-all   the rest: crashes, the product as a user runs it
 # make lint       style and types
-# make up         Prefect server, worker and MLflow, local (not built yet)
+# make up         Prefect with its UI, a worker and MLflow, local, until Ctrl-C (ARGS="--ray")
 # make setup      the virtual environment that all of them use; made once
 #
 # A Python of your choice: make PYTHON=python3.12 setup
@@ -50,4 +50,4 @@ lint: setup
 	$(BIN)/mypy
 
 up: setup
-	@$(BIN)/dpnet up
+	@$(BIN)/dpnet up $(ARGS)

@@ -26,9 +26,6 @@ _STAGES = {
     "evaluate": "evaluate the trained model beside its peers",
     "register": "register the evaluated model",
 }
-_NOT_BUILT = {
-    "up": "start a local Prefect server, a worker and MLflow",
-}
 _Parsers = Any  # argparse names the type of subparsers with an underscore
 
 
@@ -52,10 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model(top)
     _add_export(top)
     _add_deploy(top)
-    for name, what in _NOT_BUILT.items():
-        _add(top, name, "not_built", f"{what} (not built yet)", f"dpnet {name}").set_defaults(
-            wanted=name
-        )
+    _add_up(top)
     return parser
 
 
@@ -454,3 +448,39 @@ def _add_export(parsers: _Parsers) -> None:
     parser.add_argument(
         "--root", help=f"where models are looked up (default: DPNET_ROOT, else {DEMO_ROOT})"
     )
+
+
+def _add_up(parsers: _Parsers) -> None:
+    parser = _add(
+        parsers,
+        "up",
+        "up",
+        "start a local Prefect server with its UI, a worker and MLflow, until Ctrl-C",
+        "dpnet up --root /data/dpnet --ray",
+        "Runs and deployments are kept from one time to the next. All of it listens on 127.0.0.1"
+        " alone. Where\nit runs already for the root, its addresses are told. With"
+        " PREFECT_API_AUTH_STRING=user:password in the\nenvironment, Prefect asks for that"
+        " password.",
+    )
+    parser.add_argument(
+        "--root", help=f"where everything is stored (default: DPNET_ROOT, else {DEMO_ROOT})"
+    )
+    parser.add_argument(
+        "--port", type=_port, metavar="N", help="of Prefect (default: 4200, else any free one)"
+    )
+    parser.add_argument(
+        "--database",
+        metavar="URL",
+        help="of Prefect, as postgresql+asyncpg://USER:PASSWORD@HOST/NAME (default:"
+        " PREFECT_SERVER_DATABASE_CONNECTION_URL, which others cannot see, else SQLite in the"
+        " root's folder)",
+    )
+    parser.add_argument(
+        "--ray", action="store_true", help="also start a Ray cluster of this machine, for ray-job"
+    )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give one from 1 to 65535")
+    return int(text)

@@ -298,8 +298,32 @@ def _find_server(root: str) -> None:
         os.environ["PREFECT_API_URL"] = up.api_url
 
 
-def not_built(args: Namespace) -> Outcome:
-    raise PipelineError(f"`dpnet {args.wanted}` is not built yet: `dpnet --help` lists what is.")
+def up(args: Namespace) -> Outcome:
+    from flows.children import DATABASE, Place, check_secrets
+    from flows.up import Running, home_of
+    from flows.up import up as run_up
+
+    if args.database:
+        os.environ[DATABASE] = args.database  # where no list of processes shows it
+    store = open_store(_root_to_read(args))
+    check_secrets(Place(place(store), home_of(store), os.environ))
+    check_root(store)
+
+    def announce(running: Running) -> None:
+        shown = {"ok": True, "attached": False, **running.to_json()}
+        text = f"{_up_text(running.to_json())}\n\nCtrl-C stops all of it."
+        print(json.dumps(shown) if args.json else text, flush=True)
+
+    running = run_up(store, args.port, args.ray, announce)
+    text = f"{_up_text(running.to_json())}\n\nIt is up already: process {running.pid}."
+    return {"ok": True, "attached": True, **running.to_json()}, text
+
+
+def _up_text(running: dict[str, Any]) -> str:
+    rows = {"Prefect": "ui_url", "MLflow": "mlflow_url", "Ray": "ray_url", "root": "root"}
+    lines = [f"{name:<9}{running[key]}" for name, key in rows.items() if running[key]]
+    export = f"export PREFECT_API_URL={running['api_url']}"
+    return "\n".join([*lines, "", "In other shells:", f"  {export}"])
 
 
 def check_root(store: Store) -> None:

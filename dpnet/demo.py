@@ -11,6 +11,7 @@ from data_prep.errors import PipelineError, storage_error
 from data_prep.storage import LocalStore
 from dpnet.chain import PHOTOS
 
+UP_HOME = "up"  # of `dpnet up`, which may have been here first, and stays
 MARKER = "made-by-dpnet-demo.txt"
 PREFECT_HOME = "prefect"
 _TEXT = b"`dpnet demo` made this folder; `dpnet demo --fresh` removes what it stored here.\n"
@@ -32,9 +33,11 @@ def claim_root(store: LocalStore) -> None:
     if store.exists(MARKER):
         return
     hidden = (".probe-", ".staged-")  # what a command that was killed while writing may leave
-    if store.folder.is_dir() and any(
-        not path.name.startswith(hidden) for path in store.folder.iterdir()
-    ):
+    of_up = (UP_HOME, "mlflow.db", "mlflow-artifacts")
+    there = [path.name for path in store.folder.iterdir()] if store.folder.is_dir() else []
+    if UP_HOME in there:
+        there = [name for name in there if name not in of_up]
+    if any(not name.startswith(hidden) for name in there):
         raise PipelineError(
             f"{store.folder} is not empty and no demo made it: choose another --root, or use it"
             f" with `dpnet pipeline run demo --root {store.folder}`."
@@ -64,11 +67,12 @@ def clear_root(store: LocalStore) -> None:
 
 
 def _refuse_if_in_use(folder: Path) -> None:
-    """A running command holds this lock, see flows/server.py."""
-    with suppress(FileNotFoundError), (folder / PREFECT_HOME / "lock").open("rb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PipelineError(
-                f"another dpnet command is at work in {folder}: stop it before --fresh."
-            ) from None
+    """A running command holds such a lock, see flows/server.py and flows/up.py."""
+    for home in (PREFECT_HOME, UP_HOME):
+        with suppress(FileNotFoundError), (folder / home / "lock").open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise PipelineError(
+                    f"another dpnet command is at work in {folder}: stop it before --fresh."
+                ) from None

@@ -27,6 +27,7 @@ from dpnet.tracking import Tracker
 POLL_S = 0.3
 # Whether a job on a cluster goes on when the process that follows it is stopped: asked then.
 leaves_job: ContextVar[Callable[[], bool]] = ContextVar("leaves_job", default=lambda: False)
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as Ray's own commands take them
 
 
 class LaunchSettings(BaseModel):
@@ -39,8 +40,9 @@ class LaunchSettings(BaseModel):
     )
     address: str | None = Field(
         None,
-        description="Of the cluster's dashboard, as http://head:8265, for ray-job. Its token is"
-        " RAY_AUTH_TOKEN's or the one in ~/.ray/auth_token.",
+        description="Of the cluster's dashboard, as http://head:8265, for ray-job; by default that"
+        " of RAY_API_SERVER_ADDRESS or RAY_ADDRESS. Its token is RAY_AUTH_TOKEN's or the one in"
+        " ~/.ray/auth_token.",
     )
     python: str = Field(
         "python", min_length=1, description="The interpreter on the cluster's head that has dpnet."
@@ -112,14 +114,22 @@ def _launcher(job: Any, launch: LaunchSettings, work: Work) -> Launcher:
         from dpnet.launch_local import LocalLauncher
 
         return LocalLauncher(job, launch)
-    if launch.address is None:
-        raise ConfigError(
-            "launch.address is missing: the launcher ray-job needs the address of a Ray cluster's"
-            " dashboard, as --address http://head:8265."
-        )
     from dpnet.launch_ray_job import RayJobLauncher
 
-    return RayJobLauncher(job, launch, work)
+    return RayJobLauncher(job, launch.model_copy(update={"address": cluster(launch)}), work)
+
+
+def cluster(launch: LaunchSettings) -> str:
+    """Of the cluster's dashboard. Raises ConfigError where none is given."""
+    # RAY_ADDRESS may also be that of the control service, which takes no jobs.
+    given = [launch.address, *(os.environ.get(name, "") for name in ADDRESSES)]
+    for address in given:
+        if address and (address == launch.address or address.startswith("http")):
+            return address
+    raise ConfigError(
+        "launch.address is missing: the launcher ray-job needs the address of a Ray cluster's"
+        " dashboard, as --address http://head:8265."
+    )
 
 
 @contextmanager
@@ -163,8 +173,3 @@ def _stacks_on_signal(launcher: Launcher) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, before)
-
-
-def ray_address(launch: LaunchSettings) -> str | None:
-    """The address of the cluster's dashboard: the setting, else the environment's."""
-    return launch.address or os.environ.get("RAY_API_SERVER_ADDRESS")

@@ -25,7 +25,7 @@ from data_prep.digest import SHORT, sha256_bytes
 from data_prep.errors import PipelineError
 from data_prep.progress import say
 from data_prep.stage import Work
-from dpnet.launch import LaunchSettings
+from dpnet.launch import ADDRESSES, LaunchSettings
 from dpnet.train import TrainJob
 
 SPEC = "job.json"
@@ -35,7 +35,6 @@ ANSWER_S = 30.0  # for which the cluster is waited for at each
 STOP_S = 25.0  # for which a cancelled job is waited for
 STACKS_S = 30.0  # for which the workers' stacks are waited for
 _NO_PROGRAM = (126, 127)  # of a shell
-_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 
 
 class RayJobLauncher:
@@ -248,7 +247,7 @@ def _client(address: str, token: str) -> Any:
 @contextmanager
 def _no_other_address() -> Iterator[None]:
     """For Ray's client an address in the environment would count more than the one it is given."""
-    kept = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
+    kept = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
     try:
         yield
     finally:

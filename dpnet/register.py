@@ -11,6 +11,7 @@ that is killed between any two of them goes on where it stopped and never makes 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +44,9 @@ class RegisterSettings(BaseModel):
         description="Name in the registry: letters, digits, '_', '.' and '-'.",
     )
     tracking_uri: str | None = Field(
-        None, description="MLflow's server or database; by default ROOT/mlflow.db (SQLite)."
+        None,
+        description="MLflow's server or database; by default that of MLFLOW_TRACKING_URI, else"
+        " ROOT/mlflow.db (SQLite).",
     )
 
 
@@ -77,13 +80,14 @@ def register(
 
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
     """MLflow's address. Raises ConfigError where the root cannot hold the database."""
-    if settings.tracking_uri:
-        return settings.tracking_uri
+    if given := settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
     if isinstance(store, LocalStore):
         return f"sqlite:///{store.folder}/mlflow.db"
     raise ConfigError(
-        f"register.tracking_uri is not set and {store.uri} cannot hold MLflow's database: set it to"
-        " an MLflow server (http://…) or a database (sqlite:////path/mlflow.db)."
+        f"register.tracking_uri is not set and {store.uri} cannot hold MLflow's database: set it,"
+        " or MLFLOW_TRACKING_URI, to an MLflow server (http://…) or a database"
+        " (sqlite:////path/mlflow.db)."
     )
 
 

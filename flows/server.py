@@ -1,9 +1,11 @@
-"""Prefect's server beside one command: started for it, gone with it.
+"""Prefect's server as a process of a command: started for it, gone with it.
 
-Its port is free by construction (the socket is bound here and handed over), its database lies in
-`home`, and its noise goes to `home/server.log`. It is out of reach of a terminal's Ctrl-C, so that
-the last states of a stopped flow still reach it, and it ends when its parent does: its standard
-input is a pipe that only the parent holds, and a `kill -9` closes it too.
+`embedded_server` is the one that a single flow run needs; `dpnet up` starts a whole one, with the
+UI and every service (`flows/supervisor.py`). Its port is free by construction (the socket is bound
+by the parent and handed over), its database lies in `home`, and its noise goes to
+`home/server.log`. It is out of reach of a terminal's Ctrl-C, so that the last states of a stopped
+flow still reach it, and it ends when its parent does: its standard input is a pipe that only the
+parent holds, and a `kill -9` closes it too.
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.errors import PipelineError, storage_error
+from flows.server_log import explain
 
 START_TIMEOUT_S = 120.0
 _LEAST_FREE = 4 << 20  # bytes; a new database takes more than one megabyte, and SQLite a journal
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_ENABLED": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
     "DO_NOT_TRACK": "1",
-    # Only what one flow run needs is started; the rest (scheduler, late runs, …) has no work here.
-    "PREFECT__SERVER_EPHEMERAL": "1",
     "PREFECT__SERVER_FINAL": "1",
 }
+# Only what one flow run needs is started; the rest (scheduler, late runs, …) has no work here.
+EMBEDDED = {"PREFECT_SERVER_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "1"}
 
 
 @contextmanager
@@ -50,15 +52,15 @@ def embedded_server(
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("ab") as lock:
         alone = _lock_alone(lock.fileno())
-        if alone and not (home / "created").exists():
-            _remove_database(home)
+        if alone:
+            remove_half_made(home)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             process = _start(home, env, listener)
         try:
             meanwhile(home, url)
             _wait_until_healthy(url, process, home / "server.log")
-            (home / "created").touch()
+            keep_database(home)
             # Others may start now; while one was creating the database they had to wait.
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield alone
@@ -75,17 +77,28 @@ def _lock_alone(lock: int) -> bool:
     return True
 
 
-def _remove_database(home: Path) -> None:
+def remove_half_made(home: Path) -> None:
     """A server that was killed while it created its database left one that no other can use."""
-    for path in home.glob("prefect.db*"):
-        path.unlink()
+    if not (home / "created").exists():
+        for path in home.glob("prefect.db*"):
+            path.unlink()
+
+
+def keep_database(home: Path) -> None:
+    """From now on the database counts: a server has started with it."""
+    (home / "created").touch()
+
+
+def server_command(listener: socket.socket) -> list[str]:
+    """Of a process that serves on `listener`, which it must inherit, until its input ends."""
+    return [sys.executable, "-m", "flows.server", str(listener.fileno())]
 
 
 def _start(home: Path, env: Mapping[str, str], listener: socket.socket) -> subprocess.Popen[bytes]:
     with (home / "server.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listener.fileno())],
-            env={**env, **SETTINGS, "PREFECT_HOME": str(home)},
+            server_command(listener),
+            env={**env, **SETTINGS, **EMBEDDED, "PREFECT_HOME": str(home)},
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -103,9 +116,15 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
+    raise not_started(log, str(log.parent / "prefect.db"))
+
+
+def not_started(log: Path, database: str) -> PipelineError:
+    """Why a server with that log did not start. `database` is its file or its URL."""
     if shutil.disk_usage(log.parent).free < _LEAST_FREE:
-        raise storage_error(OSError(errno.ENOSPC, ""), str(log.parent))
-    raise PipelineError(f"Prefect's embedded server did not start: see {log} for the reason.")
+        return storage_error(OSError(errno.ENOSPC, ""), str(log.parent))
+    known = explain(log.read_text("utf-8", "replace"), database)
+    return PipelineError(known or f"Prefect's server did not start: see {log} for the reason.")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -124,7 +143,11 @@ def _serve(listener: int) -> None:
     import uvicorn
 
     uvicorn.run(
-        "prefect.server.api.server:create_app", factory=True, fd=listener, log_level="error"
+        "prefect.server.api.server:create_app",
+        factory=True,
+        fd=listener,
+        log_level="error",
+        timeout_graceful_shutdown=3,  # an open page of the UI would hold it for ever
     )
 
 

@@ -247,7 +247,7 @@ def _markdown(text: str, key: str, description: str) -> None:
 
 def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, str]:
     """Where to look on: the report, the MLflow run and the Ray dashboard, as far as there are."""
-    from dpnet.launch import ray_address
+    from dpnet.launch import cluster
     from dpnet.mlflow_runs import run_page
     from dpnet.register import tracking_uri
 
@@ -263,8 +263,8 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
                 found["MLflow run"] = run
         except Exception:  # MLflow is away: no link
             pass
-        if config.launch.launcher == "ray-job" and (address := ray_address(config.launch)):
-            found["Ray dashboard"] = address
+        if config.launch.launcher == "ray-job":
+            found["Ray dashboard"] = cluster(config.launch)
     return found
 
 

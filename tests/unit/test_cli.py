@@ -85,7 +85,7 @@ def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage: dpnet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["up"], ["deploy"]])
+@pytest.mark.parametrize("argv", [["deploy"]])
 def test_what_is_not_built_yet_says_so(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not built yet" in fails(capsys, *argv)
 
