@@ -21,6 +21,7 @@ _MADE = (
     "runs",
     "evaluations",
     "registry",
+    "retrains",
     "mlflow.db",
     "mlflow-artifacts",
     PREFECT_HOME,
