@@ -22,6 +22,7 @@ _MADE = (
     "runs",
     "evaluations",
     "registry",
+    "retrains",
     "mlflow.db",
     "mlflow-artifacts",
     PREFECT_HOME,

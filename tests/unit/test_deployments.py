@@ -88,7 +88,7 @@ def test_a_wrong_setting_is_told_in_a_sentence_before_a_server_is_asked(
 def test_a_file_with_an_unknown_key_is_told(tmp_path: Path) -> None:
     file = tmp_path / "deploy.yaml"
     file.write_text("trainigs: 3")
-    with pytest.raises(ConfigError, match="deploy.yaml: trainigs is no option: .* trainings"):
+    with pytest.raises(ConfigError, match=r"deploy\.yaml: trainigs is no option: .* trainings"):
         load_settings(DeploySettings, file)
 
 

@@ -1,0 +1,196 @@
+"""New photographs to a retrained model: a real Prefect server, real Ray, real MLflow.
+
+A small pipeline makes version 1 and a champion; then photographs arrive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from image_sets import photograph
+
+from data_prep.stage import read_manifest
+from data_prep.storage import LocalStore
+from dpnet.register import find_record
+from dpnet.verify import verify
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+SETS = [
+    "images.tile=32", "images.size=32", "images.max_tiles=8", "masks.size=32", "masks.train=32",
+    "masks.eval_per_bin=2", "train.steps=4", "train.batch_size=4", "train.warmup_steps=1",
+    "train.validate_every=2", "train.validation_pairs=6", "train.checkpoint_every=2",
+    "train.workers=1", "evaluate.pictures=1",
+]  # fmt: skip
+FLOW = """
+import json, sys
+from flows import new_data
+state = getattr(new_data, sys.argv[1])(**json.loads(sys.argv[2]), return_state=True)
+told = {"name": state.name, "message": state.message, "result": state.result(False)}
+print(json.dumps(told, default=str))
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A root with its photographs, and the server that its flows run on."""
+
+    photos: Path
+    root: Path
+    api: str
+    home: Path
+
+    @property
+    def store(self) -> LocalStore:
+        return LocalStore(self.root)
+
+    @property
+    def sets(self) -> list[str]:
+        return [f"images.source={self.photos}", *SETS]
+
+    def start(self, *argv: str) -> subprocess.Popen[str]:
+        clean = ("PREFECT_", "RAY_", "DPNET_")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(clean)}
+        env |= {"PREFECT_API_URL": self.api, "PREFECT_HOME": str(self.home)}
+        return subprocess.Popen(
+            [sys.executable, *argv],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def start_flow(self, name: str, **parameters: Any) -> subprocess.Popen[str]:
+        given = {"config": "demo", "root": str(self.root), "overrides": self.sets, **parameters}
+        return self.start("-c", FLOW, name, json.dumps(given))
+
+    def dpnet(self, *words: str) -> dict[str, Any]:
+        sets = [word for each in self.sets for word in ("--set", each)]
+        at = ["--root", str(self.root), *sets, "--json"]
+        return finish(self.start("-m", "dpnet", *words, "demo", *at))
+
+    def post(self, path: str, body: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.api}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def events(self, name: str, count: int) -> list[dict[str, Any]]:
+        """The events of a name, when there are `count`; the server stores them in batches."""
+        deadline = time.monotonic() + 60
+        while True:
+            page = self.post("/events/filter", {"filter": {"event": {"name": [name]}}})
+            if len(page["events"]) >= count or time.monotonic() > deadline:
+                return list(page["events"])
+            time.sleep(0.5)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A whole Prefect server with its services, which store events."""
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    env |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    url = f"http://127.0.0.1:{port}/api"
+    command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "server.log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, *command], env=env, stdout=log, stderr=log)
+        try:
+            wait_until_healthy(url, server, home / "server.log")
+            yield url, home
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=10):
+                return
+        except OSError:
+            time.sleep(0.3)
+    pytest.fail(f"Prefect's server did not start: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, api: tuple[str, Path]) -> Place:
+    folder = tmp_path_factory.mktemp("new-data")
+    for number in range(5):
+        photograph(folder / "photos" / f"m{number}.png", number, 96, 96)
+    made = Place(folder / "photos", folder / "root", *api)
+    assert made.dpnet("pipeline", "run")["registered"]["version"] == 1
+    return made
+
+
+def test_new_photographs_make_one_retrain_and_the_better_model_stays(place: Place) -> None:
+    """One test, since each part needs what the one before it made."""
+    seen = finish(place.start_flow("watch_raw_data"))
+    assert (seen["name"], seen["result"]["reason"]) == ("Completed", "Nothing is new.")
+    nothing = finish(place.start_flow("retrain"))
+    assert nothing["name"] == "Skipped"
+    assert "version 1, was trained on exactly these images" in nothing["message"]
+
+    for number in range(3):
+        photograph(place.photos / f"new{number}.png", 100 + number, 96, 96)
+    told = place.dpnet("notify")
+    assert (told["announced"], told["new"], told["version"]) == (True, 3, 1)
+    again = finish(place.start_flow("watch_raw_data"))
+    assert again["result"]["reason"] == "It was announced before."
+    (event,) = place.events("dpnet.raw-data.changed", 1)
+    assert event["payload"]["digest"] == told["digest"]
+
+    champion = find_record(place.store)
+    both = [place.start_flow("retrain", event=event["payload"]) for _ in range(2)]
+    done = sorted((finish(process) for process in both), key=lambda state: state["name"])
+    assert [state["name"] for state in done] == ["Completed", "Skipped"]
+    summary = done[0]["result"]
+    assert summary["images"]["version"] == 2
+    assert summary["images"]["added"] == 3
+    assert summary["started_from"] == 1
+
+    folder = summary["folder"]
+    made = json.loads(place.store.read(f"{folder}/retrain.json"))["made"]
+    run = read_manifest(place.store, made["run"])
+    assert run["inputs"]["init"]["folder"] == champion["run"]["folder"]
+    runs = [e.key for e in place.store.list("runs") if e.key.endswith("/manifest.json")]
+    assert len(runs) == 2
+    new, old = (
+        read_manifest(place.store, made[role])["summary"] for role in ("evaluation", "against")
+    )
+    assert new["pairs_digest"] == old["pairs_digest"] != champion["pairs_digest"]
+    assert summary["promoted"] == (round(new["hole_psnr"], 2) > round(old["hole_psnr"], 2))
+    for figure in (new, old):
+        assert f"{figure['hole_psnr']:.2f} dB" in summary["reason"]
+    assert find_record(place.store)["version"] == (2 if summary["promoted"] else 1)
+    promotions = place.events("dpnet.model.promoted", int(summary["promoted"]))
+    assert len(promotions) == int(summary["promoted"])
+    artifact = {"artifacts": {"key": {"any_": ["retrain"]}}}
+    assert summary["reason"] in place.post("/artifacts/filter", artifact)[0]["data"]
+
+    third = finish(place.start_flow("retrain"))
+    assert third["name"] == "Skipped"
+    assert third["result"]["folder"] == folder
+    assert len([e for e in place.store.list("runs") if e.key.endswith("/manifest.json")]) == 2
+    assert verify(place.store).problems == []
