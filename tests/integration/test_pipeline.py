@@ -15,6 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.storage import LocalStore
+from dpnet.config import load_config
+from dpnet.cost import CostSettings, estimated, measured
+from dpnet.exporter import Reader
+from dpnet.mlflow_runs import read_log
+
 pytestmark = pytest.mark.integration
 
 STAGES = ["images", "masks", "train", "evaluate", "register"]
@@ -124,6 +130,35 @@ def test_prefect_records_each_stage_as_a_task_and_shows_the_summary(pipeline: Pi
     assert tasks == sorted(stages * 2)
     (artifact, *_) = pipeline.rows("select data from artifact where key = 'dpnet-pipeline'")
     assert "hole PSNR" in json.loads(artifact)
+
+
+def test_what_training_has_cost_is_known_and_so_is_what_more_of_it_would(
+    pipeline: Pipeline,
+) -> None:
+    store, train = LocalStore(pipeline.root), pipeline.first.result["stages"][2]
+    log = read_log(store, train["folder"])
+    assert {record["workers"] for record in log if record["kind"] == "train"} == {2}
+    cost = measured(store, train["folder"], CostSettings())
+    assert cost.cpu_hours == pytest.approx(train["summary"]["cpu_hours"], abs=1e-6)
+    assert cost.cpu_hours > 0
+    longer = estimated(load_config(pipeline.config, ["train.steps=400"]), store)
+    assert longer is not None
+    assert longer.cpu_hours == pytest.approx(100 * cost.cpu_hours)
+
+
+def test_prometheus_is_told_of_the_training_the_dataset_and_the_champion(
+    pipeline: Pipeline,
+) -> None:
+    told = {
+        (each.name, each.labels): each.value for each in Reader(LocalStore(pipeline.root)).read(0)
+    }
+    run = (pipeline.first.result["stages"][2]["folder"].removeprefix("runs/"),)
+    assert told["dpnet_train_step", run] == told["dpnet_train_steps", run] == 4
+    assert told["dpnet_train_claimed", run] == 0
+    assert told["dpnet_train_images_per_second", run] > 0
+    assert told["dpnet_validation_hole_psnr", run] > 0
+    assert told["dpnet_dataset_failed", ("handful",)] == 1
+    assert told["dpnet_champion_version", ("dpnet",)] == 1
 
 
 def test_the_chain_verifies_from_the_registered_model(pipeline: Pipeline) -> None:
