@@ -320,7 +320,8 @@ def up(args: Namespace) -> Outcome:
 
 
 def _up_text(running: dict[str, Any]) -> str:
-    rows = {"Prefect": "ui_url", "MLflow": "mlflow_url", "Ray": "ray_url", "root": "root"}
+    rows = {"Prefect": "ui_url", "MLflow": "mlflow_url", "Ray": "ray_url"}
+    rows |= {"metrics": "metrics_url", "root": "root"}
     lines = [f"{name:<9}{running[key]}" for name, key in rows.items() if running[key]]
     export = f"export PREFECT_API_URL={running['api_url']}"
     return "\n".join([*lines, "", "In other shells:", f"  {export}"])

@@ -1,4 +1,5 @@
-"""Metrics for Prometheus of what lies under a root: trainings, datasets, champions.
+"""What lies under a root over HTTP: metrics for Prometheus (trainings, datasets, champions) and the
+reports of evaluations.
 
     python -m dpnet.exporter ROOT --port 9808
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import sys
 import threading
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -33,6 +35,8 @@ EVERY_S = 10.0  # between two looks at the store
 WAIT_S = 5.0  # for which a scrape waits for one; Prometheus gives up after 10 seconds
 STALE_S = 60.0  # after which what was seen last is not told any more
 FRESH_S = 3600.0  # for which a training that has ended is still told of
+_REPORT = re.compile(r"/(evaluations/[0-9a-f]{12}/report\.html)")
+_NOTHING_ELSE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # of a report
 
 # Name, what it is, and its labels. All are gauges.
 METRICS = {
@@ -216,12 +220,33 @@ def serve(store: Store, port: int = 0, host: str = HOST) -> tuple[WSGIServer, in
     registry.register(RootCollector(store))
     try:
         server, _ = start_http_server(port, host, registry)
+        server.set_app(_with_reports(store, make_wsgi_app(registry)))
     except (OSError, OverflowError) as error:
         raise PipelineError(
             f"the exporter cannot listen on {host}:{port} ({error}): choose another --port, or 0"
             " for a free one."
         ) from None
     return server, server.server_port
+
+
+def _with_reports(store: Store, metrics: Any) -> Any:
+    """The application that shows an evaluation's report and leaves all else to `metrics`."""
+
+    def answer(environ: dict[str, Any], start: Any) -> Any:
+        page = _REPORT.fullmatch(environ.get("PATH_INFO", ""))
+        if page is None:
+            return metrics(environ, start)
+        status, body, kind = "200 OK", b"", "text/html; charset=utf-8"
+        try:
+            body = store.read(page[1])
+        except FileNotFoundError:
+            status, body, kind = "404 Not Found", b"There is no such report.", "text/plain"
+        except (OSError, StorageError):
+            status, body, kind = "503 Service Unavailable", b"Storage is away.", "text/plain"
+        start(status, [("Content-Type", kind), ("Content-Security-Policy", _NOTHING_ELSE)])
+        return [body]
+
+    return answer
 
 
 def main(arguments: list[str] | None = None) -> int:

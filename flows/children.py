@@ -156,7 +156,22 @@ def ray_head(place: Place, port: int, agent_port: int, scratch: Path) -> Child:
     )
 
 
-def worker(place: Place, api_url: str, mlflow_url: str, ray_url: str | None) -> Child:
+def exporter(place: Place, port: int) -> Child:
+    """Metrics and reports of the root."""
+    command = [sys.executable, "-m", "dpnet.exporter", place.root, "--port", str(port)]
+    return Child(
+        "the exporter",
+        place.home / "exporter.log",
+        command,
+        place.base("MLFLOW_"),
+        lambda: answers(f"{address(port)}/metrics"),
+        4.0,
+    )
+
+
+def worker(
+    place: Place, api_url: str, mlflow_url: str, reports_url: str, ray_url: str | None
+) -> Child:
     """A process worker on the pool `dpnet`, which it makes if there is none."""
     env = place.base("MLFLOW_TRACKING_URI", *(["RAY_ADDRESS"] if ray_url else [])) | {
         "PREFECT_HOME": str(place.home),
@@ -166,6 +181,7 @@ def worker(place: Place, api_url: str, mlflow_url: str, ray_url: str | None) -> 
         "DO_NOT_TRACK": "1",
         "DPNET_ROOT": place.root,
         "MLFLOW_TRACKING_URI": mlflow_url,
+        "DPNET_REPORTS_URL": reports_url,
         **({PASSWORD: place.password} if place.password else {}),
         **({"RAY_API_SERVER_ADDRESS": ray_url} if ray_url else {}),
     }

@@ -45,6 +45,7 @@ class Running:
     api_url: str
     ui_url: str
     mlflow_url: str
+    metrics_url: str
     ray_url: str | None
 
     def to_json(self) -> dict[str, Any]:

@@ -85,11 +85,6 @@ def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage: dpnet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["deploy"]])
-def test_what_is_not_built_yet_says_so(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is not built yet" in fails(capsys, *argv)
-
-
 def test_model_describe_prints_layers_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = answer(capsys, "model", "describe", "--preset", "base")
     assert (status, found["ok"], found["preset"], found["size"]) == (0, True, "base", 256)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -237,3 +238,23 @@ def test_the_command_prints_its_address_and_ends_on_sigterm(store):
 def test_a_root_that_is_none_is_told_by_the_command(capsys):
     assert exporter.main(["ftp://here"]) == 1
     assert "unknown scheme" in capsys.readouterr().err
+
+
+def test_reports_are_shown_and_nothing_else_of_the_root(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("evaluations/0123456789ab/report.html", b"<p>a report</p>")
+    store.write("evaluations/0123456789ab/report.json", b"{}")
+    server, port = serve(store)
+    try:
+        at = f"http://127.0.0.1:{port}/evaluations"
+        with urllib.request.urlopen(f"{at}/0123456789ab/report.html") as answer:
+            assert answer.read() == b"<p>a report</p>"
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{at}/aaaaaaaaaaaa/report.html")
+        for other in ("0123456789ab/report.json", "../evaluations/0123456789ab/report.html"):
+            with urllib.request.urlopen(f"{at}/{other}") as answer:
+                assert b"dpnet_up" in answer.read()
+    finally:
+        server.shutdown()
+        server.server_close()
