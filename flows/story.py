@@ -114,8 +114,8 @@ class Story:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._event_at = 0.0
-        # The thread needs the settings of the flow run's context to find the server.
         self._log = get_run_logger().info
+        # The thread needs the settings of the flow run's context to find the server.
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._work,), daemon=True
         )

@@ -155,7 +155,7 @@ def test_with_another_number_of_workers_the_next_steps_are_the_same_but_for_roun
     file.write_text(file.read_text().replace("workers: 2", "workers: 4"))
     resumed = trained(file, broken, env)
     start = resumed["summary"]["resumed_from"]
-    assert 0 < start <= 8
+    assert 0 < start < STEPS  # it may have saved once more before it was dead
     mine, its = losses(broken, resumed["folder"]), losses(whole, undisturbed["folder"])
     assert mine.keys() == its.keys()
     for step in [step for step in its if start < step <= start + 10]:
