@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from data_prep.errors import PipelineError
 from data_prep.progress import say
 from dpnet.launch import LaunchSettings
 from dpnet.train import TrainJob
+
+REMOVE_S = 5.0  # for which Ray's scratch folder is tried to be removed
 
 
 class LocalLauncher:
@@ -65,8 +68,16 @@ class LocalLauncher:
     def cancel(self) -> None:
         if self._training is not None:
             self._training.stop()
-            shutil.rmtree(self._training.scratch, ignore_errors=True)
+            _remove(self._training.scratch)
 
     def print_stacks(self) -> None:
         if self._training is not None:
             self._training.print_stacks()
+
+
+def _remove(folder: Path) -> None:
+    """Ray, stopped in the middle of its start, may still be putting something there."""
+    deadline = time.monotonic() + REMOVE_S
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)

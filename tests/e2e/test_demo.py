@@ -173,7 +173,7 @@ def test_ctrl_c_ends_it_with_one_sentence_and_no_process_is_left(tmp_path: Path)
                 break
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         rest = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 130, rest
     assert rest.splitlines()[-1] == "dpnet: stopped; the same command resumes."
     assert "Traceback" not in rest
     deadline = time.monotonic() + 10
