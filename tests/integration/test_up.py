@@ -59,6 +59,17 @@ source.deploy(name="test", work_pool_name="dpnet", print_next_steps=False)
 run_deployment("sleeper/test", parameters={"told": sys.argv[2]}, timeout=0)
 """
 
+REGISTER = """
+import sys
+from pathlib import Path
+import small_root
+from dpnet.register import RegisterSettings, register
+
+store = small_root.new_store(Path(sys.argv[1]))
+run, evaluation = small_root.run_and_evaluation(store, 20.0)
+print(register(RegisterSettings(model="through-up"), run, evaluation, store).summary["alias"])
+"""
+
 
 def environment(**more: str) -> dict[str, str]:
     own = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "RAY_"))}
@@ -214,6 +225,22 @@ def test_mlflow_refuses_what_another_site_sends(up: Up) -> None:
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(search, body={"max_results": 5}, Origin="http://evil.example")
     assert caught.value.code == 403
+
+
+def test_a_model_of_a_local_root_is_registered_through_the_server(up: Up, tmp_path: Path) -> None:
+    unit = str(Path(__file__).parents[1] / "unit")
+    path = os.pathsep.join([unit, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", REGISTER, str(tmp_path)],
+        env=environment(MLFLOW_TRACKING_URI=up.told.mlflow_url, PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "champion\n"), done.stderr
+    search = f"{up.told.mlflow_url}/api/2.0/mlflow/registered-models/search"
+    (model,) = ask(search)["registered_models"]
+    assert model["name"] == "through-up"
+    assert model["aliases"] == [{"alias": "champion", "version": "1"}]
 
 
 def test_a_second_one_tells_the_same_addresses_and_ends(up: Up) -> None:
