@@ -1,6 +1,5 @@
 import json
 import shutil
-import socket
 import sqlite3
 from types import SimpleNamespace
 
@@ -239,14 +238,12 @@ def test_mlflows_own_setting_counts_where_none_is_set(store, monkeypatch):
     assert tracking_uri(RegisterSettings(), store) == f"sqlite:///{store.folder}/mlflow.db"
 
 
-def test_a_server_is_told_the_machine_that_a_local_model_lies_on(store):
-    # Without one MLflow's server takes it for a path of its own, and refuses it.
+def test_a_server_is_told_of_a_local_model_in_a_way_that_it_takes(store):
+    # A plain path it takes for one of its own, and refuses it.
     clients = {uri: SimpleNamespace(tracking_uri=uri) for uri in ("sqlite:///x", "http://x")}
     sources = {u: mlflow_registry._source(c, store, "runs/r") for u, c in clients.items()}
     assert sources["sqlite:///x"] == f"file://{store.folder}/runs/r/model"
-    machine, _, path = sources["http://x"].removeprefix("file://").partition("/")
-    assert machine.endswith(socket.gethostname())
-    assert f"/{path}" == f"{store.folder}/runs/r/model"
+    assert sources["http://x"] == f"dpnet-file://{store.folder.resolve()}/runs/r/model"
 
 
 def test_a_database_that_cannot_be_opened_is_told_without_its_password(store):
