@@ -81,14 +81,15 @@ class Supervisor:
         while True:
             self.wait()
             for kept in self.kept:
-                self._look_after(kept, time.monotonic())
+                self.look_after(kept, time.monotonic())
             processes.reap(each.process.pid for each in self.kept)
 
     def wait(self) -> None:
         if select.select([sys.stdin], [], [], POLL_S)[0] and not os.read(0, 1024):
             raise Stopped
 
-    def _look_after(self, kept: Kept, now: float) -> None:
+    def look_after(self, kept: Kept, now: float) -> None:
+        """Start it again at its time if it is dead. Raises PipelineError where it is no use."""
         if kept.again_at is not None:
             if now >= kept.again_at:
                 kept.process, kept.born, kept.again_at = _spawn(kept.child, "ab"), now, None

@@ -20,6 +20,7 @@ from dpnet.demo import MARKER, claim_root, clear_root
 from flows import children, processes
 from flows.children import Child, Place
 from flows.server_log import explain, public_database
+from flows.supervisor import DEATHS, STEADY_S, Kept, Supervisor
 from flows.up import Running, bind, free_port, home_of, running
 
 DATABASE = "postgresql+asyncpg://me:hunter2@db:5432/prefect?password=hunter2"
@@ -220,6 +221,32 @@ def test_a_demo_is_not_cleared_while_up_is_at_work_and_keeps_its_home(tmp_path: 
             clear_root(store)
     clear_root(store)
     assert (tmp_path / "up" / "up.json").exists()
+
+
+def kept(place: Place) -> Kept:
+    """A child that dies at once, at its first life."""
+    log = place.home / "mayfly.log"
+    child = Child("the mayfly", log, ["false"], dict(os.environ), lambda: True, 1.0)
+    return Kept(child, subprocess.Popen(["false"]), born=0.0)
+
+
+def test_what_dies_again_and_again_is_given_up_with_the_name_of_its_log(place: Place) -> None:
+    mayfly, now = kept(place), 0.0
+    with pytest.raises(PipelineError, match=rf"died {DEATHS} times in a row: {place.home}/mayfly"):
+        while now < 100.0:
+            mayfly.process.wait()
+            now += 1.0
+            Supervisor(place).look_after(mayfly, now)
+    assert mayfly.deaths == DEATHS
+
+
+def test_what_dies_after_a_steady_life_begins_anew(place: Place) -> None:
+    mayfly = kept(place)
+    mayfly.deaths = DEATHS - 1
+    mayfly.process.wait()
+    Supervisor(place).look_after(mayfly, STEADY_S + 1)
+    assert mayfly.deaths == 1
+    assert mayfly.again_at == STEADY_S + 1  # at once
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
