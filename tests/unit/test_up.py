@@ -231,12 +231,15 @@ def kept(place: Place) -> Kept:
 
 
 def test_what_dies_again_and_again_is_given_up_with_the_name_of_its_log(place: Place) -> None:
-    mayfly, now = kept(place), 0.0
-    with pytest.raises(PipelineError, match=rf"died {DEATHS} times in a row: {place.home}/mayfly"):
-        while now < 100.0:
+    mayfly = kept(place)
+
+    def live_on() -> None:
+        for now in range(1, 100):
             mayfly.process.wait()
-            now += 1.0
-            Supervisor(place).look_after(mayfly, now)
+            Supervisor(place).look_after(mayfly, float(now))
+
+    with pytest.raises(PipelineError, match=rf"died {DEATHS} times in a row: {place.home}/mayfly"):
+        live_on()
     assert mayfly.deaths == DEATHS
 
 
