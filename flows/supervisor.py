@@ -81,14 +81,15 @@ class Supervisor:
         while True:
             self.wait()
             for kept in self.kept:
-                self._look_after(kept, time.monotonic())
+                self.look_after(kept, time.monotonic())
             processes.reap(each.process.pid for each in self.kept)
 
     def wait(self) -> None:
         if select.select([sys.stdin], [], [], POLL_S)[0] and not os.read(0, 1024):
             raise Stopped
 
-    def _look_after(self, kept: Kept, now: float) -> None:
+    def look_after(self, kept: Kept, now: float) -> None:
+        """Start it again at its time if it is dead. Raises PipelineError where it is no use."""
         if kept.again_at is not None:
             if now >= kept.again_at:
                 kept.process, kept.born, kept.again_at = _spawn(kept.child, "ab"), now, None
@@ -116,7 +117,7 @@ class Supervisor:
         # Flow runs of a worker that died have no other who would stop them.
         processes.send(processes.reap(own), signal.SIGTERM)
         for kept in reversed(self.kept):
-            processes.stop(kept.process, kept.child.stop_s)
+            processes.stop(kept.process, kept.child.stop_s, with_children=kept.child.ends_children)
         processes.kill_descendants()
 
 
@@ -146,7 +147,7 @@ def supervise(plan: Plan) -> None:
         stack.callback(supervisor.stop)
         stack.callback((home / STATE).unlink, missing_ok=True)
         api_url = f"{children.address(listener.getsockname()[1])}/api"
-        if children.DATABASE not in os.environ:
+        if not os.environ.get(children.DATABASE):
             remove_half_made(home)
         supervisor.start(children.server(place, listener))
         mlflow_port = free_port(5000)

@@ -1,6 +1,7 @@
 import json
 import shutil
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 import small_root
@@ -9,7 +10,15 @@ from data_prep.errors import ConfigError, PipelineError
 from data_prep.storage import LocalStore, open_store
 from dpnet import mlflow_registry
 from dpnet import register as register_module
-from dpnet.register import CHALLENGER, CHAMPION, RegisterSettings, find_record, judge, register
+from dpnet.register import (
+    CHALLENGER,
+    CHAMPION,
+    RegisterSettings,
+    find_record,
+    judge,
+    register,
+    tracking_uri,
+)
 from dpnet.verify import verify
 
 
@@ -243,6 +252,24 @@ def test_a_root_on_s3_needs_a_tracking_uri(store):
     run, evaluation = small_root.run_and_evaluation(store, 20.0)
     with pytest.raises(ConfigError, match=r"register\.tracking_uri is not set"):
         register(RegisterSettings(), run, evaluation, open_store("s3://bucket/root"))
+
+
+def test_mlflows_own_setting_counts_where_none_is_set(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri(RegisterSettings(), store) == "http://mlflow:5000"
+    assert tracking_uri(RegisterSettings(), open_store("s3://bucket/root")) == "http://mlflow:5000"
+    set_ = RegisterSettings(tracking_uri="sqlite:////own.db")
+    assert tracking_uri(set_, store) == "sqlite:////own.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking_uri(RegisterSettings(), store) == f"sqlite:///{store.folder}/mlflow.db"
+
+
+def test_a_server_is_told_of_a_local_model_in_a_way_that_it_takes(store):
+    # A plain path it takes for one of its own, and refuses it.
+    clients = {uri: SimpleNamespace(tracking_uri=uri) for uri in ("sqlite:///x", "http://x")}
+    sources = {u: mlflow_registry._source(c, store, "runs/r") for u, c in clients.items()}
+    assert sources["sqlite:///x"] == f"file://{store.folder}/runs/r/model"
+    assert sources["http://x"] == f"dpnet-file://{store.folder.resolve()}/runs/r/model"
 
 
 def test_a_database_that_cannot_be_opened_is_told_without_its_password(store):
