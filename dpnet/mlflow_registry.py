@@ -10,6 +10,7 @@ import calendar
 import logging
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -111,7 +112,7 @@ def restore_versions(
     lost = sorted(set(records) - set(there))
     for number in lost:
         record = records[number]
-        source = _source(store, record["run"]["folder"])
+        source = _source(client.tracking_uri, store, record["run"]["folder"])
         made = client.create_model_version(model, source=source, tags=_tags(record))
         if int(made.version) != number:
             client.delete_model_version(model, made.version)
@@ -146,7 +147,7 @@ def ensure_version(
         if version.tags.get("request_digest") == digest:
             return int(version.version)
     run_id = _log_run(client, store, training, evaluation)
-    source = _source(store, training["folder"])
+    source = _source(client.tracking_uri, store, training["folder"])
     made = client.create_model_version(model, source=source, run_id=run_id, tags=_tags(record))
     return int(made.version)
 
@@ -159,7 +160,11 @@ def _versions(client: Any, model: str) -> Iterator[Any]:
         token = page.token or ""
 
 
-def _source(store: Store, folder: str) -> str:
+def _source(uri: str, store: Store, folder: str) -> str:
+    """Where the model lies, as the MLflow at `uri` takes it: a server takes no path of a machine,
+    which may not be its own, so it is told the machine as well."""
+    if uri.startswith("http") and isinstance(store, LocalStore):
+        return f"dpnet://{socket.gethostname()}{store.folder.resolve().as_posix()}/{folder}/model"
     return f"{store.uri}/{folder}/model"
 
 
