@@ -164,7 +164,7 @@ def start(page: Page, up: Up, steps: int) -> str:
     field(page, "steps").fill(str(steps))
     shoot(page, "form")
     page.get_by_role("button", name="Submit").click()
-    page.get_by_role("button", name="View run").click()
+    page.get_by_role("button", name="View run").first.click()
     page.wait_for_url("**/flow-run/*")
     return page.url.partition("?")[0]
 
