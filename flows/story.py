@@ -70,16 +70,16 @@ def tell_errors_in_a_sentence() -> None:
         get_logger(name).addFilter(_in_a_sentence)
 
 
-_told: list[BaseException] = []
+_said: list[BaseException] = []
 
 
 def _in_a_sentence(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, PipelineError):
         return True
-    if error in _told:
+    if error in _said:
         return False
-    _told.append(error)
+    _said.append(error)
     record.exc_info, record.msg, record.args = None, "%s", (str(error),)
     return True
 
