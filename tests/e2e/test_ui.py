@@ -178,7 +178,8 @@ def tab(page: Page, name: str) -> None:
 
 def expect_state(page: Page, state: str) -> None:
     badge = page.locator(".state-badge").first
-    expect(badge).to_have_text(state, timeout=LONG)
+    expect(badge).to_have_text(re.compile(f"{state}|Failed|Crashed|Completed"), timeout=LONG)
+    expect(badge).to_have_text(state)
 
 
 @pytest.fixture(scope="module")
