@@ -127,7 +127,7 @@ def page() -> Iterator[Page]:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
         )
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport={"width": 1400, "height": 1200})
         page.set_default_timeout(60 * SECOND)
         expect.set_options(timeout=60 * SECOND)
         yield page
