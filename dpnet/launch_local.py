@@ -46,16 +46,23 @@ class LocalLauncher:
         workers, gpus = self.job.settings.workers, self.job.settings.gpus
         logging.getLogger("ray").setLevel(logging.ERROR)
         handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-        ray.init(
-            address="local",
-            num_cpus=workers + 1,
-            num_gpus=workers if gpus else 0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=128 << 20,  # nothing large passes through it
-            _temp_dir=str(scratch),
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=workers + 1,
+                num_gpus=workers if gpus else 0,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=128 << 20,  # nothing large passes through it
+                _temp_dir=str(scratch),
+            )
+        except Exception as error:  # Ray raises plain ones, as where the machine is too busy
+            what = str(error).split(". ")[0].rstrip(".")
+            raise PipelineError(
+                f"Ray did not start on this machine ({what}): give it less other work or more"
+                " memory, then run the same again."
+            ) from error
         if threading.current_thread() is threading.main_thread():
             for each, handler in handlers.items():  # Ray's own of SIGTERM aborts the process
                 signal.signal(each, handler)

@@ -102,11 +102,11 @@ def as_markdown(
     if registered := by_stage.get("register"):
         s = registered.summary
         lines += ["", f"{s['model']} version {s['version']}, {s['alias']}: {s['reason']}"]
+    if links:
+        lines += ["", *(f"* {what}: {_link(where)}" for what, where in links.items())]
     if evaluation := by_stage.get("evaluate"):
         report = json.loads(store.read(f"{evaluation.folder}/report.json"))
         lines += ["", *_figures_tables(report["figures"])]
-    if links:
-        lines += ["", *(f"* {what}: {_link(where)}" for what, where in links.items())]
     return "\n".join(lines)
 
 

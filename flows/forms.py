@@ -32,12 +32,11 @@ def _plain(schema: dict[str, Any]) -> None:
         field["title"] = name
 
 
-_TRAIN = (
+_TRAIN = (  # no boolean: the UI's form sends false for one that nobody has touched
     "steps",
     "batch_size",
     "workers",
     "min_workers",
-    "gpus",
     "init_from",
     "checkpoint_every",
     "validate_every",

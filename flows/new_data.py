@@ -34,7 +34,13 @@ from dpnet.retrain import NothingToDo
 from dpnet.retrain import retrain as retrain_stage
 from dpnet.summary import place
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
-from flows.story import Story, as_task, is_left_running, run_name
+from flows.story import (
+    Story,
+    as_task,
+    is_left_running,
+    run_name,
+    tell_errors_in_a_sentence,
+)
 
 CHANGED, PROMOTED = "dpnet.raw-data.changed", "dpnet.model.promoted"
 Outcome = dict[str, Any]
@@ -63,6 +69,7 @@ def watch_raw_data(
         again: Also tell of what was told of before.
         overrides: Any other options to change, each like images.quality=90.
     """
+    tell_errors_in_a_sentence()
     resolved = load_config(config, [*overrides_of(images=images), *overrides])
     check_config(resolved)
     store = open_store(resolve_root(root, resolved))
@@ -97,6 +104,7 @@ def retrain(
         overrides: Any other options to change, each like train.learning_rate=2e-4.
         event: The payload of dpnet.raw-data.changed that started it, if one did.
     """
+    tell_errors_in_a_sentence()
     given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
     resolved = load_config(config, [*given, *overrides])
     check_config(resolved)

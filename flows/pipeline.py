@@ -20,7 +20,13 @@ from dpnet.config import load_config, resolve_root
 from dpnet.launch import leaves_job
 from dpnet.summary import summarize
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
-from flows.story import Story, as_task, is_left_running, run_name
+from flows.story import (
+    Story,
+    as_task,
+    is_left_running,
+    run_name,
+    tell_errors_in_a_sentence,
+)
 
 _FLOW: Any = {"flow_run_name": run_name, "persist_result": False}
 
@@ -166,6 +172,7 @@ def run_stages(
     wanted: StageName, config: str, root: str, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """Run the chain up to `wanted` and tell it on the run's page; its summary."""
+    tell_errors_in_a_sentence()
     start = time.monotonic()
     resolved = load_config(config, overrides)
     check_config(resolved)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextvars
 import io
+import logging
 import os
 import threading
 import time
@@ -27,15 +28,16 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
-from prefect.logging import get_run_logger
+from prefect.logging import get_logger, get_run_logger
 from prefect.states import Completed
 
 from data_prep import progress
+from data_prep.errors import PipelineError
 from data_prep.progress import Moment, say
 from data_prep.stage import StageRef
 from data_prep.storage import Store
 from dpnet.config import Config
-from dpnet.summary import as_markdown, holds
+from dpnet.summary import as_markdown, holds, place
 from flows.deployments import PROGRESS, TAG
 
 BEAT_S = 2.0  # between two looks at what there is to send
@@ -59,6 +61,27 @@ def run_name() -> str:
         given.append(f"in {parameters['root']}")
     name = ", ".join(given)
     return name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+
+
+def tell_errors_in_a_sentence() -> None:
+    """In this process, a flow run's: of our errors, which say what to do, the run's log has the
+    words, once. Prefect alone would log each three times with its traceback."""
+    for name in ("task_runs", "flow_runs"):
+        get_logger(name).addFilter(_in_a_sentence)
+
+
+_said: list[BaseException] = []
+
+
+def _in_a_sentence(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, PipelineError):
+        return True
+    if error in _said:
+        return False
+    _said.append(error)
+    record.exc_info, record.msg, record.args = None, "%s", (str(error),)
+    return True
 
 
 def as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
@@ -142,7 +165,7 @@ class Story:
         from dpnet.cost import cost_text, estimated
 
         cost = estimated(self.config, self.store)
-        lines = [f"**{self.config.name}** in `{self.store.uri}`", ""]
+        lines = [f"**{self.config.name}** in `{place(self.store)}`", ""]
         if cost is None:
             lines.append("Cost of training: not known before a first run of such a model here.")
         else:
@@ -160,7 +183,7 @@ class Story:
                 links(self.config, self.store, refs),
             ),
             "summary",
-            f"Run of {self.config.name} in {self.store.uri}",
+            f"Run of {self.config.name} in {place(self.store)}",
         )
         strips = list(pictures(self.store, refs))
         if strips:

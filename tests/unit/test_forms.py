@@ -36,9 +36,15 @@ def test_fields_are_in_order_plain_and_may_be_left_empty(section: str) -> None:
     assert "required" not in schema
 
 
+@pytest.mark.parametrize("section", SECTIONS)
+def test_no_field_is_a_checkbox_which_would_say_no_where_it_was_left_alone(section: str) -> None:
+    fields = SECTIONS[section].model_json_schema()["properties"].values()
+    assert "boolean" not in [field["type"] for field in fields]
+
+
 def test_what_is_filled_in_changes_the_config_and_what_is_left_empty_does_not() -> None:
     images = SECTIONS["images"](source="/data/a b: c", size=128)
-    train = SECTIONS["train"](steps=7, gpus=False)
+    train = SECTIONS["train"](steps=7)
     given = overrides_of(images=images, train=train, evaluate=SECTIONS["evaluate"]())
     config = load_config("demo", [*given, "masks.size=128"])
     before = load_config("demo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -203,3 +204,20 @@ def test_of_several_workers_errors_the_one_that_a_user_can_act_on_is_told() -> N
     assert "RuntimeError: Connection closed by peer" in str(told)
     full = explained(WorkerError(OSError("[Errno 28] No space left on device")), "root")
     assert str(full).startswith("cannot use root: the disk is full")
+
+
+def test_a_ray_that_does_not_start_is_told_of_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    from dpnet.launch_local import LocalLauncher
+
+    def too_busy(**options: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because.")
+
+    monkeypatch.setattr(ray, "init", too_busy)
+    settings = SimpleNamespace(workers=1, gpus=False)
+    job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
+    with pytest.raises(PipelineError, match=r"did not start .*timed out during startup\): give it"):
+        LocalLauncher(job, LaunchSettings()).start()

@@ -1,5 +1,6 @@
 import json
 import shutil
+import socket
 import sqlite3
 from types import SimpleNamespace
 
@@ -218,6 +219,15 @@ def test_what_was_trained_and_measured_is_in_mlflow(store):
     assert version.source == f"{store.uri}/{record['run']['folder']}/model"
     assert version.tags["evaluation_digest"] == record["evaluation"]["content_digest"]
     assert version.tags["request_digest"] == ref.request_digest
+
+
+def test_a_server_is_told_of_which_machine_a_folder_is_as_it_takes_no_plain_path(store):
+    from mlflow.utils.uri import is_local_uri
+
+    source = mlflow_registry._source("http://mlflow:5000", store, "runs/a-1")
+    assert not is_local_uri(source)
+    assert source.startswith(f"dpnet://{socket.gethostname()}/")
+    assert source.endswith(f"{store.folder}/runs/a-1/model")
 
 
 def test_the_record_has_no_time_and_no_path_of_this_machine(store):

@@ -1,0 +1,305 @@
+"""The Prefect UI in a real browser: a run is started, watched, broken, mended and taken up again.
+
+With DPNET_SCREENSHOTS=DIR the demo is run instead of the smallest config, and the pictures of
+docs/ui.md are written to that folder.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from playwright.sync_api import Locator, Page, expect  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not os.path.exists(CHROMIUM), reason="no chromium: install Debian's package of that name"
+    ),
+]
+
+SHOTS = os.environ.get("DPNET_SCREENSHOTS")
+STEPS, MORE_STEPS = (40, 60) if SHOTS else (8, 12)
+SECOND = 1000.0  # in Playwright's milliseconds
+LONG = 300 * SECOND  # for what a busy machine trains
+CONFIG = """
+name: tiny
+images: {{source: {photos}, name: tiny, size: 32, val: 0.2, test: 0.3, workers: 1}}
+masks: {{name: tiny, size: 32, recipes: {{box-random: 1.0}}, train: 30, eval_per_bin: 2,
+  workers: 1}}
+model: {{preset: tiny}}
+losses: {{adversarial: 0.01}}
+train: {{steps: 20, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 2, adversarial_from: 4,
+  checkpoint_every: 4, validate_every: 4, ema_decay: 0.9, workers: 1}}
+evaluate: {{max_pairs: 12}}
+"""
+STAGES = ["prepare images", "prepare masks", "train", "evaluate", "register"]
+
+
+@dataclass
+class Up:
+    """A `dpnet up` with everything deployed."""
+
+    root: Path
+    addresses: dict[str, Any]
+
+    def ask(self, path: str, about: dict[str, Any]) -> Any:
+        """Prefect's API."""
+        url = f"{self.addresses['api_url']}/{path}"
+        body = json.dumps(about).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def stages(self, run_url: str, attempt: int) -> dict[str, str]:
+        """How the stages of one attempt of a flow run ended, by the API."""
+        about = {"flow_runs": {"id": {"any_": [run_url.rpartition("/")[2]]}}}
+        found = {}
+        for task in self.ask("task_runs/filter", about):
+            if task["flow_run_run_count"] == attempt:
+                found[task["name"].rpartition("-")[0]] = task["state"]["name"]
+        return {stage: found[stage] for stage in STAGES if stage in found}
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("ui")
+    root = Path("/tmp/dpnet") if SHOTS else folder / "root"  # a short name for pictures
+    hidden = ("PREFECT_", "RAY_", "DPNET_", "AWS_", "MLFLOW_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    dpnet = [sys.executable, "-m", "dpnet"]
+    with (folder / "up.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*dpnet, "up", "--root", str(root), "--json"],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, (folder / "up.log").read_text()
+        file = folder / "deploy.yaml"
+        file.write_text(f"config: {'demo' if SHOTS else config(folder)}\n")
+        subprocess.run([*dpnet, "deploy", str(file), "--root", str(root)], env=env, check=True)
+        yield Up(root, json.loads(line))
+    finally:
+        
+        process.wait(60)
+        process.stdout.close()
+
+
+def config(folder: Path) -> Path:
+    photos = folder / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((40, 40)).save(photos / f"{number}.png")
+    file = folder / "tiny.yaml"
+    file.write_text(CONFIG.format(photos=photos))
+    return file
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
+        )
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(60 * SECOND)
+        expect.set_options(timeout=60 * SECOND)
+        yield page
+        browser.close()
+
+
+def shoot(page: Page, name: str) -> None:
+    """Keep a screenshot for the documentation, where that is asked for."""
+    if SHOTS:
+        expect(page.locator(".p-toast")).to_have_count(0)
+        with Image.open(io.BytesIO(page.screenshot())) as picture:
+            palette = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        Path(SHOTS).mkdir(parents=True, exist_ok=True)
+        palette.save(Path(SHOTS, f"{name}.png"), optimize=True)
+
+
+def open_form(page: Page, up: Up) -> None:
+    page.goto(f"{up.addresses['ui_url']}/deployments")
+    deployment = page.locator("a[href*='/deployments/deployment/']", has_text="dpnet-pipeline")
+    expect(page.get_by_text("watch-raw-data").first).to_be_visible()
+    shoot(page, "deployments")
+    deployment.click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_text("Custom run").click()
+
+
+def field(page: Page, name: str) -> Locator:
+    label = page.get_by_text(f"{name} (Optional)", exact=True)
+    return page.locator(".schema-form-property").filter(has=label).last.locator("input")
+
+
+def start(page: Page, up: Up, steps: int) -> str:
+    """Fill in the form and send it; the address of the run's page, which is open then."""
+    open_form(page, up)
+    field(page, "steps").fill(str(steps))
+    shoot(page, "form")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_url("**tab=Runs*")
+    (run,) = up.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
+    page.locator(f"a[href*='/flow-run/{run['id']}']").first.click()
+    page.wait_for_url("**/flow-run/*")
+    return page.url.partition("?")[0]
+
+
+def tab(page: Page, name: str) -> None:
+    page.locator(".p-tab", has_text=name).click()
+
+
+def expect_state(page: Page, state: str) -> None:
+    badge = page.locator(".state-badge").first
+    expect(badge).to_have_text(state, timeout=LONG)
+
+
+@pytest.fixture(scope="module")
+def completed(page: Page, up: Up) -> str:
+    """The address of a run that was started in the form and watched until it completed."""
+    url = start(page, up, STEPS)
+    expect_state(page, "Running")
+    tab(page, "Artifacts")
+    progress = page.get_by_text(re.compile(rf"train: \d+ of {STEPS} steps"))
+    progress.wait_for(timeout=LONG)
+    before = progress.inner_text()
+    if SHOTS:
+        page.get_by_text(re.compile(r"train: [1-9]\d of .* left")).wait_for(timeout=LONG)
+        shoot(page, "running")
+    expect_state(page, "Completed")
+    expect(progress).to_contain_text(f"train: {STEPS} of {STEPS} steps")
+    assert not before.startswith(f"train: {STEPS} of"), "it was not seen to move"
+    return url
+
+
+def artifact(page: Page, run: str, key: str) -> None:
+    """Open one artifact of a run."""
+    page.goto(run)
+    tab(page, "Artifacts")
+    page.locator("a[href*='/artifacts/artifact/']", has_text=key).click()
+    page.wait_for_url("**/artifacts/artifact/*")
+
+
+def widths(page: Page) -> list[int]:
+    """Of all pictures of the page, as rendered; 0 of one that could not be."""
+    page.locator("img").first.wait_for()
+    return page.locator("img").evaluate_all(
+        "all => Promise.all(all.map(e => e.decode().then(() => e.naturalWidth, () => 0)))"
+    )
+
+
+def test_a_value_out_of_range_is_refused_before_anything_starts(page: Page, up: Up) -> None:
+    open_form(page, up)
+    field(page, "steps").fill("0")
+    page.get_by_role("button", name="Submit").click()
+    told = page.get_by_text("Validation failed for field 'train.steps'").first
+    expect(told).to_contain_text("0 is less than the minimum of 1")
+
+
+
+def test_a_run_says_in_its_name_what_was_changed_and_every_stage_completes(
+    page: Page, up: Up, completed: str
+) -> None:
+    page.goto(completed)
+    heading = page.get_by_text(re.compile(rf"(tiny\.yaml|demo), train\.steps={STEPS}$")).first
+    expect(heading).to_be_visible()
+    assert up.stages(completed, 1) == dict.fromkeys(STAGES, "Completed")
+
+
+def test_the_summary_has_digests_and_figures(page: Page, up: Up, completed: str) -> None:
+    artifact(page, completed, "summary")
+    expect(page.get_by_text("hole PSNR, dB, by hole")).to_be_visible()
+    for manifest in up.root.glob("*/*/*/manifest.json"):
+        digest = json.loads(manifest.read_text())["content_digest"][:12]
+        expect(page.get_by_text(digest)).to_be_visible()
+    expect(page.get_by_text("dpnet version 1, champion")).to_be_visible()
+    shoot(page, "summary")
+
+
+def test_pictures_of_the_results_are_rendered(page: Page, completed: str) -> None:
+    artifact(page, completed, "pictures")
+    found = widths(page)
+    shoot(page, "pictures")
+    assert len(found) >= 6
+    assert min(found) > 0
+
+
+def test_the_link_to_the_report_leads_to_it(page: Page, completed: str) -> None:
+    artifact(page, completed, "summary")
+    page.goto(page.get_by_role("link", name="/report.html").get_attribute("href") or "")
+    expect(page.get_by_text("Telea").first).to_be_visible()
+    assert min(widths(page)) > 0
+
+
+def test_the_link_to_mlflow_leads_to_the_trainings_run(page: Page, up: Up, completed: str) -> None:
+    artifact(page, completed, "summary")
+    link = page.get_by_role("link", name=up.addresses["mlflow_url"]).get_attribute("href") or ""
+    (training,) = (up.root / "runs").iterdir()
+    page.goto(link)
+    expect(page.get_by_text(training.name).first).to_be_visible()
+    expect(page.get_by_text("hole_psnr").first).to_be_visible()
+
+
+def test_a_stage_that_failed_is_told_of_in_a_sentence_and_retry_runs_only_what_is_not_done(
+    page: Page, up: Up, completed: str
+) -> None:
+    folder, aside = up.root / "evaluations", up.root / "aside"
+    folder.rename(aside)
+    folder.write_text("in the way")  # of the folder that the stage needs
+    run = start(page, up, MORE_STEPS)
+    expect_state(page, "Failed")
+    assert up.stages(run, 1) == {
+        "prepare images": "Skipped",
+        "prepare masks": "Skipped",
+        "train": "Completed",
+        "evaluate": "Failed",
+    }
+    expect(page.locator(".logs, main").first).not_to_contain_text("Traceback")
+    tab(page, "Details")
+    sentence = page.get_by_text(re.compile(rf"{folder}.*: "))
+    expect(sentence.first).to_be_visible()
+    shoot(page, "failed")
+
+    folder.unlink()
+    aside.rename(folder)
+    page.get_by_role("button", name="Retry").click()
+    page.get_by_role("dialog").get_by_role("button", name="Retry").click()
+    expect_state(page, "Completed")
+    assert up.stages(run, 2) == {
+        "prepare images": "Skipped",
+        "prepare masks": "Skipped",
+        "train": "Skipped",
+        "evaluate": "Completed",
+        "register": "Completed",
+    }
+    page.goto(run)
+    tab(page, "Task Runs")
+    expect(page.get_by_text("Skipped").first).to_be_visible()
+    shoot(page, "retried")
+    artifact(page, run, "summary")
+    expect(page.get_by_role("row", name="train").first).to_contain_text("skipped")
