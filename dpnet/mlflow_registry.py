@@ -10,6 +10,7 @@ import calendar
 import logging
 import os
 import re
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -111,7 +112,7 @@ def restore_versions(
     lost = sorted(set(records) - set(there))
     for number in lost:
         record = records[number]
-        source = _source(store, record["run"]["folder"])
+        source = _source(client, store, record["run"]["folder"])
         made = client.create_model_version(model, source=source, tags=_tags(record))
         if int(made.version) != number:
             client.delete_model_version(model, made.version)
@@ -146,7 +147,7 @@ def ensure_version(
         if version.tags.get("request_digest") == digest:
             return int(version.version)
     run_id = _log_run(client, store, training, evaluation)
-    source = _source(store, training["folder"])
+    source = _source(client, store, training["folder"])
     made = client.create_model_version(model, source=source, run_id=run_id, tags=_tags(record))
     return int(made.version)
 
@@ -159,8 +160,17 @@ def _versions(client: Any, model: str) -> Iterator[Any]:
         token = page.token or ""
 
 
-def _source(store: Store, folder: str) -> str:
-    return f"{store.uri}/{folder}/model"
+def _source(client: Any, store: Store, folder: str) -> str:
+    """Where a version's model lies.
+
+    MLflow's server refuses a path without a machine: it would be one of the server's own.
+    """
+    uri = store.uri
+    if isinstance(store, LocalStore) and client.tracking_uri.startswith("http"):
+        host = socket.gethostname()
+        local = host.startswith(("localhost", "127."))  # which would be no machine to it
+        uri = uri.replace("file://", f"file://{'this-' * local}{host}", 1)
+    return f"{uri}/{folder}/model"
 
 
 def _tags(record: Mapping[str, Any]) -> dict[str, str]:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from data_prep.errors import ConfigError
 from flows.server import SETTINGS, server_command
-from flows.server_log import public_database
 
 POOL = "dpnet"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
@@ -44,6 +43,7 @@ class Child:
     ready: Callable[[], bool]
     stop_s: float
     inherits: tuple[int, ...] = ()
+    ends_children: bool = False  # of itself it would wait for them
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,10 @@ def server(place: Place, listener: socket.socket) -> Child:
             "prefect.server.concurrency.lease_storage.filesystem"
         ),
     }
-    if DATABASE in place.environ:
+    if place.environ.get(DATABASE):
         env[DATABASE] = place.environ[DATABASE]
+        # What is noted here of one database would be believed of the next of that name.
+        env["PREFECT_SERVER_MEMOIZE_BLOCK_AUTO_REGISTRATION"] = "false"
     if place.password:
         env[SERVER_PASSWORD] = place.password
     return Child(
@@ -135,7 +137,7 @@ def mlflow(place: Place, database: Path, artifacts: str, port: int) -> Child:
         command,
         env,
         lambda: answers(f"{address(port)}/health"),
-        4.0,
+        3.0,
     )
 
 
@@ -152,7 +154,7 @@ def ray_head(place: Place, port: int, agent_port: int, scratch: Path) -> Child:
         command,
         _own_python_first(env),
         lambda: answers(f"{address(port)}/api/jobs/"),
-        8.0,
+        5.0,
     )
 
 
@@ -197,7 +199,8 @@ def worker(
         command,
         _own_python_first(env),
         lambda: _is_online(api_url, name, born, place.password),
-        18.0,
+        15.0,
+        ends_children=True,
     )
 
 
@@ -231,8 +234,3 @@ def _own_python_first(env: dict[str, str]) -> dict[str, str]:
     """`python`, as flow runs and jobs are started, is the one that has this package."""
     own = str(Path(sys.executable).parent)
     return {**env, "PATH": f"{own}:{env.get('PATH', '/usr/bin:/bin')}"}
-
-
-def public(place: Place) -> str:
-    """The database as it may be shown."""
-    return public_database(place.database)

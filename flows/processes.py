@@ -34,14 +34,20 @@ def _prctl(option: int, value: int) -> None:
 
 def descendants(pid: int) -> list[int]:
     """All processes that descend from `pid`, children first; also those that wait to be reaped."""
-    children: dict[int, list[int]] = {}
+    families = _families()
+    found = list(families.get(pid, []))
+    for each in found:
+        found += families.get(each, [])
+    return found
+
+
+def _families() -> dict[int, list[int]]:
+    """The children of every process that has some."""
+    found: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
             parent = int(status.read_text("utf-8", "replace").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(status.parent.name))
-    found = list(children.get(pid, []))
-    for each in found:
-        found += children.get(each, [])
+            found.setdefault(parent, []).append(int(status.parent.name))
     return found
 
 
@@ -63,9 +69,14 @@ def send(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
-def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """End a child: by SIGTERM, and after `seconds` it and all its descendants by SIGKILL."""
-    send([process.pid] if process.poll() is None else [], signal.SIGTERM)
+def stop(process: subprocess.Popen[bytes], seconds: float, *, with_children: bool = False) -> None:
+    """End a child: by SIGTERM, and after `seconds` it and all its descendants by SIGKILL.
+
+    `with_children`: its own children get the SIGTERM too, for a process that waits for them.
+    """
+    if process.poll() is None:
+        theirs = _families().get(process.pid, []) if with_children else []
+        send([process.pid, *theirs], signal.SIGTERM)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:

@@ -82,6 +82,10 @@ def remove_half_made(home: Path) -> None:
     if not (home / "created").exists():
         for path in home.glob("prefect.db*"):
             path.unlink()
+    if not (home / "prefect.db").exists():
+        (home / "created").unlink(missing_ok=True)
+        # It says of the old one that all types of blocks are in it.
+        (home / "memo_store.toml").unlink(missing_ok=True)
 
 
 def keep_database(home: Path) -> None:

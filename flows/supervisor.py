@@ -116,7 +116,7 @@ class Supervisor:
         # Flow runs of a worker that died have no other who would stop them.
         processes.send(processes.reap(own), signal.SIGTERM)
         for kept in reversed(self.kept):
-            processes.stop(kept.process, kept.child.stop_s)
+            processes.stop(kept.process, kept.child.stop_s, with_children=kept.child.ends_children)
         processes.kill_descendants()
 
 
@@ -146,7 +146,7 @@ def supervise(plan: Plan) -> None:
         stack.callback(supervisor.stop)
         stack.callback((home / STATE).unlink, missing_ok=True)
         api_url = f"{children.address(listener.getsockname()[1])}/api"
-        if children.DATABASE not in os.environ:
+        if not os.environ.get(children.DATABASE):
             remove_half_made(home)
         supervisor.start(children.server(place, listener))
         mlflow_port = free_port(5000)

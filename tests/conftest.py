@@ -10,6 +10,7 @@ import pytest
 from servers import Server, ceph_server, moto_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # nothing is tracked outside of a test
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from data_prep.errors import PipelineError, StorageError
+from data_prep.errors import ConfigError, PipelineError, StorageError
 from dpnet import launch_ray_job
-from dpnet.launch import LaunchSettings, _stops
+from dpnet.launch import LaunchSettings, _stops, cluster
 from dpnet.launch_ray_job import EXPLAINED, RayJobLauncher
 from dpnet.ray_train import explained
 from dpnet.train import TrainSettings
@@ -37,6 +37,25 @@ def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_cluster_is_that_of_the_config_or_else_that_of_rays_own_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://second:8265")
+    assert cluster(LaunchSettings()) == "http://second:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://first:8265")
+    assert cluster(LaunchSettings()) == "http://first:8265"
+    assert cluster(LaunchSettings(address="http://own:8265")) == "http://own:8265"
+
+
+def test_an_address_of_rays_control_service_is_no_dashboards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(ConfigError, match=r"launch\.address is missing"):
+        cluster(LaunchSettings())
 
 
 class Status(str):
