@@ -10,7 +10,6 @@ import calendar
 import logging
 import os
 import re
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -163,13 +162,12 @@ def _versions(client: Any, model: str) -> Iterator[Any]:
 def _source(client: Any, store: Store, folder: str) -> str:
     """Where a version's model lies.
 
-    MLflow's server refuses a path without a machine: it would be one of the server's own.
+    MLflow's server refuses a path, which it would take for one of its own, and a file:// URI of
+    another machine too: so it is told in a scheme that it does not know.
     """
     uri = store.uri
     if isinstance(store, LocalStore) and client.tracking_uri.startswith("http"):
-        host = socket.gethostname()
-        local = host.startswith(("localhost", "127."))  # which would be no machine to it
-        uri = uri.replace("file://", f"file://{'this-' * local}{host}", 1)
+        uri = f"dpnet-{store.folder.resolve().as_uri()}"  # nor does it take a way through a link
     return f"{uri}/{folder}/model"
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clusters import command_of, end_with_parent, family, wait_until
+from clusters import command_of, end_with_parent, family, send, wait_until
 
 from flows.up import Running
 
@@ -87,22 +87,27 @@ class Platform:
         assert done["status"] == "ACCEPT", done
 
     def retry(self, run: str) -> None:
-        """As the button of the UI, once all is told that is to tell of the run's end.
-
-        Of a dead process two parts of Prefect tell, some seconds apart, and the second would end
-        a run that is retried in between: nothing that a person could be fast enough for.
-        """
+        """As the button of the UI."""
         self.set_state(run, **RETRY)
-        wait_until(lambda: self._goes_again(run), "the run is not retried")
 
-    def _goes_again(self, run: str) -> bool:
-        state = self.state(run)
-        if state["type"] == "CRASHED" and "infrastructure exited" in (state["message"] or ""):
-            self.set_state(run, **RETRY)
-        return state["type"] in {"RUNNING", "COMPLETED"}
+    def end(self, run: str, number: int) -> None:
+        """Send the run's process a signal that ends it, and wait until all is told of that.
+
+        Two parts of Prefect's worker tell it, up to some seconds apart, and the second would end
+        a run that is retried in between.
+        """
+        log, told = self.home / "worker.log", "prefect.flow_runs.worker - Check whether"
+        before = log.read_text().count(told)
+        send(self.flow_process(run), number)
+        self.wait_for(run, "CRASHED")
+        wait_until(lambda: log.read_text().count(told) > before, "the worker does not tell it")
 
     def state(self, run: str) -> dict[str, Any]:
         return dict(self.ask(f"/flow_runs/{run}")["state"])
+
+    def states(self, run: str) -> list[str]:
+        """All that it was in."""
+        return [each["type"] for each in self.ask(f"/flow_run_states/?flow_run_id={run}")]
 
     def wait_for(self, run: str, *kinds: str, seconds: float = WAIT_S) -> dict[str, Any]:
         """The run's state once it is one of `kinds`; fails if it ends in another."""
