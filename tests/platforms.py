@@ -135,9 +135,15 @@ class Platform:
         return "\n".join(each["message"] for each in self.ask("/logs/filter", body))
 
     def child(self, text: str) -> int:
-        """Its process whose command line has `text` in it."""
-        (found,) = [pid for pid in family(self.process.pid) if text in command_of(pid)]
-        return found
+        """Its process whose command line has `text` in it, when there is one."""
+        found: list[int] = []
+
+        def one() -> bool:
+            found[:] = [pid for pid in family(self.process.pid) if text in command_of(pid)]
+            return len(found) == 1
+
+        wait_until(one, f"no {text}")
+        return found[0]
 
     def processes_of(self, run: str) -> list[int]:
         """The processes of a flow run, its own first."""

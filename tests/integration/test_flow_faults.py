@@ -41,7 +41,7 @@ train: {{steps: {steps}, batch_size: 1, warmup_steps: 2, checkpoint_every: 5,
   validate_every: 1000, validation_pairs: 1, workers: 1}}
 evaluate: {{pictures: 1}}
 """
-STEPS = 60
+STEPS = 40
 KEY, BLOCK = "a-key-that-nobody-may-see", "a-block-that-nobody-may-see"
 PASSWORD = "admin:a-password-that-nobody-may-see"
 SETS = ["watch=null", "retrain=null", "secrets.DPNET_TEST_SECRET=the-block"]
@@ -131,6 +131,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     config.write_text(CONFIG.format(photos=photographs(folder), steps=STEPS))
     if dev := os.environ.get("DPNET_DEV_UP"):
         from types import SimpleNamespace
+
         from flows.up import running
 
         told = running(dev)
