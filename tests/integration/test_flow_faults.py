@@ -129,18 +129,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("faults")
     config = folder / "faults.yaml"
     config.write_text(CONFIG.format(photos=photographs(folder), steps=STEPS))
-    if dev := os.environ.get("DPNET_DEV_UP"):
-        from types import SimpleNamespace
-
-        from flows.up import running
-
-        told = running(dev)
-        config = Path("/tmp/hex/faults.yaml")
-        config.write_text(CONFIG.format(photos="/tmp/hex/photos", steps=STEPS))
-        up = Platform(SimpleNamespace(pid=told.pid), told, Path(dev))
-        up.deploy("watch=null", "retrain=null")
-        yield Place(up, config)
-        return
     secrets = {"AWS_SECRET_ACCESS_KEY": KEY, "PREFECT_API_AUTH_STRING": PASSWORD}
     with platform(folder / "root", "--ray", **secrets) as up, hook() as (url, told):
         block = {"name": "the-block", "data": {"value": BLOCK}}
