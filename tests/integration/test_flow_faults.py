@@ -99,9 +99,14 @@ class Place:
 
         wait_until(there, "training does not move", 240)
 
-    def automations(self, name: str) -> list[dict[str, Any]]:
-        found = self.up.ask("/automations/filter", {"limit": 200})
-        return [each for each in found if each["name"] == f"dpnet: {name}"]
+    def quicken(self, automation: str, seconds: float) -> None:
+        """Let an automation of ours wait so long."""
+        everything = self.up.ask("/automations/filter", {"limit": 200})
+        (found,) = [each for each in everything if each["name"] == f"dpnet: {automation}"]
+        kept = ("name", "description", "enabled", "trigger", "actions")
+        body = {each: found[each] for each in kept}
+        body["trigger"]["within"] = seconds
+        self.up.ask(f"/automations/{found['id']}", body, "PUT")
 
     def wait_for_alert(self, of: str, text: str) -> str:
         def found() -> list[str]:
@@ -256,9 +261,7 @@ def test_a_dead_worker_takes_no_run_along(place: Place) -> None:
 def test_a_run_whose_process_and_worker_are_dead_is_told_to_be_crashed_and_goes_on_by_retry(
     place: Place,
 ) -> None:
-    (heartbeats,) = place.automations("a run without heartbeat has crashed")
-    heartbeats["trigger"]["within"] = 35  # 120 s as deployed
-    place.up.ask(f"/automations/{heartbeats['id']}", heartbeats, "PUT")
+    place.quicken("a run without heartbeat has crashed", 35)  # 120 s as deployed
     run = place.run(6)
     place.wait_for_step(run, 6, 6)
     dead = [place.up.child("worker start"), *place.up.processes_of(run)]
@@ -376,9 +379,7 @@ def test_a_promotion_is_told(place: Place) -> None:
 
 
 def test_a_run_without_progress_is_told(place: Place) -> None:
-    (stuck,) = place.automations("tell of stuck runs")
-    stuck["trigger"]["within"] = 10  # 30 min as deployed
-    place.up.ask(f"/automations/{stuck['id']}", stuck, "PUT")
+    place.quicken("tell of stuck runs", 10)  # 30 min as deployed
     run = place.run(14)
     place.wait_for_step(run, 14, 1)
     own = place.up.processes_of(run)
