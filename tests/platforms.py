@@ -71,9 +71,16 @@ class Platform:
             headers["Authorization"] = f"Basic {word}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.told.api_url}{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or time.monotonic() > deadline:  # a busy database
+                    raise
+            time.sleep(0.5)
 
     def run(self, flow: str, parameters: Mapping[str, Any]) -> str:
         """Start a run of a deployment; its id."""
