@@ -41,7 +41,8 @@ watchers: list[Callable[[Moment], None]] = []
 
 def say(message: str) -> None:
     """One plain line for people; standard output is kept for results."""
-    print(message, file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # its reader is gone, as a Prefect worker that was killed
+        print(message, file=sys.stderr, flush=True)
     for listener in listeners:
         listener(message)
 

@@ -8,8 +8,11 @@ machine, takes up what another has begun.
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -83,13 +86,12 @@ def launched(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: W
         Tracker(tracking_uri, work),
         Progress("train", job.settings.steps, "steps") as progress,
         _stacks_on_signal(launcher),
-        _stops() as stopped,
+        _waits() as wait,
     ):
         try:
             launcher.start()
             while launcher.goes_on():
-                if stopped.wait(POLL_S):
-                    raise KeyboardInterrupt
+                wait(POLL_S)
                 status = read_status(work.store, work.folder)
                 if status.get("attempt") != launcher.attempt:  # an earlier one's
                     continue
@@ -133,29 +135,35 @@ def cluster(launch: LaunchSettings) -> str:
 
 
 @contextmanager
-def _stops() -> Iterator[threading.Event]:
-    """Set at Ctrl-C and SIGTERM, besides what is done then: the exception that they raise is lost
-    where it comes up while an object is being disposed of."""
-    stopped = threading.Event()
+def _waits() -> Iterator[Callable[[float], object]]:
+    """A wait that Ctrl-C and SIGTERM end even where what their handlers raise is lost, because it
+    comes up while an object is being disposed of.
+
+    The handlers stay as they are: Prefect takes a cancellation for a crash where SIGTERM's is not
+    its own.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield stopped
+        yield time.sleep
         return
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    come, go = socket.socketpair()
+    with come, go:
+        go.setblocking(False)
+        before = signal.set_wakeup_fd(go.fileno(), warn_on_full_buffer=False)
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        stopped.set()
-        then = before[signal.Signals(number)]
-        if callable(then):
-            then(number, frame)
+        def wait(seconds: float) -> None:
+            if not select.select([come], [], [], seconds)[0]:
+                return
+            for number in come.recv(4096):
+                if number in (signal.SIGINT, signal.SIGTERM):
+                    handler = signal.getsignal(number)
+                    if callable(handler):
+                        handler(number, None)
+                    raise KeyboardInterrupt
 
-    for each in before:
-        signal.signal(each, stop)
-    try:
-        yield stopped
-    finally:
-        for each, then in before.items():
-            if signal.getsignal(each) is stop:
-                signal.signal(each, then)
+        try:
+            yield wait
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 @contextmanager

@@ -292,7 +292,9 @@ def _schedules(schedules: Any) -> list[tuple[str, str]]:
 def _schema(flow: Any) -> dict[str, Any]:
     """What the form is made of; an empty part would differ from what `prefect deploy` leaves."""
     schema: dict[str, Any] = parameter_schema(flow).model_dump_for_openapi()
-    return {name: part for name, part in schema.items() if part != {}}
+    # Else a parameter that there is none of would be found by the run, which it crashes.
+    closed = {"additionalProperties": False}
+    return {name: part for name, part in schema.items() if part != {}} | closed
 
 
 def _template() -> dict[str, Any]:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -30,6 +32,24 @@ def end_with_parent() -> None:
 def _prctl(option: int, value: int) -> None:
     with suppress(AttributeError):
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def outlive_reader() -> None:
+    """Let this process go on when who reads its output dies, as a worker that is killed.
+
+    Prefect's console log would end it at its next line. Its log on the server goes on.
+    """
+
+    def watch() -> None:
+        poll = select.poll()
+        for output in (1, 2):
+            poll.register(output, 0)  # of an error it tells all the same
+        poll.poll()
+        nobody = os.open(os.devnull, os.O_WRONLY)
+        for output in (1, 2):
+            os.dup2(nobody, output)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def descendants(pid: int) -> list[int]:

@@ -39,6 +39,7 @@ from data_prep.storage import Store
 from dpnet.config import Config
 from dpnet.summary import as_markdown, holds, place
 from flows.deployments import PROGRESS, TAG
+from flows.processes import outlive_reader
 
 BEAT_S = 2.0  # between two looks at what there is to send
 EVENT_S = 30.0  # between two events of progress
@@ -144,6 +145,8 @@ class Story:
         )
 
     def __enter__(self) -> Story:
+        if "PREFECT__FLOW_RUN_ID" in os.environ:  # a worker's
+            outlive_reader()
         progress.watchers.append(self._watch)
         progress.listeners.append(self._log)
         self._thread.start()

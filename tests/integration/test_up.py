@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from clusters import alive, command_of, end_with_parent, family, free_port, wait_until
+from platforms import Platform
 
 from flows.up import Running, running
 
@@ -440,6 +441,10 @@ def test_postgres_by_url_holds_everything_and_its_password_is_nowhere(tmp_path: 
         url = f"postgresql+asyncpg://dpnet:hunter2@{at}"
         with started(root, PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as up:
             assert online(up.told)
+            up_here = Platform(up.process, up.told, root)
+            up_here.deploy("watch=null", "retrain=null")
+            few = ["masks.size=32", "masks.train=4", "masks.eval_per_bin=1"]
+            up_here.wait_for(up_here.run("prepare-masks", {"overrides": few}), "COMPLETED")
             for pid in up.family():
                 assert "hunter2" not in command_of(pid)
                 if "worker start" in command_of(pid) or "mlflow" in command_of(pid):

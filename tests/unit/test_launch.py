@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.errors import ConfigError, PipelineError, StorageError
 from dpnet import launch_ray_job
-from dpnet.launch import LaunchSettings, _stops, cluster
+from dpnet.launch import LaunchSettings, _waits, cluster
 from dpnet.launch_ray_job import EXPLAINED, RayJobLauncher
 from dpnet.ray_train import explained
 from dpnet.train import TrainSettings
@@ -31,13 +31,20 @@ def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _stops() as stopped:
+        with _waits() as wait:
             Disposed()
             assert lost == [KeyboardInterrupt]
-            assert stopped.is_set()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            with pytest.raises(KeyboardInterrupt):
+                wait(60)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_who_waits_leaves_the_handlers_alone_by_which_prefect_knows_a_cancellation() -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with _waits() as wait:
+        wait(0)
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_cluster_is_that_of_the_config_or_else_that_of_rays_own_settings(

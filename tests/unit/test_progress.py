@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -72,3 +74,16 @@ def test_a_watcher_that_fails_neither_stops_the_work_nor_keeps_others_from_being
     finally:
         progress.watchers.remove(fails)
     assert [m.count for m in told] == [0, 1, 1]
+
+
+def test_what_is_said_when_its_reader_is_gone_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    told: list[str] = []
+    monkeypatch.setattr(progress, "listeners", [told.append])
+    with suppress(BrokenPipeError), os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr("sys.stderr", nobody)
+        progress.say("masks: 1 of 4")  # only at its end does the file complain
+    assert told == ["masks: 1 of 4"]
