@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clusters import command_of, end_with_parent, family, send, wait_until
+from clusters import alive, command_of, end_with_parent, family, send, wait_until
 
 from flows.up import Running
 
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 RETRY = {"type": "SCHEDULED", "name": "AwaitingRetry"}
 HIDDEN = ("PREFECT_", "RAY_", "DPNET_", "AWS_", "MLFLOW_")
-WAIT_S = 240.0
+WAIT_S = 120.0
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -100,13 +101,17 @@ class Platform:
     def end(self, run: str, number: int) -> None:
         """Send the run's process a signal that ends it, and wait until all is told of that.
 
-        Two parts of Prefect's worker tell it, up to some seconds apart, and the second would end
-        a run that is retried in between.
+        Of a SIGTERM the process tells itself. Of a SIGKILL two parts of Prefect's worker tell, up
+        to some seconds apart, and the second would end a run that is retried in between.
         """
         log, told = self.home / "worker.log", "prefect.flow_runs.worker - Check whether"
         before = log.read_text().count(told)
-        send(self.flow_process(run), number)
+        process = self.flow_process(run)
+        send(process, number)
         self.wait_for(run, "CRASHED")
+        if number != signal.SIGKILL:
+            wait_until(lambda: not alive(process), "the process stays")
+            return
         wait_until(lambda: log.read_text().count(told) > before, "the worker does not tell it")
 
     def state(self, run: str) -> dict[str, Any]:
