@@ -128,8 +128,10 @@ def test_prefect_records_each_stage_as_a_task_and_shows_the_summary(pipeline: Pi
     tasks = sorted(name.rsplit("-", 1)[0] for name in pipeline.rows("select name from task_run"))
     stages = ["evaluate", "prepare images", "prepare masks", "register", "train"]
     assert tasks == sorted(stages * 2)
-    (artifact, *_) = pipeline.rows("select data from artifact where key = 'dpnet-pipeline'")
+    (artifact, *_) = pipeline.rows("select data from artifact where key = 'summary'")
     assert "hole PSNR" in json.loads(artifact)
+    states = pipeline.rows("select state_name from task_run")
+    assert sorted(states) == ["Completed"] * 5 + ["Skipped"] * 5
 
 
 def test_what_training_has_cost_is_known_and_so_is_what_more_of_it_would(
@@ -199,7 +201,9 @@ def test_a_failing_stage_is_one_sentence_and_a_failed_flow_run(
     assert "Traceback" not in ran.err
     failed = Pipeline(pipeline.config, root, ran, ran)
     assert failed.rows("select state_name from flow_run") == ["Failed"]
-    assert any("Traceback" in text for text in failed.rows("select message from log"))
+    messages = failed.rows("select message from log")
+    assert ran.result["error"] in messages
+    assert not any("Traceback" in text for text in messages)
 
 
 def test_a_single_stage_runs_without_prefect_and_finds_the_same_work(pipeline: Pipeline) -> None:
