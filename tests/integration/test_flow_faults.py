@@ -410,3 +410,33 @@ def test_no_secret_is_kept_or_served_anywhere(place: Place) -> None:
         served = [place.up.log_of(run), json.dumps(place.up.ask("/artifacts/filter", {}))]
         served += [json.dumps(place.up.ask(f"/flow_runs/{run}")), *place.told]
         assert not any(secret in each for each in served)
+
+
+def test_new_photographs_are_announced_retrained_on_once_and_the_better_model_stays(
+    place: Place,
+) -> None:
+    place.up.deploy(*SETS, f"config={place.config}", "overrides=[train.steps=10]")
+    place.up.wait_for(place.up.run("dpnet-pipeline", {}), "COMPLETED")
+    photos = place.config.parent / "photos"
+    for number in range(20, 26):
+        Image.new("RGB", (40, 40), (9 * number, 90, 200 - number)).save(photos / f"{number}.png")
+
+    looked = place.up.run("watch-raw-data", {})
+    assert place.up.wait_for(looked, "COMPLETED")["name"] == "Completed"
+    of_retrain = {"flows": {"name": {"any_": ["retrain"]}}}
+    wait_until(lambda: place.up.ask("/flow_runs/filter", of_retrain), "nothing is retrained")
+    (run,) = place.up.ask("/flow_runs/filter", of_retrain)
+    assert run["parameters"]["event"]["new"] == 6
+    place.up.wait_for(run["id"], "COMPLETED")
+    tasks = place.up.tasks(run["id"])
+    assert tasks["train"] == tasks["evaluate the champion"] == tasks["register"] == "Completed"
+    artifacts = {
+        "flow_runs": {"id": {"any_": [run["id"]]}},
+        "artifacts": {"key": {"any_": ["retrain"]}},
+    }
+    (told,) = place.up.ask("/artifacts/filter", artifacts)
+    assert "champion before" in told["data"]
+    assert "Its hole PSNR of" in told["data"]
+
+    again = [place.up.run("watch-raw-data", {}), *(place.up.run("retrain", {}) for _ in range(2))]
+    assert {place.up.wait_for(each, "COMPLETED")["name"] for each in again} == {"Skipped"}
