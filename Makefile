@@ -1,6 +1,6 @@
 # make demo       the whole pipeline, small, on sample photographs (ARGS="--photos DIR" for yours)
 # make test       the fast tests and one run of the whole flow, at most ten minutes
-# make test-all   the rest: crashes, the product as a user runs it
+# make test-all   the rest: crashes, clusters, S3, a browser, the product as a user runs it
 # make lint       style and types
 # make up         Prefect with its UI, a worker and MLflow, local, until Ctrl-C (ARGS="--ray")
 # make setup      the virtual environment that all of them use; made once
@@ -42,7 +42,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not e2e and not gpu" $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -m "slow or e2e" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or e2e" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -266,7 +266,7 @@ def test_a_port_that_is_taken_is_one_sentence(up: Up, tmp_path: Path) -> None:
 
 def test_two_roots_are_up_side_by_side(up: Up, tmp_path: Path) -> None:
     with started(tmp_path / "other") as other:
-        assert len({*up.told.to_json().values(), *other.told.to_json().values()}) == 11
+        assert len({*up.told.to_json().values(), *other.told.to_json().values()}) == 13
         assert online(other.told)
 
 
