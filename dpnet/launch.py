@@ -145,6 +145,7 @@ def _waits() -> Iterator[Callable[[float], object]]:
     if threading.current_thread() is not threading.main_thread():
         yield time.sleep
         return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     come, go = socket.socketpair()
     with come, go:
         go.setblocking(False)
@@ -154,9 +155,11 @@ def _waits() -> Iterator[Callable[[float], object]]:
             if not select.select([come], [], [], seconds)[0]:
                 return
             for number in come.recv(4096):
-                if number in (signal.SIGINT, signal.SIGTERM):
+                if number in handlers:
                     handler = signal.getsignal(number)
-                    if callable(handler):
+                    # One that has put another in its place was heard, if in vain: the command's
+                    # second Ctrl-C would end the process at once.
+                    if callable(handler) and handler is handlers[signal.Signals(number)]:
                         handler(number, None)
                     raise KeyboardInterrupt
 

@@ -40,6 +40,31 @@ def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_lost_stop_of_the_command_is_not_taken_for_the_second_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
+    ended = []
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: ended.append(number))
+        raise KeyboardInterrupt
+
+    class Disposed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with _waits() as wait:
+            Disposed()
+            with pytest.raises(KeyboardInterrupt):
+                wait(60)
+        assert not ended
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_who_waits_leaves_the_handlers_alone_by_which_prefect_knows_a_cancellation() -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with _waits() as wait:
