@@ -55,6 +55,9 @@ def _tell(error: BaseException, args: argparse.Namespace) -> int:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
+    if signal.getsignal(signal.SIGINT) is _end:
+        # It was told to stop, whatever Prefect has made of that: a cancelled future, perhaps.
+        return _STOPPED, STOPPED
     match error:
         case PipelineError():
             return " ".join(str(error).split()), 1
@@ -75,14 +78,15 @@ def _explain(error: BaseException) -> tuple[str, int]:
 def _stop_on_signals() -> None:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt once; after that they end the process at once."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        os.write(sys.stderr.fileno(), f"dpnet: {_STOPPED}\n".encode())
-        os._exit(STOPPED)
-
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, end)
+            signal.signal(each, _end)
         raise KeyboardInterrupt
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(sys.stderr.fileno(), f"dpnet: {_STOPPED}\n".encode())
+    os._exit(STOPPED)

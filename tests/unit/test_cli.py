@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -431,3 +432,17 @@ def test_a_missing_file_of_vgg_weights_is_told_before_anything_is_built(
     given = ["--root", str(tmp_path / "root"), "--set", "losses.vgg_weights=none.pth"]
     assert "which is no file" in fails(capsys, *command, *config, *given)
     assert not (tmp_path / "root" / "images").exists()
+
+
+def test_what_a_stop_becomes_on_its_way_is_still_a_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_to_stop(args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise CancelledError from None  # as Prefect's futures do it
+
+    monkeypatch.setattr(commands, "verify", told_to_stop)
+    assert cli.main(["verify", "somewhere"]) == 130
+    assert capsys.readouterr().err == "dpnet: stopped; the same command resumes.\n"
