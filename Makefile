@@ -42,7 +42,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not e2e and not gpu" $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or e2e" $(ARGS)
+	$(BIN)/python -m pytest -m "slow or e2e" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

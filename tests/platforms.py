@@ -24,7 +24,7 @@ from flows.up import Running
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 RETRY = {"type": "SCHEDULED", "name": "AwaitingRetry"}
 HIDDEN = ("PREFECT_", "RAY_", "DPNET_", "AWS_", "MLFLOW_")
-WAIT_S = 120.0
+WAIT_S = 240.0
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:

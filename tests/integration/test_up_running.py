@@ -443,7 +443,7 @@ def test_postgres_by_url_holds_everything_and_its_password_is_nowhere(tmp_path: 
             assert online(up.told)
             up_here = Platform(up.process, up.told, root)
             up_here.deploy("watch=null", "retrain=null")
-            few = ["masks.size=32", "masks.train=4", "masks.eval_per_bin=1"]
+            few = ["images.size=32", "masks.size=32", "masks.train=4", "masks.eval_per_bin=1"]
             up_here.wait_for(up_here.run("prepare-masks", {"overrides": few}), "COMPLETED")
             for pid in up.family():
                 assert "hunter2" not in command_of(pid)
