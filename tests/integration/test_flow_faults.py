@@ -41,7 +41,7 @@ train: {{steps: {steps}, batch_size: 1, warmup_steps: 2, checkpoint_every: 5,
   validate_every: 1000, validation_pairs: 1, workers: 1}}
 evaluate: {{pictures: 1}}
 """
-STEPS = 120  # so many that a quick machine is still at it when a fault comes
+STEPS = 300  # so many that a quick machine is still at it when a fault comes
 KEY, BLOCK = "a-key-that-nobody-may-see", "a-block-that-nobody-may-see"
 PASSWORD = "admin:a-password-that-nobody-may-see"
 SETS = ["watch=null", "retrain=null", "secrets.DPNET_TEST_SECRET=the-block"]
