@@ -50,7 +50,8 @@ def server(place: Place) -> Child:
 
 @pytest.fixture
 def worker(place: Place) -> Child:
-    return children.worker(place, "http://127.0.0.1:1/api", "http://127.0.0.1:2", None)
+    at = "http://127.0.0.1"
+    return children.worker(place, f"{at}:1/api", f"{at}:2", f"{at}:3", None)
 
 
 def test_nothing_of_the_users_own_prefect_reaches_the_server_and_the_worker(
@@ -66,12 +67,13 @@ def test_nothing_of_the_users_own_prefect_reaches_the_server_and_the_worker(
 def test_flow_runs_find_the_root_mlflow_and_storage(worker: Child) -> None:
     assert worker.env["DPNET_ROOT"] == "/data/root"
     assert worker.env["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:2"
+    assert worker.env["DPNET_REPORTS_URL"] == "http://127.0.0.1:3"
     assert worker.env["AWS_ENDPOINT_URL"] == "http://s3"
     assert worker.env["PATH"].split(":")[0] == str(Path(sys.executable).parent)
 
 
 def test_flow_runs_find_the_ray_cluster_that_was_started_instead_of_another(place: Place) -> None:
-    own = children.worker(place, "http://127.0.0.1:1/api", "http://127.0.0.1:2", "http://ray")
+    own = children.worker(place, "http://x/api", "http://y", "http://z", "http://ray")
     assert own.env["RAY_API_SERVER_ADDRESS"] == "http://ray"
     assert "RAY_ADDRESS" not in own.env
 
@@ -188,7 +190,7 @@ def test_the_home_is_in_a_local_root_and_in_the_cache_for_s3(
 
 def state(root: Path) -> Running:
     """What a `dpnet up` of `root` has written."""
-    found = Running(7, str(root), "http://x/api", "http://x", "http://y", None)
+    found = Running(7, str(root), "http://x/api", "http://x", "http://y", "http://z", None)
     (root / "up").mkdir(parents=True)
     (root / "up" / "lock").touch()
     (root / "up" / "up.json").write_text(json.dumps(found.to_json()))
