@@ -15,10 +15,11 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.automations import AutomationCore
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from flows.children import HEARTBEAT_S, POOL
+
 TAG = "dpnet"
 QUEUE = "training"  # of the pool: its limit is how many trainings run at once
 ALERTS = "dpnet-alerts"  # the block that alerts go through
-HEARTBEAT_S = 30  # the least that Prefect allows
 MISSED = 4  # heartbeats without which a run is taken for dead
 PREFIX = "dpnet: "  # of our automations' names
 
@@ -39,7 +40,7 @@ class DeploySettings(BaseModel):
         {}, description="What the forms begin with, by section, as {train: {steps: 1000}}."
     )
     overrides: list[str] = Field([], description="Other options, each like images.quality=90.")
-    pool: str = Field("dpnet", min_length=1, description="Work pool, made where it is missing.")
+    pool: str = Field(POOL, min_length=1, description="Work pool, made where it is missing.")
     trainings: int = Field(
         2, ge=1, le=1000, description="Runs that may train at once; others wait in the queue."
     )
