@@ -8,9 +8,12 @@ process; `of_device_only` is the share of the latter's images/s that the former 
 
 B6: `dpnet.loop.train_loop` with two workers under Ray Train and, in turns, under torchrun. The rate
 is the loop's own, from its log: without start, validation and checkpoints, and without the first
-record. `ray_overhead` is the share of a step's time that Ray adds. Then one worker of a run under
-Ray is killed (kill -9): `recover_s` is how long it takes until training has made its next step,
-`steps_lost` how many were made twice. Checkpoints come every 10 steps there.
+record. `ray_overhead` is the share of a step's time that Ray adds. Its processes need a processor
+too, and where the workers leave them none, as two on two cores, both wait whenever one of these
+works: so the processor time of a step is told beside it, of the workers and of all other processes.
+Then one worker of a run under Ray is killed (kill -9): `recover_s` is how long it takes until
+training has made its next step, `steps_lost` how many were made twice. Checkpoints come every 10
+steps there.
 
 Without --photos the photographs are those of scikit-image, cut into tiles. On a GPU B5 alone is
 measured where Ray is not installed.
@@ -19,6 +22,7 @@ measured where Ray is not installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -30,7 +34,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compare import Row, ratio, report, take_turns
@@ -49,7 +53,7 @@ from dpnet.validation import to_device
 WORKERS = 2
 WARM_UP = 3  # steps before the first turn
 TURN_S = 8.0  # of one contender of B5
-STEPS = 50  # of a run of B6; a record of the log every 25
+STEPS = 100  # of a run of B6; a record of the log every 25
 EVERY = 10  # steps between checkpoints of the run whose worker is killed
 
 
@@ -144,14 +148,57 @@ def loop_rate(job: TrainJob) -> float:
     return statistics.median(rates[1:])
 
 
-def under_torchrun(job: TrainJob) -> float:
+class Loop(NamedTuple):
+    """What a run of the loop gave: images/s, and core-seconds of a step."""
+
+    rate: float
+    workers: float
+    others: float
+
+
+def measured(process: subprocess.Popen[bytes], job: TrainJob) -> Loop:
+    """Watch a run under `process` until it ends."""
+    store = open_store(job.root)
+    seen = dict[int, tuple[float, float]]()  # processor times when a step was first seen
+    while process.poll() is None:
+        status = read_status(store, job.folder)
+        used = processor_times(process.pid)
+        workers = {worker["pid"] for worker in status.get("workers", [])}
+        if status.get("step") and workers <= used.keys():
+            ours = sum(used[pid] for pid in workers)
+            seen.setdefault(status["step"], (ours, sum(used.values()) - ours))
+        time.sleep(0.2)
+    if process.returncode:
+        sys.exit("a run of the loop failed")
+    steps, spent = list(seen), list(seen.values())
+    of_a_step = [(b - a) / (steps[-1] - steps[0]) for a, b in zip(spent[0], spent[-1], strict=True)]
+    return Loop(loop_rate(job), *of_a_step)
+
+
+def processor_times(pid: int) -> dict[int, float]:
+    """Seconds of processor time of a process and of all below it, by process."""
+    parents, used = dict[int, int](), dict[int, float]()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            own = int(stat.parent.name)
+            parents[own] = int(fields[1])
+            used[own] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def below(own: int) -> bool:
+        return own == pid or (own in parents and below(parents[own]))
+
+    return {own: seconds for own, seconds in used.items() if below(own)}
+
+
+def under_torchrun(job: TrainJob) -> Loop:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as spec:
         json.dump(job.to_json(), spec)
         spec.flush()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={WORKERS}", __file__, "--worker", spec.name]
-        subprocess.run(command, check=True, capture_output=True)
-    return loop_rate(job)
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            return measured(process, job)
 
 
 class UnderRay:
@@ -175,11 +222,9 @@ class UnderRay:
         self._spec.close()
 
 
-def under_ray(job: TrainJob) -> float:
+def under_ray(job: TrainJob) -> Loop:
     with UnderRay(job) as process:
-        if process.wait():
-            sys.exit("the run under Ray failed")
-    return loop_rate(job)
+        return measured(process, job)
 
 
 def recovery(job: TrainJob) -> tuple[float, int]:
@@ -257,14 +302,18 @@ def main() -> None:
             print("Ray is not installed: B6 is left out", file=sys.stderr)
         else:
             loops = take_turns(
-                {"ray": lambda: under_ray(fresh()), "torchrun": lambda: under_torchrun(fresh())},
+                {"Ray": lambda: under_ray(fresh()), "torchrun": lambda: under_torchrun(fresh())},
                 arguments.repeats,
             )
-            rows += [
-                Row("loop, 2 workers under Ray", loops["ray"], "images/s"),
-                Row("loop, 2 workers under torchrun", loops["torchrun"], "images/s"),
-            ]
-            ratios["ray_overhead"] = ratio(loops["torchrun"], loops["ray"]) - 1
+            for name, runs in loops.items():
+                rate, workers, others = zip(*runs, strict=True)
+                rows += [
+                    Row(f"loop, 2 workers under {name}", rate, "images/s"),
+                    Row(f"{name}: a step of the workers", workers, "core-s"),
+                    Row(f"{name}: a step of all others", others, "core-s"),
+                ]
+            under = {name: [run.rate for run in runs] for name, runs in loops.items()}
+            ratios["ray_overhead"] = ratio(under["torchrun"], under["Ray"]) - 1
             recovered = take_turns({"killed": lambda: recovery(fresh())}, arguments.repeats)[
                 "killed"
             ]

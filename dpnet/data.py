@@ -89,7 +89,9 @@ class Samples:
 def plain_jpeg(data: bytes) -> bool:
     """Whether it is a JPEG whose pixels are what it shows, as those that the images stage encodes:
     neither turned by a tag nor in another colour space than sRGB."""
-    head = data[:_HEAD]
+    # They all come before the scan.
+    scan = data.find(b"\xff\xda", 0, _HEAD)
+    head = data[: scan if scan > 0 else _HEAD]
     return head[:2] == b"\xff\xd8" and not any(mark in head for mark in _MARKS)
 
 

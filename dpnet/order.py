@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -132,12 +133,18 @@ def uniform(seed: int, name: str, cursors: Cursors) -> NDArray[np.float64]:
     The splitmix64 generator (Steele, Lea and Flood 2014) at the state that it has after `cursor`
     steps: unlike a generator object for each sample it costs next to nothing.
     """
-    key = np.uint64(int(sha256_json([name, seed])[:16], 16))
-    mixed = key + (cursors.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = _key(name, seed) + (cursors.astype(np.uint64) + np.uint64(1)) * np.uint64(
+        0x9E3779B97F4A7C15
+    )
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@lru_cache  # it is asked for at every batch
+def _key(name: str, seed: int) -> np.uint64:
+    return np.uint64(int(sha256_json([name, seed])[:16], 16))
 
 
 def generator(*parts: str | int) -> np.random.Generator:

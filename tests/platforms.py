@@ -38,6 +38,7 @@ class Platform:
 
     process: subprocess.Popen[bytes]
     told: Running
+    out: Path  # what it has said
     root: Path
     password: str = ""
     more: dict[str, str] = field(default_factory=dict)
@@ -195,8 +196,9 @@ def platform(root: Path, *options: str, **more: str) -> Iterator[Platform]:
     try:
         wait_until(ready, f"not up: {out}", 300)
         said = json.loads(out.read_text().strip().splitlines()[-1])
-        told = Running(**{k: v for k, v in said.items() if k not in ("ok", "attached")})
-        yield Platform(process, told, root, more.get("PREFECT_API_AUTH_STRING", ""))
+        assert (said.pop("ok"), said.pop("attached")) == (True, False)
+        told = Running(**said)
+        yield Platform(process, told, out, root, more.get("PREFECT_API_AUTH_STRING", ""))
     finally:
         if process.poll() is None:
             process.terminate()

@@ -15,14 +15,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from clusters import alive, command_of, end_with_parent, family, free_port, wait_until
-from platforms import Platform
+from platforms import Platform, environment, platform
 
 from flows.up import Running, running
 
@@ -72,63 +71,16 @@ print(register(RegisterSettings(model="through-up"), run, evaluation, store).sum
 """
 
 
-def environment(**more: str) -> dict[str, str]:
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "MLFLOW_", "RAY_"))}
-    return {**own, **THEIRS, **more}
-
-
 def command(*options: str) -> list[str]:
     return [sys.executable, "-m", "dpnet", "up", *options]
 
 
-@dataclass
-class Up:
-    """One at work: its process, what it told, and all processes that were its own."""
-
-    process: subprocess.Popen[bytes]
-    told: Running
-    out: Path
-    home: Path
-
-    def family(self) -> list[int]:
-        return family(self.process.pid)
-
-    def child(self, text: str) -> int:
-        """The process whose command line has `text` in it."""
-        (found,) = [pid for pid in self.family()[2:] if text in command_of(pid)]
-        return found
-
-
-@contextmanager
-def started(root: Path, *options: str, **more: str) -> Iterator[Up]:
-    out = root.with_suffix(".out")
-    with out.open("wb") as log:
-        process = subprocess.Popen(
-            command("--root", str(root), "--json", *options),
-            env=environment(**more),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
-
-    def ready() -> bool:
-        assert process.poll() is None, out.read_text()
-        return '"ok": true' in out.read_text()
-
-    try:
-        wait_until(ready, f"not up: {out}", 300)
-        said = json.loads(out.read_text().strip().splitlines()[-1])
-        assert (said.pop("ok"), said.pop("attached")) == (True, False)
-        yield Up(process, Running(**said), out, root / "up")
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait(60)
+def started(root: Path, *options: str, **more: str) -> AbstractContextManager[Platform]:
+    return platform(root, *options, **THEIRS, **more)
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with started(tmp_path_factory.mktemp("up") / "root") as found:
         yield found
 
@@ -170,13 +122,13 @@ def online(told: Running, password: str = "") -> list[str]:
     return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
 
 
-def run_sleeper(up: Up, folder: Path) -> tuple[int, int]:
+def run_sleeper(up: Platform, folder: Path) -> tuple[int, int]:
     """Run the flow through the worker; the processes of the flow and of its child."""
     (folder / "sleeping.py").write_text(FLOW)
     told = folder / "told"
     subprocess.run(
         [sys.executable, "-c", DEPLOY, str(folder), str(told)],
-        env=environment(PREFECT_API_URL=up.told.api_url, PREFECT_HOME=str(folder)),
+        env=environment({"PREFECT_API_URL": up.told.api_url, "PREFECT_HOME": str(folder)}),
         cwd=folder,
         check=True,
         capture_output=True,
@@ -191,7 +143,7 @@ def refused(root: Path, *options: str, **more: str) -> str:
     """The one sentence of one that does not start."""
     done = subprocess.run(
         command("--root", str(root), *options),
-        env=environment(**more),
+        env=environment({**THEIRS, **more}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -204,7 +156,7 @@ def refused(root: Path, *options: str, **more: str) -> str:
     return line
 
 
-def test_all_addresses_answer_and_a_worker_is_online(up: Up) -> None:
+def test_all_addresses_answer_and_a_worker_is_online(up: Platform) -> None:
     told = up.told
     assert ask(f"{told.api_url}/health") is True
     assert "<html" in ask(told.ui_url)
@@ -215,25 +167,27 @@ def test_all_addresses_answer_and_a_worker_is_online(up: Up) -> None:
     assert told.ray_url is None
 
 
-def test_mlflow_takes_what_a_browser_sends_from_its_own_pages(up: Up) -> None:
+def test_mlflow_takes_what_a_browser_sends_from_its_own_pages(up: Platform) -> None:
     search = f"{up.told.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
     found = ask(search, body={"max_results": 5}, Origin=up.told.mlflow_url)
     assert found["experiments"][0]["name"] == "Default"
 
 
-def test_mlflow_refuses_what_another_site_sends(up: Up) -> None:
+def test_mlflow_refuses_what_another_site_sends(up: Platform) -> None:
     search = f"{up.told.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(search, body={"max_results": 5}, Origin="http://evil.example")
     assert caught.value.code == 403
 
 
-def test_a_model_of_a_local_root_is_registered_through_the_server(up: Up, tmp_path: Path) -> None:
+def test_a_model_of_a_local_root_is_registered_through_the_server(
+    up: Platform, tmp_path: Path
+) -> None:
     unit = str(Path(__file__).parents[1] / "unit")
     path = os.pathsep.join([unit, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", REGISTER, str(tmp_path)],
-        env=environment(MLFLOW_TRACKING_URI=up.told.mlflow_url, PYTHONPATH=path),
+        env=environment({"MLFLOW_TRACKING_URI": up.told.mlflow_url, "PYTHONPATH": path}),
         capture_output=True,
         text=True,
     )
@@ -244,33 +198,33 @@ def test_a_model_of_a_local_root_is_registered_through_the_server(up: Up, tmp_pa
     assert model["aliases"] == [{"alias": "champion", "version": "1"}]
 
 
-def test_a_second_one_tells_the_same_addresses_and_ends(up: Up) -> None:
+def test_a_second_one_tells_the_same_addresses_and_ends(up: Platform) -> None:
     root = str(up.home.parent)
     done = subprocess.run(
-        command("--root", root, "--json"), env=environment(), capture_output=True, text=True
+        command("--root", root, "--json"), env=environment(THEIRS), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"ok": True, "attached": True, **up.told.to_json()}
     assert running(root) == up.told
 
 
-def test_a_second_one_that_asks_for_more_is_told_to_stop_the_first(up: Up) -> None:
+def test_a_second_one_that_asks_for_more_is_told_to_stop_the_first(up: Platform) -> None:
     assert "without Ray: stop it" in refused(up.home.parent, "--ray")
     assert f"at {up.told.ui_url}: stop it" in refused(up.home.parent, f"--port={free_port()}")
 
 
-def test_a_port_that_is_taken_is_one_sentence(up: Up, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_one_sentence(up: Platform, tmp_path: Path) -> None:
     port = up.told.ui_url.rpartition(":")[2]
     assert f"port {port} is taken: choose another --port" in refused(tmp_path, f"--port={port}")
 
 
-def test_two_roots_are_up_side_by_side(up: Up, tmp_path: Path) -> None:
+def test_two_roots_are_up_side_by_side(up: Platform, tmp_path: Path) -> None:
     with started(tmp_path / "other") as other:
         assert len({*up.told.to_json().values(), *other.told.to_json().values()}) == 13
         assert online(other.told)
 
 
-def test_a_server_that_is_killed_comes_back_at_its_port(up: Up) -> None:
+def test_a_server_that_is_killed_comes_back_at_its_port(up: Platform) -> None:
     killed = up.child("flows.server")
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: not alive(killed), "it lives")
@@ -280,23 +234,25 @@ def test_a_server_that_is_killed_comes_back_at_its_port(up: Up) -> None:
 
 
 def test_a_worker_that_is_killed_comes_back_and_its_flow_run_goes_on(
-    up: Up, tmp_path: Path
+    up: Platform, tmp_path: Path
 ) -> None:
     flow, child = run_sleeper(up, tmp_path)
     killed = up.child("worker start")
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: "the worker has died" in up.out.read_text(), "it is not told")
-    wait_until(lambda: [p for p in up.family() if "worker start" in command_of(p)], "no worker")
+    wait_until(
+        lambda: [p for p in family(up.process.pid) if "worker start" in command_of(p)], "no worker"
+    )
     assert up.child("worker start") != killed
     assert alive(flow)
     assert alive(child)
-    assert child in up.family()  # so that it ends with all the rest, at the latest
+    assert child in family(up.process.pid)  # so that it ends with all the rest, at the latest
 
 
-def test_killed_it_leaves_nothing_behind(up: Up, tmp_path: Path) -> None:
+def test_killed_it_leaves_nothing_behind(up: Platform, tmp_path: Path) -> None:
     # The last test on the shared one: also the orphans of the killed worker must end.
     flow, child = run_sleeper(up, tmp_path)
-    mine = up.family()
+    mine = family(up.process.pid)
     assert {flow, child} <= set(mine)
     os.kill(up.process.pid, signal.SIGKILL)
     wait_until(lambda: not [pid for pid in mine if alive(pid)], "some are left", 45)
@@ -310,7 +266,7 @@ def test_ctrl_c_stops_everything_and_what_was_done_is_kept(tmp_path: Path) -> No
         assert "<html" in ask(str(up.told.ray_url))
         assert ask(f"{up.told.ray_url}/api/jobs/") == []
         run_sleeper(up, tmp_path)
-        mine = up.family()
+        mine = family(up.process.pid)
         begun = time.monotonic()
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(60) == 130
@@ -327,7 +283,7 @@ def test_ctrl_c_stops_everything_and_what_was_done_is_kept(tmp_path: Path) -> No
 def test_ctrl_c_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("--root", str(tmp_path)),
-        env=environment(),
+        env=environment(THEIRS),
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=end_with_parent,
@@ -441,11 +397,10 @@ def test_postgres_by_url_holds_everything_and_its_password_is_nowhere(tmp_path: 
         url = f"postgresql+asyncpg://dpnet:hunter2@{at}"
         with started(root, PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as up:
             assert online(up.told)
-            up_here = Platform(up.process, up.told, root)
-            up_here.deploy("watch=null", "retrain=null")
+            up.deploy("watch=null", "retrain=null")
             few = ["images.size=32", "masks.size=32", "masks.train=4", "masks.eval_per_bin=1"]
-            up_here.wait_for(up_here.run("prepare-masks", {"overrides": few}), "COMPLETED")
-            for pid in up.family():
+            up.wait_for(up.run("prepare-masks", {"overrides": few}), "COMPLETED")
+            for pid in family(up.process.pid):
                 assert "hunter2" not in command_of(pid)
                 if "worker start" in command_of(pid) or "mlflow" in command_of(pid):
                     assert b"hunter2" not in Path(f"/proc/{pid}/environ").read_bytes()
