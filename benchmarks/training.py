@@ -11,6 +11,7 @@ is the loop's own, from its log: without start, validation and checkpoints, and 
 record. `ray_overhead` is the share of a step's time that Ray adds. Its processes need a processor
 too, and where the workers leave them none, as two on two cores, both wait whenever one of these
 works: so the processor time of a step is told beside it, of the workers and of all other processes.
+With --spare-core the workers of both share all cores but one, which is left to the rest.
 Then one worker of a run under Ray is killed (kill -9): `recover_s` is how long it takes until
 training has made its next step, `steps_lost` how many were made twice. Checkpoints come every 10
 steps there.
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,14 +158,17 @@ class Loop(NamedTuple):
     others: float
 
 
-def measured(process: subprocess.Popen[bytes], job: TrainJob) -> Loop:
-    """Watch a run under `process` until it ends."""
+def measured(process: subprocess.Popen[bytes], job: TrainJob, *, spare: bool) -> Loop:
+    """Watch a run under `process` until it ends; with `spare` its workers leave a core free."""
+    cores = sorted(os.sched_getaffinity(0))
     store = open_store(job.root)
     seen = dict[int, tuple[float, float]]()  # processor times when a step was first seen
     while process.poll() is None:
         status = read_status(store, job.folder)
         used = processor_times(process.pid)
         workers = {worker["pid"] for worker in status.get("workers", [])}
+        for pid in used if spare and workers else ():
+            place_on(cores[1:] if pid in workers else cores[:1], pid)
         if status.get("step") and workers <= used.keys():
             ours = sum(used[pid] for pid in workers)
             seen.setdefault(status["step"], (ours, sum(used.values()) - ours))
@@ -173,6 +178,13 @@ def measured(process: subprocess.Popen[bytes], job: TrainJob) -> Loop:
     steps, spent = list(seen), list(seen.values())
     of_a_step = [(b - a) / (steps[-1] - steps[0]) for a, b in zip(spent[0], spent[-1], strict=True)]
     return Loop(loop_rate(job), *of_a_step)
+
+
+def place_on(cores: Sequence[int], pid: int) -> None:
+    """Have every thread of a process run on these cores alone."""
+    with contextlib.suppress(OSError):  # one that has just ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            os.sched_setaffinity(int(thread), cores)
 
 
 def processor_times(pid: int) -> dict[int, float]:
@@ -191,14 +203,14 @@ def processor_times(pid: int) -> dict[int, float]:
     return {own: seconds for own, seconds in used.items() if below(own)}
 
 
-def under_torchrun(job: TrainJob) -> Loop:
+def under_torchrun(job: TrainJob, *, spare: bool) -> Loop:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as spec:
         json.dump(job.to_json(), spec)
         spec.flush()
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={WORKERS}", __file__, "--worker", spec.name]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            return measured(process, job)
+            return measured(process, job, spare=spare)
 
 
 class UnderRay:
@@ -222,9 +234,9 @@ class UnderRay:
         self._spec.close()
 
 
-def under_ray(job: TrainJob) -> Loop:
+def under_ray(job: TrainJob, *, spare: bool) -> Loop:
     with UnderRay(job) as process:
-        return measured(process, job)
+        return measured(process, job, spare=spare)
 
 
 def recovery(job: TrainJob) -> tuple[float, int]:
@@ -268,6 +280,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--spare-core", action="store_true", help="B6: workers leave a core free")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--worker", metavar="SPEC", help=argparse.SUPPRESS)
     parser.add_argument("--ray", metavar="SPEC", help=argparse.SUPPRESS)
@@ -301,10 +314,12 @@ def main() -> None:
         except ImportError:
             print("Ray is not installed: B6 is left out", file=sys.stderr)
         else:
-            loops = take_turns(
-                {"Ray": lambda: under_ray(fresh()), "torchrun": lambda: under_torchrun(fresh())},
-                arguments.repeats,
-            )
+            spare = arguments.spare_core
+            both = {
+                "Ray": lambda: under_ray(fresh(), spare=spare),
+                "torchrun": lambda: under_torchrun(fresh(), spare=spare),
+            }
+            loops = take_turns(both, arguments.repeats)
             for name, runs in loops.items():
                 rate, workers, others = zip(*runs, strict=True)
                 rows += [

@@ -167,7 +167,8 @@ def start(page: Page, up: Up, steps: int) -> str:
     page.get_by_role("button", name="Submit").click()
     page.wait_for_url("**tab=Runs*")
     (run,) = up.ask("flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
-    page.locator(f"a[href*='/flow-run/{run['id']}']").first.click()
+    # The list is looked up again from time to time only.
+    page.locator(f"a[href*='/flow-run/{run['id']}']").first.click(timeout=LONG)
     page.wait_for_url("**/flow-run/*")
     return page.url.partition("?")[0]
 
@@ -284,7 +285,9 @@ def test_a_stage_that_failed_is_told_of_in_a_sentence_and_retry_runs_only_what_i
     }
     expect(page.locator(".logs, main").first).not_to_contain_text("Traceback")
     # As the stage says it; the task's own line begins with it.
-    expect(page.get_by_text(re.compile(f"^cannot use {folder}.*: ")).first).to_be_visible()
+    sentence = page.get_by_text(re.compile(f"^cannot use {folder}.*: ")).first
+    expect(sentence).to_be_visible()
+    sentence.scroll_into_view_if_needed()
     shoot(page, "failed")
 
     folder.unlink()
