@@ -74,7 +74,7 @@ class LocalLauncher:
 
     def cancel(self) -> None:
         if self._training is not None:
-            self._training.stop()
+            self._training.stop(shared=False)
             _remove(self._training.scratch)
 
     def print_stacks(self) -> None:

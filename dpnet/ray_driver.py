@@ -62,7 +62,7 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
         while training.goes_on():
             time.sleep(0.3)
     finally:
-        training.stop()
+        training.stop(shared=True)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

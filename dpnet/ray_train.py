@@ -59,12 +59,16 @@ class Training:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
-        """Shut Ray down, and with it the workers."""
+    def stop(self, *, shared: bool) -> None:
+        """Shut Ray down, and with it the workers; of a shared cluster, leave it.
+
+        A cluster of one's own is not asked for anything first: a signal to the whole process group
+        may have stopped its parts already, and Ray would wait for their answer.
+        """
         import ray
 
         self._stopped = True
-        if self._thread.is_alive():
+        if shared and self._thread.is_alive():
             with suppress(Exception):  # gone with its cluster, perhaps
                 self._give_up_claim()
         ray.shutdown()

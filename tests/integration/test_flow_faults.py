@@ -238,6 +238,7 @@ def test_a_cancelled_run_stops_its_job_and_a_new_one_resumes_it(place: Place) ->
 
 
 def test_a_cancelled_run_on_this_machine_leaves_no_process_of_ray(place: Place) -> None:
+    scratch = set(Path("/tmp").glob("dpnet-ray-*"))
     run = place.run(4)
     place.wait_for_step(run, 4, 6)
     own = place.up.processes_of(run)
@@ -245,6 +246,8 @@ def test_a_cancelled_run_on_this_machine_leaves_no_process_of_ray(place: Place) 
     place.up.set_state(run, type="CANCELLING")
     place.up.wait_for(run, "CANCELLED", seconds=60)
     wait_until(lambda: not any(map(alive, own)), "processes are left", 30)
+    # It ended by itself: one that is killed, as after half a minute, leaves its folder.
+    assert not set(Path("/tmp").glob("dpnet-ray-*")) - scratch
     again = place.run(4)
     place.up.wait_for(again, "COMPLETED")
     assert place.resumed_from(4) >= 5
