@@ -10,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,25 @@ class LocalLauncher:
 
 
 def _remove(folder: Path) -> None:
-    """Ray, stopped in the middle of its start, may still be putting something there."""
+    """Ray, stopped in the middle of its start, leaves agents behind that go on for a minute and
+    put something there: they are ended first."""
     deadline = time.monotonic() + REMOVE_S
-    while folder.exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        left = _writers(folder)
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
+        if not left and not folder.exists():
+            return
         time.sleep(0.05)
+
+
+def _writers(folder: Path) -> list[int]:
+    """Processes whose output goes to a file in `folder`; none where there is no /proc."""
+    found = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):  # another user's, or it has ended
+            if os.readlink(output).startswith(f"{folder}/"):
+                found.append(int(output.parts[2]))
+    return found

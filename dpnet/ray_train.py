@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from data_prep.storage import open_store
 from dpnet.journal import read_status
 from dpnet.train import TrainJob
 
+STOP_S = 3.0  # in which a training that is stopped leaves Ray
 DEATHS = 3  # of Ray Train's own process in a row, without a step between, that are got over
 LOOK_S = 2.0  # between two looks at the status
 STACKS_S = 10.0  # for which the workers' stacks are waited for
@@ -67,10 +68,13 @@ class Training:
         """
         import ray
 
+        at_work = self._thread.is_alive()
         self._stopped = True
-        if shared and self._thread.is_alive():
-            with suppress(Exception):  # gone with its cluster, perhaps
-                self._give_up_claim()
+        if at_work:
+            self._thread.join(STOP_S)
+            if shared:
+                with suppress(Exception):  # gone with its cluster, perhaps
+                    self._give_up_claim()
         ray.shutdown()
 
     def _give_up_claim(self) -> None:
@@ -123,6 +127,9 @@ class Training:
             say(_stack_of(worker))
 
     def _fit(self) -> None:
+        from ray.train.v2.api import data_parallel_trainer
+
+        data_parallel_trainer.ray = _Stoppable(lambda: self._stopped)
         deaths, step = 0, None
         try:
             while True:
@@ -168,6 +175,27 @@ class Training:
         # What was set aside for one that died is this one's, because it has the same id.
         object.__setattr__(trainer.train_run_context, "run_id", self._claim)
         return trainer
+
+
+class _Stoppable:
+    """`ray` as Ray Train's trainer uses it, but that its waiting can be ended: a thread that is in
+    `ray.get` while Ray is shut down ends the whole process, with status 1."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def __getattr__(self, name: str) -> Any:
+        import ray
+
+        return getattr(ray, name)
+
+    def get(self, result: Any) -> Any:
+        import ray
+
+        while not self._stopped():  # once Ray is shut down, asking it would start another one
+            if ray.wait([result], timeout=0.3)[0]:
+                return ray.get(result)
+        raise SystemExit  # of this thread
 
 
 def _callback(attempt: str) -> Any:
