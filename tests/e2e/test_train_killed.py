@@ -146,6 +146,9 @@ def test_with_another_number_of_workers_the_next_steps_are_the_same_but_for_roun
     tmp_path: Path,
 ) -> None:
     file, env = config(tmp_path, 2), environment()
+    # Small steps: with large ones a difference of rounding can come to the other side of a kink of
+    # this very small network, and then grows a thousandfold within two steps.
+    file.write_text(file.read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1.0e-4"))
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     undisturbed = trained(file, whole, env)
     for part in ("images", "masks"):
@@ -159,7 +162,7 @@ def test_with_another_number_of_workers_the_next_steps_are_the_same_but_for_roun
     mine, its = losses(broken, resumed["folder"]), losses(whole, undisturbed["folder"])
     assert mine.keys() == its.keys()
     for step in [step for step in its if start < step <= start + 10]:
-        assert mine[step] == pytest.approx(its[step], rel=1e-3)
+        assert mine[step] == pytest.approx(its[step], rel=3e-5)
 
 
 def test_shards_and_checkpoints_on_s3_are_taken_up_all_the_same(
