@@ -70,6 +70,12 @@ class Turn(NamedTuple):
     peak: int
 
 
+class DefaultAdam(torch.optim.Adam):
+    """torch's, which the step cannot have skip a step: on a GPU it refuses to be asked."""
+
+    found_inf = property(lambda self: None, lambda self, value: None)
+
+
 class Contender:
     """A model with its step on random photographs; what it holds on the device is known."""
 
@@ -91,7 +97,7 @@ class Contender:
                 module.to(memory_format=torch.contiguous_format)
             for name in ("generator", "discriminator"):
                 parameters = getattr(state, name).parameters()
-                optimizer = torch.optim.Adam(parameters, betas=(SETTINGS.beta1, BETA2))
+                optimizer = DefaultAdam(parameters, betas=(SETTINGS.beta1, BETA2))
                 setattr(state, f"{name}_optimizer", optimizer)
         self.step = Step(
             state,
