@@ -140,6 +140,10 @@ class Generator(nn.Module):
     def forward(self, image: Tensor, valid: Tensor, units: Units | None = None) -> Tensor:
         if not (torch.compiler.is_compiling() or is_traced()):
             check_input(image, valid)
+        return self.paint(image, valid, units)
+
+    def paint(self, image: Tensor, valid: Tensor, units: Units | None = None) -> Tensor:
+        """`forward` of what is known to be sound: the check reads values, for which a GPU waits."""
         height, width = image.shape[2:]
         # Padding counts as unknown, so it changes nothing but the grid.
         pad = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
