@@ -77,16 +77,18 @@ def train_loop(job: TrainJob, session: Session) -> bool:
     bf16 = device.type == "cuda"
     options: dict[str, Any] = {"vgg": vgg, "world": world, "bf16": bf16, "backend": backend}
     step_fn = Step(state, job.losses, settings, **options)
-    if world > 1:
-        own = len(rank_cursors(0, settings.batch_size, rank, world))
-        step_fn.warm_up(max(1, own // settings.accumulate), loader.size, device)
     if state.step == 0:
         log.append(validation.measure(state.ema, 0, rank, world))
     tell = Teller(job, session, store, state.step, loader.size, problem)
     saver = None if rank else Saver(job, store)
     warned = False
-    meter = Meter(loader, state, settings)
     try:
+        if world > 1 or backend is not None:
+            if backend is not None:
+                tell.status(state.step, log, "compiling the network's layers")
+            own = len(rank_cursors(0, settings.batch_size, rank, world))
+            step_fn.warm_up(max(1, own // settings.accumulate), loader.size, device)
+        meter = Meter(loader, state, settings)
         with closing(loader.batches(state.step, settings.steps)) as batches:
             for step, batch in batches:
                 image, valid = to_device(batch, device)
@@ -264,12 +266,13 @@ class Teller:
         self._about["workers"] = _gathered(_whereabouts(session), session)
         self._journal = None if session.rank else Journal(store, job.folder)
 
-    def status(self, step: int, log: Log) -> None:
+    def status(self, step: int, log: Log, doing: str = "") -> None:
         if self._journal:
             record: dict[str, Any] = {"step": step, "steps": self._steps, "records": len(log)}
             fresh = [r for r in log if r["kind"] != "train" or r["step"] > self._start]
             record |= {r["kind"]: r for r in fresh}  # the newest of each kind
-            self._journal.status({**self._about, **record, "note": note(fresh, self._problem)})
+            told = [note(fresh, self._problem), *[doing] * bool(doing)]
+            self._journal.status({**self._about, **record, "note": ", ".join(told)})
 
     def log(self, log: Log) -> None:
         if self._journal:

@@ -178,7 +178,8 @@ class Step:
 
         After its first backward pass DDP arranges the gradients anew, and with three ranks or more
         it sums them in another order from then on: a run that is taken up again would differ from
-        an undisturbed one by rounding. So every run has that behind it before its first step.
+        an undisturbed one by rounding. So every run has that behind it before its first step, and
+        where layers are compiled, nearly all of that too.
         """
         image = torch.full((samples, 3, size, size), 0.5, device=device)
         image = image.contiguous(memory_format=torch.channels_last)

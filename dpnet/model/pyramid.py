@@ -109,8 +109,7 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """`conv(x)`, on a GPU in half precision without groups.
 
     There the matrix units do a dense convolution, with zeros between the groups, in less time than
-    one in groups: all pyramids of a block forward and backward in 0.55 of it
-    (docs/performance.md).
+    one in groups: those of a pyramid in 0.4 to 0.7 of it (docs/performance.md).
     """
     assert isinstance(conv, nn.Conv2d)
     if conv.groups == 1 or not (x.is_cuda and torch.is_autocast_enabled("cuda")):
@@ -120,7 +119,7 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 def dense(weight: Tensor, groups: int) -> Tensor:
     """The weight without groups, O I k k, of a convolution's in groups, O (I / groups) k k."""
-    of_groups = weight.unflatten(0, (groups, -1)).movedim(0, -1)
+    of_groups = weight.reshape(groups, -1, *weight.shape[1:]).movedim(0, -1)
     return torch.diag_embed(of_groups, dim1=0, dim2=2).flatten(0, 1).flatten(1, 2)
 
 

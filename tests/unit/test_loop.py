@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from data_prep.errors import ConfigError, PipelineError
 from data_prep.images import ImagesConfig, prepare_images
@@ -527,6 +528,30 @@ def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(
     assert choose_backend(None, gpu) == (None, "no compiler")
     with pytest.raises(PipelineError, match=r"train\.compile is true, but .*no compiler"):
         choose_backend(True, cpu)
+
+
+def test_while_layers_are_compiled_the_status_says_so_and_no_step_waits_for_it(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(loop, "choose_backend", lambda wanted, device: ("eager", None))
+    told, graphs = [], []
+    real = Step.__call__
+
+    def stepping(self, *given):
+        before = counters["stats"]["unique_graphs"]
+        done = real(self, *given)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return done
+
+    monkeypatch.setattr(loop.Journal, "status", lambda self, record: told.append(record))
+    monkeypatch.setattr(Step, "__call__", stepping)
+    torch.compiler.reset()
+    train_loop(make_job(prepared, steps=2, validate_every=2), Session())
+    torch.compiler.reset()
+    assert ["compiling" in each["note"] for each in told] == [True] + [False] * (len(told) - 1)
+    assert told[0]["step"] == 0
+    # The term by which the discriminator teaches is the one thing left to be compiled in a step.
+    assert graphs == [1, 0]
 
 
 def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled():
