@@ -86,7 +86,9 @@ class ShardCache:
             store.download(key, new)
             if sha256_file(new) != sha256:
                 return False
-            os.replace(new, self._path(sha256))
+            # Not while another looks through the folder, which would count neither name.
+            with _locked(self.folder / ".lock"):
+                os.replace(new, self._path(sha256))
             return True
         except StorageError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:

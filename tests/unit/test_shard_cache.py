@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +205,34 @@ def test_what_is_being_fetched_counts_against_the_limit_and_is_not_swept(
         assert kept(folder) == "b"
         assert under_way.result() == b"a" * SIZE
     assert kept(folder) == "ab"
+
+
+def test_a_fetch_that_ends_while_room_is_made_counts_against_the_limit(
+    far: Far, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, listed = ShardCache(folder, SIZE), threading.Event()
+    download, iterdir = far.download, Path.iterdir
+
+    def held_back(key: str, target: Path) -> None:
+        download(key, target)
+        if key == "a":
+            assert listed.wait(20)
+
+    def slow(path: Path) -> Iterator[Path]:
+        found = list(iterdir(path))
+        if path == folder and not listed.is_set() and far.downloads == ["a"]:
+            listed.set()
+            time.sleep(0.3)  # enough to rename a file in
+        yield from found
+
+    monkeypatch.setattr(far, "download", held_back)
+    monkeypatch.setattr(Path, "iterdir", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(taken, cache, far, "a")
+        wait_for(lambda: far.downloads == ["a"])
+        assert taken(cache, far, "b") is None
+        assert first.result() == b"a" * SIZE
+    assert kept(folder) == "a"
 
 
 def test_a_shard_that_is_here_is_had_while_another_is_fetched(far: Far, folder: Path) -> None:
