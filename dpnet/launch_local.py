@@ -40,18 +40,18 @@ class LocalLauncher:
 
         if ray.is_initialized():
             raise PipelineError("Ray already runs in this process: shut it down before training.")
+        gpus = _gpus(self.job) if self.job.settings.gpus else 0
         say("train: starting Ray")
         # Sockets under a deep folder would exceed the system's limit of 107 bytes.
         scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))
         self._training = Training(self.job, scratch, self.attempt, self.launch.deadline_s)
-        workers, gpus = self.job.settings.workers, self.job.settings.gpus
         logging.getLogger("ray").setLevel(logging.ERROR)
         handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(
                 address="local",
-                num_cpus=workers + 1,
-                num_gpus=workers if gpus else 0,
+                num_cpus=self.job.settings.workers + 1,
+                num_gpus=gpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -81,6 +81,22 @@ class LocalLauncher:
     def print_stacks(self) -> None:
         if self._training is not None:
             self._training.print_stacks()
+
+
+def _gpus(job: TrainJob) -> int:
+    """How many GPUs this machine has, at most one for each worker."""
+    import torch
+
+    workers, found = job.settings.workers, torch.cuda.device_count()
+    if found < (job.settings.min_workers or workers):
+        build = "" if torch.version.cuda else ", whose build has no CUDA,"
+        fewer = "lower train.workers, " if found else ""
+        raise PipelineError(
+            f"train.gpus is true and train.workers {workers}, but torch{build} finds {found} GPUs"
+            f" on this machine: {fewer}leave train.gpus out to train on its CPU, or train on a Ray"
+            " cluster with --launcher ray-job."
+        )
+    return min(found, workers)
 
 
 def _remove(folder: Path) -> None:

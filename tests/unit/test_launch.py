@@ -238,6 +238,37 @@ def test_of_several_workers_errors_the_one_that_a_user_can_act_on_is_told() -> N
     assert str(full).startswith("cannot use root: the disk is full")
 
 
+@pytest.mark.parametrize(
+    ("found", "least", "told"),
+    [
+        (0, None, r"train\.workers 4, .*finds 0 GPUs on this machine: leave train\.gpus out"),
+        (3, None, r"finds 3 GPUs on this machine: lower train\.workers, leave"),
+        (3, 2, None),
+    ],
+)
+def test_gpus_that_this_machine_does_not_have_are_told_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: int, least: int | None, told: str | None
+) -> None:
+    import ray
+    import torch
+
+    from dpnet.launch_local import LocalLauncher
+
+    asked: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        asked.update(options)
+        raise Exception("it is a test.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    settings = SimpleNamespace(workers=4, min_workers=least, gpus=True)
+    job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
+    with pytest.raises(PipelineError, match=told or "Ray did not start"):
+        LocalLauncher(job, LaunchSettings()).start()
+    assert asked.get("num_gpus") == (None if told else found)
+
+
 def test_a_ray_that_does_not_start_is_told_of_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
