@@ -224,6 +224,17 @@ def test_two_roots_are_up_side_by_side(up: Platform, tmp_path: Path) -> None:
         assert online(other.told)
 
 
+def test_of_a_schedule_runs_are_made(up: Platform) -> None:
+    up.deploy("watch=0 0 1 1 *", "retrain=null")
+    (flow,) = up.ask("/flows/filter", {"flows": {"name": {"any_": ["watch-raw-data"]}}})
+    asked = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    asked["flows"] = {"id": {"any_": [flow["id"]]}}
+    wait_until(lambda: up.ask("/flow_runs/filter", asked), "the scheduler makes none", 120)
+    at = {run["expected_start_time"][4:10] for run in up.ask("/flow_runs/filter", asked)}
+    assert at == {"-01-01"}
+    assert "Traceback" not in (up.home / "server.log").read_text()
+
+
 def test_a_server_that_is_killed_comes_back_at_its_port(up: Platform) -> None:
     killed = up.child("flows.server")
     os.kill(killed, signal.SIGKILL)
