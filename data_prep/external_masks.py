@@ -263,7 +263,8 @@ def pools(
         if not len(pool):
             raise ConfigError(
                 f"masks.external: {where} has no mask between 1 and 60 % hole for the {split}"
-                f" split ({len(made)} masks, {len(usable)} of them in that range): give more files,"
+                f" split: of {len(made)} masks {len(usable)} are in that range, and each goes to"
+                f" one of the splits {', '.join(splits)}: give more files,"
                 " another masks.external_polarity or a smaller masks.external_dilate."
             )
     return dealt

@@ -135,7 +135,8 @@ def _add_demo(parsers: _Parsers) -> None:
 
 def _add_shards(parsers: _Parsers, kind: str) -> None:
     example = f"dpnet {kind} build demo --root ./dpnet-demo"
-    group = _add_group(parsers, kind, f"build, verify and inspect {kind}", example)
+    log = "list, " if kind == "images" else ""
+    group = _add_group(parsers, kind, f"build, {log}verify and inspect {kind}", example)
     if kind == "images":
         _add_images_build(group)
     else:

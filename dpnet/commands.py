@@ -91,6 +91,11 @@ def stage(args: Namespace) -> Outcome:
     from dpnet.train import check_settings, check_vgg_file
 
     config = load_config(args.config, _with_launch(args))
+    if getattr(args, "address", None) and config.launch.launcher == "local":
+        raise ConfigError(
+            "--address names a Ray cluster, but training runs on this machine: add"
+            " --launcher ray-job."
+        )
     check_settings(config.train)
     check_vgg_file(config.losses)
     store = open_store(resolve_root(args.root, config))

@@ -214,6 +214,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """The first of pydantic's errors as a sentence; the others are counted."""
     errors = error.errors(include_url=False)
+    # A misspelt name first: what is missing may be what it was meant to be.
+    errors.sort(key=lambda each: each["type"] != "extra_forbidden")
     more = f" ({len(errors) - 1} more after this one)" if len(errors) > 1 else ""
     return f"{_describe(errors[0], model)}{more}."
 

@@ -72,8 +72,10 @@ def inpaint_files(
                 try:
                     done.append(_fill_file(generator, job, tile))
                 except PipelineError as error:
-                    say(str(error))
-                    failed.append({"image": str(job.image), "error": str(error)})
+                    told, name = str(error), str(job.image)
+                    told = told if name in told else f"{name}: {told}"
+                    say(told)
+                    failed.append({"image": name, "error": told})
                 progress.update(number, f"{len(failed)} failed" if failed else "")
     return {
         "ok": not failed,

@@ -28,7 +28,7 @@ from dpnet.model.config import preset
 from dpnet.order import rank_cursors
 from dpnet.result import is_finished
 from dpnet.shard_cache import ShardCache
-from dpnet.shard_files import ShardFiles, ShardSet, find_shards
+from dpnet.shard_files import ShardFiles, check_enough, find_shards
 from dpnet.step import Measured, Step, TrainState, compiler_problem, load_vgg
 from dpnet.train import TrainJob, TrainSettings
 from dpnet.validation import Validation, mask_size, to_device
@@ -149,14 +149,6 @@ def open_loader(job: TrainJob, session: Session, store: Store) -> Loader:
         pin=session.device.type == "cuda",
         skip=s.on_bad_sample == "skip",
     )
-
-
-def check_enough(shards: ShardSet, batch: int) -> None:
-    if shards.samples < batch:
-        raise PipelineError(
-            f"{shards.uri} has {shards.samples} samples to train on, fewer than a batch of {batch}:"
-            " build it from more data, or lower train.batch_size."
-        )
 
 
 def resume(job: TrainJob, session: Session, store: Store, state: TrainState) -> tuple[Log, str]:

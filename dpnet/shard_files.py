@@ -89,6 +89,15 @@ def find_shards(store: Store, ref: StageRef, split: str) -> ShardSet:
     return ShardSet(uri, ref.content_digest, shards)
 
 
+def check_enough(shards: ShardSet, batch: int) -> None:
+    """Raise PipelineError where there is not even one batch."""
+    if shards.samples < batch:
+        raise PipelineError(
+            f"{shards.uri} has {shards.samples} samples to train on, fewer than a batch of {batch}:"
+            " build it from more data, or lower train.batch_size."
+        )
+
+
 def _count(store: Store, key: str, index_sha256: str) -> int:
     """Samples of a shard whose manifest, an older one, does not say it."""
     import pyarrow.parquet as pq

@@ -367,6 +367,7 @@ def _build(job: TrainJob, launch: LaunchSettings, tracking_uri: str | None, work
     from dpnet.extend import find_start
     from dpnet.launch import launched
     from dpnet.result import collect
+    from dpnet.shard_files import check_enough, find_shards
 
     if job.losses.vgg_weights is None and (job.losses.perceptual or job.losses.style):
         say(
@@ -379,6 +380,8 @@ def _build(job: TrainJob, launch: LaunchSettings, tracking_uri: str | None, work
             f"warning: train.warmup_steps is {job.settings.warmup_steps} and train.steps"
             f" {job.settings.steps}, so the learning rate does not reach its peak: lower the first."
         )
+    for dataset in (job.images, job.masks):  # workers look too, but they are slow to start
+        check_enough(find_shards(work.store, dataset, "train"), job.settings.batch_size)
     job = replace(job, extends=find_start(work.store, job))
     resolved = yaml.safe_dump(
         {

@@ -265,6 +265,14 @@ def test_without_a_root_it_says_how_to_give_one(capsys: pytest.CaptureFixture[st
     assert "--root DIR" in fails(capsys, "masks", "build", "places2")
 
 
+def test_an_address_without_the_launcher_that_goes_there_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["train", "demo", "--root", str(tmp_path), "--address", "http://head:8265"]
+    assert "add --launcher ray-job" in fails(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_operating_system_error_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

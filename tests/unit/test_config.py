@@ -115,6 +115,11 @@ def test_several_mistakes_are_told_as_the_first_and_a_count() -> None:
     assert "(1 more after this one)" in text
 
 
+def test_a_misspelt_section_is_told_before_what_is_missing_for_it(written) -> None:  # type: ignore[no-untyped-def]
+    text = message(written("name: a\nimagse: {source: b}\nmasks: {name: c}\n"))
+    assert "imagse is no option: the nearest is images" in text
+
+
 def test_images_and_masks_of_different_size_are_refused() -> None:
     assert "images.size is 64 but masks.size is 32" in message("demo", "masks.size=32")
 

@@ -253,6 +253,14 @@ def test_a_mask_of_another_size_is_told_with_its_name(files, run):
     assert "small.png is 50 x 39 pixels but the picture is 50 x 40" in result["error"]
 
 
+def test_of_several_pictures_the_one_that_a_mask_does_not_fit_is_named(folders, run):
+    hole_mask(39).save("small.png")
+    status, result, err = run("photos", "small.png", "-o", "out")
+    assert status == 1
+    assert result["failed"][0]["error"].startswith("photos/a.jpg: small.png is 50 x 39 pixels")
+    assert "photos/b.png: small.png is" in err
+
+
 def test_a_mask_without_a_hole_gives_the_picture_back_and_that_is_told(files, run):
     Image.new("L", (50, 40)).save("black.png")
     status, result, err = run("photo.png", "black.png", "-o", "out.png")

@@ -21,7 +21,7 @@ from data_prep.errors import ConfigError, PipelineError
 from data_prep.images import ImagesConfig, prepare_images
 from data_prep.masks import MasksConfig, prepare_masks
 from data_prep.storage import open_store
-from dpnet import loop
+from dpnet import launch, loop
 from dpnet import train as training
 from dpnet.checkpoints import load, marks
 from dpnet.data import Samples, validation_pairs
@@ -364,9 +364,19 @@ def test_numbers_that_do_not_go_together_are_refused(settings, told):
         training.check_settings(TrainSettings(**settings))
 
 
-def test_fewer_samples_than_a_batch_are_refused(prepared):
-    with pytest.raises(PipelineError, match="samples to train on, fewer than a batch of 11"):
-        train_loop(make_job(prepared, batch_size=11), Session())
+def test_fewer_samples_than_a_batch_are_refused_before_workers_are_started_and_by_them(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(launch, "launched", lambda *given: pytest.fail("it is started"))
+    job = make_job(prepared, batch_size=11)
+    few = "samples to train on, fewer than a batch of 11"
+    with pytest.raises(PipelineError, match=few):
+        training.train(
+            *(job.model, job.losses, job.settings, LaunchSettings(), None, "t"),
+            *(job.images, job.masks, open_store(job.root)),
+        )
+    with pytest.raises(PipelineError, match=few):
+        train_loop(job, Session())
 
 
 def test_training_changes_every_part_and_the_discriminator_waits_for_its_turn(prepared):
