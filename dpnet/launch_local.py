@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import secrets
@@ -19,6 +20,7 @@ from data_prep.progress import say
 from dpnet.launch import LaunchSettings
 from dpnet.train import TrainJob
 
+SCRATCH, PREFIX, LOCK = Path("/tmp"), "dpnet-ray-", ".lock"
 REMOVE_S = 5.0  # for which Ray's scratch folder is tried to be removed
 
 
@@ -43,7 +45,10 @@ class LocalLauncher:
         gpus = _gpus(self.job) if self.job.settings.gpus else 0
         say("train: starting Ray")
         # Sockets under a deep folder would exceed the system's limit of 107 bytes.
-        scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))
+        _sweep(SCRATCH)
+        scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=SCRATCH))
+        self._lock = (scratch / LOCK).open("wb")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._training = Training(self.job, scratch, self.attempt, self.launch.deadline_s)
         logging.getLogger("ray").setLevel(logging.ERROR)
         handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -77,6 +82,7 @@ class LocalLauncher:
         if self._training is not None:
             self._training.stop(shared=False)
             _remove(self._training.scratch)
+            self._lock.close()
 
     def print_stacks(self) -> None:
         if self._training is not None:
@@ -97,6 +103,14 @@ def _gpus(job: TrainJob) -> int:
             " cluster with --launcher ray-job."
         )
     return min(found, workers)
+
+
+def _sweep(scratch: Path) -> None:
+    """Remove the folders of trainings that were killed: nobody holds their locks."""
+    for folder in scratch.glob(f"{PREFIX}*"):
+        with suppress(OSError), (folder / LOCK).open("rb") as lock:  # another user's, or at work
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
