@@ -172,8 +172,10 @@ def notify(args: Namespace) -> Outcome:
         reason = f"the event is of no object in {source}, so nothing is done."
         return {"ok": True, "announced": False, "reason": reason}, reason
     check_config(config)
-    store = open_store(resolve_root(args.root, config))
+    root = resolve_root(args.root, config)
+    store = open_store(root)
     check_root(store)
+    _find_server(root)
     from flows.local import watch_now
 
     seen = watch_now(

@@ -54,8 +54,8 @@ def watch_now(
     os.environ.update({} if debug else QUIET)
     if not (url := _configured_api()):
         raise PipelineError(
-            "no Prefect API is configured, so nobody can be told: set PREFECT_API_URL to the"
-            " server's, as http://127.0.0.1:4200/api."
+            "no Prefect API is configured and no `dpnet up` is at work for this root, so nobody can"
+            " be told: set PREFECT_API_URL to the server's, as http://127.0.0.1:4200/api."
         )
     _check_reachable(url, "set PREFECT_API_URL to the one that is to be told")
     from flows.new_data import watch

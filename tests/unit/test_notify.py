@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +97,26 @@ def test_the_notification_that_tests_the_way_is_of_no_object() -> None:
 def test_what_is_no_notification_is_told_in_a_sentence(text: str | bytes) -> None:
     with pytest.raises(PipelineError, match=r"no notification of S3: give the JSON"):
         notified(text)
+
+
+def test_the_server_of_the_root_is_told_where_no_other_is_configured(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str | None] = []
+
+    def look(*given: Any, **options: Any) -> dict[str, Any]:
+        told.append(os.environ.get("PREFECT_API_URL"))
+        return {"dataset": "own", "announced": False, "reason": "It is a test."}
+
+    def running(root: str) -> SimpleNamespace:
+        return SimpleNamespace(api_url=f"http://up-of-{Path(root).name}/api")
+
+    monkeypatch.setattr("flows.local.watch_now", look)
+    monkeypatch.setattr("flows.up.running", running)
+    notify(config)
+    monkeypatch.delenv("PREFECT_API_URL")
+    notify(config)
+    assert told == ["http://127.0.0.1:9/api", "http://up-of-root/api"]
 
 
 def test_an_event_of_other_objects_does_nothing(
