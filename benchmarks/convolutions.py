@@ -24,6 +24,7 @@ from dpnet.model.pyramid import MaskAwareConv, dense, pyramid_levels
 
 # Channels in and out, side of the input, stride.
 PYRAMIDS = {"a block": (256, 256, 64, 1), "down 2": (128, 256, 128, 2), "down 1": (64, 128, 256, 2)}
+FORMS = ("in groups", "dense")
 
 
 def main() -> None:
@@ -43,9 +44,6 @@ def main() -> None:
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     title = f"Pyramids of convolutions, forward and backward, batch {batch}, {where}"
     report(f"{title}, torch {torch.__version__}", rows, ratios, as_json=args.json)
-
-
-FORMS = ("in groups", "dense")
 
 
 def passes(name: str, batch: int, *, groups: bool) -> Callable[[], None]:
