@@ -82,6 +82,7 @@ class Contender:
     def __init__(self, options: argparse.Namespace, device: torch.device, *, ours: bool) -> None:
         before = _allocated(device)
         self.device, self.steps, self.ours = device, options.steps, ours
+        self.resident = 0  # until it is known
         state = TrainState(PRESETS[options.preset], SETTINGS, device)
         vgg = _vgg(options.vgg, device)
         torch.manual_seed(0)
@@ -107,7 +108,8 @@ class Contender:
             bf16=ours and device.type == "cuda",
             backend="inductor" if ours and options.compile else None,
         )
-        for _ in range(WARM_UP):
+        self.first = self.turn(1).seconds
+        for _ in range(WARM_UP - 1):
             self.run()
         self.resident = _allocated(device) - before
 
@@ -115,16 +117,17 @@ class Contender:
         with nullcontext() if self.ours else plain_attention():
             self.step(0, self.image, self.valid)
 
-    def turn(self) -> Turn:
+    def turn(self, steps: int | None = None) -> Turn:
+        steps = steps or self.steps
         others = _allocated(self.device) - self.resident
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         _wait(self.device)
         start = time.perf_counter()
-        for _ in range(self.steps):
+        for _ in range(steps):
             self.run()
         _wait(self.device)
-        seconds = (time.perf_counter() - start) / self.steps
+        seconds = (time.perf_counter() - start) / steps
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         return Turn(seconds, peak - others)
 
@@ -217,6 +220,8 @@ def main() -> None:
             peaks = [turn.peak / 2**30 for turn in measured[name]]
             rows.append(Row(f"{name}: peak memory", peaks, "GiB"))
     rows += [
+        Row("ours: the first step", [ours.first], "s"),  # with what is compiled in it
+        Row("eager fp32: the first step", [eager.first], "s"),
         Row("matmul", [rate / 1e12 for rate in measured["matmul"]], "TFLOP/s"),
         Row("work on one image", [flop / 1e12], "TFLOP"),
     ]
