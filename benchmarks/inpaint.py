@@ -2,7 +2,8 @@
 
     python benchmarks/inpaint.py [--preset base] [--model RUN] [--photo FILE] [--json]
 
-Time and peak memory by `dpnet.tiles.fill`, which is what `dpnet.inpaint` and `dpnet inpaint` run:
+Time and peak memory by `dpnet.inpainting.tiles.fill`, which is what `dpnet.inpaint` and `dpnet
+inpaint` run:
 one photograph, in its middle a hole of a fifth of its side. Each measurement has a process of its
 own, so the peak is its own: on the CPU all that the process holds, on a GPU what torch reserves
 there. The goal is that 2048 x 2048 fits in 4 GB. Weights are random unless --model gives a run's
@@ -27,9 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dpnet.inpainting.tiles import TILE, fill
 from dpnet.model import Generator, build_generator
 from dpnet.model.config import PRESETS
-from dpnet.tiles import TILE, fill
 
 GOAL_GB, GOAL_SIDE = 4.0, 2048
 

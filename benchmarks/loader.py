@@ -85,8 +85,8 @@ class Data:
     count: int  # of images, and of masks
 
     def keys(self, folder: str) -> list[str]:
-        from data_prep.shards import split_shards
-        from data_prep.storage import open_store
+        from data_prep.core.storage.store import open_store
+        from data_prep.shards.shards import split_shards
 
         return split_shards(open_store(self.root), folder, "train")
 
@@ -95,8 +95,8 @@ class Data:
 
     def samples(self) -> Iterator[Sample]:
         """Each image with a mask, in the order of the shards."""
-        from data_prep.shards import iterate_shard
-        from data_prep.storage import open_store
+        from data_prep.core.storage.store import open_store
+        from data_prep.shards.shards import iterate_shard
 
         store = open_store(self.root)
 
@@ -109,9 +109,9 @@ class Data:
 
 def sets_of(data: Data) -> list[Any]:
     """Our shards of images and of masks."""
-    from data_prep.stage import load_reference
-    from data_prep.storage import open_store
-    from dpnet.shard_files import find_shards
+    from data_prep.core.stage import load_reference
+    from data_prep.core.storage.store import open_store
+    from dpnet.loading.shard_files import find_shards
 
     store = open_store(data.root)
     folders = (data.images, data.masks)
@@ -120,9 +120,9 @@ def sets_of(data: Data) -> list[Any]:
 
 def ours(data: Data) -> Batches:
     """The batches of an epoch by our loader."""
-    from data_prep.storage import open_store
-    from dpnet.loader import Loader
-    from dpnet.shard_files import ShardFiles
+    from data_prep.core.storage.store import open_store
+    from dpnet.loading.loader import Loader
+    from dpnet.loading.shard_files import ShardFiles
 
     images, masks = sets_of(data)
     options: dict[str, Any] = {"size": SIZE, "seed": 0, "lanes": LANES, "threads": WORKERS}
@@ -141,11 +141,11 @@ def check_order(data: Data) -> int:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from data_prep.shards import iterate_shard
-    from data_prep.storage import open_store
-    from dpnet.loader import Lanes
-    from dpnet.order import ShardOrder, rank_cursors
-    from dpnet.shard_files import ShardFiles
+    from data_prep.core.storage.store import open_store
+    from data_prep.shards.shards import iterate_shard
+    from dpnet.loading.loader import Lanes
+    from dpnet.loading.order import ShardOrder, rank_cursors
+    from dpnet.loading.shard_files import ShardFiles
 
     store, came = open_store(data.root), 0
     for shards in sets_of(data):
@@ -196,7 +196,7 @@ def pillow(data: bytes, out: Any) -> None:
 
 
 def mask(data: bytes, out: Any) -> None:
-    from data_prep.masks import valid_from_png
+    from data_prep.masks.stage import valid_from_png
 
     out[:] = valid_from_png(data)
 
@@ -229,7 +229,7 @@ def of_records(records: Sequence[dict[str, bytes]]) -> tuple[Any, Any]:
 def with_dpnet(data: Data, scratch: Path) -> Batches:
     import pyarrow.parquet  # noqa: F401
 
-    import dpnet.loader  # noqa: F401
+    import dpnet.loading.loader  # noqa: F401
 
     return ours(data)
 
@@ -373,7 +373,7 @@ def run_one(name: str, data: Data, scratch: Path) -> None:
     import PIL.Image  # noqa: F401
     import simplejpeg  # noqa: F401
 
-    import data_prep.masks  # noqa: F401
+    import data_prep.masks.stage  # noqa: F401
 
     batches = CONTENDERS[name](data, scratch)
     images, start, before = 0, perf_counter(), processor()
@@ -408,7 +408,7 @@ def crops_of_sample_photographs(folder: Path) -> list[Path]:
     import cv2
     import numpy as np
 
-    from data_prep.photos import write_sample_photographs
+    from data_prep.raw.sample_photos import write_sample_photographs
 
     write_sample_photographs(folder / "whole")
     random = np.random.default_rng(0)
@@ -429,9 +429,9 @@ def photographs_in(folder: Path) -> list[Path]:
 
 def prepare(photographs: Sequence[Path], folder: Path, name: str, python: str) -> Data:
     """Shards of images and of as many masks, and the same in the peers' formats, in a folder."""
-    from data_prep.images import ImagesConfig, prepare_images
-    from data_prep.masks import MasksConfig, prepare_masks
-    from data_prep.storage import LocalStore
+    from data_prep.core.storage.store import LocalStore
+    from data_prep.images.stage import ImagesConfig, prepare_images
+    from data_prep.masks.stage import MasksConfig, prepare_masks
 
     source, store = folder / "photographs" / name, LocalStore(folder / "data" / name)
     one = photographs[:1]
@@ -488,7 +488,7 @@ def measure(name: str, python: str, data: Data, scratch: Path) -> Counted:
 @contextmanager
 def put(folder: Path, uri: str) -> Iterator[None]:
     """What is in `folder` is also under `uri`, until the end."""
-    from data_prep.storage import LocalStore, open_store
+    from data_prep.core.storage.store import LocalStore, open_store
 
     here, there = LocalStore(folder), open_store(uri)
     keys = [entry.key for entry in here.list()]

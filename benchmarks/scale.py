@@ -26,7 +26,7 @@ from pathlib import Path
 
 from compare import Row, in_a_process, report
 
-from data_prep.listing import Item
+from data_prep.raw.listing import Item
 
 IMAGES = (10**5, 10**6, 10**7)
 SHARDS = (10**2, 10**3, 10**4, 10**5)
@@ -50,9 +50,9 @@ def plan(count: int) -> dict[str, float]:
     import numpy as np
     import pyarrow.compute  # noqa: F401
 
-    from data_prep.changes import listing_digest
-    from data_prep.image_plan import PICTURE, assign_splits, item_kinds, key_hashes, plan_items
-    from data_prep.listing import collect
+    from data_prep.images.next_version import listing_digest
+    from data_prep.images.plan import PICTURE, assign_splits, item_kinds, key_hashes, plan_items
+    from data_prep.raw.listing import collect
 
     figures = {"start GB": peak_gb()}
     begun, start = time.process_time(), time.perf_counter()
@@ -78,8 +78,8 @@ def plan(count: int) -> dict[str, float]:
 
 def manifest(count: int) -> dict[str, float]:
     """Commit and read the manifest of `count` shards: seconds of each, MB of the file."""
-    from data_prep.stage import FileRecord, Produced, Request, load_reference, run_stage
-    from data_prep.storage import LocalStore
+    from data_prep.core.stage import FileRecord, Produced, Request, load_reference, run_stage
+    from data_prep.core.storage.store import LocalStore
 
     names = [f"train-{number:06d}" for number in range(count)]
     files = [
@@ -101,7 +101,7 @@ def manifest(count: int) -> dict[str, float]:
 
 def order(shards: int, ranks: int) -> dict[str, float]:
     """Find one step's samples in the middle of the second epoch: seconds, shards, GB."""
-    from dpnet.order import ShardOrder, rank_cursors
+    from dpnet.loading.order import ShardOrder, rank_cursors
 
     start = time.perf_counter()
     found = ShardOrder("digest", 0, [SAMPLES] * shards, LANES)

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dpnet.model import PRESETS, losses
 from dpnet.model.attention import plain_attention
-from dpnet.step import BETA2, Step, TrainState, load_vgg, placed
+from dpnet.training.step import BETA2, Step, TrainState, load_vgg, placed
 
 LOSSES = SimpleNamespace(
     hole=6.0,

@@ -6,7 +6,8 @@ B5: the GAN step fed by the loader (shards read whole, decoded, paired, augmente
 device) beside the same step on one batch that lies on the device already. They take turns in one
 process; `of_device_only` is the share of the latter's images/s that the former reaches.
 
-B6: `dpnet.loop.train_loop` with two workers under Ray Train and, in turns, under torchrun. The rate
+B6: `dpnet.training.loop.train_loop` with two workers under Ray Train and, in turns, under
+torchrun. The rate
 is the loop's own, from its log: without start, validation and checkpoints, and without the first
 record. `ray_overhead` is the share of a step's time that Ray adds. Its processes need a processor
 too, and where the workers leave them none, as two on two cores, both wait whenever one of these
@@ -42,15 +43,22 @@ import torch
 from compare import Row, ratio, report, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.images import ImagesConfig, prepare_images
-from data_prep.masks import MasksConfig, prepare_masks
-from data_prep.photos import write_sample_photographs
-from data_prep.storage import open_store
-from dpnet.journal import read_status
-from dpnet.loop import initial_state, open_loader, train_loop
-from dpnet.step import Step
-from dpnet.train import LossSettings, ModelSettings, TrainJob, TrainSettings, asked, train_request
-from dpnet.validation import to_device
+from data_prep.core.storage.store import open_store
+from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.raw.sample_photos import write_sample_photographs
+from dpnet.tracking.run_log import read_status
+from dpnet.training.loop import initial_state, open_loader, train_loop
+from dpnet.training.stage import (
+    LossSettings,
+    ModelSettings,
+    TrainJob,
+    TrainSettings,
+    asked,
+    train_request,
+)
+from dpnet.training.step import Step
+from dpnet.training.validation import to_device
 
 WORKERS = 2
 WARM_UP = 3  # steps before the first turn
@@ -261,8 +269,8 @@ def recovery(job: TrainJob) -> tuple[float, int]:
 
 
 def run_ray(job: TrainJob) -> None:
-    from dpnet.launch import LaunchSettings
-    from dpnet.launch_local import LocalLauncher
+    from dpnet.training.ray.launch import LaunchSettings
+    from dpnet.training.ray.launch_local import LocalLauncher
 
     launcher = LocalLauncher(job, LaunchSettings())
     try:

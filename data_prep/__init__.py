@@ -1,0 +1,1 @@
+"""Turn photos and mask recipes into verified shards."""

@@ -2,7 +2,7 @@
 
 import sys
 
-from dpnet.cli import main
+from dpnet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

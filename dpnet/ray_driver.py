@@ -1,70 +1,8 @@
-"""What the launcher `ray-job` runs on the cluster's head:
+"""`python -m dpnet.ray_driver` is the job that the launcher `ray-job` submits."""
 
-    python -m dpnet.ray_driver ATTEMPT ROOT RUN
-    python -m dpnet.ray_driver --stacks ATTEMPT ROOT RUN
-
-RUN is the run's folder, in which the launcher has left what is to be trained. Exit status 0 when it
-is trained; EXPLAINED when it cannot be, the last line says why.
-"""
-
-from __future__ import annotations
-
-import json
-import logging
-import shutil
-import signal
 import sys
-import tempfile
-import threading
-import time
-from pathlib import Path
 
-from data_prep.errors import PipelineError
-from data_prep.progress import say
-from data_prep.storage import open_store
-from dpnet.launch_ray_job import EXPLAINED, SPEC
-from dpnet.ray_train import Training
-from dpnet.train import TrainJob
-
-
-def main() -> int:
-    *only_stacks, attempt, root, folder = sys.argv[1:]
-    try:
-        _train(attempt, root, folder, only_stacks=bool(only_stacks))
-    except PipelineError as error:
-        say(" ".join(str(error).split()))
-        return EXPLAINED
-    return 0
-
-
-def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
-    import ray
-
-    try:
-        spec = json.loads(open_store(root).read(f"{folder}/{SPEC}"))
-    except FileNotFoundError:
-        raise PipelineError(
-            f"the cluster's head does not see {root}/{folder}, which this command has just written:"
-            " choose a root that all machines share, S3 or a shared disk."
-        ) from None
-    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-"))
-    training = Training(TrainJob.from_json(spec["job"]), scratch, attempt, spec["deadline"])
-    try:
-        if only_stacks:
-            training.print_stacks()
-            return
-        signal.signal(
-            signal.SIGUSR1,
-            lambda *_: threading.Thread(target=training.print_stacks, daemon=True).start(),
-        )
-        training.start()
-        while training.goes_on():
-            time.sleep(0.3)
-    finally:
-        training.stop(shared=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-
+from dpnet.training.ray.job_driver import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,1 @@
+"""Prefect flows around the stages, and what a Prefect server needs to run them."""

@@ -24,8 +24,8 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.utilities.callables import parameter_schema
 from pydantic import SecretStr
 
-from data_prep.errors import ConfigError, PipelineError
-from dpnet.config import validated
+from data_prep.core.errors import ConfigError, PipelineError
+from dpnet.pipeline.config import validated
 from flows import deployments as wanted
 from flows.deployments import ALERTS, PREFIX, QUEUE, TAG, Deployment, DeploySettings
 from flows.forms import SECTIONS
@@ -69,7 +69,7 @@ def _check_parameters(settings: DeploySettings) -> None:
 def _dataset(settings: DeploySettings) -> str:
     """The name of the dataset that is watched. The config may be a file of the workers' machine,
     and its name then has to be given."""
-    from dpnet.config import load_config
+    from dpnet.pipeline.config import load_config
 
     given = settings.parameters.get("images", {}).get("name")
     if given:

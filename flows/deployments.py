@@ -15,7 +15,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.automations import AutomationCore
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from flows.children import HEARTBEAT_S, POOL
+from flows.local_server.children import HEARTBEAT_S, POOL
 
 TAG = "dpnet"
 QUEUE = "training"  # of the pool: its limit is how many trainings run at once

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from data_prep.images import ImagesConfig
-from dpnet.evaluate import EvaluateSettings
-from dpnet.launch import LaunchSettings
-from dpnet.train import TrainSettings
+from data_prep.images.stage import ImagesConfig
+from dpnet.evaluation.stage import EvaluateSettings
+from dpnet.training.ray.launch import LaunchSettings
+from dpnet.training.stage import TrainSettings
 
 
 def _plain(schema: dict[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 Watching compares a source with the newest version of its dataset and sends the event
 `dpnet.raw-data.changed`; what listens to it starts `retrain`. Neither flow remembers anything:
-what was announced and what was trained is told by storage (`data_prep/watch.py`,
-`dpnet/retrain.py`), so an event that comes twice trains once.
+what was announced and what was trained is told by storage (`data_prep/images/watch.py`,
+`dpnet/pipeline/retrain.py`), so an event that comes twice trains once.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from prefect.events.schemas.events import Event, RelatedResource, Resource
 from prefect.states import Completed
 from pydantic import NonNegativeFloat, PositiveInt
 
-from data_prep.changes import Changes, look
-from data_prep.errors import PipelineError
-from data_prep.progress import say
-from data_prep.storage import Store, open_store
-from data_prep.watch import watch as watch_once
-from dpnet.chain import check_config, with_photographs
-from dpnet.config import Config, load_config, resolve_root
-from dpnet.launch import leaves_job
-from dpnet.retrain import NothingToDo
-from dpnet.retrain import retrain as retrain_stage
-from dpnet.summary import place
+from data_prep.core.errors import PipelineError
+from data_prep.core.progress import say
+from data_prep.core.storage.store import Store, open_store
+from data_prep.images.next_version import Changes, look
+from data_prep.images.watch import watch as watch_once
+from dpnet.pipeline.chain import check_config, with_photographs
+from dpnet.pipeline.config import Config, load_config, resolve_root
+from dpnet.pipeline.retrain import NothingToDo
+from dpnet.pipeline.retrain import retrain as retrain_stage
+from dpnet.pipeline.summary import place
+from dpnet.training.ray.launch import leaves_job
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
-from flows.story import (
+from flows.run_page import (
     Story,
     as_task,
     is_left_running,

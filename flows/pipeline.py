@@ -14,13 +14,13 @@ from typing import Any
 
 from prefect import flow
 
-from data_prep.storage import open_store
-from dpnet.chain import StageName, check_config, run_chain
-from dpnet.config import load_config, resolve_root
-from dpnet.launch import leaves_job
-from dpnet.summary import summarize
+from data_prep.core.storage.store import open_store
+from dpnet.pipeline.chain import StageName, check_config, run_chain
+from dpnet.pipeline.config import load_config, resolve_root
+from dpnet.pipeline.summary import summarize
+from dpnet.training.ray.launch import leaves_job
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
-from flows.story import (
+from flows.run_page import (
     Story,
     as_task,
     is_left_running,

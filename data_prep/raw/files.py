@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 
-from data_prep.errors import ConfigError, ItemError, PipelineError, StorageError
-from data_prep.listing import fingerprint
-from data_prep.storage import Entry, checked_key
+from data_prep.core.errors import ConfigError, ItemError, PipelineError, StorageError
+from data_prep.core.storage.store import Entry, checked_key
+from data_prep.raw.listing import fingerprint
 
 if TYPE_CHECKING:
-    from data_prep.s3 import S3Store
+    from data_prep.core.storage.s3 import S3Store
 
 GONE = "it is gone since it was listed"
 _LONGEST_TEXT = 64 << 20  # bytes
@@ -101,7 +101,7 @@ def open_folder(uri: str) -> LocalFiles | S3Files:
 
 def s3_files(bucket: str, prefix: str) -> S3Files:
     """The objects below a prefix. Asks nothing of the server."""
-    from data_prep.s3 import S3Store
+    from data_prep.core.storage.s3 import S3Store
 
     return S3Files(S3Store(bucket, prefix))
 

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from data_prep.errors import ConfigError, ItemError, PipelineError
-from data_prep.listing import Item, Listing, collect
+from data_prep.core.errors import ConfigError, ItemError, PipelineError
 from data_prep.raw.files import GONE, Blob, Found, LocalFiles, S3Files
 from data_prep.raw.layouts import IGNORED, apply_layout, are_samples
+from data_prep.raw.listing import Item, Listing, collect
 from data_prep.raw.members import LEAVES, Member, leaves
 from data_prep.raw.tables import NoImagesError, Table
 from data_prep.raw.tars import Tar

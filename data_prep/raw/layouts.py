@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data_prep.errors import ConfigError
-from data_prep.listing import ROWS, SPLITS, Listing
+from data_prep.core.errors import ConfigError
+from data_prep.raw.listing import ROWS, SPLITS, Listing
 
 IGNORED = "ignored: "  # starts the problem of what is no part of the set, and so no failure
 OUTSIDE = f"{IGNORED}outside the folders train, val, validation and test"

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from data_prep.errors import ConfigError, ItemError, PipelineError
-from data_prep.listing import Item, Listing
+from data_prep.core.errors import ConfigError, ItemError, PipelineError
 from data_prep.raw.files import Files, Found, LocalFiles, S3Files, escape, s3_files
 from data_prep.raw.folders import Known, collected, nothing_known
 from data_prep.raw.layouts import apply_layout
+from data_prep.raw.listing import Item, Listing
 
 MISSING = "missing: the list names it, but there is no such file"
 _PATHS = ("path", "uri", "url", "file", "filename", "image")  # names of columns and fields

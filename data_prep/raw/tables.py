@@ -7,7 +7,7 @@ from itertools import accumulate
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import ItemError
+from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, escape, too_large
 from data_prep.raw.members import Member
 

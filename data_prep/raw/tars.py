@@ -16,8 +16,8 @@ from itertools import chain, groupby, islice, pairwise
 from threading import Lock
 from typing import BinaryIO
 
-from data_prep.errors import ItemError
-from data_prep.pictures import EXTENSIONS
+from data_prep.core.errors import ItemError
+from data_prep.pictures.cutting import EXTENSIONS
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.members import Member, named
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from data_prep.errors import ItemError
+from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.members import Member, named
 

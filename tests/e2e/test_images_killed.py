@@ -17,9 +17,9 @@ import pytest
 from image_sets import files_of, table
 from PIL import Image
 
-from data_prep.stage import StageRef, load_reference
-from data_prep.storage import LocalStore, open_store
-from dpnet.verify import verify
+from data_prep.core.stage import StageRef, load_reference
+from data_prep.core.storage.store import LocalStore, open_store
+from dpnet.pipeline.verify import verify
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

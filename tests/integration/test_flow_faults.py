@@ -283,7 +283,7 @@ def test_a_run_whose_process_and_worker_are_dead_is_told_to_be_crashed_and_goes_
 def test_a_server_that_dies_and_comes_again_takes_no_run_along(place: Place) -> None:
     run = place.run(7)
     place.wait_for_step(run, 7, 6)
-    send(place.up.child("flows.server"), signal.SIGKILL)
+    send(place.up.child("flows.local_server.server"), signal.SIGKILL)
     place.up.wait_for(run, "COMPLETED")
     assert place.resumed_from(7) == 0
 

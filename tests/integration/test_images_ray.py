@@ -19,12 +19,12 @@ from image_sets import (
     tiles,
 )
 
-from data_prep.images import prepare_images
-from data_prep.pool import run_tasks
-from data_prep.shards import split_shards
-from data_prep.storage import LocalStore
-from dpnet.ray_map import ray_map
-from dpnet.verify import verify
+from data_prep.core.pool import run_tasks
+from data_prep.core.storage.store import LocalStore
+from data_prep.images.stage import prepare_images
+from data_prep.shards.shards import split_shards
+from dpnet.pipeline.ray_map import ray_map
+from dpnet.pipeline.verify import verify
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

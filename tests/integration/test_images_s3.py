@@ -25,13 +25,13 @@ from image_sets import (
     table,
 )
 
-from data_prep import image_shards
-from data_prep.images import ImagesConfig, prepare_images
-from data_prep.s3 import S3Store
-from data_prep.shards import split_shards, write_shard
-from data_prep.stage import StageRef
-from data_prep.storage import LocalStore, Store, open_store
-from dpnet.verify import verify
+from data_prep.core.stage import StageRef
+from data_prep.core.storage.s3 import S3Store
+from data_prep.core.storage.store import LocalStore, Store, open_store
+from data_prep.images import shard_task as image_shards
+from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.shards.shards import split_shards, write_shard
+from dpnet.pipeline.verify import verify
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

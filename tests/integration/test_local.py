@@ -32,7 +32,7 @@ def dpnet_pipeline(config, root, overrides):
 
 sys.modules["flows.pipeline"] = types.ModuleType("flows.pipeline")
 sys.modules["flows.pipeline"].dpnet_pipeline = dpnet_pipeline
-from flows.local import run_pipeline
+from flows.run_from_command import run_pipeline
 run_pipeline("demo", sys.argv[2], [], Path(sys.argv[1]), embedded=True)
 """
 # What a user may have set for a Prefect of theirs. Nothing listens there.
@@ -50,7 +50,11 @@ def start(home: Path, seconds: float) -> subprocess.Popen[str]:
 
 def servers_of(process: int) -> list[int]:
     children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(c) for c in children if b"flows.server" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    return [
+        int(c)
+        for c in children
+        if b"flows.local_server.server" in Path(f"/proc/{c}/cmdline").read_bytes()
+    ]
 
 
 def is_alive(process: int) -> bool:

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from image_sets import photograph
 
-from data_prep.stage import read_manifest
-from data_prep.storage import LocalStore
-from dpnet.register import find_record
-from dpnet.verify import verify
+from data_prep.core.stage import read_manifest
+from data_prep.core.storage.store import LocalStore
+from dpnet.pipeline.verify import verify
+from dpnet.registry.stage import find_record
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.storage import LocalStore
-from dpnet.config import load_config
-from dpnet.cost import CostSettings, estimated, measured
-from dpnet.exporter import Reader
-from dpnet.mlflow_runs import read_log
+from data_prep.core.storage.store import LocalStore
+from dpnet.pipeline.config import load_config
+from dpnet.pipeline.cost import CostSettings, estimated, measured
+from dpnet.pipeline.exporter import Reader
+from dpnet.tracking.mlflow_runs import read_log
 
 pytestmark = pytest.mark.integration
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import PipelineError
-from data_prep.pool import run_tasks
-from dpnet.ray_map import ray_map
+from data_prep.core.errors import PipelineError
+from data_prep.core.pool import run_tasks
+from dpnet.pipeline.ray_map import ray_map
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -240,7 +240,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests 
 from contextlib import closing
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from dpnet.ray_map import ray_map
+from dpnet.pipeline.ray_map import ray_map
 from test_ray_map import Visit, square, visit
 assert list(ray_map("local")(square, range(5), 2)) == [0, 1, 4, 9, 16]
 book = Path(sys.argv[1])

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from servers import Fault, fault_proxy
 
-from data_prep import s3
-from data_prep.errors import LeaseLostError, StorageError
-from data_prep.lease import Lease
-from data_prep.stage import Produced, Request, run_stage
-from data_prep.storage import open_store
+from data_prep.core.errors import LeaseLostError, StorageError
+from data_prep.core.lease import Lease
+from data_prep.core.stage import Produced, Request, run_stage
+from data_prep.core.storage import s3
+from data_prep.core.storage.store import open_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

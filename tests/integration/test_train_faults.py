@@ -34,7 +34,7 @@ from clusters import (
 from PIL import Image
 from servers import Server, fault_proxy
 
-from data_prep.storage import LocalStore, Store, open_store
+from data_prep.core.storage.store import LocalStore, Store, open_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -45,17 +45,17 @@ PATIENCE_S = 300.0  # for what takes a fraction of that on an idle machine
 # The command without MLflow, which would take seconds and has tests of its own.
 COMMAND = """
 import sys
-from dpnet import chain
-from dpnet.cli import main
+from dpnet.pipeline import chain
+from dpnet.cli.main import main
 chain.tracking_uri = lambda *_: None
 """
 # With shorter patience with storage than a user would want.
 HURRIED = """
-from dpnet import ray_train
+from dpnet.training.ray import workers as ray_train
 real = ray_train._worker
 def worker(config):
-    from data_prep import s3
-    from dpnet import checkpoints
+    from data_prep.core.storage import s3
+    from dpnet.training import checkpoints
     s3.ATTEMPTS = s3.ATTEMPTS_UNREACHED = 3
     checkpoints._WAIT_S = 1.0
     checkpoints.Writer.__init__.__kwdefaults__["patience"] = {patience}

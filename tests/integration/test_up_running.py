@@ -23,7 +23,7 @@ import pytest
 from clusters import alive, command_of, end_with_parent, family, free_port, wait_until
 from platforms import Platform, environment, platform
 
-from flows.up import Running, running
+from flows.local_server.up import Running, running
 
 pytestmark = [
     pytest.mark.integration,
@@ -63,7 +63,7 @@ REGISTER = """
 import sys
 from pathlib import Path
 import small_root
-from dpnet.register import RegisterSettings, register
+from dpnet.registry.stage import RegisterSettings, register
 
 store = small_root.new_store(Path(sys.argv[1]))
 run, evaluation = small_root.run_and_evaluation(store, 20.0)
@@ -183,7 +183,7 @@ def test_mlflow_refuses_what_another_site_sends(up: Platform) -> None:
 def test_a_model_of_a_local_root_is_registered_through_the_server(
     up: Platform, tmp_path: Path
 ) -> None:
-    unit = str(Path(__file__).parents[1] / "unit")
+    unit = str(Path(__file__).parents[1] / "support")
     path = os.pathsep.join([unit, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", REGISTER, str(tmp_path)],
@@ -236,11 +236,11 @@ def test_of_a_schedule_runs_are_made(up: Platform) -> None:
 
 
 def test_a_server_that_is_killed_comes_back_at_its_port(up: Platform) -> None:
-    killed = up.child("flows.server")
+    killed = up.child("flows.local_server.server")
     os.kill(killed, signal.SIGKILL)
     wait_until(lambda: not alive(killed), "it lives")
     wait_until(lambda: answers(f"{up.told.api_url}/health"), "no server", 180)
-    assert up.child("flows.server") != killed
+    assert up.child("flows.local_server.server") != killed
     assert "Prefect's server has died" in up.out.read_text()
 
 

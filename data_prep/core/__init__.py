@@ -1,0 +1,1 @@
+"""Hold what every package uses: errors, digests, progress, lease, stage, pool, storage."""

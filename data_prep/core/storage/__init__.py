@@ -1,0 +1,1 @@
+"""Storage under the root: a local folder or an S3 prefix behind one interface."""

@@ -1,0 +1,1 @@
+"""Stage 1: raw photos to image shards."""

@@ -1,0 +1,1 @@
+"""Show what a dataset holds, as text and as contact sheets."""

@@ -1,0 +1,1 @@
+"""Stage 2: mask recipes to mask shards."""

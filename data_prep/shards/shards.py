@@ -1,0 +1,240 @@
+"""Shards: WebDataset tars with an index beside each, byte-identical for the same samples.
+
+A shard is `<name>.tar` and `<name>.parquet`. Any WebDataset reader reads the tar alone; with the
+index, any sample is one range read. The index is written after the tar and holds the tar's hash in
+its metadata, so an index whose hash fits is the mark of a finished shard. `<split>.urls` lists a
+split's tars, one path per line, relative to the stage's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import posixpath
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+
+from data_prep.core.digest import sha256_bytes
+from data_prep.core.errors import PipelineError
+from data_prep.core.stage import FileRecord
+from data_prep.core.storage.store import Store
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_BLOCK = 512
+# For reading small tables: a command that ends while Arrow's threads are being started is aborted.
+UNTHREADED = {"use_threads": False, "pre_buffer": False}
+_PIECE = 8 << 20  # bytes read at a time
+_TAR_SHA256, _TAR_SIZE = b"tar_sha256", b"tar_size"
+
+# Key, {extension: data}, and further columns of the index, the same for each sample of a shard.
+ShardSample = tuple[str, Mapping[str, bytes], Mapping[str, Any]]
+
+
+class Place(Protocol):
+    """Where files go: a `data_prep.core.stage.Work`, or a `Folder` in a worker process."""
+
+    @property
+    def store(self) -> Store: ...
+
+    def key(self, path: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of a store; unlike a `Work` it can be sent to another process."""
+
+    store: Store
+    folder: str
+
+    def key(self, path: str) -> str:
+        return f"{self.folder}/{path}"
+
+
+class TarWriter:
+    """Writes a tar of samples to `file` as they come; `sha256` and `size` are those of the tar.
+
+    USTAR headers with time, user and group 0, so the same samples give the same bytes. A key has
+    only letters, digits, `_` and `-`, and at most 80 of them.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.size = 0
+        self._file, self._hash = file, hashlib.sha256()
+
+    def add(self, key: str, files: Mapping[str, bytes]) -> int:
+        """Append a sample; the offset of its first file's data."""
+        assert _KEY.fullmatch(key), f"bad sample key {key!r}"
+        assert len(key) <= 80, f"sample key {key!r} is too long for a tar header"
+        first = self.size + _BLOCK
+        for extension, data in files.items():
+            self._write(_header(f"{key}.{extension}", len(data)))
+            self._write(data)
+            self._write(bytes(-len(data) % _BLOCK))
+        return first
+
+    def close(self) -> str:
+        """Write the end mark; the tar's sha256."""
+        self._write(bytes(2 * _BLOCK))
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+
+# A header with an empty name and no size; `_header` fills in both and the sum of its bytes.
+_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def _header(name: str, size: int) -> bytes:
+    """The header of a regular file: what `tarfile` writes, at a tenth of its cost."""
+    assert len(name) < 100, f"{name!r} is too long for a tar header"
+    assert size < 8**11, f"{name} has {size} bytes, too many for a tar header"
+    header = bytearray(_HEADER)
+    header[: len(name)] = name.encode("ascii")
+    header[124:135] = b"%011o" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}"
+
+
+def write_file(place: Place, path: str, data: bytes, *, content: bool = True) -> FileRecord:
+    """Write one file under the stage's folder."""
+    place.store.write(place.key(path), data)
+    return FileRecord(path, len(data), sha256_bytes(data), content)
+
+
+def encode_table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str] | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
+) -> bytes:
+    """A parquet file of `rows`, deterministic.
+
+    `columns` names the columns and their pyarrow types ("string", "int64", …); without it they come
+    from the rows, which must not be empty then.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = (
+        pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
+        if columns is not None
+        else None
+    )
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode_table(data: bytes) -> list[dict[str, Any]]:
+    """The rows of a parquet file."""
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), **UNTHREADED).to_pylist()
+    return rows
+
+
+def write_shard(work: Place, name: str, samples: Iterable[ShardSample]) -> list[FileRecord]:
+    """Write `<name>.tar` and then its index; the records of both.
+
+    Samples are taken one by one and held on disk, not in memory. The first file of a sample is its
+    payload, which the index points at: to a sample's own columns it adds `key`, `offset` and `size`
+    of the payload in the tar, and `sha256` of its stored bytes.
+    """
+    index: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    with tempfile.NamedTemporaryFile(prefix="dpnet-shard-") as file:
+        tar = TarWriter(cast(BinaryIO, file))
+        for key, files, columns in samples:
+            assert key not in seen, f"{name}: two samples have the key {key}"
+            seen.add(key)
+            payload = next(iter(files.values()))
+            place = {"offset": tar.add(key, files), "size": len(payload)}
+            index.append({"key": key, **place, "sha256": sha256_bytes(payload), **columns})
+        assert index, f"{name} has no samples"
+        sha256 = tar.close()
+        file.flush()
+        work.store.upload(work.key(f"{name}.tar"), Path(file.name))
+    mark = {_TAR_SHA256: sha256.encode(), _TAR_SIZE: str(tar.size).encode()}
+    written = write_file(work, f"{name}.parquet", encode_table(index, metadata=mark))
+    return [FileRecord(f"{name}.tar", tar.size, sha256, samples=len(index)), written]
+
+
+def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
+    """The records of a shard that is there whole, its tar checked by hash; None if it is not."""
+    import pyarrow.parquet as pq
+
+    try:
+        index = work.store.read(work.key(f"{name}.parquet"))
+        footer = pq.read_metadata(io.BytesIO(index))
+        mark = footer.metadata or {}
+        sha256, size = sha256_of(work.store, work.key(f"{name}.tar"))
+    except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
+        return None
+    if mark.get(_TAR_SHA256) != sha256.encode():
+        return None
+    return [
+        FileRecord(f"{name}.tar", size, sha256, samples=footer.num_rows),
+        FileRecord(f"{name}.parquet", len(index), sha256_bytes(index)),
+    ]
+
+
+def sha256_of(store: Store, key: str) -> tuple[str, int]:
+    """The sha256 and the size of an object, read piece by piece."""
+    sha256, size = hashlib.sha256(), 0
+    while data := store.read_range(key, size, _PIECE):
+        sha256.update(data)
+        size += len(data)
+        if len(data) < _PIECE:
+            break
+    return sha256.hexdigest(), size
+
+
+def write_urls(work: Place, split: str, names: Iterable[str]) -> FileRecord:
+    """Write `<split>.urls`: the tars of the shards `names` ("train-000000", …), in this order."""
+    return write_file(work, f"{split}.urls", "".join(f"{name}.tar\n" for name in names).encode())
+
+
+def split_shards(store: Store, folder: str, split: str) -> list[str]:
+    """Keys of a split's tars under the root, in order. `folder` is the stage's folder."""
+    try:
+        lines = store.read(f"{folder}/{split}.urls").decode().split()
+    except FileNotFoundError:
+        raise PipelineError(
+            f"{store.uri}/{folder} has no split {split!r}: there is no {split}.urls in it."
+        ) from None
+    return [posixpath.normpath(posixpath.join(folder, line)) for line in lines]
+
+
+def read_index(store: Store, tar_key: str) -> list[dict[str, Any]]:
+    """Rows of the parquet beside the tar, in tar order (see `write_shard`)."""
+    return decode_table(store.read(f"{tar_key.removesuffix('.tar')}.parquet"))
+
+
+def iterate_shard(store: Store, tar_key: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of a shard in tar order: (key, {extension: data})."""
+    current, files = "", dict[str, bytes]()
+    with tarfile.open(fileobj=io.BytesIO(store.read(tar_key))) as tar:
+        for info in tar:
+            key, _, extension = info.name.partition(".")
+            member = tar.extractfile(info)
+            assert member is not None, f"{tar_key}: {info.name} is not a file"
+            if key != current:
+                if files:
+                    yield current, files
+                current, files = key, {}
+            files[extension] = member.read()
+    if files:
+        yield current, files

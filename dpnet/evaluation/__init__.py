@@ -1,0 +1,1 @@
+"""Stage 4: measure a trained generator on frozen pairs and write the report."""

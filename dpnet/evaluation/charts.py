@@ -1,0 +1,120 @@
+"""The report's charts, as inline SVG that takes the text colour of the page around it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from dpnet.evaluation.protocol import METHODS
+
+INK = "#123457"  # stands for the page's text colour until the SVG is written out
+COLOURS = {"dpnet": "#2f7de1", "smooth_fill": "#2a9d6f", "telea": "#d9730d", "mean_fill": "#8a8f98"}
+_OTHERS = ("#2f7de1", "#d9730d", "#2e9e6b", "#b455c8", "#c9a100", "#d64550", "#8a8f98")
+
+Points = Sequence[tuple[float, float]]
+
+
+def validation_chart(dpnet: Points, mean_fill: Points) -> str:
+    """Hole PSNR in dB over training steps, with mean fill on the same images as a dashed line."""
+    figure, axes = _figure("training step", "hole PSNR, dB")
+    axes.plot(
+        *_columns(mean_fill),
+        color=COLOURS["mean_fill"],
+        ls="--",
+        lw=1.4,
+        label=METHODS["mean_fill"],
+    )
+    mark = "o" if len(dpnet) <= 60 else ""
+    axes.plot(
+        *_columns(dpnet),
+        color=COLOURS["dpnet"],
+        marker=mark,
+        ms=3.5,
+        lw=1.8,
+        label=METHODS["dpnet"],
+    )
+    _legend(axes)
+    return _svg(figure, "validation hole PSNR over training")
+
+
+def losses_chart(losses: Mapping[str, Points]) -> str:
+    """Training losses by name over steps, on a logarithmic scale where all of them allow it."""
+    figure, axes = _figure("training step", "loss")
+    for number, (name, points) in enumerate(sorted(losses.items())):
+        axes.plot(*_columns(points), color=_OTHERS[number % len(_OTHERS)], lw=1.4, label=name)
+    if all(value > 0 for points in losses.values() for _, value in points):
+        axes.set_yscale("log")
+    _legend(axes)
+    return _svg(figure, "training losses")
+
+
+def bins_chart(
+    groups: Sequence[str], values: Mapping[str, Sequence[tuple[float, float, float]]], title: str
+) -> str:
+    """For each method its (mean, low, high) in every group, with the interval as a bar.
+
+    `values` is by method, one triple for each of `groups`.
+    """
+    figure, axes = _figure("hole, share of the picture", title)
+    for number, (method, triples) in enumerate(values.items()):
+        x = [at + 0.15 * (number - (len(values) - 1) / 2) for at in range(len(groups))]
+        means = [mean for mean, _, _ in triples]
+        below = [mean - low for mean, low, _ in triples]
+        above = [high - mean for mean, _, high in triples]
+        axes.errorbar(
+            x,
+            means,
+            [below, above],
+            color=COLOURS[method],
+            fmt="o",
+            ms=5,
+            lw=1.6,
+            label=METHODS[method],
+        )
+    axes.set_xticks(range(len(groups)), groups)
+    _legend(axes)
+    return _svg(figure, title)
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
+    # Without pyplot: its global state and its choice of a window system are not needed.
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.grid(axis="y", color=INK, alpha=0.15, lw=0.8)
+    axes.tick_params(which="both", colors=INK, length=0, labelsize=9)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(INK)
+    axes.set_xlabel(x_label, color=INK, fontsize=9)
+    axes.set_ylabel(y_label, color=INK, fontsize=9)
+    return figure, axes
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(
+        frameon=False, labelcolor=INK, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1)
+    )
+
+
+def _svg(figure: Any, label: str) -> str:
+    import matplotlib
+
+    file = io.StringIO()
+    # Text as text, and the same ids for the same picture.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

@@ -1,0 +1,275 @@
+"""The evaluation as one self-contained HTML page: no script, no other file, no network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from dpnet.evaluation.charts import Points, bins_chart, losses_chart, validation_chart
+from dpnet.evaluation.protocol import METHODS
+from dpnet.evaluation.report_style import CSS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# Metric, its heading, decimals, and whether more is better.
+TABLES = (
+    ("hole_psnr", "Hole PSNR, dB", 2, True),
+    ("psnr", "PSNR, dB", 2, True),
+    ("ssim", "SSIM", 4, True),
+    ("l1", "L1, %", 3, False),
+)
+STRIP = (
+    "truth",
+    "masked",
+    "dpnet",
+    "smooth_fill",
+    "telea",
+    "mean_fill",
+)  # a picture row, left to right
+
+
+@dataclass(frozen=True)
+class PictureRow:
+    """One evaluated pair as a strip of pictures in the order of STRIP, and its hole PSNR."""
+
+    png: bytes
+    image: str
+    mask: str
+    ratio_bin: str
+    hole_ratio: float
+    hole_psnr: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        return f"{self.ratio_bin}-{self.mask}"
+
+
+def strip(
+    truth: NDArray[np.uint8], valid: NDArray[np.uint8], methods: Mapping[str, NDArray[np.uint8]]
+) -> bytes:
+    """A PNG of the pictures side by side, uint8 [H, W, 3] each, with clear gaps between them."""
+    import numpy as np
+    from PIL import Image
+
+    pictures = {"truth": truth, "masked": np.where(valid[..., None] > 0, truth, 255), **methods}
+    height, width = valid.shape
+    step = width + max(2, width // 32)
+    sheet = Image.new("RGBA", (step * len(STRIP) - (step - width), height), (0, 0, 0, 0))
+    for number, name in enumerate(STRIP):
+        sheet.paste(Image.fromarray(pictures[name].astype(np.uint8)), (step * number, 0))
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()
+
+
+def render_report(
+    report: Mapping[str, Any],
+    pictures: Sequence[PictureRow],
+    log: Sequence[Mapping[str, Any]],
+    chain: Sequence[Mapping[str, Any]],
+) -> str:
+    """The page. `report` is report.json's content, `log` the training's log, and `chain` the
+    manifests (or their likes) of the stages behind this evaluation, the first first."""
+    title = f"DPNet evaluation: {chain[-1]['name']}"
+    sections = [
+        _headline(report),
+        _section("By share of hole", _bins_section(report)),
+        _section("Training", _training(log)),
+        _section("Pictures", _pictures(pictures)),
+        _section("How it was measured", _protocol(report)),
+        _section("Where it comes from", _provenance(report, chain)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def training_curves(
+    log: Sequence[Mapping[str, Any]],
+) -> tuple[Points, Points, dict[str, Points]]:
+    """(validation hole PSNR, mean fill's, losses by name) over steps, from log.jsonl's records."""
+    measured = [record for record in log if record["kind"] == "validation"]
+    trained = [record for record in log if record["kind"] == "train"]
+    names = sorted({name for record in trained for name in record["losses"]})
+    return (
+        [(record["step"], record["hole_psnr"]) for record in measured],
+        [(record["step"], record["mean_fill_psnr"]) for record in measured],
+        {
+            name: [(r["step"], r["losses"][name]) for r in trained if name in r["losses"]]
+            for name in names
+        },
+    )
+
+
+def _headline(report: Mapping[str, Any]) -> str:
+    means = report["figures"]["mean_over_bins"]
+    psnr = {method: means[method]["hole_psnr"] for method in METHODS}
+    tiles = "".join(
+        f'<div class="tile {method}"><b>{psnr[method]:.2f}<small> dB</small></b>'
+        f"<span>{name}</span></div>"
+        for method, name in METHODS.items()
+    )
+    peers = [
+        _compared(psnr["dpnet"] - psnr[method], METHODS[method])
+        for method in METHODS
+        if method != "dpnet"
+    ]
+    against = f"{', '.join(peers[:-1])} and {peers[-1]}"
+    return (
+        f'<p class="lead">On {report["pairs"]:,} held-out pairs of picture and mask, DPNet is'
+        f' {against}.</p>\n<div class="tiles">{tiles}</div>\n<p class="note">Hole PSNR: over the'
+        " missing pixels alone, averaged over the bins of hole share. Higher is better.</p>"
+    )
+
+
+def _compared(gain: float, peer: str) -> str:
+    name = peer.lower() if " " in peer else peer  # Telea is a name
+    if abs(gain) < 0.005:
+        return f"level with {name}"
+    return f"<b>{abs(gain):.2f} dB {'above' if gain > 0 else 'below'}</b> {name}"
+
+
+def _bins_section(report: Mapping[str, Any]) -> str:
+    bins = report["figures"]["bins"]
+    values = {
+        method: [
+            (v["mean"], v["low"], v["high"])
+            for v in (group["methods"][method]["hole_psnr"] for group in bins.values())
+        ]
+        for method in METHODS
+    }
+    names = {_percent(name): group for name, group in bins.items()}
+    groups = {**names, "All pairs": report["figures"]["all"]}
+    chart = bins_chart(list(names), values, "hole PSNR, dB")
+    tables = "\n".join(_table(groups, *metric) for metric in TABLES)
+    return (
+        f'<figure class="chart">{chart}</figure>\n<div class="tables">{tables}</div>\n'
+        '<p class="note">Mean and 95 % bootstrap interval; the best mean of a row is bold.'
+        f"{_perfect(report)}</p>"
+    )
+
+
+def _percent(name: str) -> str:
+    """A ratio bin's name as people say it: "0.10-0.20" as "10–20 %"."""
+    low, high = (f"{100 * float(end):.0f}" for end in name.split("-"))
+    return f"{low}–{high} %"
+
+
+def _perfect(report: Mapping[str, Any]) -> str:
+    counts = [
+        f"{METHODS[method]} {count}" for method, count in report["perfect"].items() if count > 0
+    ]
+    return f" Holes filled perfectly, counted as 100 dB: {', '.join(counts)}." if counts else ""
+
+
+def _table(groups: Mapping[str, Any], metric: str, heading: str, decimals: int, more: bool) -> str:
+    rows = []
+    for name, group in groups.items():
+        figures = {method: group["methods"][method][metric] for method in METHODS}
+        best = (max if more else min)(round(f["mean"], decimals) for f in figures.values())
+        cells = ""
+        for figure in figures.values():
+            mean = f"{figure['mean']:.{decimals}f}"
+            mean = f"<b>{mean}</b>" if round(figure["mean"], decimals) == best else mean
+            interval = f"{figure['low']:.{decimals}f} – {figure['high']:.{decimals}f}"
+            cells += f"<td>{mean}<small>{interval}</small></td>"
+        rows.append(
+            f'<tr><th scope="row">{escape(name)}</th><td>{group["pairs"]:,}</td>{cells}</tr>'
+        )
+    heads = "".join(f'<th scope="col">{name}</th>' for name in METHODS.values())
+    return (
+        f"<table><caption>{escape(heading)} <small>{'higher' if more else 'lower'} is better"
+        f'</small></caption><thead><tr><th scope="col">Hole</th><th scope="col">Pairs</th>{heads}'
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _training(log: Sequence[Mapping[str, Any]]) -> str:
+    dpnet, mean_fill, losses = training_curves(log)
+    charts = []
+    if dpnet:
+        charts.append(("Hole PSNR on validation pictures", validation_chart(dpnet, mean_fill)))
+    if losses:
+        charts.append(("Losses", losses_chart(losses)))
+    if not charts:
+        return "<p>The run kept no log of its training.</p>"
+    figures = "".join(
+        f'<figure class="chart"><figcaption>{escape(caption)}</figcaption>{chart}</figure>'
+        for caption, chart in charts
+    )
+    return f'<div class="charts">{figures}</div>'
+
+
+def _pictures(pictures: Sequence[PictureRow]) -> str:
+    if not pictures:
+        return "<p>No pictures were asked for.</p>"
+    names = [METHODS.get(column, column.capitalize()) for column in STRIP]
+    heads = "".join(f"<span>{escape(name)}</span>" for name in names)
+    parts, current = [f'<div class="strip heads">{heads}</div>'], ""
+    for row in pictures:
+        if row.ratio_bin != current:
+            current = row.ratio_bin
+            parts.append(f"<h3>{_percent(current)} hole</h3>")
+        data = base64.b64encode(row.png).decode()
+        label = f"{', '.join(names)}: {row.image} under {row.mask}"
+        psnr = "".join(
+            f"<span>{row.hole_psnr[c]:.2f} dB</span>"
+            if c in row.hole_psnr
+            else f"<span>{f'{100 * row.hole_ratio:.0f} % hole' if c == 'masked' else ''}</span>"
+            for c in STRIP
+        )
+        parts.append(
+            f'<figure class="row"><img src="data:image/png;base64,{data}" alt="{escape(label)}"'
+            f' title="{escape(row.image)}, {escape(row.mask)}"><figcaption class="strip">{psnr}'
+            "</figcaption></figure>"
+        )
+    return "\n".join(parts)
+
+
+def _protocol(report: Mapping[str, Any]) -> str:
+    said = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
+        for name, text in report["protocol"].items()
+    )
+    missing = "".join(
+        f"<dt>{escape(item['metric'])}</dt><dd>{escape(item['reason'])}</dd>"
+        for item in report["not_computed"]
+    )
+    return f"<dl>{said}</dl>\n<h3>Not computed</h3>\n<dl>{missing}</dl>"
+
+
+def _provenance(report: Mapping[str, Any], chain: Sequence[Mapping[str, Any]]) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(stage["stage"])}</th><td>{escape(stage["folder"])}</td>'
+        f"<td><code>{escape(stage['request_digest'][:12])}</code></td>"
+        f"<td><code>{escape(stage.get('content_digest', '')[:12]) or '–'}</code></td></tr>"
+        for stage in chain
+    )
+    details = "".join(
+        f"<details><summary>{escape(stage['stage'])}: settings and results</summary><pre>"
+        + escape(json.dumps({k: stage[k] for k in ("settings", "sources", "summary")}, indent=1))
+        + "</pre></details>"
+        for stage in chain
+        if "summary" in stage
+    )
+    return (
+        '<table class="left"><thead><tr><th scope="col">Stage</th><th scope="col">Folder</th>'
+        '<th scope="col">Request</th><th scope="col">Content</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table>\n<p>Pairs digest: <code>{report['pairs_digest']}</code></p>"
+        f'\n{details}\n<p class="note"><code>dpnet verify</code> walks this chain and checks every'
+        " hash.</p>"
+    )
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>"

@@ -1,0 +1,267 @@
+"""The evaluation stage: a trained generator on frozen pairs, beside two methods without learning.
+
+It writes metrics.parquet (a row for each pair and method), report.json (the figures and how they
+were measured), pictures/ and report.html. An interrupted evaluation goes on with the next shard of
+masks: until the commit, parts/ holds what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.core.digest import sha256_json
+from data_prep.core.errors import PipelineError
+from data_prep.core.progress import Progress, say
+from data_prep.core.stage import Produced, Request, StageRef, Work, read_manifest, run_stage
+from data_prep.core.storage.store import Store
+from data_prep.shards.shards import encode_table, write_file
+from dpnet.evaluation.protocol import (
+    METHODS,
+    NOT_COMPUTED,
+    PROTOCOL,
+    PROTOCOL_VERSION,
+    Rows,
+    count_perfect,
+    figures,
+    summarise,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dpnet.evaluation.report import PictureRow
+    from dpnet.loading.samples import Samples
+    from dpnet.model import Generator
+
+    Array = NDArray[np.uint8]
+
+Pair = tuple[int, int]  # positions of the image and of the mask
+
+_KEYS = {"image": "string", "mask": "string", "ratio_bin": "string", "hole_ratio": "float64"}
+_VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1")
+_COLUMNS = {**_KEYS, "method": "string", **dict.fromkeys(_VALUES, "float64")}
+BATCH = 16  # fixed, since another batch may round a value differently
+
+
+class EvaluateSettings(BaseModel):
+    """What a model is evaluated on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    split: Literal["val", "test"] = Field("test", description="Split of the pictures.")
+    seed: int = Field(0, ge=0, lt=2**53, description="Another seed lays masks on other pictures.")
+    max_pairs: int = Field(
+        12_000,
+        ge=1,
+        le=1_000_000,
+        description="At most so many pairs, spread evenly over the ratio bins.",
+    )
+    pictures: int = Field(2, ge=0, le=50, description="Pictures of each ratio bin in the report.")
+    threads: int = Field(
+        0, ge=0, le=1024, description="Threads that read and measure; 0 means one for each core."
+    )
+
+
+def evaluate(
+    settings: EvaluateSettings, images: StageRef, masks: StageRef, run: StageRef, store: Store
+) -> StageRef:
+    """Measure `run`'s generator and its peers on the frozen pairs, and write the report."""
+    request = Request(
+        stage="evaluate",
+        name=run.name,
+        top="evaluations",
+        settings=settings.model_dump(exclude={"threads"}) | {"protocol": PROTOCOL_VERSION},
+        inputs={"images": images, "masks": masks, "run": run},
+    )
+    return run_stage(store, request, lambda work: _build(work, settings), say)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What pairs are measured with."""
+
+    images: Samples
+    masks: Samples
+    generator: Generator
+    pool: Executor
+
+    def composites(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Array, Array, Array]]:
+        """(pair, truth [H, W, 3], valid [H, W], DPNet's composite), in the order of `pairs`."""
+        import numpy as np
+
+        from dpnet.inpainting.tiles import inpaint_arrays
+
+        for start in range(0, len(pairs), BATCH):
+            batch = pairs[start : start + BATCH]
+            truths = np.stack(list(self.pool.map(self.images.image, [i for i, _ in batch])))
+            valid = np.stack(list(self.pool.map(self.masks.valid, [m for _, m in batch])))
+            filled = inpaint_arrays(self.generator, truths, valid)
+            yield from zip(batch, truths, valid, filled, strict=True)
+
+    def measure(self, pairs: Sequence[Pair]) -> Iterator[Rows]:
+        """Rows of metrics.parquet, batch by batch."""
+        for start in range(0, len(pairs), BATCH):
+            batch = self.composites(pairs[start : start + BATCH])
+            of_pairs = self.pool.map(self._measure_pair, *zip(*batch, strict=True))
+            yield [row for rows in of_pairs for row in rows]
+
+    def _measure_pair(self, pair: Pair, truth: Array, valid: Array, filled: Array) -> Rows:
+        from dpnet.evaluation.metrics import evaluate_pair
+
+        keys = self.keys(pair)
+        return [
+            {**keys, "method": method, **evaluate_pair(composite, truth, valid)}
+            for method, composite in by_method(truth, valid, filled).items()
+        ]
+
+    def keys(self, pair: Pair) -> dict[str, Any]:
+        image, mask = self.images.rows[pair[0]], self.masks.rows[pair[1]]
+        names = {"image": image["key"], "mask": mask["key"]}
+        return {**names, "ratio_bin": mask["ratio_bin"], "hole_ratio": mask["hole_ratio"]}
+
+
+def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
+    """The composite of every method; `filled` is DPNet's."""
+    from dpnet.evaluation.baselines import mean_fill, smooth_fill, telea
+
+    return {
+        "dpnet": filled,
+        "smooth_fill": smooth_fill(truth, valid),
+        "telea": telea(truth, valid),
+        "mean_fill": mean_fill(truth, valid),
+    }
+
+
+def _build(work: Work, settings: EvaluateSettings) -> Produced:
+    from dpnet.evaluation.report import render_report
+    from dpnet.inpainting.tiles import on_fastest_device
+    from dpnet.loading.samples import Samples, validation_pairs
+    from dpnet.model_store.weights import load_generator
+
+    store, inputs = work.store, work.request.inputs
+    masks = Samples(store, inputs["masks"].folder, "eval")
+    side = masks.rows[0]["width"]
+    images = Samples(store, inputs["images"].folder, settings.split, side)
+    _check_sizes(images, side)
+    digests = (inputs["images"].content_digest, inputs["masks"].content_digest)
+    pairs = validation_pairs(images, masks, digests, seed=settings.seed, count=settings.max_pairs)
+    generator = on_fastest_device(load_generator(store, inputs["run"].folder))
+    with ThreadPoolExecutor(settings.threads or os.cpu_count() or 1) as pool:
+        bench = _Bench(images, masks, generator, pool)
+        rows = _measure_all(work, bench, pairs)
+        pictures = _pictures(bench, pairs, settings.pictures)
+    named = [[row["image"], row["mask"]] for row in rows[:: len(METHODS)]]
+    pairs_digest = sha256_json({"images": digests[0], "masks": digests[1], "pairs": named})
+    report = {
+        "pairs": len(pairs),
+        "pairs_digest": pairs_digest,
+        "inputs": {role: ref.content_digest for role, ref in inputs.items()},
+        "settings": dict(work.request.settings),
+        "figures": figures(rows, pairs_digest),
+        "perfect": count_perfect(rows),
+        "protocol": PROTOCOL,
+        "not_computed": NOT_COMPUTED,
+    }
+    page = render_report(report, pictures, _log(store, inputs["run"].folder), _chain(work))
+    files = [
+        write_file(work, "metrics.parquet", encode_table(rows, _COLUMNS)),
+        write_file(work, "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode()),
+        *(write_file(work, f"pictures/{row.name}.png", row.png) for row in pictures),
+        # Not content: it shows the training's times.
+        write_file(work, "report.html", page.encode(), content=False),
+    ]
+    for entry in list(store.list(work.key("parts"))):
+        store.delete(entry.key)
+    return Produced(files, summarise(report))
+
+
+def _check_sizes(images: Samples, side: int) -> None:
+    """Raise PipelineError where a picture is smaller than the masks; larger ones are cropped."""
+    for row in images.rows:
+        if min(row["width"], row["height"]) < side:
+            raise PipelineError(
+                f"the picture {row['key']} is {row['width']} x {row['height']} pixels but the masks"
+                f" {side} x {side}: give images.size and masks.size the same value, and use"
+                " images.mode center-crop, short-side or tiles."
+            )
+
+
+def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
+    """Rows of all pairs, each mask shard's kept as soon as they are measured."""
+    rows: Rows = []
+    with Progress("evaluate", len(pairs), "pairs") as progress:
+        for shard, group in groupby(pairs, key=lambda pair: bench.masks.rows[pair[1]]["shard"]):
+            wanted = list(group)
+            key = work.key(f"parts/{PurePosixPath(shard).stem}.json")
+            part = _kept(work.store, key, [bench.keys(pair) for pair in wanted])
+            if part is None:
+                part = []
+                for some in bench.measure(wanted):
+                    part += some
+                    progress.update((len(rows) + len(part)) // len(METHODS))
+                body = {"sha256": sha256_json(part), "rows": part}
+                work.store.write(key, json.dumps(body).encode())
+            rows += part
+    return rows
+
+
+def _kept(store: Store, key: str, wanted: Rows) -> Rows | None:
+    """What an interrupted evaluation measured, if it is whole and of the wanted pairs."""
+    try:
+        body = json.loads(store.read(key))
+        rows: Rows = body["rows"]
+        names = [{name: row[name] for name in _KEYS} for row in rows[:: len(METHODS)]]
+        return rows if sha256_json(rows) == body["sha256"] and names == wanted else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureRow]:
+    """The first `count` pairs of each bin as rows of pictures."""
+    from dpnet.evaluation.metrics import hole_psnr
+    from dpnet.evaluation.report import PictureRow, strip
+
+    seen: dict[str, int] = {}
+    chosen = []
+    for pair in pairs:
+        name = bench.keys(pair)["ratio_bin"]
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] <= count:
+            chosen.append(pair)
+    made = []
+    for pair, truth, valid, filled in bench.composites(chosen):
+        keys, methods = bench.keys(pair), by_method(truth, valid, filled)
+        psnr = {name: hole_psnr(image, truth, valid) or 0.0 for name, image in methods.items()}
+        made.append(PictureRow(strip(truth, valid, methods), **keys, hole_psnr=psnr))
+    return made
+
+
+def _log(store: Store, folder: str) -> list[dict[str, Any]]:
+    """The training's log; empty where a run has none."""
+    key = f"{folder}/log.jsonl"
+    if not store.exists(key):
+        return []
+    return [json.loads(line) for line in store.read(key).splitlines() if line.strip()]
+
+
+def _chain(work: Work) -> list[Mapping[str, Any]]:
+    """The manifests of the inputs, and what is known of this stage so far."""
+    request = work.request
+    mine = {
+        "stage": request.stage,
+        "name": request.name,
+        "folder": work.folder,
+        "request_digest": request.digest,
+        "settings": request.settings,
+    }
+    return [*(read_manifest(work.store, ref.folder) for ref in request.inputs.values()), mine]

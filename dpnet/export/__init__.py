@@ -1,0 +1,1 @@
+"""Write a trained generator for use without this package."""

@@ -1,0 +1,1 @@
+"""Turn shards into batches."""

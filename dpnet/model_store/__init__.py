@@ -1,0 +1,1 @@
+"""Find a trained generator on storage and read its weights."""

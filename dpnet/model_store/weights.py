@@ -1,0 +1,145 @@
+"""A trained generator on storage: safetensors weights with their config beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from data_prep.core.digest import sha256_bytes
+from data_prep.core.errors import PipelineError
+from data_prep.core.stage import FileRecord
+from data_prep.core.storage.store import Store
+from dpnet.model import Generator, ModelConfig, build_generator
+
+FORMAT = 1
+
+
+class Layout(NamedTuple):
+    """Where a folder has its weights and their config."""
+
+    weights: str
+    config: str
+
+
+RUN = Layout("model/generator.safetensors", "model/model.json")
+EXPORTED = Layout("model.safetensors", "config.json")
+
+
+def save_generator(
+    store: Store, folder: str, generator: Generator, facts: Mapping[str, Any], layout: Layout = RUN
+) -> list[FileRecord]:
+    """Write the weights, then the config with the weights' hash and `facts`."""
+    state = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
+    weights = save(state)
+    record = {
+        "format": FORMAT,
+        "model": generator.config.to_json(),
+        "weights_sha256": sha256_bytes(weights),
+        **facts,
+    }
+    config = json.dumps(record, indent=1, sort_keys=True).encode()
+    files = []
+    for path, data in ((layout.weights, weights), (layout.config, config)):
+        store.write(f"{folder}/{path}", data)
+        files.append(FileRecord(path, len(data), sha256_bytes(data)))
+    return files
+
+
+def find_layout(store: Store, folder: str) -> Layout | None:
+    """Whether a folder is a run's, an exported model's or (None) holds no model."""
+    return next((each for each in (RUN, EXPORTED) if store.exists(f"{folder}/{each.config}")), None)
+
+
+def load_generator(store: Store, folder: str) -> Generator:
+    """The generator of a run's folder or of an exported one, in eval mode on the CPU.
+
+    It lies in channels_last. Raises PipelineError when files are missing, altered or of another
+    version.
+    """
+    record, layout = read_config(store, folder)
+    where = f"{store.uri}/{folder}/{layout.weights}"
+    try:
+        weights = store.read(f"{folder}/{layout.weights}")
+    except FileNotFoundError:
+        raise PipelineError(f"{where} is missing: restore the file, or train again.") from None
+    state = _state(weights, record["weights_sha256"], where, layout)
+    try:
+        generator = build_generator(ModelConfig.from_json(record["model"]))
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise _other_version(f"{store.uri}/{folder}/{layout.config}", str(error)) from error
+    if differences := _differences(generator.state_dict(), state):
+        raise _other_version(where, differences)
+    generator.load_state_dict(state)
+    return generator.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload,no-any-return]
+
+
+def read_config(store: Store, folder: str) -> tuple[dict[str, Any], Layout]:
+    """The record beside a folder's weights, and how the folder is laid out.
+
+    Raises PipelineError when there is none, or it is altered or of another version.
+    """
+    layout = find_layout(store, folder)
+    if layout is None:
+        raise PipelineError(f"{store.uri}/{folder} holds no model: train one first.")
+    where = f"{store.uri}/{folder}/{layout.config}"
+    try:
+        record = json.loads(store.read(f"{folder}/{layout.config}"))
+    except ValueError:
+        raise PipelineError(f"{where} is not JSON: it was altered, restore it.") from None
+    version = record.get("format") if isinstance(record, dict) else None
+    if isinstance(version, int) and version != FORMAT:
+        raise PipelineError(
+            f"{where} has format {version}, this version reads {FORMAT}: use the version of dpnet"
+            " that wrote it."
+        )
+    if (
+        version != FORMAT
+        or not isinstance(record.get("model"), dict)
+        or not isinstance(record.get("weights_sha256"), str)
+    ):
+        raise PipelineError(f"{where} is no model's config of dpnet: it was altered, restore it.")
+    return record, layout
+
+
+def _state(weights: bytes, sha256: str, where: str, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a file with this hash."""
+    if sha256_bytes(weights) != sha256:
+        try:
+            load(weights)
+        except SafetensorError:
+            told = "it is no whole safetensors file"
+        else:
+            told = f"its hash is not the one that {layout.config} names"
+        raise PipelineError(
+            f"{where} was altered or cut short: {told}; restore the file, or train again."
+        )
+    return load(weights)
+
+
+def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """What keeps `found` from being loaded as `wanted`, in a few words; empty if nothing does."""
+    told = []
+    for what, names in (("lacks", wanted.keys() - found.keys()), ("has", found.keys() - wanted)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            extra = "" if what == "lacks" else ", unknown to its config"
+            told.append(f"{what} {min(names)}{more}{extra}")
+    for name in sorted(wanted.keys() & found.keys()):
+        if wanted[name].shape != found[name].shape:
+            shapes = tuple(found[name].shape), tuple(wanted[name].shape)
+            told.append(f"has {name} in {shapes[0]} where its config asks for {shapes[1]}")
+            break
+    return "; ".join(told)
+
+
+def _other_version(where: str, reason: str) -> PipelineError:
+    return PipelineError(
+        f"{where} does not fit this version of the network ({reason.splitlines()[0]}): use the"
+        " version of dpnet that wrote it."
+    )

@@ -1,0 +1,1 @@
+"""Join the stages: config, chain, retraining, summary, cost, verification."""

@@ -1,0 +1,91 @@
+"""The five stages in their order: what each takes from those before it.
+
+`call` runs a stage; the flow passes one that makes it a Prefect task. A stage that is committed is
+skipped by itself, so running the chain up to a stage builds only what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.core.errors import ConfigError
+from data_prep.core.progress import say
+from data_prep.core.stage import StageRef
+from data_prep.core.storage.store import LocalStore, Store
+from data_prep.images.stage import prepare_images
+from data_prep.masks.stage import prepare_masks
+from data_prep.raw.sample_photos import write_sample_photographs
+from dpnet.evaluation.stage import evaluate
+from dpnet.pipeline.config import Config
+from dpnet.registry.stage import register, tracking_uri
+from dpnet.training.stage import check_settings, check_vgg_file, train
+
+SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
+PHOTOS = "photos"  # folder of the root that they are written to
+
+StageName = Literal["images", "masks", "train", "evaluate", "register"]
+Call = Callable[..., StageRef]
+
+
+def call_plainly(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+    return stage(*arguments)
+
+
+def run_chain(
+    config: Config, store: Store, wanted: StageName = "register", call: Call = call_plainly
+) -> list[StageRef]:
+    """Run the stages that `wanted` needs, and it last; their references in that order."""
+    refs: list[StageRef] = []
+
+    def run(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+        ref = call(title, stage, *arguments, store)
+        refs.append(ref)
+        say(f"{title}: {'done before' if ref.skipped else f'done in {ref.seconds:.1f} s'}")
+        return ref
+
+    if wanted != "masks":
+        images = run("prepare images", prepare_images, with_photographs(config, store).images)
+    if wanted != "images":
+        masks = run("prepare masks", prepare_masks, config.masks)
+    if wanted in ("images", "masks"):
+        return refs
+    of_training = (config.model, config.losses, config.train, config.launch)
+    tracked = _tracking(config, store)
+    trained = run("train", train, *of_training, tracked, config.name, images, masks)
+    if wanted == "train":
+        return refs
+    evaluation = run("evaluate", evaluate, config.evaluate, images, masks, trained)
+    if wanted == "register":
+        run("register", register, config.registry, trained, evaluation)
+    return refs
+
+
+def _tracking(config: Config, store: Store) -> str | None:
+    """The MLflow that training tells how it goes; None where there is none."""
+    try:
+        return tracking_uri(config.registry, store)
+    except ConfigError:  # registering needs one, training does not
+        return None
+
+
+def check_config(config: Config) -> None:
+    """Raise PipelineError where a file or folder is missing, or settings do not go together, before
+    hours are spent on the rest."""
+    from data_prep.raw.source import check_source
+
+    check_settings(config.train)
+    check_vgg_file(config.losses)
+    if config.images.source != SAMPLE:
+        check_source(config.images.source, config.images.layout)
+
+
+def with_photographs(config: Config, store: Store) -> Config:
+    """`config` with the sample photographs written out as files, if it asks for them."""
+    if config.images.source != SAMPLE:
+        return config
+    top = store.folder if isinstance(store, LocalStore) else Path.home() / ".cache" / "dpnet"
+    write_sample_photographs(top / PHOTOS)
+    images = config.images.model_copy(update={"source": str(top / PHOTOS)})
+    return config.model_copy(update={"images": images})

@@ -1,0 +1,168 @@
+"""What training costs: hours that workers worked, and money, before it begins and after.
+
+Prices are the config's; they change nothing that comes out, so they are in no digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.core.stage import MANIFEST, StageRef
+from data_prep.core.storage.store import Store
+from dpnet.tracking.mlflow_runs import read_log
+from dpnet.tracking.run_log import read_status
+
+if TYPE_CHECKING:  # the config is composed of this module's settings
+    from dpnet.pipeline.config import Config
+
+
+class CostSettings(BaseModel):
+    """Prices, for the estimate and the account of training."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gpu_hour: float = Field(0.0, ge=0, le=1e6, description="Price of an hour of one GPU.")
+    cpu_hour: float = Field(
+        0.0, ge=0, le=1e6, description="Price of an hour of one training worker without a GPU."
+    )
+    currency: str = Field(
+        "USD", min_length=1, max_length=8, description="What prices are in, as it is shown."
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours of training workers with a GPU each and without, and what an hour of each costs."""
+
+    gpu_hours: float
+    cpu_hours: float
+    prices: CostSettings
+
+    @property
+    def money(self) -> float:
+        """In `prices.currency`."""
+        return self.gpu_hours * self.prices.gpu_hour + self.cpu_hours * self.prices.cpu_hour
+
+
+def measured(store: Store, folder: str, prices: CostSettings) -> Cost:
+    """What the run in `folder` has used so far, by its log.
+
+    Counted is what the log has: the time from the first step to the last record, with validation
+    and checkpoints in between. So it leaves out the start of the workers, and steps that were lost
+    with a worker and made again count once.
+    """
+    return Cost(*worked(_log(store, folder)), prices)
+
+
+def estimated(
+    config: Config, store: Store, images: StageRef | None = None, masks: StageRef | None = None
+) -> Cost | None:
+    """What training will use, by the speed of the newest run of the root with the same network,
+    size and kind of device; None where there is none.
+
+    With the data that it trains on, the steps that need not be made are left out: those up to the
+    last checkpoint, of another run too where this one extends it, or all.
+    """
+    speed = _known_speed(store, config)
+    if speed is None:
+        return None
+    steps = config.train.steps
+    if images is not None and masks is not None:
+        steps -= _steps_there(config, store, images, masks)
+    hours = steps * config.train.batch_size / speed / 3600
+    return Cost(hours, 0.0, config.cost) if config.train.gpus else Cost(0.0, hours, config.cost)
+
+
+def cost_text(cost: Cost) -> str:
+    """As "3.2 GPU-hours, 8.00 USD (at 2.50 an hour)"; the hours alone where they have no price."""
+    prices = cost.prices
+    used = ((cost.gpu_hours, prices.gpu_hour), (cost.cpu_hours, prices.cpu_hour))
+    rates = [price for hours, price in used if hours and price]
+    text = hours_text(cost.gpu_hours, cost.cpu_hours)
+    if not rates:
+        return text
+    at = " and ".join(f"{price:.2f}" for price in rates)
+    return f"{text}, {cost.money:.2f} {prices.currency} (at {at} an hour)"
+
+
+def hours_text(gpu_hours: float, cpu_hours: float) -> str:
+    """As "3.2 GPU-hours", "0.05 worker-hours", or both where both kinds have worked."""
+    parts = []
+    if gpu_hours:
+        parts.append(f"{_number(gpu_hours)} GPU-hours")
+    if cpu_hours or not gpu_hours:
+        parts.append(f"{_number(cpu_hours)} worker-hours")
+    return " and ".join(parts)
+
+
+def worked(log: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Hours of workers with a GPU and without, of a log; where it does not tell their number, as
+    those of earlier versions, it was one."""
+    gpu = cpu = 0.0
+    for record in log:
+        if record.get("kind") != "train":
+            continue
+        seconds = record["seconds"] + record.get("other_seconds", 0.0)
+        hours = seconds * record.get("workers", 1) / 3600
+        if "gpu_memory_gb" in record:
+            gpu += hours
+        else:
+            cpu += hours
+    return gpu, cpu
+
+
+def _number(hours: float) -> str:
+    if 0 < hours < 0.005:
+        return "under 0.01"
+    return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+
+
+def _known_speed(store: Store, config: Config) -> float | None:
+    """Images per second and worker, validation and checkpoints counted in."""
+    alike = []
+    for folder in store.folders("runs"):
+        status = read_status(store, folder)
+        if (status.get("size"), status.get("gpus")) == (config.masks.size, config.train.gpus):
+            alike.append((status.get("time", 0.0), folder))
+    for _, folder in sorted(alike, reverse=True):
+        if _network(store, folder) == config.model.model_dump():
+            log = [r for r in _log(store, folder) if r.get("kind") == "train"]
+            worker_hours = sum(worked(log))
+            if worker_hours > 0:
+                return float(sum(record["images"] for record in log) / worker_hours / 3600)
+    return None
+
+
+def _network(store: Store, folder: str) -> Any:
+    """The `model` section that a run was asked for; None where that cannot be read."""
+    import yaml
+
+    try:
+        resolved = yaml.safe_load(store.read(f"{folder}/resolved-config.yaml"))
+        return resolved["model"]
+    except (FileNotFoundError, yaml.YAMLError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _log(store: Store, folder: str) -> list[dict[str, Any]]:
+    """A run's log; nothing where it is damaged, which is `dpnet verify`'s to tell."""
+    try:
+        return read_log(store, folder)
+    except ValueError:
+        return []
+
+
+def _steps_there(config: Config, store: Store, images: StageRef, masks: StageRef) -> int:
+    from dpnet.training.stage import planned
+
+    of_training = (config.model, config.losses, config.train, config.name)
+    request, job = planned(*of_training, images, masks, store)
+    if store.exists(f"{request.folder}/{MANIFEST}"):
+        return config.train.steps
+    from dpnet.training.extend import first_step  # needs torch
+
+    return first_step(store, job)

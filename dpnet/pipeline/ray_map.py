@@ -1,0 +1,156 @@
+"""The tasks of `data_prep.core.pool.run_tasks` on a Ray cluster.
+
+Plain Ray tasks, because what a task writes must depend on nothing but the task: Ray Data would cut
+the work into blocks of its own choice. Ray itself sets OMP_NUM_THREADS to the one core of a task.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.pool import Map, called, cores, died_again
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+RETRIES = 3  # of a task whose worker or node died
+
+
+def ray_map(address: str = "auto") -> Map:
+    """A `Map` that runs its tasks on the Ray cluster at `address`.
+
+    "auto" is the cluster that this machine belongs to, "local" one started for the time of the
+    call. A connection that this process has already is used, whatever `address` says. What tasks
+    name must be the same on all machines: absolute paths on a shared disk, or object storage.
+    `workers` of the `Map` is how many tasks may run at once, 0: what keeps every core busy. Raises
+    PipelineError when no cluster can be reached or a task does not survive four tries.
+    """
+
+    def run_on_ray(
+        function: Callable[[T], R], tasks: Iterable[T], workers: int, /
+    ) -> Generator[R, None, None]:
+        with _connected(address, workers) as ray:
+            yield from _run(ray, function, tasks, workers)
+
+    return run_on_ray
+
+
+def _run(
+    ray: Any, function: Callable[[T], R], tasks: Iterable[T], workers: int
+) -> Generator[R, None, None]:
+    # An error of the function is its own and would come again.
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(_call)
+    rest = iter(tasks)
+    window: deque[tuple[Any, T]] = deque()  # in order; also what is done before its turn
+    running: list[Any] = []
+    try:
+        while True:
+            # The cluster may grow. Twice its cores, so that a node has the next task at hand.
+            most = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+            room = min(most - len(running), 2 * most - len(window))
+            for task in islice(rest, max(0, room)):
+                reference = remote.remote(function, task)
+                window.append((reference, task))
+                running.append(reference)
+            if not window:
+                return
+            if window[0][0] in running:
+                _, running = ray.wait(running, num_returns=1)
+                continue
+            yield _result(ray, *window.popleft())
+            if running:  # others may have ended while this result was used
+                _, running = ray.wait(running, num_returns=len(running), timeout=0)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _call(function: Callable[[T], R], task: T) -> R:
+    return function(task)
+
+
+def _result(ray: Any, reference: Any, task: Any) -> Any:
+    """The result of a finished task. Raises the function's own error, or a PipelineError."""
+    lost: str
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, Exception):
+            raise error.cause from error
+        raise
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+        raise died_again(task, 1 + RETRIES) from None
+    except ray.exceptions.RayError as error:
+        lost = str(error).strip().split("\n")[0].rstrip(".")
+    raise PipelineError(
+        f"Ray lost {called(task)} ({lost}): run the same command again, it resumes."
+    )
+
+
+def _find(address: str) -> None:
+    """Raise OSError when nothing listens at the address. Ray would try for ten minutes."""
+    if address == "auto":
+        latest = Path(
+            os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray/ray_current_cluster"
+        )
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address and latest.exists():  # perhaps of a cluster that has ended
+            address = latest.read_text().strip()
+    url = urlsplit(address if "://" in address else f"//{address}")
+    if url.hostname and url.port:
+        socket.create_connection((url.hostname, url.port), timeout=10).close()
+
+
+@contextmanager
+def _connected(address: str, workers: int) -> Iterator[Any]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # For ever is Ray's own choice for a task that wants more memory than there is.
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    scratch = ""
+    options: dict[str, Any] = {"address": address}
+    if address == "local":
+        # Sockets under a deep folder would exceed the system's limit of 107 bytes.
+        scratch = tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp")
+        options |= {"num_cpus": workers or cores(), "include_dashboard": False}
+        options |= {"object_store_memory": 128 << 20}  # nothing large passes through it
+        options |= {"_temp_dir": scratch}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        try:
+            _find(address)
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error).strip().split(". ")[0]
+            raise PipelineError(
+                f"cannot reach a Ray cluster at {address!r} ({reason}):"
+                ' start one, or give its address, or "local" for this machine alone.'
+            ) from error
+        if threading.current_thread() is threading.main_thread():
+            for each, handler in handlers.items():  # Ray's own of SIGTERM aborts the process
+                signal.signal(each, handler)
+        yield ray
+    finally:
+        ray.shutdown()
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)

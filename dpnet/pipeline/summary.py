@@ -1,0 +1,236 @@
+"""The summary at the end of a pipeline run: as JSON values, and as text of at most 100 columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.core.digest import SHORT
+from data_prep.core.stage import StageRef
+from data_prep.core.storage.store import LocalStore, Store
+from dpnet.pipeline.cost import hours_text
+
+METHODS = {"dpnet": "DPNet", "mean_fill": "mean fill", "telea": "Telea"}
+METRICS = {"hole_psnr": ("hole PSNR, dB", 2), "ssim": ("SSIM", 4), "l1": ("L1, %", 2)}
+
+Summary = dict[str, Any]
+
+
+def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float) -> Summary:
+    """What the run of all five stages came to. Reads the evaluation's report.json."""
+    by_stage = {ref.stage: ref for ref in refs}
+    evaluation = by_stage["evaluate"].folder
+    report = json.loads(store.read(f"{evaluation}/report.json"))
+    figures = report["figures"]
+    return {
+        "name": name,
+        "root": place(store),
+        "stages": [ref.to_json() for ref in refs],
+        "pairs": report["pairs"],
+        "bins": {
+            hole: {
+                "pairs": group["pairs"],
+                **{m: {k: group["methods"][m][k]["mean"] for k in METRICS} for m in METHODS},
+            }
+            for hole, group in figures["bins"].items()
+        },
+        "mean_over_bins": {
+            m: {k: figures["mean_over_bins"][m][k] for k in METRICS} for m in METHODS
+        },
+        "smooth_fill_psnr": figures["mean_over_bins"]["smooth_fill"]["hole_psnr"],
+        "report": f"{place(store)}/{evaluation}/report.html",
+        "registered": by_stage["register"].summary,
+        "seconds": round(seconds, 1),
+    }
+
+
+def place(store: Store) -> str:
+    """The root as one types it."""
+    return str(store.folder) if isinstance(store, LocalStore) else store.uri
+
+
+def as_text(summary: Summary, again: str) -> str:
+    """The summary for a terminal. `again` is the command that runs the pipeline again."""
+    registered = summary["registered"]
+    model = f"{registered['model']} version {registered['version']}, {registered['alias']}"
+    lines = [
+        f"{summary['name']} in {summary['root']}",
+        "",
+        stages_text(summary["stages"]),
+        "",
+        figures_text(summary),
+        "The smooth fill that DPNet's decoder is shown has"
+        f" {summary['smooth_fill_psnr']:.2f} dB by itself.",
+        "",
+        f"report      {summary['report']}",
+        f"registered  {model}: {registered['reason']}",
+        *_worked(summary["stages"]),
+        f"total       {_duration(summary['seconds'])}",
+        "",
+        *_next(summary, again),
+    ]
+    return "\n".join(lines)
+
+
+def as_markdown(
+    name: str, store: Store, refs: Sequence[StageRef], cost: str, links: Mapping[str, str]
+) -> str:
+    """What came of a run of some stages, for the Prefect UI: tables, cost and links."""
+    lines = [f"**{name}** in `{place(store)}`", ""]
+    lines += _markdown_table(
+        ["stage", "state", "time", "digest", "holds", "output"],
+        [
+            [
+                ref.stage,
+                "skipped" if ref.skipped else "done",
+                _duration(ref.seconds),
+                f"`{ref.content_digest[:SHORT]}`",
+                holds(ref.stage, ref.summary),
+                f"`{ref.folder}`",
+            ]
+            for ref in refs
+        ],
+    )
+    by_stage = {ref.stage: ref for ref in refs}
+    if cost:
+        lines += ["", f"Cost of training: {cost}."]
+    if registered := by_stage.get("register"):
+        s = registered.summary
+        lines += ["", f"{s['model']} version {s['version']}, {s['alias']}: {s['reason']}"]
+    if links:
+        lines += ["", *(f"* {what}: {_link(where)}" for what, where in links.items())]
+    if evaluation := by_stage.get("evaluate"):
+        report = json.loads(store.read(f"{evaluation.folder}/report.json"))
+        lines += ["", *_figures_tables(report["figures"])]
+    return "\n".join(lines)
+
+
+def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
+    """For each metric a row for each bin of hole share, a column for each method."""
+    lines: list[str] = []
+    for metric, (title, digits) in METRICS.items():
+        rows = [
+            [hole, str(group["pairs"])]
+            + [f"{group['methods'][m][metric]['mean']:.{digits}f}" for m in METHODS]
+            for hole, group in figures["bins"].items()
+        ]
+        mean = figures["mean_over_bins"]
+        rows.append(["mean", "", *(f"{mean[m][metric]:.{digits}f}" for m in METHODS)])
+        lines += _markdown_table([f"{title}, by hole", "pairs", *METHODS.values()], rows)
+        lines.append("")
+    return lines
+
+
+def _markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _link(where: str) -> str:
+    return f"[{where}]({where})" if where.startswith("http") else f"`{where}`"
+
+
+def stages_text(stages: Iterable[Mapping[str, Any]]) -> str:
+    rows = [("stage", "", "time", "output", "digest", "holds")]
+    for stage in stages:
+        rows.append(
+            (
+                stage["stage"],
+                "skipped" if stage["skipped"] else "done",
+                f"{stage['seconds']:.1f} s",
+                stage["folder"],
+                stage["content_digest"][:SHORT],
+                holds(stage["stage"], stage["summary"]),
+            )
+        )
+    return _table(rows, "<<><<<")
+
+
+def holds(stage: str, summary: Mapping[str, Any]) -> str:
+    """What a stage made, in a few words."""
+    match stage:
+        case "images" | "masks":
+            samples = sum(split["samples"] for split in summary["splits"].values())
+            failed = summary.get("failed", 0)
+            return f"{samples} {stage}" + (f", {failed} failed" if failed else "")
+        case "train":
+            resumed = summary["resumed_from"]
+            return f"{summary['steps']} steps" + (f", resumed at {resumed}" if resumed else "")
+        case "evaluate":
+            return f"{summary['pairs']} pairs"
+        case _:
+            return f"version {summary['version']}"
+
+
+def _worked(stages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What training has used, where the version that trained has told it."""
+    for stage in stages:
+        summary = stage["summary"]
+        if stage["stage"] == "train" and "gpu_hours" in summary:
+            yield f"training    {hours_text(summary['gpu_hours'], summary['cpu_hours'])}"
+
+
+def figures_text(summary: Summary) -> str:
+    """A row for each bin of hole share: every metric of every method."""
+    names = [*METHODS.values()]
+    widths = [max(len(name), 6) for name in names]
+    group = sum(widths) + 2 * (len(widths) - 1)
+    heading = "   ".join(f"{title:^{group}}" for title, _ in METRICS.values())
+    columns = "   ".join(
+        "  ".join(f"{n:>{w}}" for n, w in zip(names, widths, strict=True)) for _ in METRICS
+    )
+    lines = [f"{'':<16}   {heading}".rstrip(), f"{'hole':<9}  {'pairs':>5}   {columns}"]
+    rows = [(hole, str(row["pairs"]), row) for hole, row in summary["bins"].items()]
+    rows.append(("mean", "", summary["mean_over_bins"]))
+    for hole, pairs, row in rows:
+        cells = "   ".join(
+            "  ".join(f"{row[m][k]:>{w}.{digits}f}" for m, w in zip(METHODS, widths, strict=True))
+            for k, (_, digits) in METRICS.items()
+        )
+        lines.append(f"{hole:<9}  {pairs:>5}   {cells}")
+    return "\n".join(lines)
+
+
+def _next(summary: Summary, again: str) -> list[str]:
+    """What to type next, with the commands as they can be typed here."""
+    root = _short_path(summary["root"])
+    at = "" if shutil.which("dpnet") else f"{_short_path(str(Path(sys.executable).parent))}/"
+    steps = next(s["summary"]["steps"] for s in summary["stages"] if s["stage"] == "train")
+    commands = [
+        (f"dpnet inpaint PHOTO MASK -o out.png --root {root}", "fill what is white in MASK"),
+        (f"dpnet verify {root}", "check every file"),
+        (f"{again} --set train.steps={5 * steps}", "train longer"),
+    ]
+    if "://" not in root:
+        uri = f"sqlite:///{root}/mlflow.db"
+        commands.append((f"mlflow ui --backend-store-uri {uri}", "the registry"))
+    return ["next:", *(f"  {at}{command}  # {what}" for command, what in commands)]
+
+
+def _short_path(path: str) -> str:
+    """Relative to the working directory where that is below it."""
+    if "://" in path:
+        return path
+    short = os.path.relpath(path)
+    return path if short.startswith("..") else short
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _table(rows: Sequence[Sequence[str]], aligned: str) -> str:
+    """Columns two blanks apart, each to the left (<) or the right (>)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,1 @@
+"""Stage 5: register an evaluated model as champion or challenger."""

@@ -1,0 +1,200 @@
+"""What we ask of MLflow's registry, versions and aliases, and how MLflow is reached.
+
+Its tracking of use is off, it prints nothing, and each call here can be repeated: a version is
+found again by its request digest. Of runs, `dpnet.tracking.mlflow_runs` knows.
+"""
+
+from __future__ import annotations
+
+import calendar
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.progress import say
+from data_prep.core.storage.store import LocalStore, Store
+from dpnet.tracking.mlflow_runs import Course, leaves, log_figures, read_log, training_run
+
+_SQLITE = "sqlite:///"
+_LONGEST = 300  # characters of an error's text that are shown
+
+
+@contextmanager
+def connect(uri: str) -> Iterator[Any]:
+    """An MLflow client for tracking and registry at `uri`; its errors become PipelineError."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield new_client(uri)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise PipelineError(
+            f"MLflow at {public(uri)} refused the registration ({reason(error)}): check"
+            " register.tracking_uri and that it can be written, then run the same command again."
+        ) from error
+
+
+def new_client(uri: str) -> Any:
+    """An MLflow client for tracking and registry at `uri`; its errors are MLflow's."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # that is for results
+    # Servers other than AWS refuse or mangle boto3's newer default checksums.
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    from mlflow.tracking import MlflowClient
+
+    # They would tell every migration of the schema, and tracebacks of what is raised anyway.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if uri.startswith(_SQLITE):
+        _create_database(Path(uri.removeprefix(_SQLITE)))
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of MLflow's says, in one line and without credentials."""
+    # SQLAlchemy may begin with advice to programmers, in a line of its own.
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as")]
+    if not lines:
+        return type(error).__name__
+    # Of a server that is not reached, the last of several errors within one another.
+    cause = re.search(r"Caused by .*?: ([^\"]*)", lines[0])
+    return public(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
+
+
+def _create_database(path: Path) -> None:
+    """Make MLflow's SQLite file unless it is there, all at once.
+
+    MLflow builds it by some hundred migrations, and killed among them it leaves a file that it
+    refuses for ever after (seen with 3.17).
+    """
+    if path.exists():
+        return
+    from mlflow.tracking import MlflowClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder, "mlflow.db")
+        MlflowClient(tracking_uri=f"{_SQLITE}{new}").search_experiments(max_results=1)
+        LocalStore(path.parent).create(path.name, new.read_bytes())
+
+
+def public(text: str) -> str:
+    """A URI, or a text with URIs in it, without users and passwords."""
+    return re.sub(r"://\S*@", "://", text)
+
+
+def restore_versions(
+    client: Any, store: Store, model: str, records: Mapping[int, dict[str, Any]]
+) -> None:
+    """Make versions again that storage has and MLflow has not: its database was lost.
+
+    Raises PipelineError where MLflow's version of a number is another one than storage's.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    there = {int(v.version): v.tags.get("request_digest") for v in _versions(client, model)}
+    for number in sorted(set(records) & set(there)):
+        if there[number] != records[number]["request_digest"]:
+            _refuse(model, number)
+    lost = sorted(set(records) - set(there))
+    for number in lost:
+        record = records[number]
+        source = _source(client, store, record["run"]["folder"])
+        made = client.create_model_version(model, source=source, tags=_tags(record))
+        if int(made.version) != number:
+            client.delete_model_version(model, made.version)
+            _refuse(model, number)
+        client.set_registered_model_alias(model, record["alias"], made.version)
+    if lost:
+        say(f"MLflow did not know {len(lost)} version(s) of {model}: made again from storage.")
+
+
+def _refuse(model: str, number: int) -> NoReturn:
+    raise PipelineError(
+        f"version {number} of {model} in MLflow is not the one that this root's registry has:"
+        " choose another register.model or register.tracking_uri."
+    )
+
+
+def ensure_version(
+    client: Any,
+    store: Store,
+    model: str,
+    record: Mapping[str, Any],
+    training: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+) -> int:
+    """The number of the version with the record's request digest, made if it is not there.
+
+    `training` and `evaluation` are the two stages' manifests; a new version gets the training's
+    MLflow run, with the evaluation's figures added.
+    """
+    digest = record["request_digest"]
+    for version in _versions(client, model):
+        if version.tags.get("request_digest") == digest:
+            return int(version.version)
+    run_id = _log_run(client, store, training, evaluation)
+    source = _source(client, store, training["folder"])
+    made = client.create_model_version(model, source=source, run_id=run_id, tags=_tags(record))
+    return int(made.version)
+
+
+def _versions(client: Any, model: str) -> Iterator[Any]:
+    token = None
+    while token is None or token:
+        page = client.search_model_versions(f"name='{model}'", page_token=token)
+        yield from page
+        token = page.token or ""
+
+
+def _source(client: Any, store: Store, folder: str) -> str:
+    """Where a version's model lies.
+
+    MLflow's server refuses a path, which it would take for one of its own, and a file:// URI of
+    another machine too: so it is told in a scheme that it does not know.
+    """
+    uri = store.uri
+    if isinstance(store, LocalStore) and client.tracking_uri.startswith("http"):
+        uri = f"dpnet-{store.folder.resolve().as_uri()}"  # nor does it take a way through a link
+    return f"{uri}/{folder}/model"
+
+
+def _tags(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "request_digest": record["request_digest"],
+        "run_digest": record["run"]["content_digest"],
+        "evaluation_digest": record["evaluation"]["content_digest"],
+        "pairs_digest": record["pairs_digest"],
+    }
+
+
+def _log_run(
+    client: Any, store: Store, training: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> str:
+    """Add the evaluation's figures to the training's MLflow run; its id.
+
+    The training's course is added too where it is missing: the database was lost, or MLflow could
+    not be reached while it went on.
+    """
+    run_id = training_run(client, store, training)
+    Course(client, run_id).add(read_log(store, training["folder"]))
+    client.set_tag(run_id, evaluation["stage"], f"{store.uri}/{evaluation['folder']}")
+    # A fixed time, so that repeating the call adds no second point.
+    at = calendar.timegm(time.strptime(evaluation["created"], "%Y-%m-%dT%H:%M:%SZ")) * 1000
+    figures = leaves(evaluation["summary"]["figures"])
+    log_figures(client, run_id, {k: v for k, v in figures.items() if v is not None}, at)
+    if client.get_run(run_id).info.status != "FINISHED":  # would take now for the training's end
+        client.set_terminated(run_id)
+    return run_id

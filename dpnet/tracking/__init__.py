@@ -1,0 +1,1 @@
+"""Record what a run reports, in its folder and in MLflow."""

@@ -1,0 +1,159 @@
+"""The course of a training in MLflow while it goes on.
+
+A thread of the process that follows a training, wherever that runs, reads what it tells in its
+folder (`dpnet.tracking.run_log`) and adds to MLflow what is not there yet. Only this process
+writes, so
+SQLite will do. Training neither waits for MLflow nor fails with it: an error is told once, and at
+the next look it is tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import tempfile
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from data_prep.core.progress import say
+from data_prep.core.stage import Work
+from dpnet.registry.mlflow_versions import new_client, public, reason
+from dpnet.tracking.mlflow_runs import Course, read_log, training_run
+from dpnet.tracking.run_log import read_status
+
+EVERY_S = 5.0  # between two looks at what training tells
+FLUSH_S = 60.0  # for which the last of it is waited for
+ABORT_S = 10.0  # the same where training has failed or was interrupted
+PICTURES = "pictures"
+# The next look is the retry; by itself MLflow would try one request for minutes.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+class Tracker:
+    """Keeps MLflow at `uri` up to date on the training of `work` while in the `with` block.
+
+    Without `uri` nothing is tracked. The MLflow run is the training's, whoever began it, and is
+    RUNNING until the block ends: then FINISHED, FAILED after an error, or KILLED.
+    """
+
+    def __init__(self, uri: str | None, work: Work) -> None:
+        self._uri, self._work = uri, work
+        self._ended = threading.Event()
+        self._status = "RUNNING"
+        self._environment: list[str] = []
+        self._run: _Run | None = None
+        self._read = -1  # records of the log at the last look
+        self._told: set[str] = set()
+        self._thread = threading.Thread(target=self._follow, name="dpnet-mlflow", daemon=True)
+
+    def __enter__(self) -> Tracker:
+        if self._uri is not None:
+            self._environment = [name for name in _PATIENCE if name not in os.environ]
+            os.environ.update({name: _PATIENCE[name] for name in self._environment})
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._uri is None:
+            return
+        if kind is None:
+            self._status = "FINISHED"
+        else:
+            self._status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        self._ended.set()
+        seconds = FLUSH_S if kind is None else ABORT_S
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._warn_of_course(f"it needs more than {seconds:.0f} s for the last of it")
+        for name in self._environment:
+            os.environ.pop(name, None)
+
+    def _follow(self) -> None:
+        store, folder = self._work.store, self._work.folder
+        before = read_status(store, folder)  # what an earlier attempt has left
+        begun = ended = False
+        while not ended:
+            ended = self._ended.wait(EVERY_S)
+            try:
+                status = read_status(store, folder)
+                # Not before it has begun: MLflow is slow to import, and so is Ray, which starts.
+                begun = begun or status != before
+                if ended and (begun or self._status == "FINISHED"):
+                    self._look(self._status)
+                elif begun and status.get("records") != self._read:
+                    self._look()
+            except Exception as error:
+                self._run = None  # what of it has come through is asked anew
+                self._warn_of_course(reason(error))
+
+    def _look(self, status: str | None = None) -> None:
+        """Add what is new, and how training ended. Raises whatever MLflow raises."""
+        if self._run is None:
+            self._run = _Run(str(self._uri), self._work)
+        records = read_log(self._work.store, self._work.folder)
+        self._run.course.add(records)
+        self._read = len(records)
+        if status:
+            self._run.client.set_terminated(self._run.id, status)
+        try:
+            self._run.add_pictures()
+        except Exception as error:
+            self._warn(
+                f"MLflow does not take the validation pictures ({reason(error)}): they are in"
+                f" {self._work.store.uri}/{self._work.folder}/{PICTURES}",
+                "pictures",
+            )
+
+    def _warn_of_course(self, why: str) -> None:
+        self._warn(
+            f"MLflow at {public(str(self._uri))} does not take the course of training ({why}):"
+            " training is not held up, and what is missing is added when it is registered at the"
+            " latest",
+            "course",
+        )
+
+    def _warn(self, sentence: str, about: str) -> None:
+        """Once about the same."""
+        if about not in self._told:
+            self._told.add(about)
+            say(f"warning: {sentence}")
+
+
+class _Run:
+    """The training's MLflow run, set to be at work."""
+
+    def __init__(self, uri: str, work: Work) -> None:
+        request = work.request
+        training = {
+            "name": request.name,
+            "folder": work.folder,
+            "request_digest": request.digest,
+            "settings": request.settings,
+            "inputs": {role: {"folder": ref.folder} for role, ref in request.inputs.items()},
+        }
+        self.work = work
+        self.client = new_client(uri)
+        self.id = training_run(self.client, work.store, training)
+        self.client.update_run(self.id, "RUNNING")
+        self.course = Course(self.client, self.id)
+        self._pictures: set[str] | None = None  # names of those that MLflow has
+
+    def add_pictures(self) -> None:
+        """Store new pictures as artifacts."""
+        if self._pictures is None:
+            there = self.client.list_artifacts(self.id, PICTURES)
+            self._pictures = {posixpath.basename(file.path) for file in there}
+        for entry in self.work.store.list(self.work.key(PICTURES)):
+            name = posixpath.basename(entry.key)
+            if name not in self._pictures:
+                with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder, name)
+                    path.write_bytes(self.work.store.read(entry.key))
+                    self.client.log_artifact(self.id, str(path), PICTURES)
+                self._pictures.add(name)

@@ -1,0 +1,80 @@
+"""What a run tells while it goes on, in its folder: `status.json`, `log.jsonl` and pictures.
+
+Written by a thread, so that training never waits for storage; what cannot be written is left out,
+for the log is in every checkpoint too.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data_prep.core.errors import StorageError
+from data_prep.core.storage.store import LocalStore, Store
+
+STATUS, LOG = "status.json", "log.jsonl"
+LOCAL_S, REMOTE_S = 0.5, 5.0  # least time between two writes of the same object
+
+
+class Journal:
+    """Publishes the newest status and log of a run. Close it to have the last ones written."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        self.store, self.run = store, run
+        self._every = LOCAL_S if isinstance(store, LocalStore) else REMOTE_S
+        self._new: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self._wake, self._closed = threading.Event(), False
+        self._thread = threading.Thread(target=self._work, name="dpnet-journal", daemon=True)
+        self._thread.start()
+
+    def status(self, record: Mapping[str, Any]) -> None:
+        """`record` with the `time` of now, in seconds since 1970."""
+        self._put(STATUS, json.dumps({**record, "time": round(time.time(), 3)}).encode())
+
+    def log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._put(LOG, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+    def picture(self, step: int, png: bytes) -> None:
+        """The strip of validation pictures at a step."""
+        self._put(f"pictures/step-{step:08d}.png", png)
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+
+    def _put(self, name: str, data: bytes) -> None:
+        with self._lock:
+            self._new[name] = data
+        self._wake.set()
+
+    def _work(self) -> None:
+        while True:
+            self._wake.wait()
+            closed = self._closed
+            self._wake.clear()
+            with self._lock:
+                new, self._new = self._new, {}
+            begun = time.monotonic()
+            for name, data in new.items():
+                try:
+                    self.store.write(f"{self.run}/{name}", data)
+                except StorageError:
+                    continue
+            if closed:
+                return
+            while not self._closed and time.monotonic() - begun < self._every:
+                time.sleep(0.05)
+
+
+def read_status(store: Store, run: str) -> dict[str, Any]:
+    """The newest status; empty where there is none yet, or it cannot be had now."""
+    try:
+        record = json.loads(store.read(f"{run}/{STATUS}"))
+    except (OSError, ValueError, StorageError):
+        return {}
+    return record if isinstance(record, dict) else {}

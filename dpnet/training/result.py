@@ -1,0 +1,81 @@
+"""What a finished training leaves: the averaged generator's weights, the log, figures."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.stage import FileRecord, Work
+from data_prep.shards.shards import write_file
+from dpnet.pipeline.cost import worked
+from dpnet.training.checkpoints import newest
+from dpnet.training.stage import TrainJob
+
+
+def is_finished(job: TrainJob, step: int, finished: str) -> bool:
+    """Whether a checkpoint at `step` is the run's last."""
+    return step == job.settings.steps or bool(finished)
+
+
+def collect(job: TrainJob, work: Work) -> tuple[list[FileRecord], dict[str, Any]]:
+    """Write the weights and the log of the run's last checkpoint; the files and the summary.
+
+    Raises PipelineError where training has not come to its end.
+    """
+    import torch
+
+    from dpnet.model_store.weights import save_generator
+    from dpnet.training.loop import initial_state
+
+    loaded = newest(work.store, job.folder)
+    if loaded is None or not is_finished(job, loaded.mark.step, loaded.mark.finished):
+        raise PipelineError(
+            f"training of {work.store.uri}/{work.folder} ended before its last step: run the same"
+            " command again."
+        )
+    state = initial_state(job, torch.device("cpu"))
+    state.from_dict(loaded.state, f"{work.store.uri}/{loaded.mark.folder}")
+    step = state.step
+    if job.settings.result == "best" and state.best is not None:
+        state.ema.load_state_dict(state.best["ema"])
+        step = state.best["step"]
+    facts = {
+        "step": step,
+        "images": job.images.content_digest,
+        "masks": job.masks.content_digest,
+    }
+    text = "".join(json.dumps(record) + "\n" for record in loaded.log).encode()
+    files = [
+        *save_generator(work.store, work.folder, state.ema, facts),
+        write_file(work, "log.jsonl", text, content=False),
+    ]
+    summary = _summary(job, loaded.log, step)
+    if loaded.mark.finished:
+        summary["finished"] = loaded.mark.finished
+    return files, summary
+
+
+def _summary(job: TrainJob, log: list[dict[str, Any]], result: int) -> dict[str, Any]:
+    validations = [record for record in log if record["kind"] == "validation"]
+    training = [record for record in log if record["kind"] == "train"]
+    first = validations[0]
+    (kept,) = [record for record in validations if record["step"] == result]
+    seconds = sum(record["seconds"] for record in training)
+    steps = training[-1]["step"]
+    gpu_hours, cpu_hours = worked(training)
+    return {
+        "steps": steps,
+        "samples": steps * job.settings.batch_size,
+        "result_step": result,
+        "parameters": kept["parameters"],
+        "hole_psnr": kept["hole_psnr"],
+        "hole_psnr_at_start": first["hole_psnr"],
+        "mean_fill_psnr": kept["mean_fill_psnr"],
+        "images_per_second": round(sum(r["images"] for r in training) / max(seconds, 1e-9), 1),
+        "data_wait_share": round(sum(r["data_seconds"] for r in training) / max(seconds, 1e-9), 4),
+        "gpu_hours": round(gpu_hours, 6),
+        "cpu_hours": round(cpu_hours, 6),
+        "skipped_steps": training[-1]["skipped_steps"],
+        "skipped_samples": training[-1]["skipped_samples"],
+    }

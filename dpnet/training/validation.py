@@ -1,0 +1,122 @@
+"""Validation during training on frozen pairs: hole PSNR, pictures. How batches become tensors."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.core.stage import read_manifest
+from data_prep.core.storage.store import Store
+from dpnet.loading.loader import Batch
+from dpnet.loading.samples import Samples, validation_pairs
+from dpnet.model import Generator
+from dpnet.model.generator import known_mean
+from dpnet.training.stage import TrainJob
+
+BATCH = 32
+PSNR_CAP = 100.0
+PICTURES = 6  # pairs in a strip
+GAP = 2  # pixels between pictures
+
+
+class Validation:
+    """Hole PSNR of the averaged generator on frozen pairs of the val split."""
+
+    def __init__(self, store: Store, job: TrainJob) -> None:
+        size = mask_size(store, job.masks.folder)
+        self.images = images = Samples(store, job.images.folder, "val", size)
+        self.masks = masks = Samples(store, job.masks.folder, "eval")
+        digests = (job.images.content_digest, job.masks.content_digest)
+        self.pairs = validation_pairs(
+            images, masks, digests, seed=job.settings.seed, count=job.settings.validation_pairs
+        )
+
+    @torch.no_grad()
+    def measure(self, generator: Generator, step: int, rank: int, world: int) -> dict[str, Any]:
+        """Log record: mean hole PSNR in dB of the network and of mean fill."""
+        device = next(generator.parameters()).device
+        sums = torch.zeros(3, dtype=torch.float64)
+        mine = self.pairs[rank::world]
+        for start in range(0, len(mine), BATCH):
+            image, valid = to_device(self._batch(mine[start : start + BATCH]), device)
+            mean = known_mean(image * valid, valid).expand_as(image)
+            predicted = generator(image, valid)
+            sums += torch.tensor(
+                [
+                    float(hole_psnr(predicted, image, valid).sum()),
+                    float(hole_psnr(mean, image, valid).sum()),
+                    len(image),
+                ]
+            )
+        if world > 1:
+            sums = sums.to(device)
+            torch.distributed.all_reduce(sums)
+        ours, mean_fill = (sums[:2] / sums[2]).tolist()
+        return {
+            "kind": "validation",
+            "step": step,
+            "hole_psnr": round(ours, 4),
+            "mean_fill_psnr": round(mean_fill, 4),
+            "pairs": len(self.pairs),
+            "parameters": sum(p.numel() for p in generator.parameters()),
+        }
+
+    @torch.no_grad()
+    def strip(self, generator: Generator) -> bytes:
+        """A PNG of a few pairs, one a line: truth, masked, what the network makes of it."""
+        from PIL import Image
+
+        count = min(PICTURES, len(self.pairs))
+        chosen = [self.pairs[i * len(self.pairs) // count] for i in range(count)]
+        batch = self._batch(chosen)
+        image, valid = to_device(batch, next(generator.parameters()).device)
+        raw = torch.where(valid > 0, image, generator(image, valid).float())
+        output = (raw.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        truth, known = batch.image.numpy(), batch.valid.numpy()[..., None]
+        masked = np.where(known > 0, truth, 255).astype(np.uint8)
+        side = truth.shape[1]
+        sheet = Image.new("RGB", (3 * (side + GAP) - GAP, count * (side + GAP) - GAP), "white")
+        for column, pictures in enumerate((truth, masked, output)):
+            for line, picture in enumerate(pictures):
+                at = (column * (side + GAP), line * (side + GAP))
+                sheet.paste(Image.fromarray(picture), at)
+        file = io.BytesIO()
+        sheet.save(file, "PNG")
+        return file.getvalue()
+
+    def _batch(self, pairs: Iterable[tuple[int, int]]) -> Batch:
+        both = [(self.images.image(i), self.masks.valid(m)) for i, m in pairs]
+        image, valid = np.stack([i for i, _ in both]), np.stack([v for _, v in both])
+        return Batch(torch.from_numpy(image), torch.from_numpy(valid))
+
+
+def mask_size(store: Store, folder: str) -> int:
+    """Side of the masks of a stage in pixels, which is that of training and validation."""
+    return int(read_manifest(store, folder)["settings"]["size"])
+
+
+def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """PSNR in dB over the hole's pixels after rounding to 8 bits, one value per sample.
+
+    A sample without a hole has a perfect prediction; perfect is capped at 100 dB.
+    """
+    hole = 1 - valid
+    levels = (predicted.float() * 255).round() - (truth.float() * 255).round()
+    squared = (levels.square() * hole).sum(dim=(1, 2, 3)) / (3 * hole.sum(dim=(1, 2, 3))).clamp(
+        min=1
+    )
+    psnr: Tensor = 10 * torch.log10(255**2 / squared)
+    return psnr.clamp(max=PSNR_CAP)
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """N3HW in [0, 1] (channels_last) and N1HW in {0, 1}, both float32."""
+    # From page-locked memory, as training batches are, the copy does not wait for the device.
+    image = batch.image.to(device, non_blocking=True)
+    valid = batch.valid.to(device, non_blocking=True)
+    return image.permute(0, 3, 1, 2).float() / 255, valid[:, None].float()

@@ -1,0 +1,1 @@
+"""Run Prefect, a worker, MLflow and the exporter on this machine: `dpnet up`."""

@@ -1,0 +1,205 @@
+"""A real `dpnet up` for tests, and its Prefect API as the UI uses it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clusters import alive, command_of, end_with_parent, family, send, wait_until
+
+from flows.local_server.up import Running
+
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+RETRY = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+HIDDEN = ("PREFECT_", "RAY_", "DPNET_", "AWS_", "MLFLOW_")
+WAIT_S = 240.0
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The user's, in which nothing of ours is set up."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(HIDDEN)} | dict(more or {})
+
+
+@dataclass
+class Platform:
+    """One at work: its process and its addresses."""
+
+    process: subprocess.Popen[bytes]
+    told: Running
+    out: Path  # what it has said
+    root: Path
+    password: str = ""
+    more: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Path:
+        return self.root / "up"
+
+    def dpnet(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command typed beside it, as the addresses it printed say."""
+        own = {"PREFECT_API_URL": self.told.api_url, "PREFECT_HOME": str(self.root / "user")}
+        if self.password:
+            own["PREFECT_API_AUTH_STRING"] = self.password
+        return subprocess.run(
+            [sys.executable, "-m", "dpnet", *words],
+            env=environment(own | more),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+        )
+
+    def deploy(self, *sets: str, **more: str) -> None:
+        words = [word for each in sets for word in ("--set", each)]
+        done = self.dpnet("deploy", *words, **more)
+        assert done.returncode == 0, done.stderr
+
+    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
+        """The API's answer."""
+        headers = {"Content-Type": "application/json"}
+        if self.password:
+            word = base64.b64encode(self.password.encode()).decode()
+            headers["Authorization"] = f"Basic {word}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.told.api_url}{path}", data, headers, method=method)
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or time.monotonic() > deadline:  # a busy database
+                    raise
+            time.sleep(0.5)
+
+    def run(self, flow: str, parameters: Mapping[str, Any]) -> str:
+        """Start a run of a deployment; its id."""
+        deployment = self.ask(f"/deployments/name/{flow}/{flow}")["id"]
+        body = {"parameters": dict(parameters), "state": {"type": "SCHEDULED"}}
+        made = self.ask(f"/deployments/{deployment}/create_flow_run", body)
+        return str(made["id"])
+
+    def set_state(self, run: str, **state: str) -> None:
+        done = self.ask(f"/flow_runs/{run}/set_state", {"state": state})
+        assert done["status"] == "ACCEPT", done
+
+    def retry(self, run: str) -> None:
+        """As the button of the UI."""
+        self.set_state(run, **RETRY)
+
+    def end(self, run: str, number: int) -> None:
+        """Send the run's process a signal that ends it, and wait until all is told of that.
+
+        Of a SIGTERM the process tells itself. Of a SIGKILL two parts of Prefect's worker tell, up
+        to some seconds apart, and the second would end a run that is retried in between.
+        """
+        log, told = self.home / "worker.log", "prefect.flow_runs.worker - Check whether"
+        before = log.read_text().count(told)
+        process = self.flow_process(run)
+        send(process, number)
+        self.wait_for(run, "CRASHED")
+        if number != signal.SIGKILL:
+            wait_until(lambda: not alive(process), "the process stays")
+            return
+        wait_until(lambda: log.read_text().count(told) > before, "the worker does not tell it")
+
+    def state(self, run: str) -> dict[str, Any]:
+        return dict(self.ask(f"/flow_runs/{run}")["state"])
+
+    def states(self, run: str) -> list[str]:
+        """All that it was in."""
+        return [each["type"] for each in self.ask(f"/flow_run_states/?flow_run_id={run}")]
+
+    def wait_for(self, run: str, *kinds: str, seconds: float = WAIT_S) -> dict[str, Any]:
+        """The run's state once it is one of `kinds`; fails if it ends in another."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                state = self.state(run)
+            except (OSError, ValueError):  # the server is away
+                state = {"type": "UNKNOWN", "name": "", "message": ""}
+            if state["type"] in kinds:
+                return state
+            told = f"{state['type']}: {state['message']}"
+            assert state["type"] not in ENDED, f"{told}\n{self.log_of(run)}"
+            assert time.monotonic() < deadline, f"{told}\n{self.log_of(run)}"
+            time.sleep(0.2)
+
+    def tasks(self, run: str) -> dict[str, str]:
+        """The state's name of each task's newest run."""
+        body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        found = self.ask("/task_runs/filter", body)
+        return {each["name"].rpartition("-")[0]: each["state"]["name"] for each in found}
+
+    def log_of(self, run: str) -> str:
+        body = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
+        return "\n".join(each["message"] for each in self.ask("/logs/filter", body))
+
+    def child(self, text: str) -> int:
+        """Its process whose command line has `text` in it, when there is one."""
+        found: list[int] = []
+
+        def one() -> bool:
+            found[:] = [pid for pid in family(self.process.pid) if text in command_of(pid)]
+            return len(found) == 1
+
+        wait_until(one, f"no {text}")
+        return found[0]
+
+    def processes_of(self, run: str) -> list[int]:
+        """The processes of a flow run, its own first."""
+        mark = f"PREFECT__FLOW_RUN_ID={run}".encode()
+        return [pid for pid in family(self.process.pid) if mark in _environment_of(pid)]
+
+    def flow_process(self, run: str) -> int:
+        wait_until(lambda: self.processes_of(run), "the run has no process")
+        return self.processes_of(run)[0]
+
+
+def _environment_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+@contextmanager
+def platform(root: Path, *options: str, **more: str) -> Iterator[Platform]:
+    """`dpnet up` of a root, with `more` in its environment."""
+    out = root.with_suffix(".out")
+    with out.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dpnet", "up", "--root", str(root), "--json", *options],
+            env=environment(more),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+
+    def ready() -> bool:
+        assert process.poll() is None, out.read_text()
+        return '"ok": true' in out.read_text()
+
+    try:
+        wait_until(ready, f"not up: {out}", 300)
+        said = json.loads(out.read_text().strip().splitlines()[-1])
+        assert (said.pop("ok"), said.pop("attached")) == (True, False)
+        told = Running(**said)
+        yield Platform(process, told, out, root, more.get("PREFECT_API_AUTH_STRING", ""))
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(60)

@@ -1,0 +1,157 @@
+"""Small committed stages for tests, some real and some with only the files a test needs."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_prep.core.stage import Produced, Request, StageRef, Work, run_stage
+from data_prep.core.storage.store import LocalStore
+from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.shards.shards import write_file
+
+SIZE = 32
+LOG = (
+    b'{"kind": "validation", "step": 0, "hole_psnr": 10.0, "mean_fill_psnr": 12.0}\n'
+    b'{"kind": "train", "step": 25, "losses": {"hole": 0.2}, "images": 50, "seconds": 1.0}\n'
+    b'{"kind": "validation", "step": 50, "hole_psnr": 13.0, "mean_fill_psnr": 12.0}\n'
+)
+
+
+def commit(
+    store: LocalStore,
+    stage: str,
+    top: str,
+    files: Mapping[str, bytes],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, StageRef] | None = None,
+    summary: Mapping[str, Any] | None = None,
+) -> StageRef:
+    """A stage whose files are the given ones."""
+
+    def build(work: Work) -> Produced:
+        records = [write_file(work, path, data) for path, data in files.items()]
+        return Produced(records, dict(summary or {}))
+
+    request = Request(stage, "small", top, settings or {}, inputs or {})
+    return run_stage(store, request, build)
+
+
+def trained(store: LocalStore, *, seed: int = 0, images: StageRef, masks: StageRef) -> StageRef:
+    """A run with a real, untrained generator of the tiny preset."""
+    import torch
+
+    from dpnet.model import build_generator
+    from dpnet.model_store.weights import save_generator
+
+    def build(work: Work) -> Produced:
+        torch.manual_seed(seed)
+        generator = build_generator("tiny")
+        torch.nn.init.normal_(generator.out.weight, std=0.01)
+        files = save_generator(store, work.folder, generator, {"size": SIZE})
+        return Produced([*files, write_file(work, "log.jsonl", LOG, content=False)], {"steps": 50})
+
+    inputs = {"images": images, "masks": masks}
+    request = Request("train", "small", "runs", {"seed": seed}, inputs, slug="small-")
+    return run_stage(store, request, build)
+
+
+def photographs(folder: Path, count: int = 12) -> Path:
+    """Smooth colourful pictures with a little noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{number:02d}.png")
+    return folder
+
+
+def real_data(store: LocalStore, **masks: Any) -> tuple[StageRef, StageRef]:
+    """Real image and mask stages of SIZE pixels, with two evaluation masks of each ratio bin."""
+    source = photographs(store.folder / "photos")
+    images = ImagesConfig(source=str(source), name="small", size=SIZE, val=0.1, test=0.4)
+    config = MasksConfig(name="small", size=SIZE, train=4, **({"eval_per_bin": 2} | masks))
+    return prepare_images(images, store), prepare_masks(config, store)
+
+
+class NewDatabase(NamedTuple):
+    data: bytes
+    output: str  # what making it printed
+    files: list[str]  # what there was in its folder
+
+
+@functools.cache
+def new_database() -> NewDatabase:
+    """A new MLflow database from a fresh process; making one takes seconds, so tests copy it."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = (
+            "from dpnet.registry.mlflow_versions import connect\n"
+            f"with connect('sqlite:///{folder}/mlflow.db') as client: client.search_experiments()"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
+        files = sorted(path.name for path in Path(folder).iterdir())
+        return NewDatabase(Path(folder, "mlflow.db").read_bytes(), done.stdout, files)
+
+
+def new_store(folder: Path) -> LocalStore:
+    """A root that has an MLflow database already."""
+    store = LocalStore(folder)
+    store.write("mlflow.db", new_database().data)
+    return store
+
+
+def run_and_evaluation(
+    store: LocalStore, psnr: float, *, pairs: str = "p" * 64
+) -> tuple[StageRef, StageRef]:
+    """A run and its evaluation with nothing real in them but what a registration reads."""
+    run = commit(
+        store,
+        "train",
+        "runs",
+        {"model/generator.safetensors": f"{psnr}".encode(), "model/model.json": b"{}"},
+        settings={"train": {"steps": 5}, "psnr": psnr, "pairs": pairs},
+    )
+    figures = {"mean_over_bins": {"dpnet": {"hole_psnr": psnr, "ssim": None}}}
+    summary = {"hole_psnr": psnr, "pairs_digest": pairs, "figures": figures}
+    evaluation = commit(
+        store,
+        "evaluate",
+        "evaluations",
+        {"report.json": f"{psnr} {pairs}".encode()},
+        inputs={"run": run},
+        summary=summary,
+    )
+    return run, evaluation
+
+
+def champion(store: LocalStore) -> StageRef:
+    """A run with a real, untrained generator, registered as version 1 and champion of `dpnet`."""
+    from dpnet.registry.stage import RegisterSettings, register
+
+    nothing = commit(store, "images", "images/x", {"a": b"a"})
+    run = trained(store, images=nothing, masks=nothing)
+    summary = {"hole_psnr": 20.0, "pairs_digest": "p" * 64, "figures": {}}
+    files = {"report.json": b"{}"}
+    evaluation = commit(
+        store, "evaluate", "evaluations", files, inputs={"run": run}, summary=summary
+    )
+    register(RegisterSettings(), run, evaluation, store)
+    return run

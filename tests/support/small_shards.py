@@ -1,0 +1,64 @@
+"""Committed stages whose shards hold just what a test says, and a store that is far away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.core.stage import FileRecord, Produced, Request, StageRef, Work, run_stage
+from data_prep.core.storage.store import LocalStore, Store
+from data_prep.shards.shards import shard_name, write_shard, write_urls
+
+
+def stage_of(
+    store: Store, stage: str, shards: Sequence[Sequence[bytes]], *, split: str = "train"
+) -> StageRef:
+    """A stage of one split with these payloads in its shards; a sample's key is `s` and its number
+    in the shard."""
+
+    def build(work: Work) -> Produced:
+        files: list[FileRecord] = []
+        for number, payloads in enumerate(shards):
+            samples = [(f"s{at}", {"png": data}, {}) for at, data in enumerate(payloads)]
+            files += write_shard(work, shard_name(split, number), samples)
+        files.append(write_urls(work, split, [shard_name(split, n) for n in range(len(shards))]))
+        return Produced(files, {})
+
+    return run_stage(store, Request(stage, "small", f"{stage}/small", {}), build)
+
+
+def flip_byte(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0xFF
+    path.write_bytes(data)
+
+
+class Far:
+    """A local store as one that is far away: it says where its bytes are to nobody.
+
+    Downloads take `seconds`, and each adds a line to the file `log`.
+    """
+
+    def __init__(self, near: LocalStore, seconds: float = 0.0) -> None:
+        self.near, self.seconds, self.uri = near, seconds, near.uri
+        self.log = near.folder / "downloads"
+
+    @property
+    def downloads(self) -> list[str]:
+        """Keys, in the order in which their downloads began."""
+        return self.log.read_text().split() if self.log.exists() else []
+
+    def read(self, key: str) -> bytes:
+        return self.near.read(key)
+
+    def download(self, key: str, path: Path) -> None:
+        with self.log.open("a") as log:
+            log.write(f"{key}\n")
+        data = self.near.read(key)
+        with path.with_name(f"{path.name}.part").open("wb") as file:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            time.sleep(self.seconds)
+            file.write(data[len(data) // 2 :])
+        path.with_name(f"{path.name}.part").replace(path)

@@ -1,0 +1,477 @@
+"""What an S3 server does on a bad day: moto's behind a proxy that misbehaves on order."""
+
+import io
+import pickle
+import random
+import time
+
+import pytest
+from servers import Fault, fault_proxy
+
+from data_prep.core.errors import StorageError
+from data_prep.core.lease import Lease
+from data_prep.core.storage import s3
+from data_prep.core.storage.store import open_store
+
+DATA = random.Random(0).randbytes(1_000_000)
+LARGE = random.Random(1).randbytes((16 << 20) * 2 + 12_345)  # three parts
+
+
+@pytest.fixture(scope="module")
+def _proxy(moto):
+    with fault_proxy(moto) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy(_proxy, monkeypatch):
+    _proxy.server.use(monkeypatch)
+    monkeypatch.setattr(s3, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(s3, "LONGEST_WAIT_S", 0.01)
+    yield _proxy
+    _proxy.reset()
+
+
+@pytest.fixture
+def store(proxy):
+    store = open_store(proxy.server.fresh_root())
+    store.write("a", DATA)
+    proxy.requests.clear()
+    return store
+
+
+def message(act):
+    """The sentence that `act` fails with; nothing else may hang on the error."""
+    with pytest.raises(StorageError) as caught:
+        act()
+    assert caught.value.__context__ is None
+    assert caught.value.__cause__ is None
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
+
+
+TRANSIENT = [
+    Fault("answer", status=503, code="SlowDown", times=5),
+    Fault("answer", status=429, code="TooManyRequests", times=3),
+    Fault("answer", status=429, code="", times=3),
+    Fault("answer", status=500, code="InternalError", times=3),
+    Fault("answer", status=502, code="BadGateway", times=3),
+    Fault("answer", status=400, code="RequestTimeout", times=3),
+    Fault("reset", times=3),
+    Fault("lose", times=3),
+]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT, ids=lambda f: f"{f.kind} {f.status} {f.code}")
+def test_every_request_outlives_a_fault_that_passes(store, proxy, fault, tmp_path):
+    def again():
+        proxy.reset()
+        proxy.inject(Fault(**vars(fault)))
+
+    again()
+    assert store.read("a") == DATA
+    assert proxy.count("GET") == fault.times + 1
+    again()
+    assert store.read_range("a", 5, 10) == DATA[5:15]
+    if fault.status != 400:  # an answer to HEAD has no body that would say which 400
+        again()
+        assert store.exists("a")
+    again()
+    store.write("b", b"1")
+    again()
+    assert {entry.key for entry in store.list()} == {"a", "b"}
+    again()
+    store.download("a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
+    again()
+    store.delete("b")
+    proxy.reset()
+    assert not store.exists("b")
+
+
+@pytest.mark.parametrize("kind", ["truncate", "stall"])
+def test_a_body_that_breaks_off_is_taken_up_where_it_broke(store, proxy, kind, monkeypatch):
+    if kind == "stall":
+        monkeypatch.setattr(s3, "READ_TIMEOUT_S", 0.2)
+        store = pickle.loads(pickle.dumps(store))  # a client with that timeout
+    fault = Fault(kind, method="GET", times=3, keep=0.7, seconds=0.5)
+    proxy.inject(fault)
+    assert store.read("a") == DATA
+    assert fault.times == 0
+    ranges = [headers["Range"] for m, _, headers in proxy.requests if "Range" in headers]
+    begins = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges]
+    assert begins == sorted(begins)
+    assert begins[0] >= 2 * s3.BLOCK  # not from the start
+    assert all("If-Match" in headers for _, _, headers in proxy.requests if "Range" in headers)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_a_short_range_is_asked_for_again(store, proxy, keep):
+    proxy.inject(Fault("truncate", method="GET", times=4, keep=keep))
+    assert store.read_range("a", 100, 1000) == DATA[100:1100]
+    assert proxy.count("GET") == 5
+
+
+def test_a_listing_that_breaks_off_is_asked_for_again(store, proxy):
+    proxy.inject(Fault("truncate", method="GET", times=2))
+    assert [entry.key for entry in store.list()] == ["a"]
+
+
+def test_an_open_object_outlives_faults_and_asks_in_growing_blocks(proxy, store):
+    store.write("large", LARGE)
+    with store.open("large") as file:
+        proxy.reset()
+        proxy.inject(Fault("truncate", method="GET", times=2))
+        proxy.inject(Fault("answer", method="GET", times=2))
+        read = b"".join(iter(lambda: file.read(100_000), b""))
+        assert read == LARGE
+        assert proxy.count("GET") < 4 + 12  # 32 MiB in blocks of 256 KiB would be 128
+        proxy.reset()
+        file.seek(-50_000, io.SEEK_END)
+        assert file.read() == LARGE[-50_000:]
+        assert proxy.count("GET") == 0  # the last block is held
+        file.seek(1_000_000)
+        assert file.read(10) == LARGE[1_000_000:1_000_010]
+        file.seek(1_200_000)
+        assert file.read(10) == LARGE[1_200_000:1_200_010]
+        assert proxy.count("GET") == 1
+
+
+def test_an_object_that_changes_while_it_is_read_is_read_anew(store, proxy):
+    other = DATA[::-1]
+    client = s3._new_client()
+
+    class Changing:
+        """The client, behind which another writer comes after the first answer."""
+
+        def __getattr__(self, name):
+            return getattr(client, name)
+
+        def get_object(self, **request):
+            answer = client.get_object(**request)
+            if "IfMatch" not in request and not changed:
+                changed.append(True)
+                store.write("a", other)
+            return answer
+
+    changed = []
+    reader = pickle.loads(pickle.dumps(store))
+    reader._client = Changing()
+    proxy.inject(Fault("truncate", method="GET", times=1, keep=0.6))
+    assert reader.read("a") == other
+    assert changed
+
+
+def test_an_open_object_that_changes_is_told(store):
+    with store.open("a") as file:
+        file.read(10)
+        store.write("a", DATA[::-1])
+        assert file.read(10) == DATA[10:20]  # still held
+        file.seek(-10, io.SEEK_END)
+        assert "was changed while it was read" in message(file.read)
+
+
+def test_a_fault_that_does_not_pass_is_told_after_a_bounded_number_of_attempts(store, proxy):
+    proxy.inject(Fault("answer", times=1000))
+    assert "overloaded (SlowDown): use fewer workers or wait" in message(lambda: store.read("a"))
+    assert proxy.count("GET") == s3.ATTEMPTS
+    for fault, told in [
+        (Fault("answer", status=500, code="InternalError", times=1000), "the S3 server fails"),
+        (Fault("reset", times=1000), "keeps breaking"),
+        (Fault("truncate", keep=0.1, times=1000), "keeps breaking"),
+    ]:
+        proxy.reset()
+        proxy.inject(fault)
+        assert told in message(lambda: store.read("a"))
+        assert proxy.count("GET") == s3.ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "told"),
+    [
+        (403, "AccessDenied", "access denied (AccessDenied): the AWS credentials need the rights"),
+        (403, "InvalidAccessKeyId", "the server does not accept the AWS credentials"),
+        (403, "SignatureDoesNotMatch", "check the access key and its secret"),
+        (400, "ExpiredToken", "the AWS credentials have expired (ExpiredToken): renew them"),
+        (403, "RequestTimeTooSkewed", "clock is too far from the server's"),
+        (404, "NoSuchBucket", "bucket 'dpnet-test' does not exist: create it"),
+        (400, "AuthorizationHeaderMalformed", "lies in another region"),
+        (403, "InvalidObjectState", "is archived: restore it first"),
+        (418, "Strange", "refuses the request (Strange)"),
+    ],
+)
+def test_a_refusal_is_told_at_once_in_one_sentence(store, proxy, status, code, told):
+    proxy.inject(Fault("answer", status=status, code=code, times=1000))
+    for act in (
+        lambda: store.read("a"),
+        lambda: store.write("a", b""),
+        lambda: [*store.list()],
+        lambda: store.create("lease", b""),
+    ):
+        proxy.requests.clear()
+        assert told in message(act)
+        assert len(proxy.requests) == 1
+
+
+def test_a_refusal_without_a_body_is_told_too(store, proxy):
+    proxy.inject(Fault("answer", status=403, times=1000))
+    assert "access denied (403)" in message(lambda: store.exists("a"))
+    proxy.reset()
+    proxy.inject(Fault("answer", status=400, times=1000))
+    assert "the AWS credentials may have expired" in message(lambda: store.exists("a"))
+
+
+def test_a_server_that_never_answered_is_given_up_soon_and_named(proxy, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hush-hush@127.0.0.1:9")
+    told = message(lambda: open_store("s3://b/x").read("a"))
+    assert "cannot reach the S3 server 127.0.0.1:9: check AWS_ENDPOINT_URL" in told
+    assert "hush" not in told
+    monkeypatch.setattr(s3, "FIRST_WAIT_S", 0.2)
+    begun = time.monotonic()
+    message(lambda: open_store("s3://b/x").read("a"))
+    assert time.monotonic() - begun < 5
+
+
+def test_a_server_that_goes_away_for_a_while_is_waited_for(store, proxy, monkeypatch):
+    begun = time.monotonic()
+    waits = []
+    monkeypatch.setattr(s3.time, "sleep", waits.append)
+    monkeypatch.setattr(s3, "FIRST_WAIT_S", 0.2)
+    monkeypatch.setattr(s3, "LONGEST_WAIT_S", 20.0)
+    assert store.exists("a")
+    dead = open_store(store.uri)
+    dead._reached = True
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert "cannot reach" in message(lambda: dead.read("a"))
+    assert len(waits) == s3.ATTEMPTS - 1
+    longest = [min(20.0, 0.2 * 2**n) for n in range(len(waits))]
+    assert all(0 <= wait <= most for wait, most in zip(waits, longest, strict=True))
+    assert len(set(waits)) == len(waits)  # jitter
+    assert time.monotonic() - begun < 10
+
+
+def test_a_patient_store_warns_once_and_tries_on(store, proxy, capsys):
+    patient = open_store(store.uri, patience=60)
+    for _ in range(2):
+        proxy.reset()
+        proxy.inject(Fault("answer", status=503, times=25))
+        assert patient.read("a") == DATA
+        told = capsys.readouterr().err
+        assert told.count("warning: s3://") == told.count("tried on for 1 minutes") == 1
+    proxy.reset()
+    proxy.inject(Fault("answer", status=403, code="AccessDenied", times=99))
+    with pytest.raises(StorageError):
+        patient.read("a")
+    assert proxy.count("GET") == 1
+
+
+@pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "both"])
+def test_missing_credentials_are_told(proxy, monkeypatch, missing):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        if missing in (name, "both"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    told = message(lambda: open_store("s3://b/x").read("a"))
+    assert "credentials" in told
+    assert "Credentials" in told  # the name of what is missing
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("AWS_ENDPOINT_URL", "localhost:9000"), ("AWS_PROFILE", "nobody")],
+)
+def test_settings_that_cannot_be_used_are_told(proxy, monkeypatch, setting, value):
+    monkeypatch.setenv(setting, value)
+    told = message(lambda: open_store("s3://b/x").read("a"))
+    assert "the AWS settings cannot be used" in told
+    assert setting in told
+
+
+def test_a_name_that_no_bucket_can_have_is_told(proxy):
+    assert "no name that a bucket" in message(lambda: open_store("s3://a b!/x").read("a"))
+
+
+def test_credentials_are_never_shown(store, proxy, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIA-do-not-show")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-do-not-show")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token-do-not-show")
+    shown = []
+    for fault in [
+        Fault("answer", status=403, code="SignatureDoesNotMatch", times=1000),
+        Fault("answer", status=503, times=1000),
+        Fault("reset", times=1000),
+        Fault("ignore conditions", times=1000),
+    ]:
+        proxy.reset()
+        proxy.inject(fault)
+        other = open_store(store.uri)
+        for act in (lambda s: s.read("a"), lambda s: s.create("x", b""), lambda s: [*s.list()]):
+            try:
+                act(other)
+            except StorageError as error:
+                at = error
+                while at is not None:
+                    shown += [str(at), repr(at), repr(vars(at))]
+                    at = at.__cause__ or at.__context__
+        shown.append(repr(pickle.dumps(other)))
+    assert len(shown) > 10
+    everything = "".join([*shown, caplog.text, *capfd.readouterr()])
+    assert "do-not-show" not in everything
+
+
+# Conditional writes
+
+
+def test_conditions_are_probed_once_and_the_probe_leaves_nothing(store, proxy):
+    assert store.create("x", b"1") is not None
+    probes = proxy.count("PUT", ".probe-")
+    assert probes == 4
+    assert store.create("y", b"1") is not None
+    assert pickle.loads(pickle.dumps(store)).create("y", b"2") is None
+    assert proxy.count("PUT", ".probe-") == probes
+    assert proxy.count("DELETE", ".probe-") == 1
+    assert [entry.key for entry in store.list()] == ["a", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("ignore conditions", times=1000),
+        Fault("answer", method="PUT", path=".probe-", status=501, code="NotImplemented"),
+    ],
+    ids=["ignored", "refused"],
+)
+def test_a_server_without_conditional_writes_serves_one_runner_with_a_warning(
+    store, proxy, fault, capsys, monkeypatch
+):
+    if fault.kind == "answer":
+
+        def next_fault(method, path, headers, real=proxy.next_fault):
+            real(method, path, headers)
+            refuse = method == "PUT" and "If-None-Match" in headers
+            return fault if refuse else None
+
+        monkeypatch.setattr(proxy, "next_fault", next_fault)
+    else:
+        proxy.inject(fault)
+    tag = store.create("x", b"1")
+    assert tag is not None
+    assert store.create("x", b"2") is None
+    newer = store.replace("x", b"3", tag)
+    assert newer is not None
+    assert store.replace("x", b"4", tag) is None
+    assert store.replace("absent", b"5", tag) is None
+    assert store.read_tagged("x") == (b"3", newer)
+    with Lease(store, "lease.json") as lease:
+        lease.check()
+    assert not store.exists("lease.json")
+    told = capsys.readouterr().err
+    assert told.count("does not honour conditional writes") == 1
+    assert "start only one" in told
+
+
+def test_a_server_that_compares_tags_without_quotes_alone_is_served_that_form(
+    store, proxy, capsys, monkeypatch
+):
+    """So does Ceph 16 on writing: it answers 412 to the very tag that it gives out."""
+
+    def next_fault(method, path, headers, real=proxy.next_fault):
+        if method == "PUT" and headers.get("If-Match", "").startswith('"'):
+            return Fault("answer", status=412, code="PreconditionFailed")
+        return real(method, path, headers)
+
+    monkeypatch.setattr(proxy, "next_fault", next_fault)
+    tag = store.create("x", b"1")
+    newer = store.replace("x", b"2", tag)
+    assert newer is not None
+    assert store.replace("x", b"3", tag) is None
+    assert store.read_tagged("x") == (b"2", newer)
+    assert "If-Match" in proxy.requests[-2][2]  # it was asked for, not looked up
+    assert capsys.readouterr().err == ""
+
+
+def test_no_warning_where_conditions_hold(store, capsys):
+    store.create("x", b"1")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["lose", "reset"])
+def test_a_conditional_write_whose_answer_is_lost_is_known_as_ours(store, proxy, kind):
+    store.create("warm", b"")  # the probe
+    proxy.inject(Fault(kind, method="PUT"))
+    tag = store.create("x", b"mine")
+    assert tag == store.read_tagged("x")[1]
+    proxy.inject(Fault(kind, method="PUT"))
+    newer = store.replace("x", b"mine, newer", tag)
+    assert newer == store.read_tagged("x")[1]
+    proxy.inject(Fault(kind, method="PUT"))
+    assert store.create("x", b"mine, newer") is None  # equal bytes do not make it ours
+    assert store.replace("x", b"another's", tag) is None
+
+
+def test_a_write_that_races_another_is_tried_again(store, proxy):
+    store.create("warm", b"")
+    proxy.inject(Fault("answer", method="PUT", status=409, code="ConditionalRequestConflict"))
+    assert store.create("x", b"1") is not None
+    proxy.inject(Fault("answer", method="PUT", status=409, code="ConditionalRequestConflict"))
+    assert store.create("x", b"2") is None
+
+
+# Multipart uploads
+
+
+@pytest.mark.parametrize("kind", ["answer", "reset", "lose"])
+def test_a_large_upload_outlives_faults_in_each_of_its_steps(store, proxy, kind, tmp_path):
+    (tmp_path / "large").write_bytes(LARGE)
+    for method, path in [("POST", "?uploads"), ("PUT", "partNumber=2"), ("POST", "?uploadId")]:
+        proxy.inject(Fault(kind, method=method, path=path))
+    store.upload("large", tmp_path / "large")
+    assert all(fault.times == 0 for fault in proxy.faults)
+    assert proxy.count("PUT", "partNumber=") >= 3
+    assert store.read("large") == LARGE
+
+
+def test_a_large_upload_that_fails_leaves_nothing_behind(store, proxy):
+    proxy.inject(Fault("answer", method="PUT", path="partNumber=2", times=1000))
+    message(lambda: store.write("large", LARGE))
+    assert not store.exists("large")
+    assert proxy.count("DELETE", "uploadId") == 1
+    left = store.client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
+    assert "Uploads" not in left
+
+
+def test_a_download_that_fails_leaves_nothing_behind(store, proxy, tmp_path):
+    proxy.inject(Fault("truncate", keep=0.1, times=1000))
+    message(lambda: store.download("a", tmp_path / "a"))
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_listing_is_asked_for_page_by_page(proxy, store):
+    for number in range(5):
+        store.write(f"many/{number}", b"")
+    client = store.client
+
+    class ShortPages:
+        """The client with two names a page, so that five are enough to see pages."""
+
+        def __getattr__(self, name):
+            return getattr(client, name)
+
+        def list_objects_v2(self, **request):
+            return client.list_objects_v2(**request, MaxKeys=2)
+
+    store._client = ShortPages()
+    proxy.reset()
+    listing = store.list("many")
+    assert [next(listing).key, next(listing).key] == ["many/0", "many/1"]
+    assert proxy.count("GET") == 1
+    proxy.inject(Fault("answer"))
+    assert [entry.key for entry in listing] == ["many/2", "many/3", "many/4"]
+
+
+def test_folder_markers_are_not_listed(store):
+    for key in ("folder/", "folder/x", "folder/deep/"):
+        store.client.put_object(Bucket=store.bucket, Key=f"{store.prefix}/{key}", Body=b"")
+    assert [entry.key for entry in store.list()] == ["a", "folder/x"]

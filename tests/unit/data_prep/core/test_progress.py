@@ -1,0 +1,89 @@
+"""Who watches a task is told how far it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+
+from data_prep.core import progress
+from data_prep.core.progress import Moment, Progress
+
+
+@pytest.fixture
+def told() -> Iterator[list[Moment]]:
+    moments: list[Moment] = []
+    progress.watchers.append(moments.append)
+    yield moments
+    progress.watchers.remove(moments.append)
+
+
+def test_watchers_are_told_the_begin_every_count_and_the_end(told: list[Moment]) -> None:
+    with Progress("masks", 4, "masks") as task:
+        task.update(1, "the first")
+        task.update(4)
+    assert [(m.state, m.count, m.note) for m in told] == [
+        ("begun", 0, ""),
+        ("at work", 1, "the first"),
+        ("at work", 4, ""),
+        ("done", 4, ""),
+    ]
+    assert {(m.title, m.total, m.unit) for m in told} == {("masks", 4, "masks")}
+
+
+def test_a_task_that_fails_is_told_to_be_broken_off_where_it_was(told: list[Moment]) -> None:
+    def fail() -> None:
+        with Progress("train", 9, "steps") as task:
+            task.update(3, "loss 0.1")
+            raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        fail()
+    assert (told[-1].state, told[-1].count, told[-1].note) == ("broken off", 3, "loss 0.1")
+
+
+def test_speed_and_time_left_count_from_the_first_count_not_from_what_was_there_before(
+    told: list[Moment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    with Progress("train", 1000, "steps") as task:
+        now = 100.0
+        task.update(500)  # taken up there
+        now = 110.0
+        task.update(520)
+    resumed, later = told[1:3]
+    assert (resumed.per_second, resumed.seconds_left) == (None, None)
+    assert later.per_second == pytest.approx(2.0)
+    assert later.seconds_left == pytest.approx(240.0)
+
+
+def test_a_watcher_that_fails_neither_stops_the_work_nor_keeps_others_from_being_told(
+    told: list[Moment],
+) -> None:
+    def fails(moment: Moment) -> None:
+        raise RuntimeError("the server is away")
+
+    progress.watchers.insert(0, fails)
+    try:
+        with Progress("evaluate", 1, "pairs") as task:
+            task.update(1)
+    finally:
+        progress.watchers.remove(fails)
+    assert [m.count for m in told] == [0, 1, 1]
+
+
+def test_what_is_said_when_its_reader_is_gone_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    told: list[str] = []
+    monkeypatch.setattr(progress, "listeners", [told.append])
+    with suppress(BrokenPipeError), os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr("sys.stderr", nobody)
+        progress.say("masks: 1 of 4")  # only at its end does the file complain
+    assert told == ["masks: 1 of 4"]

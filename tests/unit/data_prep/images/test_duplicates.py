@@ -1,0 +1,73 @@
+"""Duplicates: which copy stays, and which pictures are nearly the same."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from data_prep.images import duplicates
+from data_prep.images.duplicates import NEAR, near_pairs, same_content
+
+
+def digests(contents: str) -> np.ndarray:
+    joined = b"".join(hashlib.sha256(c.encode()).digest() for c in contents)
+    return np.frombuffer(joined, np.uint8).reshape(-1, 32)
+
+
+def splits(codes: str) -> np.ndarray:
+    return np.array(["tve".index(code) for code in codes], np.int8)
+
+
+def test_of_the_same_bytes_in_one_split_the_lowest_key_stays() -> None:
+    dropped, kept = same_content(digests("abacab"), np.ones(6, bool), splits("tttttt"))
+    assert dropped.tolist() == [2, 4, 5]
+    assert kept.tolist() == [0, 0, 1]
+
+
+def test_a_picture_in_two_splits_leaves_the_one_that_is_worth_less() -> None:
+    dropped, kept = same_content(digests("aabbccc"), np.ones(7, bool), splits("tvvetve"))
+    assert dict(zip(dropped.tolist(), kept.tolist(), strict=True)) == {0: 1, 2: 3, 4: 6, 5: 6}
+
+
+def test_rows_that_are_not_usable_neither_stay_nor_drop_others() -> None:
+    dropped, _ = same_content(digests("aaa"), np.array([False, True, True]), splits("ttt"))
+    assert dropped.tolist() == [2]
+
+
+def brute_force(phash: np.ndarray, split: np.ndarray) -> list[tuple[int, int]]:
+    """(row, distance) of every row with a near one in a split worth more."""
+    found = []
+    for row in range(len(phash)):
+        apart = [
+            (int(phash[row]) ^ int(phash[other])).bit_count()
+            for other in range(len(phash))
+            if split[other] > split[row]
+        ]
+        if apart and min(apart) <= NEAR:
+            found.append((row, min(apart)))
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 5])
+def test_near_pairs_are_those_that_comparing_all_finds(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "_PAIRS", chunk)
+    rng = np.random.default_rng(1)
+    base = rng.integers(0, 2**63, 60, dtype=np.uint64)
+    flips = [sum(1 << int(b) for b in rng.choice(64, k, replace=False)) for k in range(8)] * 8
+    near = base ^ np.array(flips[:60], np.uint64)
+    phash = np.concatenate([base, near, near[:20]])
+    split = rng.integers(0, 3, len(phash)).astype(np.int8)
+    pairs = near_pairs(phash, np.ones(len(phash), bool), split)
+    assert [(pair.row, pair.distance) for pair in pairs] == brute_force(phash, split)
+    for pair in pairs:
+        assert split[pair.other] > split[pair.row]
+        assert int(phash[pair.row] ^ phash[pair.other]).bit_count() == pair.distance
+    assert len(pairs) > 20
+
+
+def test_without_another_split_nothing_is_near() -> None:
+    assert near_pairs(np.zeros(5, np.uint64), np.ones(5, bool), splits("ttttt")) == []

@@ -1,0 +1,194 @@
+"""List files as raw sources. S3 here is moto's server, in slow tests Ceph's."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from raw_places import LIMIT, Place, contents, open_and_list, place
+
+from data_prep.core.errors import ConfigError, ItemError, PipelineError
+from data_prep.raw.listing import Item
+from data_prep.raw.lists import MISSING
+from data_prep.raw.source import check_source, open_source
+
+__all__ = ["place"]
+
+
+def split_of(place: Place, name: str, text: str) -> dict[str, str]:
+    """The split of every item of a list."""
+    listing = open_and_list(place.put(name, text.encode()))
+    return {item.key: item.split for item in listing.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.txt", "a/1.jpg\nb c.jpg\r\n\n./a//ü.jpg\nnot/there.jpg"),
+        ("l.csv", 'label,Path\nx,a/1.jpg\ny,"b c.jpg"\nz,./a//ü.jpg\nw,not/there.jpg\n'),
+        (
+            "l.jsonl",
+            '{"file": "a/1.jpg"}\n\n{"image": "b c.jpg"}\n{"path": "./a//\\u00fc.jpg", '
+            '"split": null}\n{"uri": "not/there.jpg"}\n',
+        ),
+    ],
+)
+def test_paths_of_every_kind_of_list_are_relative_to_its_folder(
+    place: Place, name: str, text: str
+) -> None:
+    for file in ("a/1.jpg", "b c.jpg", "a/ü.jpg"):
+        place.put(file, file.encode())
+    uri = place.put(name, text.encode())
+    check_source(uri)
+    source = open_source(uri)
+    listing = source.list()
+    assert [(item.key, item.size) for item in listing.items()] == [
+        ("a/1.jpg", 7),
+        ("a/ü.jpg", 8),
+        ("b c.jpg", 7),
+        ("not/there.jpg", -1),
+    ]
+    assert listing.problems == {"not/there.jpg": MISSING}
+    assert contents(pickle.loads(pickle.dumps(source))) == {
+        "a/1.jpg": b"a/1.jpg",
+        "a/ü.jpg": "a/ü.jpg".encode(),
+        "b c.jpg": b"b c.jpg",
+        "not/there.jpg": "it is gone since it was listed",
+    }
+
+
+def test_absolute_paths_and_uris_lead_elsewhere(tmp_path: Path, moto_root: str) -> None:
+    remote = Place(moto_root, True)
+    bucket_uri = remote.put("x/far.jpg", b"far")
+    (tmp_path / "lists").mkdir()
+    for name in ("here.jpg", "lists/in.jpg", "sp ace.jpg", "lists/s%20.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    lines = [
+        "../here.jpg",
+        f"{tmp_path}/lists/in.jpg",
+        f"{tmp_path}/lists/../here.jpg",
+        f"file://{tmp_path}/sp%20ace.jpg",
+        "s%20.jpg",
+        bucket_uri,
+    ]
+    (tmp_path / "lists/l.txt").write_text("\n".join(lines))
+    key = bucket_uri.replace("s3://", "s3:/")
+    assert contents(open_source(str(tmp_path / "lists/l.txt"))) == {
+        "../here.jpg": b"here.jpg",
+        "in.jpg": b"lists/in.jpg",
+        f"file:{tmp_path}/here.jpg": b"here.jpg",
+        f"file:{tmp_path}/sp ace.jpg": b"sp ace.jpg",
+        "s%20.jpg": b"lists/s%20.jpg",
+        key: b"far",
+    }
+    local = [f"file://{tmp_path}/here.jpg", "far.jpg", bucket_uri, "../top.jpg"]
+    remote.put("top.jpg", b"top")
+    source = open_source(remote.put("x/l.txt", "\n".join(local).encode()))
+    top = moto_root.replace("s3://", "s3:/")
+    assert contents(source) == {
+        f"file:{tmp_path}/here.jpg": b"here.jpg",
+        "far.jpg": b"far",
+        f"{top}/top.jpg": b"top",
+    }
+
+
+def test_fingerprints_are_those_of_the_same_files_in_a_folder(place: Place) -> None:
+    place.put("a.jpg", b"1")
+    (folder,) = open_and_list(place.uri).items()
+    (item,) = open_and_list(place.put("l.txt", b"a.jpg")).items()
+    assert item == folder
+
+
+def test_a_split_column_is_taken_over_under_its_usual_names(tmp_path: Path) -> None:
+    place = Place(str(tmp_path), False)
+    names = {
+        "train": "train", "Training": "train", "val": "val", "valid": "val", "validation": "val",
+        "dev": "val", "test": "test", " testing": "test", "EVAL": "test", "": "",
+    }  # fmt: skip
+    rows = "".join(f"{number}.jpg,{name}\n" for number, name in enumerate(names))
+    assert split_of(place, "l.csv", f"path,split\n{rows}") == {
+        f"{number}.jpg": split for number, split in enumerate(names.values())
+    }
+    rows = "\n".join(
+        json.dumps({"path": f"{number}.jpg", "split": name}) for number, name in enumerate(names)
+    )
+    assert split_of(place, "l.jsonl", rows) == {
+        f"{number}.jpg": split for number, split in enumerate(names.values())
+    }
+
+
+def test_without_a_split_column_the_folders_tell_the_splits(tmp_path: Path) -> None:
+    place = Place(str(tmp_path), False)
+    assert split_of(place, "l.txt", "train/a.jpg\nval/b.jpg") == {
+        "train/a.jpg": "train",
+        "val/b.jpg": "val",
+    }
+
+
+def test_repeated_lines_are_listed_once(tmp_path: Path) -> None:
+    place = Place(str(tmp_path), False)
+    text = f"path,split\na.jpg,train\n./a.jpg,training\n{tmp_path}/a.jpg,train\nb.jpg,test\n"
+    assert split_of(place, "l.csv", text) == {"a.jpg": "train", "b.jpg": "test"}
+    with pytest.raises(ConfigError, match=r"line 3 of .*l\.csv: 'a\.jpg' stood in another split"):
+        split_of(place, "l.csv", "path,split\na.jpg,train\n./a.jpg,val\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("l.csv", "path,split\na.jpg,train\nb.jpg,hold-out\n", "line 3 of .*'hold-out' is unknown"),
+        ("l.csv", "name,size\na.jpg,1\n", "its first line names no column path, uri"),
+        ("l.csv", "path,split\na.jpg,train\n,train\n", "line 3 has no path"),
+        ("l.csv", "", "its first line names no column"),
+        ("l.jsonl", '{"path": "a"}\n["b"]', "line 2 is no JSON object"),
+        ("l.jsonl", '{"path": "a"}\n{"path"', "line 2 is no JSON object"),
+        ("l.jsonl", '{"label": "a"}', "line 1 has no field path, uri"),
+        ("l.jsonl", '{"path": "\\ud800"}', "line 1 of .*no valid Unicode"),
+        ("l.txt", "a.jpg\nhttps://me:secret@host/x.jpg", "line 2 of .*https:// .*not fetched"),
+        ("l.txt", "gs://bucket/x.jpg", "line 1 of .*gs:// "),
+        ("l.txt", "s3://bucket", "line 1 of .*a bucket and a key"),
+        ("l.txt", "\0\0\0", "is this a text file"),
+    ],
+)
+def test_a_list_that_cannot_be_used_is_told_with_its_line(
+    tmp_path: Path, name: str, text: str, sentence: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        open_and_list(str(tmp_path / name))
+    assert "secret" not in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_an_absolute_path_in_a_list_on_s3_names_no_object(moto_root: str) -> None:
+    with pytest.raises(ConfigError, match=r"line 1 of .*write s3://bucket/key"):
+        open_and_list(Place(moto_root, True).put("l.txt", b"/data/a.jpg"))
+
+
+def test_an_empty_and_an_absent_list_are_told_in_one_sentence(place: Place) -> None:
+    with pytest.raises(PipelineError, match=r"l\.txt names no files"):
+        open_and_list(place.put("l.txt", b"\n\n"))
+    for check in (check_source, open_and_list):
+        with pytest.raises(PipelineError, match=r"none\.csv does not exist"):
+            check(f"{place.uri}/none.csv")
+
+
+def test_a_listed_name_that_is_not_unicode_is_read(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).write_bytes(b"1")
+    (tmp_path / "l.txt").write_bytes(b"\xef\xbb\xbf\xff.jpg\n")
+    assert contents(open_source(str(tmp_path / "l.txt"))) == {"\\xff.jpg": b"1"}
+
+
+def test_a_listed_folder_is_missing_and_a_file_over_the_limit_fails(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.jpg").write_bytes(b"12345")
+    (tmp_path / "l.txt").write_text("sub\na.jpg\na.jpg/b.jpg")
+    source = open_source(str(tmp_path / "l.txt"))
+    assert source.list().problems == {"sub": MISSING, "a.jpg/b.jpg": MISSING}
+    with source.reader() as reader:
+        assert reader.read(Item("a.jpg", 5, 1), LIMIT) == b"12345"
+        with pytest.raises(ItemError, match="larger than 4 bytes"):
+            reader.read(Item("a.jpg", 5, 1), 4)

@@ -1,0 +1,58 @@
+"""The sample photographs, written as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_prep.core.errors import PipelineError, StorageError
+from data_prep.raw import sample_photos as photos
+from data_prep.raw.sample_photos import write_sample_photographs
+
+
+def test_every_photograph_is_written_into_its_split_and_opens(tmp_path: Path) -> None:
+    write_sample_photographs(tmp_path)
+    for split, count in {"train": 10, "val": 2, "test": 3}.items():
+        files = sorted((tmp_path / split).iterdir())
+        assert len(files) == count
+        for file in files:
+            with Image.open(file) as image:
+                image.load()
+                assert min(image.size) >= 300
+
+
+def test_no_photograph_is_in_two_splits_and_the_motorcycles_share_one() -> None:
+    names = [name for split in photos.PHOTOGRAPHS.values() for name in split]
+    assert len(names) == len(set(names))
+    motorcycles = [
+        s for s, own in photos.PHOTOGRAPHS.items() if any("motorcycle" in n for n in own)
+    ]
+    assert motorcycles == ["train"]
+
+
+def test_what_is_there_already_is_not_touched_and_what_was_altered_is_written_again(
+    tmp_path: Path,
+) -> None:
+    write_sample_photographs(tmp_path)
+    coins, moon = tmp_path / "train/coins.png", tmp_path / "train/moon.png"
+    before, whole = coins.stat(), moon.read_bytes()
+    moon.write_bytes(whole[:100])
+    write_sample_photographs(tmp_path)
+    assert (coins.stat().st_mtime_ns, coins.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert moon.read_bytes() == whole
+
+
+def test_a_photograph_that_scikit_image_lacks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(photos.PHOTOGRAPHS, "train", ("unicorn.png",))
+    with pytest.raises(PipelineError, match=r"does not carry the photograph unicorn\.png"):
+        write_sample_photographs(tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "photos").write_text("I am a file")
+    with pytest.raises(StorageError, match="photos/train"):
+        write_sample_photographs(tmp_path / "photos")

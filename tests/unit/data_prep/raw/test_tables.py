@@ -1,0 +1,190 @@
+"""Parquet tables as raw sources. S3 here is moto's server, in slow tests Ceph's."""
+
+from __future__ import annotations
+
+import io
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from raw_places import LIMIT, Place, by_name, contents, keys, open_and_list, place
+
+from data_prep.core.errors import ItemError, PipelineError
+from data_prep.raw import tables as tables_module
+from data_prep.raw.listing import Item
+from data_prep.raw.source import open_source
+
+__all__ = ["place"]
+STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def packed(columns: dict[str, Any], rows_in_group: int = 1000) -> bytes:
+    into = io.BytesIO()
+    pq.write_table(pa.table(columns), into, row_group_size=rows_in_group)
+    return into.getvalue()
+
+
+def hugging_face(names: Sequence[str | None]) -> bytes:
+    rows = [{"bytes": str(number).encode(), "path": name} for number, name in enumerate(names)]
+    return packed({"image": pa.array(rows, STRUCT), "label": list(range(len(rows)))}, 2)
+
+
+def test_rows_of_a_table_in_a_folder_are_items(place: Place) -> None:
+    place.put("data/a.parquet", hugging_face(["x.jpg", "y/z.jpg", "w.jpg"]))
+    place.put("data/b.parquet", packed({"jpg": [b"B"], "key": ["x.jpg"]}))
+    source = open_source(place.uri)
+    expected = {
+        "data/a.parquet/x.jpg": b"0",
+        "data/a.parquet/y/z.jpg": b"1",
+        "data/a.parquet/w.jpg": b"2",
+        "data/b.parquet/x.jpg": b"B",
+    }
+    assert contents(source) == expected
+    assert contents(source, by_name) == expected
+    places = {item.key: (item.offset, item.block) for item in source.list().items()}
+    assert places["data/a.parquet/w.jpg"] == (2, 1)  # row and row group
+
+
+def test_a_table_is_a_source_and_unchanged_it_is_not_opened_again(place: Place) -> None:
+    source = open_source(place.put("set.parquet", hugging_face(["b.jpg", "a.jpg"])))
+    listing = source.list()
+    assert contents(source) == {"a.jpg": b"1", "b.jpg": b"0"}
+    first = [Item(item.key, 99, item.fingerprint) for item in listing.items()]
+    again = source.list(lambda *asked: first if asked == ("", first[0].fingerprint) else None)
+    assert [item.size for item in again.items()] == [99, 99]  # as it was known
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("name", ["image", "JPG", "content", "only_one"])
+def test_the_column_of_images_is_found_by_name_or_type(
+    tmp_path: Path, kind: pa.DataType, name: str
+) -> None:
+    columns = {"id": [7, 8], name: pa.array([b"1", b"2"], kind), "note": ["x", "y"]}
+    if name != "only_one":
+        columns["mask"] = pa.array([b"m", b"n"])
+    (tmp_path / "a.parquet").write_bytes(packed(columns))
+    assert contents(open_source(str(tmp_path / "a.parquet"))) == {"7": b"1", "8": b"2"}
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jpg", "a.jpg"], ["a.jpg", None], ["a.jpg", ""], ["/a.jpg", "a.jpg"]]
+)
+def test_rows_without_names_of_their_own_are_numbered(
+    tmp_path: Path, names: list[str | None]
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(hugging_face(names))
+    source = open_source(str(tmp_path / "a.parquet"))
+    assert contents(source) == {"row-000000000": b"0", "row-000000001": b"1"}
+    assert contents(source, by_name) == contents(source)
+
+
+def test_the_next_column_of_names_serves_where_the_first_is_not_unique(tmp_path: Path) -> None:
+    columns = {"path": ["a", "a"], "key": ["k", "k"], "Filename": ["/f/1", "/f/2"]}
+    (tmp_path / "a.parquet").write_bytes(packed({"image": [b"1", b"2"], **columns}))
+    assert contents(open_source(str(tmp_path / "a.parquet"))) == {"f/1": b"1", "f/2": b"2"}
+
+
+def test_a_row_without_an_image_is_that_items_fault(tmp_path: Path) -> None:
+    rows = [{"bytes": b"1", "path": "a"}, {"bytes": None, "path": "b"}, {"bytes": b"", "path": "c"}]
+    (tmp_path / "a.parquet").write_bytes(packed({"image": pa.array(rows, STRUCT)}))
+    (tmp_path / "b.parquet").write_bytes(packed({"image": pa.array([b"1", None]), "id": [1, 2]}))
+    (tmp_path / "c.parquet").write_bytes(packed({"image": pa.array([None, rows[0]], STRUCT)}))
+    found = contents(open_source(str(tmp_path)))
+    empty = "its row holds no image"
+    assert found == {
+        "a.parquet/a": b"1",
+        "a.parquet/b": empty,
+        "a.parquet/c": empty,
+        "b.parquet/1": b"1",
+        "b.parquet/2": empty,
+        "c.parquet/row-000000000": empty,
+        "c.parquet/row-000000001": b"1",
+    }
+
+
+def test_an_image_over_the_limit_is_that_items_fault(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(packed({"image": [b"12345", b"123"]}))
+    source = open_source(str(tmp_path))
+    large, small = source.list().items()
+    with source.reader() as reader:
+        with pytest.raises(ItemError, match="larger than 4 bytes"):
+            reader.read(large, 4)
+        assert reader.read(small, 4) == b"123"
+
+
+def test_a_table_without_images_is_ignored_in_a_folder_and_refused_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.parquet").write_bytes(packed({"key": ["a"], "size": [1]}))
+    (tmp_path / "two.parquet").write_bytes(packed({"one": [b"1"], "two": [b"2"]}))
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    listing = open_and_list(str(tmp_path))
+    assert keys(listing) == ["a.jpg", "index.parquet", "two.parquet"]
+    assert listing.problems == {
+        "index.parquet": "ignored: it has no column of images",
+        "two.parquet": "it has several columns of bytes and none is called image: 'one', 'two'",
+    }
+    for name, reason in (("index", "no column of images"), ("two", "'one', 'two'")):
+        with pytest.raises(
+            PipelineError, match=rf"{name}\.parquet cannot be used: it has .*{reason}"
+        ):
+            open_and_list(str(tmp_path / f"{name}.parquet"))
+
+
+def test_a_broken_table_is_named_and_a_broken_page_is_its_rows_fault(tmp_path: Path) -> None:
+    whole = packed({"image": [random.Random(0).randbytes(9000)] * 3, "key": ["a", "b", "c"]})
+    (tmp_path / "cut.parquet").write_bytes(whole[:-100])
+    (tmp_path / "page.parquet").write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    source = open_source(str(tmp_path))
+    listing = source.list()
+    assert listing.problems == {"cut.parquet": "it is no Parquet table, or it is cut off"}
+    assert contents(source)["page.parquet/a"] == "its part of the table is broken"
+
+
+def test_the_column_of_images_is_not_read_to_list_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(packed({"image": [random.Random(0).randbytes(1 << 20)], "key": ["a"]}))
+    data = bytearray(path.read_bytes())
+    data[100:900_000] = bytes(899_900)
+    path.write_bytes(data)
+    assert keys(open_and_list(str(path))) == ["a"]
+
+
+def test_any_order_and_many_threads_give_the_same_from_long_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables_module, "_HELD", 0)
+    monkeypatch.setattr(tables_module, "_BATCH", 3)
+    names = [f"{number:03d}" for number in range(50)]
+    images = [name.encode() * 20 for name in names]
+    (tmp_path / "a.parquet").write_bytes(packed({"image": images, "key": names}, 20))
+    source = open_source(str(tmp_path / "a.parquet"))
+    items = list(source.list().items())
+    random.Random(2).shuffle(items)
+    with source.reader() as reader, ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda item: reader.read(item, LIMIT), items))
+    assert read == [images[item.offset] for item in items]
+
+
+def test_a_long_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"image": [random.Random(n).randbytes(1 << 20) for n in range(200)]})
+    pq.write_table(table, path, use_dictionary=False, row_group_size=200)
+    del table
+    code = (
+        "import resource, pyarrow.parquet, pyarrow.compute;"
+        "from data_prep.raw.source import open_source;"
+        f"source = open_source({str(path)!r}); listing = source.list();"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
+        "reader = source.reader().__enter__();"
+        "print(sum(len(reader.read(i, 1 << 24)) for i in listing.items()) >> 20, peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    size, more = map(int, done.stdout.split())
+    assert size == 200
+    assert more < 120 << 10  # KiB

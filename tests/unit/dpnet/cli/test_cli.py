@@ -1,0 +1,457 @@
+"""The command: usage, how failures are told, stopping, and what --fresh may remove."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_root
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.storage.store import LocalStore
+from dpnet.cli import commands
+from dpnet.cli import main as cli
+from dpnet.cli.arguments import build_parser
+from dpnet.pipeline.demo import MARKER, claim_root, clear_root
+
+
+@pytest.fixture(autouse=True)
+def untouched_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("DPNET_ROOT", raising=False)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for each, handler in handlers.items():
+        signal.signal(each, handler)
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one sentence that a failing command prints."""
+    assert cli.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("dpnet: ")
+    assert line.endswith(".")
+    assert "Traceback" not in err
+    return line
+
+
+def test_help_answers_in_less_than_a_second() -> None:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "dpnet", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - start < 1
+    assert "dpnet demo" in done.stdout
+
+
+@pytest.mark.parametrize("parser", list(parsers(build_parser())), ids=lambda p: p.prog)
+def test_every_command_has_help_with_an_example(parser: argparse.ArgumentParser) -> None:
+    _, _, example = parser.format_help().partition("example:\n")
+    assert example.strip().startswith("dpnet ") or parser.prog == "dpnet"
+
+
+@pytest.mark.parametrize("parser", list(parsers(build_parser())), ids=lambda p: p.prog)
+def test_every_command_is_carried_out_by_a_function(parser: argparse.ArgumentParser) -> None:
+    command = parser.get_default("command")
+    assert command is None or callable(getattr(commands, command))
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["pipeline"], ["train"], ["demo", "--no-such-option"]]
+)
+def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert "usage: dpnet" in capsys.readouterr().err
+
+
+def test_model_describe_prints_layers_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = answer(capsys, "model", "describe", "--preset", "base")
+    assert (status, found["ok"], found["preset"], found["size"]) == (0, True, "base", 256)
+    assert found["macs"] / 1e9 == pytest.approx(55.58, rel=0.02)
+    assert found["parameters"] > 1e6
+    sets = ["--set", "attention=none", "--set", "model.pyramid=false"]
+    assert cli.main(["model", "describe", "--preset", "tiny", *sets]) == 0
+    text = capsys.readouterr().out
+    assert "down4" not in text
+    assert "attention over 3x3 patches          0.00 GMac" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--preset", "huge"], "must be one of tiny, base, large"),
+        (["--set", "depth=3"], "model.depth is no option"),
+        (["--size", "100"], "give a multiple of 32 pixels"),
+    ],
+)
+def test_model_describe_tells_what_cannot_be(
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in fails(capsys, "model", "describe", *argv)
+
+
+def test_model_describe_loads_torch_and_no_other_heavy_library() -> None:
+    code = "import sys; from dpnet.cli.main import main;"
+    code += " main(['model', 'describe', '--preset', 'tiny']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "torch" in loaded
+    assert not loaded & {"ray", "prefect", "mlflow", "pyarrow", "cv2", "matplotlib", "skimage"}
+
+
+def test_export_writes_a_folder_and_tells_what_was_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpnet.model import ModelConfig, build_generator
+    from dpnet.model_store.weights import save_generator
+
+    config = ModelConfig((8, 8, 8), 1, 8, 7, (8, 8, 8, 8))
+    save_generator(LocalStore(tmp_path), "run", build_generator(config), {})
+    out, run = str(tmp_path / "out"), str(tmp_path / "run")
+    status, found = answer(capsys, "export", run, "-o", out, "--format", "torchscript")
+    assert (status, found["model"], found["out"]) == (0, run, out)
+    assert found["files"]["generator.ts"] == (tmp_path / "out" / "generator.ts").stat().st_size
+    assert found["differences"]["generator.ts"] <= 1e-3
+    again = ["export", out, "-o", f"{out}2", "--format", "torchscript"]  # from what was exported
+    assert cli.main(again) == 0
+    text = capsys.readouterr().out
+    assert "generator.ts differs from the network by" in text
+    assert "README.md: " in text
+
+
+def test_export_of_what_is_no_model_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fails(capsys, "export", str(tmp_path / "none"), "-o", str(tmp_path / "out"))
+    assert "holds no model" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-1", "nan", "some"])
+def test_a_share_of_nothing_or_of_more_than_all_is_wrong_usage(
+    share: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["verify", "x", f"--sample={share}"])
+    assert caught.value.code == 2
+    assert f"{share!r} is no share: give one as 0.01, at most 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    """A root with real images and masks of the name small."""
+    store = LocalStore(tmp_path_factory.mktemp("prepared"))
+    small_root.real_data(store)
+    return store
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, Any]]:
+    """The exit status and the object that a command prints with --json."""
+    status = cli.main([*argv, "--json"])
+    found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return status, found
+
+
+def test_verify_says_what_it_read_and_what_not(
+    prepared: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(prepared.folder)
+    status, found = answer(capsys, "verify", root, "--index-only")
+    assert (status, found["ok"], found["tars"]) == (0, True, 0)
+    assert found["depth"] == {"share": 1.0, "index_only": True}
+    assert cli.main(["verify", root, "--sample", "0.01"]) == 0
+    text = capsys.readouterr().out
+    assert "2 of 5 tars and 2 indexes among them; of 6 more files presence and size alone" in text
+    assert text.rstrip().endswith(": all as they were made")
+
+
+def test_verify_lists_what_is_wrong_and_exits_1(
+    prepared: LocalStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(prepared.folder, tmp_path / "copy")
+    tar = next((tmp_path / "copy").glob("masks/small/*/eval-000000.tar"))
+    data = bytearray(tar.read_bytes())
+    data[550] ^= 1
+    tar.write_bytes(data)
+    assert cli.main(["verify", str(tmp_path / "copy")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    name = tar.relative_to(tmp_path / "copy").as_posix()
+    sample = "sample eval-00000000: eval-00000000.png has another sha256 than its index says"
+    assert f"{name}: {sample}" in lines
+    assert lines[-1].endswith(": 3 problems")
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_inspect_shows_a_set_and_writes_a_contact_sheet(
+    prepared: LocalStore, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet, root = tmp_path / "sheet.png", str(prepared.folder)
+    status, found = answer(capsys, kind, "inspect", "small", "--root", root, "-o", str(sheet))
+    assert status == 0
+    assert found["sheet"] == str(sheet)
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([kind, "inspect", str(prepared.folder / found["folder"])]) == 0
+    assert capsys.readouterr().out.startswith(found["folder"])
+
+
+@pytest.mark.parametrize("out", ["nosuch/sheet.png", "."])
+def test_a_contact_sheet_that_cannot_be_written_is_told(
+    prepared: LocalStore, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("images", "inspect", "small", "--root", str(prepared.folder), "-o", out)
+    assert "cannot be written: name a PNG file" in fails(capsys, *words)
+
+
+def test_the_log_lists_the_versions(
+    prepared: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found = answer(capsys, "images", "log", "small", "--root", str(prepared.folder))
+    assert status == 0
+    assert [version["version"] for version in found["versions"]] == [1]
+    words = ("images", "log", "other", "--root", str(prepared.folder))
+    assert "has no images named 'other': there are small." in fails(capsys, *words)
+
+
+def test_a_misspelt_option_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the nearest is train.steps" in fails(capsys, "demo", "--set", "train.stepz=1")
+
+
+def test_a_failure_is_also_an_object_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "no-such-config", "--json"]) == 1
+    out, err = capsys.readouterr()
+    answer = json.loads(out.strip().splitlines()[-1])
+    assert answer["ok"] is False
+    assert answer["error"] in err
+
+
+def test_a_root_that_is_a_file_is_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    sentence = fails(capsys, "masks", "build", "demo", "--root", str(tmp_path / "file"))
+    assert str(tmp_path / "file") in sentence
+    assert "a file stands where a folder is needed" in sentence
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_root_that_cannot_be_created_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be created" in fails(capsys, "demo", "--root", "/proc/dpnet")
+
+
+def test_without_a_root_it_says_how_to_give_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--root DIR" in fails(capsys, "masks", "build", "places2")
+
+
+def test_an_address_without_the_launcher_that_goes_there_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["train", "demo", "--root", str(tmp_path), "--address", "http://head:8265"]
+    assert "add --launcher ray-job" in fails(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_operating_system_error_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(args: argparse.Namespace) -> commands.Outcome:
+        raise OSError(28, "No space left on device", "/data/x")
+
+    monkeypatch.setattr(commands, "stage", full)
+    sentence = fails(capsys, "train", "demo")
+    assert "cannot use /data/x: the disk is full" in sentence
+
+
+def test_a_bug_names_the_error_and_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(args: argparse.Namespace) -> commands.Outcome:
+        raise ValueError("of a kind\nnobody foresaw")
+
+    monkeypatch.setattr(commands, "stage", broken)
+    sentence = fails(capsys, "train", "demo")
+    assert "internal error: ValueError: of a kind nobody foresaw" in sentence
+    assert cli.main(["train", "demo", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_result_that_is_not_ok_exits_1_and_is_the_last_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "verify", lambda args: ({"ok": False, "files": 3}, "text"))
+    assert cli.main(["verify", "x", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"ok": False, "files": 3}
+    assert cli.main(["verify", "x"]) == 1
+    assert capsys.readouterr().out == "text\n"
+
+
+STOPPABLE = """
+import sys, time
+from dpnet.cli import commands, main as cli
+def slow(args):
+    print("working", flush=True)
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep({cleaning})
+commands.stage = slow
+sys.exit(cli.main(["train", "demo"]))
+"""
+
+
+def stopped_by(*signals: signal.Signals, cleaning: float = 0.0) -> tuple[int, str, float]:
+    """Status, standard error and seconds until the end of a command that gets `signals`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPABLE.format(cleaning=cleaning)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "working\n"
+        start = time.monotonic()
+        for each in signals:
+            os.kill(process.pid, each)
+            time.sleep(0.3)
+        _, err = process.communicate(timeout=30)
+    return process.returncode, err, time.monotonic() - start
+
+
+@pytest.mark.parametrize("each", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_says_that_it_resumes(each: signal.Signals) -> None:
+    status, err, _ = stopped_by(each)
+    assert (status, err) == (130, "dpnet: stopped; the same command resumes.\n")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_cleaning_up() -> None:
+    status, err, seconds = stopped_by(signal.SIGINT, signal.SIGINT, cleaning=20)
+    assert (status, err) == (130, "dpnet: stopped; the same command resumes.\n")
+    assert seconds < 10
+
+
+def test_a_reader_that_has_gone_is_no_error_of_ours() -> None:
+    code = (
+        "import sys; from dpnet.cli import commands, main as cli;"
+        "commands.verify = lambda args: ({'ok': True}, 'x' * 1_000_000);"
+        "sys.exit(cli.main(['verify', 'x']))"
+    )
+    line = f'set -o pipefail; {sys.executable} -c "{code}" | head -c 1 > /dev/null'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.fixture
+def demo_root(tmp_path: Path) -> LocalStore:
+    store = LocalStore(tmp_path / "demo")
+    claim_root(store)
+    return store
+
+
+def test_a_demo_takes_a_new_or_empty_folder_and_its_own(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty", "new"):
+        claim_root(LocalStore(tmp_path / name))
+        assert (tmp_path / name / MARKER).is_file()
+
+
+def test_a_demo_takes_a_folder_in_which_one_was_killed_at_its_first_step(tmp_path: Path) -> None:
+    (tmp_path / ".probe-1234").write_bytes(b"")
+    claim_root(LocalStore(tmp_path))
+    assert (tmp_path / MARKER).is_file()
+
+
+def test_a_demo_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(PipelineError, match="is not empty and no demo made it"):
+        claim_root(LocalStore(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_fresh_removes_what_a_demo_stored_and_nothing_else(demo_root: LocalStore) -> None:
+    for key in ("images/demo/x/manifest.json", "runs/a/step-1/state.pt", "photos/train/cat.png"):
+        demo_root.write(key, b"made by the demo")
+    for key in ("mlflow.db", "holiday.jpg", "notes/plan.txt"):
+        demo_root.write(key, b"x")
+    clear_root(demo_root)
+    assert [e.key for e in demo_root.list()] == ["holiday.jpg", MARKER, "notes/plan.txt"]
+
+
+def test_fresh_removes_nothing_in_a_folder_that_no_demo_made(tmp_path: Path) -> None:
+    LocalStore(tmp_path).write("images/thesis/figure.png", b"years of work")
+    with pytest.raises(PipelineError, match="removes nothing"):
+        clear_root(LocalStore(tmp_path))
+    assert (tmp_path / "images/thesis/figure.png").is_file()
+
+
+def test_fresh_does_not_follow_a_link_out_of_the_root(
+    demo_root: LocalStore, tmp_path: Path
+) -> None:
+    LocalStore(tmp_path).write("elsewhere/big.tar", b"kept")
+    (demo_root.folder / "images").symlink_to(tmp_path / "elsewhere")
+    clear_root(demo_root)
+    assert not (demo_root.folder / "images").exists()
+    assert (tmp_path / "elsewhere/big.tar").read_bytes() == b"kept"
+
+
+def test_fresh_waits_for_no_one_and_removes_nothing_under_a_running_demo(
+    demo_root: LocalStore,
+) -> None:
+    demo_root.write("images/demo/x/manifest.json", b"{}")
+    demo_root.write("prefect/lock", b"")
+    with (demo_root.folder / "prefect/lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with pytest.raises(PipelineError, match="stop it before --fresh"):
+            clear_root(demo_root)
+    assert demo_root.exists("images/demo/x/manifest.json")
+
+
+def test_fresh_on_a_folder_that_is_not_there_does_nothing(tmp_path: Path) -> None:
+    clear_root(LocalStore(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", [["train"], ["pipeline", "run"], ["demo"]])
+def test_a_missing_file_of_vgg_weights_is_told_before_anything_is_built(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = [] if command == ["demo"] else ["demo"]
+    given = ["--root", str(tmp_path / "root"), "--set", "losses.vgg_weights=none.pth"]
+    assert "which is no file" in fails(capsys, *command, *config, *given)
+    assert not (tmp_path / "root" / "images").exists()
+
+
+def test_what_a_stop_becomes_on_its_way_is_still_a_stop(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_to_stop(args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise CancelledError from None  # as Prefect's futures do it
+
+    monkeypatch.setattr(commands, "verify", told_to_stop)
+    assert cli.main(["verify", "somewhere"]) == 130
+    assert capsys.readouterr().err == "dpnet: stopped; the same command resumes.\n"

@@ -1,0 +1,209 @@
+"""`dpnet notify`: which notifications concern a config, and what becomes of a look."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from image_sets import photographs
+from prefect.context import refresh_global_settings_context
+
+from data_prep.core.errors import PipelineError
+from data_prep.raw.bucket_events import below, notified
+from dpnet.cli import commands
+from dpnet.cli.arguments import build_parser
+from flows.run_from_command import QUIET
+
+
+def notification(*uris: str) -> str:
+    """What S3 sends of new objects."""
+    records = []
+    for uri in uris:
+        bucket, _, key = uri.partition("/")
+        about = {"bucket": {"name": bucket}, "object": {"key": key, "size": 5}}
+        records.append({"eventName": "ObjectCreated:Put", "s3": about})
+    return json.dumps({"Records": records})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    photographs(tmp_path / "photos", 6)
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        f"name: own\nroot: {tmp_path / 'root'}\n"
+        f"images: {{source: {tmp_path / 'photos'}, name: own, size: 32}}\nmasks: {{size: 32}}\n"
+    )
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("DPNET_ROOT", raising=False)
+    for name, value in QUIET.items():  # so that what a look sets ends with the test
+        monkeypatch.setenv(name, value)
+    use_api(monkeypatch, 9)  # nothing listens there
+    yield
+    monkeypatch.undo()
+    refresh_global_settings_context()
+
+
+def use_api(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{port}/api")
+    refresh_global_settings_context()
+
+
+def notify(*argv: str) -> tuple[dict[str, Any], str]:
+    return commands.notify(build_parser().parse_args(["notify", *argv]))
+
+
+def test_keys_of_a_notification_are_decoded() -> None:
+    text = notification("bucket/my+photos/caf%C3%A9+1.png", "bucket/a%2Bb.png")
+    assert notified(text) == ["s3://bucket/my photos/café 1.png", "s3://bucket/a+b.png"]
+
+
+def test_only_what_lies_in_the_source_concerns_it() -> None:
+    uris = ["s3://b/photos/1.png", "s3://b/photos-old/1.png", "s3://b/x.tar", "s3://c/photos/1.png"]
+    assert below(uris, "s3://b/photos/") == ["s3://b/photos/1.png"]
+    assert below(uris, "s3://b/x.tar") == ["s3://b/x.tar"]
+    assert below(uris, "/data/photos") == []
+
+
+def test_the_notification_that_tests_the_way_is_of_no_object() -> None:
+    assert notified('{"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}') == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no JSON",
+        "[]",
+        "{}",
+        '{"Records": 5}',
+        '{"Records": [{}]}',
+        '{"Records": [{"s3": {"bucket": {"name": "b"}, "object": {"key": 5}}}]}',
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_no_notification_is_told_in_a_sentence(text: str | bytes) -> None:
+    with pytest.raises(PipelineError, match=r"no notification of S3: give the JSON"):
+        notified(text)
+
+
+def test_the_server_of_the_root_is_told_where_no_other_is_configured(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str | None] = []
+
+    def look(*given: Any, **options: Any) -> dict[str, Any]:
+        told.append(os.environ.get("PREFECT_API_URL"))
+        return {"dataset": "own", "announced": False, "reason": "It is a test."}
+
+    def running(root: str) -> SimpleNamespace:
+        return SimpleNamespace(api_url=f"http://up-of-{Path(root).name}/api")
+
+    monkeypatch.setattr("flows.run_from_command.watch_now", look)
+    monkeypatch.setattr("flows.local_server.up.running", running)
+    notify(config)
+    monkeypatch.delenv("PREFECT_API_URL")
+    notify(config)
+    assert told == ["http://127.0.0.1:9/api", "http://up-of-root/api"]
+
+
+def test_an_event_of_other_objects_does_nothing(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = notification("elsewhere/photos/1.png").encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(event)))
+    result, text = notify(config, "--event", "-")
+    assert (result["ok"], result["announced"]) == (True, False)
+    assert "the event is of no object in" in text
+    assert not (tmp_path / "root").exists()
+
+
+def test_an_event_file_that_is_not_there_is_told(config: str) -> None:
+    with pytest.raises(PipelineError, match=r"--event none\.json cannot be read: No such file"):
+        notify(config, "--event", "none.json")
+
+
+def test_a_server_that_is_away_is_told_and_nothing_is_remembered(
+    config: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PipelineError, match=r"127\.0\.0\.1:9/api cannot be reached"):
+        notify(config)
+    assert not list((tmp_path / "root").rglob("watch.json"))
+
+
+@pytest.mark.parametrize("option", [["--min-new", "-1"], ["--quiet-minutes", "soon"]])
+def test_an_option_out_of_range_is_wrong_usage(
+    option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        notify("demo", *option)
+    assert "is no number of" in capsys.readouterr().err
+
+
+class Api(BaseHTTPRequestHandler):
+    """As much of Prefect's API as a look needs; `refuses` the events with a status, if not 0."""
+
+    events: list[dict[str, Any]]
+    refuses: int
+
+    def do_GET(self) -> None:
+        known = "csrf-token" not in self.path  # a server without that protection
+        self._answer(200 if known else 404, b"true")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.refuses:
+            self.events += body
+        self._answer(self.refuses or 204)
+
+    def _answer(self, status: int, body: bytes = b"") -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def test_a_change_is_told_once_and_again_only_if_it_could_not_be(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Api.events, Api.refuses = [], 403
+    with ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        use_api(monkeypatch, server.server_port)
+        with pytest.raises(PipelineError, match=r"dpnet\.raw-data\.changed \(status 403\)"):
+            notify(config)
+        Api.refuses = 0
+        assert "nothing to tell. 6 of 7 new images" in notify(config, "--min-new", "7")[1]
+        assert Api.events == []
+        told, text = notify(config)
+        assert text == "own: told Prefect. 6 new, 0 changed and 0 removed images in all."
+        assert "It was announced before." in notify(config)[1]
+        notify(config, "--again")
+        server.shutdown()
+    assert (told["announced"], told["new"]) == (True, 6)
+    first, second = Api.events
+    assert first["event"] == "dpnet.raw-data.changed"
+    assert first["resource"] == {
+        "prefect.resource.id": "dpnet.dataset.own",
+        "prefect.resource.name": "own",
+    }
+    assert first["payload"]["digest"] == told["digest"]
+    assert set(first["payload"]) == {
+        "dataset", "digest", "new", "changed", "removed", "version", "root",
+    }  # fmt: skip
+    assert second["payload"] == first["payload"]

@@ -1,0 +1,246 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import small_root
+
+from data_prep.core.digest import sha256_json
+from data_prep.core.errors import PipelineError
+from data_prep.core.storage.store import LocalStore
+from data_prep.masks.plan import BINS
+from data_prep.masks.stage import valid_from_png
+from data_prep.pictures.cutting import decode
+from data_prep.shards.shards import decode_table, iterate_shard, split_shards
+from dpnet.evaluation.baselines import mean_fill
+from dpnet.evaluation.metrics import hole_psnr
+from dpnet.evaluation.protocol import METHODS, figures
+from dpnet.evaluation.stage import EvaluateSettings, evaluate
+from dpnet.inpainting import tiles
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Real images, masks in shards of three and a real, untrained generator."""
+    store = LocalStore(tmp_path_factory.mktemp("data") / "root")
+    images, masks = small_root.real_data(store, shard_samples=3)
+    return store, images, masks, small_root.trained(store, images=images, masks=masks)
+
+
+@pytest.fixture
+def fresh(data, tmp_path):
+    """The same in a place of its own."""
+    store = LocalStore(tmp_path / "root")
+    shutil.copytree(data[0].folder, store.folder, ignore=shutil.ignore_patterns("evaluations"))
+    return store, *data[1:]
+
+
+def evaluated(where, **settings):
+    store, *inputs = where
+    return evaluate(EvaluateSettings(**settings), *inputs, store)
+
+
+@pytest.fixture(scope="module")
+def done(data):
+    return evaluated(data)
+
+
+def rows_of(store, ref):
+    return decode_table(store.read(f"{ref.folder}/metrics.parquet"))
+
+
+def samples(store, ref, split):
+    """{key: payload} of a stage's split."""
+    found = {}
+    for tar in split_shards(store, ref.folder, split):
+        for key, files in iterate_shard(store, tar):
+            found[key] = next(data for extension, data in files.items() if extension != "json")
+    return found
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_every_evaluation_mask_is_measured_once_with_each_method(data, done):
+    store, _, masks, _ = data
+    rows = rows_of(store, done)
+    keys = [(row["mask"], row["method"]) for row in rows]
+    assert sorted(keys) == sorted((m, w) for m in samples(store, masks, "eval") for w in METHODS)
+
+
+def test_the_pictures_are_of_the_test_split_alone(data, done):
+    store, images, _, _ = data
+    used = {row["image"] for row in rows_of(store, done)}
+    assert used
+    assert used <= set(samples(store, images, "test"))
+
+
+def test_a_row_holds_the_metric_of_its_pair(data, done):
+    store, images, masks, _ = data
+    photographs, holes = samples(store, images, "test"), samples(store, masks, "eval")
+    for row in rows_of(store, done)[:12]:
+        truth, valid = (
+            np.asarray(decode(photographs[row["image"]])),
+            valid_from_png(holes[row["mask"]]),
+        )
+        assert row["hole_ratio"] == pytest.approx(1 - valid.mean())
+        if row["method"] == "mean_fill":
+            assert row["hole_psnr"] == hole_psnr(mean_fill(truth, valid), truth, valid)
+
+
+def test_all_methods_are_measured_on_the_same_pair(data, done):
+    rows = rows_of(data[0], done)
+    for some in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
+        assert len({(row["image"], row["mask"]) for row in some}) == 1
+        assert len({row["hole_psnr"] for row in some}) == 4
+
+
+def test_the_summary_has_the_figures_of_every_bin_and_their_mean(data, done):
+    rows = rows_of(data[0], done)
+    told = done.summary["figures"]
+    assert set(told) == {*BINS, "all", "mean_over_bins"}
+    means = []
+    for name in BINS:
+        values = [r["hole_psnr"] for r in rows if (r["ratio_bin"], r["method"]) == (name, "dpnet")]
+        means.append(np.mean(values))
+        assert told[name]["dpnet"]["hole_psnr"] == pytest.approx(means[-1], abs=1e-4)
+    assert done.summary["hole_psnr"] == pytest.approx(np.mean(means), abs=1e-4)
+
+
+def test_intervals_enclose_their_mean_and_are_the_same_each_time(data, done):
+    rows = rows_of(data[0], done)
+    told = figures(rows, "a")
+    assert told == figures(rows, "a")
+    assert told != figures(rows, "b")
+    for method in METHODS:
+        figure = told["all"]["methods"][method]["hole_psnr"]
+        assert figure["low"] < figure["mean"] < figure["high"]
+
+
+def test_the_report_says_what_was_not_computed_and_why(data, done):
+    report = json.loads(data[0].read(f"{done.folder}/report.json"))
+    assert {item["metric"] for item in report["not_computed"]} == {"LPIPS", "FID", "P-IDS, U-IDS"}
+    assert all("weights" in item["reason"] for item in report["not_computed"])
+    assert report["pairs_digest"] == done.summary["pairs_digest"]
+
+
+def test_the_same_request_gives_the_same_bytes_whatever_the_threads(fresh, done):
+    ref = evaluated(fresh, threads=1)
+    assert not ref.skipped
+    assert (ref.folder, ref.content_digest) == (done.folder, done.content_digest)
+
+
+def test_a_second_call_is_skipped(data, done):
+    assert evaluated(data).skipped
+
+
+def test_another_model_is_compared_on_the_same_pairs(fresh, done):
+    store, images, masks, _ = fresh
+    other = small_root.trained(store, seed=1, images=images, masks=masks)
+    ref = evaluated((store, images, masks, other))
+    assert ref.folder != done.folder
+    assert ref.summary["pairs_digest"] == done.summary["pairs_digest"]
+    assert ref.summary["hole_psnr"] != done.summary["hole_psnr"]
+
+
+def test_another_seed_makes_other_pairs(fresh, done):
+    assert evaluated(fresh, seed=1).summary["pairs_digest"] != done.summary["pairs_digest"]
+
+
+def test_fewer_pairs_are_spread_over_the_bins(fresh):
+    ref = evaluated(fresh, max_pairs=6)
+    assert ref.summary["pairs"] == 6
+    assert {row["ratio_bin"] for row in rows_of(fresh[0], ref)} == set(BINS)
+
+
+def test_the_pictures_asked_for_are_written_for_each_bin(fresh, data, done):
+    names = [e.key.rsplit("/")[-1] for e in data[0].list(f"{done.folder}/pictures")]
+    assert len(names) == 12
+    assert {name[:9] for name in names} == set(BINS)
+    strip = decode(data[0].read(f"{done.folder}/pictures/{names[0]}"))
+    assert strip.height == small_root.SIZE
+    assert strip.width > 5 * small_root.SIZE
+    assert not list(fresh[0].list(f"{evaluated(fresh, pictures=0).folder}/pictures"))
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_next_shard(fresh, done, monkeypatch):
+    real, seen = tiles.inpaint_arrays, []
+
+    def stopping(generator, images, valid):
+        if len(seen) == 2:
+            raise Stopped
+        seen.append(len(images))
+        return real(generator, images, valid)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiles, "inpaint_arrays", stopping)
+        with pytest.raises(Stopped):
+            evaluated(fresh)
+    seen.clear()
+    monkeypatch.setattr(
+        tiles, "inpaint_arrays", lambda g, i, v: (seen.append(len(i)), real(g, i, v))[1]
+    )
+    ref = evaluated(fresh)
+    assert seen == [3, 3, 12]  # two shards of four are left; then the pictures
+    assert ref.content_digest == done.content_digest
+    assert not list(fresh[0].list(f"{ref.folder}/parts"))
+
+
+def another_value(body):
+    body["rows"][0]["psnr"] += 1.0
+
+
+def other_pairs(body):
+    body["rows"] = body["rows"][4:] + body["rows"][:4]
+    body["sha256"] = sha256_json(body["rows"])
+
+
+@pytest.mark.parametrize("damage", [dict.clear, another_value, other_pairs])
+def test_what_was_kept_is_measured_again_if_it_was_altered(fresh, done, monkeypatch, damage):
+    store = fresh[0]
+    real = tiles.inpaint_arrays
+    calls = []
+
+    def stopping(generator, images, valid):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped
+        return real(generator, images, valid)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiles, "inpaint_arrays", stopping)
+        with pytest.raises(Stopped):
+            evaluated(fresh)
+    (part,) = store.list(f"{done.folder}/parts")
+    body = json.loads(store.read(part.key))
+    damage(body)
+    store.write(part.key, json.dumps(body).encode())
+    assert evaluated(fresh).content_digest == done.content_digest
+
+
+def test_a_damaged_picture_stops_with_advice(fresh):
+    store, images, _, _ = fresh
+    tar = split_shards(store, images.folder, "test")[0]
+    store.write(tar, bytes(len(store.read(tar))))
+    with pytest.raises(PipelineError, match="dpnet verify"):
+        evaluated(fresh)
+
+
+def test_masks_larger_than_the_pictures_are_refused(fresh):
+    from data_prep.masks.stage import MasksConfig, prepare_masks
+
+    store, images, _, run = fresh
+    config = MasksConfig(name="other", size=48, train=2, eval_per_bin=1, recipes={"outpaint": 1})
+    masks = prepare_masks(config, store)
+    with pytest.raises(PipelineError, match=r"32 x 32 pixels but the masks 48 x 48"):
+        evaluated((store, images, masks, run))
+
+
+def test_the_page_shows_the_training_and_does_not_count_as_content(data, done):
+    manifest = json.loads(data[0].read(f"{done.folder}/manifest.json"))
+    page = next(f for f in manifest["files"] if f["path"] == "report.html")
+    assert not page["content"]
+    text = data[0].read(f"{done.folder}/report.html").decode()
+    assert "Hole PSNR on validation pictures" in text
+    assert done.request_digest[:12] in text

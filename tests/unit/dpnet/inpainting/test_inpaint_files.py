@@ -1,0 +1,330 @@
+import json
+
+import numpy as np
+import pytest
+import small_root
+from PIL import Image
+
+from dpnet.cli import main as cli
+from dpnet.inpainting import files as inpaint_files
+from dpnet.inpainting.files import plan_jobs
+
+
+def picture(height=40, width=50, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def hole_mask(height=40, width=50):
+    """A mask file's picture with a white box."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[10:20, 5:30] = 255
+    return Image.fromarray(mask)
+
+
+KNOWN = np.asarray(hole_mask()) == 0
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A root with a real, untrained champion."""
+    store = small_root.new_store(tmp_path_factory.mktemp("root"))
+    small_root.champion(store)
+    return store.folder
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """The folder that the commands run in."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture()).save("photo.png")
+    hole_mask().save("mask.png")
+    return tmp_path
+
+
+@pytest.fixture
+def folders(files):
+    """Three photographs, and masks for them under both kinds of names."""
+    for name in ("photos", "masks"):
+        (files / name).mkdir()
+    for number, name in enumerate(("a.jpg", "b.png", "c.webp")):
+        Image.fromarray(picture(seed=number)).save(files / "photos" / name)
+    for name in ("a.png", "b_mask.png", "c_mask001.png"):
+        hole_mask().save(files / "masks" / name)
+    return files
+
+
+@pytest.fixture
+def run(root, capsys):
+    """Run `dpnet inpaint` and give its status, result, and what it said."""
+
+    def run(*words):
+        status = cli.main(["inpaint", *words, "--json", "--root", str(root)])
+        out, err = capsys.readouterr()
+        return status, json.loads(out), err
+
+    return run
+
+
+def opened(path):
+    return np.asarray(Image.open(path))
+
+
+def test_a_file_is_filled_with_the_champion_of_the_root(files, run):
+    status, result, _ = run("photo.png", "mask.png", "-o", "new/folder/out.png")
+    assert status == 0
+    filled = opened("new/folder/out.png")
+    assert (filled[KNOWN] == picture()[KNOWN]).all()
+    assert (filled[~KNOWN] != picture()[~KNOWN]).any()
+    assert result["model"] == "dpnet version 1"
+    (done,) = result["pictures"]
+    assert (done["width"], done["height"], done["filled"]) == (50, 40, True)
+
+
+def test_a_file_goes_into_a_folder_under_its_own_name(files, run):
+    (files / "out").mkdir()
+    assert run("photo.png", "mask.png", "-o", "out")[0] == 0
+    assert opened("out/photo.png").shape == (40, 50, 3)
+
+
+def test_people_are_told_in_one_line(files, root, capsys):
+    assert cli.main(["inpaint", "photo.png", "mask.png", "-o", "o.png", "--root", str(root)]) == 0
+    assert capsys.readouterr().out.startswith("o.png: 50 x 40, filled with dpnet version 1 in ")
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"), [("photos", "masks"), ("photos/*", "masks/*.png"), ("photos/", "mask.png")]
+)
+def test_folders_and_globs_are_filled_under_the_names_of_the_photographs(folders, run, image, mask):
+    status, result, err = run(image, mask, "-o", "out")
+    assert (status, result["failed"]) == (0, [])
+    assert [p["out"] for p in result["pictures"]] == ["out/a.png", "out/b.png", "out/c.png"]
+    for name, filled in zip(("a.jpg", "b.png", "c.webp"), "abc", strict=True):
+        before, after = opened(f"photos/{name}"), opened(f"out/{filled}.png")
+        assert (after[KNOWN] == before[KNOWN]).all()
+        assert (after[~KNOWN] != before[~KNOWN]).any()
+    assert "3/3 pictures" in err
+
+
+def test_the_model_is_loaded_once_for_all(folders, run, monkeypatch):
+    real, calls = inpaint_files.load_generator, []
+    monkeypatch.setattr(
+        inpaint_files, "load_generator", lambda *given: (calls.append(given), real(*given))[1]
+    )
+    assert len(run("photos", "masks", "-o", "out")[1]["pictures"]) == 3
+    assert len(calls) == 1
+
+
+def test_one_bad_file_does_not_stop_the_others(folders, run):
+    (folders / "photos/b.png").write_text("no picture")
+    (folders / "masks/c_mask001.png").unlink()
+    status, result, err = run("photos", "masks", "-o", "out")
+    assert (status, result["ok"]) == (1, False)
+    assert [p["out"] for p in result["pictures"]] == ["out/a.png"]
+    unreadable, maskless = result["failed"]
+    assert "b.png is not a picture that can be read" in unreadable["error"]
+    assert "c.webp has no mask in masks: name it c.png or c_mask.png" in maskless["error"]
+    assert unreadable["error"] in err
+    assert sorted(p.name for p in (folders / "out").iterdir()) == ["a.png"]
+
+
+def test_a_summary_for_people_names_what_failed(folders, root, capsys):
+    (folders / "photos/b.png").write_text("no picture")
+    words = ["inpaint", "photos", "masks", "-o", "out", "--root", str(root)]
+    assert cli.main(words) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("out: 2 of 3 pictures, 2 of them filled with dpnet version 1 in ")
+    assert second.startswith("failed: photos/b.png is not a picture")
+
+
+def test_results_that_are_there_already_are_written_over(folders, run):
+    (folders / "out").mkdir()
+    (folders / "out/a.png").write_text("old")
+    assert run("photos", "masks", "-o", "out")[0] == 0
+    assert opened("out/a.png").shape == (40, 50, 3)
+
+
+def names(jobs):
+    return [
+        (job.image.name, job.mask if isinstance(job.mask, str) else job.mask.name) for job in jobs
+    ]
+
+
+def test_a_mask_of_the_same_name_goes_before_one_with_an_ending(folders):
+    hole_mask().save(folders / "masks/a_mask.png")
+    assert names(plan_jobs("photos", "masks", "out"))[0] == ("a.jpg", "a.png")
+
+
+def test_a_picture_with_several_masks_is_told(folders):
+    hole_mask().save(folders / "masks/c_mask002.png")
+    (*_, (_, told)) = names(plan_jobs("photos", "masks", "out"))
+    assert "has 2 masks in masks (c_mask001.png, c_mask002.png): keep one" in told
+
+
+def test_masks_may_lie_beside_the_pictures(folders):
+    for mask in (folders / "masks").iterdir():
+        mask.rename(folders / "photos" / mask.name.replace("a.png", "a_mask.png"))
+    expected = [("a.jpg", "a_mask.png"), ("b.png", "b_mask.png"), ("c.webp", "c_mask001.png")]
+    assert names(plan_jobs("photos", "photos", "out")) == expected
+    assert names(plan_jobs("photos/*", "photos/*_mask*.png", "out")) == expected
+
+
+def test_a_folder_stands_for_the_pictures_in_it_and_nothing_else(folders):
+    (folders / "photos/notes.txt").write_text("")
+    (folders / "photos/more.png").mkdir()
+    assert len(plan_jobs("photos", "mask.png", "out")) == 3
+
+
+def test_a_file_with_the_signs_of_a_glob_in_its_name_is_a_file(files):
+    (files / "photo.png").rename(files / "ph[ot]o.png")
+    (job,) = plan_jobs("ph[ot]o.png", "mask.png", "out.png")
+    assert job.out.name == "out.png"
+
+
+def test_two_pictures_that_would_be_written_to_one_file_are_refused_before_work(folders, run):
+    Image.fromarray(picture()).save(folders / "photos/a.png")
+    status, result, _ = run("photos", "mask.png", "-o", "out")
+    assert status == 1
+    assert "a.jpg and photos/a.png would both be written to out/a.png" in result["error"]
+    assert not (folders / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("photo.png", "mask.png", "-o", "photo.png"),
+        ("photo.png", "mask.png", "-o", "../{here}/mask.png"),
+        ("photos", "masks", "-o", "photos"),
+        ("photos", "masks", "-o", "masks"),
+    ],
+)
+def test_nothing_is_written_over_a_picture_or_mask(folders, run, words):
+    before = {path: path.read_bytes() for path in folders.rglob("*.*")}
+    status, result, _ = run(*(word.format(here=folders.name) for word in words))
+    assert status == 1
+    assert "would be written over" in result["error"]
+    assert {path: path.read_bytes() for path in folders.rglob("*.*")} == before
+
+
+def test_several_pictures_need_a_folder(folders, run):
+    status, result, _ = run("photos", "masks", "-o", "mask.png")
+    assert (status, "need a folder" in result["error"]) == (1, True)
+
+
+@pytest.mark.parametrize("where", ["empty", "photos/*.gif"])
+def test_a_folder_or_glob_without_pictures_is_told(folders, run, where):
+    (folders / "empty").mkdir()
+    for words in ((where, "mask.png"), ("photos", where)):
+        status, result, _ = run(*words, "-o", "out")
+        assert (status, f"{where} holds no picture" in result["error"]) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["valid", "known_03", "photo-inverted", "KEEP", "a.keep"])
+def test_a_mask_named_as_if_white_were_known_is_told_once(files, capsys, name):
+    (files / "mask.png").rename(files / f"{name}.png")
+    plan_jobs("photo.png", f"{name}.png", "out.png")
+    assert "the name sounds as if white were what is known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["validation", "unknown", "invalid", "keeper", "mask"])
+def test_other_names_are_taken_without_a_word(files, capsys, name):
+    plan_jobs("photo.png", f"{name}.png", "out.png")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_missing_file_is_told(files, run):
+    status, result, _ = run("gone.png", "mask.png", "-o", "out.png")
+    assert (status, result["error"]) == (1, "gone.png does not exist: check the path.")
+
+
+def test_a_file_that_is_no_picture_is_told(files, run):
+    (files / "text.png").write_text("not a picture")
+    _, result, _ = run("photo.png", "text.png", "-o", "out.png")
+    assert "text.png is not a picture that can be read" in result["error"]
+
+
+def test_a_picture_that_is_cut_short_is_told(files, run):
+    (files / "half.png").write_bytes((files / "photo.png").read_bytes()[:2000])
+    _, result, _ = run("half.png", "mask.png", "-o", "out.png")
+    assert "half.png is not a picture that can be read" in result["error"]
+
+
+def test_a_mask_of_another_size_is_told_with_its_name(files, run):
+    hole_mask(39).save("small.png")
+    _, result, _ = run("photo.png", "small.png", "-o", "out.png")
+    assert "small.png is 50 x 39 pixels but the picture is 50 x 40" in result["error"]
+
+
+def test_of_several_pictures_the_one_that_a_mask_does_not_fit_is_named(folders, run):
+    hole_mask(39).save("small.png")
+    status, result, err = run("photos", "small.png", "-o", "out")
+    assert status == 1
+    assert result["failed"][0]["error"].startswith("photos/a.jpg: small.png is 50 x 39 pixels")
+    assert "photos/b.png: small.png is" in err
+
+
+def test_a_mask_without_a_hole_gives_the_picture_back_and_that_is_told(files, run):
+    Image.new("L", (50, 40)).save("black.png")
+    status, result, err = run("photo.png", "black.png", "-o", "out.png")
+    assert (status, result["pictures"][0]["filled"]) == (0, False)
+    assert (opened("out.png") == picture()).all()
+    assert "black.png has no hole" in err
+
+
+def test_a_grey_mask_is_told_with_its_name(files, run):
+    Image.fromarray(np.linspace(0, 255, 2000).astype(np.uint8).reshape(40, 50)).save("grey.png")
+    _, _, err = run("photo.png", "grey.png", "-o", "out.png")
+    assert "grey.png is not pure black and white" in err
+    assert "hole from 128 up" in err
+
+
+def test_an_unknown_extension_is_told_before_any_work(files, run):
+    _, result, _ = run("photo.png", "mask.png", "-o", "out.docx")
+    assert ".png, .webp" in result["error"]
+
+
+def test_too_small_a_tile_is_told(files, run):
+    _, result, _ = run("photo.png", "mask.png", "-o", "out.png", "--tile", "63")
+    assert "at least 64" in result["error"]
+
+
+def test_alpha_is_not_dropped_silently_into_a_jpeg(files, run):
+    Image.new("RGBA", (50, 40)).save("clear.png")
+    _, result, _ = run("clear.png", "mask.png", "-o", "out.jpg")
+    assert "alpha channel" in result["error"]
+
+
+def test_a_place_that_cannot_be_written_is_told(files, run):
+    (files / "file").write_text("")
+    _, result, _ = run("photo.png", "mask.png", "-o", "file/out.png")
+    assert "cannot write" in result["error"]
+
+
+@pytest.mark.parametrize("extension", ["webp", "tif", "jpg"])
+def test_other_formats_are_written_and_lossless_ones_keep_known_pixels(files, run, extension):
+    _, _, err = run("photo.png", "mask.png", "-o", f"out.{extension}")
+    filled = opened(f"out.{extension}")
+    assert filled.shape == (40, 50, 3)
+    assert (filled[KNOWN] == picture()[KNOWN]).all() == (extension != "jpg")
+    assert ("lossy" in err) == (extension == "jpg")
+
+
+def test_a_photograph_lying_on_its_side_is_turned_upright_first(files, run):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(50, 40)).save("turned.png", exif=exif)
+    run("turned.png", "mask.png", "-o", "out.png")
+    upright = np.rot90(picture(50, 40), -1)
+    assert (opened("out.png")[KNOWN] == upright[KNOWN]).all()
+
+
+def test_a_colour_profile_is_kept(files, run):
+    Image.fromarray(picture()).save("profiled.png", icc_profile=b"a profile")
+    run("profiled.png", "mask.png", "-o", "out.png")
+    assert Image.open("out.png").info["icc_profile"] == b"a profile"
+
+
+def test_a_glob_through_folders_takes_files_alone(folders):
+    (folders / "photos/deep").mkdir()
+    (folders / "photos/a.jpg").rename(folders / "photos/deep/a.jpg")
+    jobs = plan_jobs("photos/**", "masks", "out")
+    assert [name for name, _ in names(jobs)] == ["b.png", "c.webp", "a.jpg"]

@@ -1,0 +1,321 @@
+"""The cache of shards: its limit, what goes first, and processes that share it or are killed."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from small_shards import Far
+
+from data_prep.core.digest import sha256_bytes
+from data_prep.core.errors import StorageError
+from data_prep.core.storage.store import LocalStore, open_store
+from dpnet.loading.shard_cache import ShardCache
+
+SIZE = 1000
+HASHES = {name: sha256_bytes(name.encode() * SIZE) for name in "abcdef"}
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Far:
+    """A far store with the shards a to f of SIZE bytes."""
+    near = LocalStore(tmp_path / "far")
+    for name in HASHES:
+        near.write(name, name.encode() * SIZE)
+    return Far(near)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def taken(cache: ShardCache, store: Far, name: str) -> bytes | None:
+    """The shard's bytes by way of the cache; None where it does not keep it."""
+    file = cache.open(store, name, HASHES[name], SIZE)
+    if file is None:
+        return None
+    try:
+        return os.pread(file, 2 * SIZE, 0)
+    finally:
+        os.close(file)
+
+
+def kept(folder: Path) -> str:
+    """The names of the shards that are there."""
+    return "".join(name for name in HASHES if (folder / f"{HASHES[name]}.tar").exists())
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_shard_is_fetched_once_and_read_from_the_folder_then(far: Far, folder: Path) -> None:
+    for _ in range(2):
+        cache = ShardCache(folder, 10 * SIZE)
+        assert taken(cache, far, "a") == b"a" * SIZE
+        assert taken(cache, far, "b") == b"b" * SIZE
+    assert far.downloads == ["a", "b"]
+    assert kept(folder) == "ab"
+
+
+def test_the_shard_that_was_not_used_for_longest_makes_room(far: Far, folder: Path) -> None:
+    cache = ShardCache(folder, 3 * SIZE)
+    for age, name in ((30, "a"), (20, "b"), (10, "c")):
+        taken(cache, far, name)
+        at = time.time() - age
+        os.utime(folder / f"{HASHES[name]}.tar", (at, at))
+    taken(cache, far, "a")  # so it is used just now
+    assert taken(cache, far, "d") == b"d" * SIZE
+    assert kept(folder) == "acd"
+    taken(cache, far, "e")
+    assert kept(folder) == "ade"
+
+
+def test_a_shard_larger_than_the_cache_is_not_kept_and_evicts_nothing(
+    far: Far, folder: Path
+) -> None:
+    taken(ShardCache(folder, 10 * SIZE), far, "a")
+    assert taken(ShardCache(folder, SIZE - 1), far, "b") is None
+    assert kept(folder) == "a"
+    assert far.downloads == ["a"]
+
+
+def test_an_evicted_shard_that_is_open_reads_on(far: Far, folder: Path) -> None:
+    cache = ShardCache(folder, SIZE)
+    file = cache.open(far, "a", HASHES["a"], SIZE)
+    taken(cache, far, "b")
+    assert kept(folder) == "b"
+    assert os.pread(file, SIZE, 0) == b"a" * SIZE
+    os.close(file)
+
+
+def test_nothing_but_shards_is_ever_deleted(far: Far, folder: Path) -> None:
+    folder.mkdir()
+    others = ["mine.tar", "0" * 64, f"{'0' * 64}.parquet", "x.new-1"]
+    for name in others:
+        (folder / name).write_bytes(bytes(5 * SIZE))
+    cache = ShardCache(folder, SIZE)
+    taken(cache, far, "a")
+    taken(cache, far, "b")
+    assert kept(folder) == "b"
+    assert all((folder / name).stat().st_size == 5 * SIZE for name in others)
+
+
+def test_bytes_of_another_hash_are_not_kept(far: Far, folder: Path) -> None:
+    far.near.write("a", b"x" * SIZE)
+    assert taken(ShardCache(folder, 10 * SIZE), far, "a") is None
+    assert not [path for path in folder.iterdir() if not path.name.startswith(".lock")]
+
+
+def test_a_shard_that_the_store_does_not_have_is_no_affair_of_the_cache(
+    far: Far, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    far.near.delete("a")
+    with pytest.raises(FileNotFoundError):
+        taken(ShardCache(folder, 10 * SIZE), far, "a")
+    assert not capsys.readouterr().err
+
+
+def test_a_dropped_shard_is_fetched_again(far: Far, folder: Path) -> None:
+    cache = ShardCache(folder, 10 * SIZE)
+    taken(cache, far, "a")
+    cache.drop(HASHES["a"])
+    cache.drop(HASHES["b"])  # absent is fine
+    assert taken(cache, far, "a") == b"a" * SIZE
+    assert far.downloads == ["a", "a"]
+
+
+# Several at a time
+
+
+def take_all(root: Path, folder: Path) -> None:
+    """What a process of the tests below does."""
+    far = Far(LocalStore(root), seconds=0.1)
+    with ThreadPoolExecutor(2) as pool:
+        cache = ShardCache(folder, 10 * SIZE)
+        for name, data in zip("abc", pool.map(lambda n: taken(cache, far, n), "abc"), strict=True):
+            assert data == name.encode() * SIZE
+
+
+def started(target: Callable[..., None], *arguments: object) -> multiprocessing.process.BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def test_processes_that_share_the_folder_fetch_a_shard_once(far: Far, folder: Path) -> None:
+    processes = [started(take_all, far.near.folder, folder) for _ in range(3)]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(far.downloads) == ["a", "b", "c"]
+    assert kept(folder) == "abc"
+
+
+def take_slowly(root: Path, folder: Path) -> None:
+    taken(ShardCache(folder, 2 * SIZE), Far(LocalStore(root), seconds=60), "a")
+
+
+def test_what_a_killed_process_leaves_is_swept_and_its_room_is_free(far: Far, folder: Path) -> None:
+    process = started(take_slowly, far.near.folder, folder)
+    wait_for(lambda: list(folder.glob(".new-*.part")))
+    process.kill()
+    process.join()
+    cache = ShardCache(folder, 2 * SIZE)
+    for name in "bc":
+        assert taken(cache, far, name) == name.encode() * SIZE
+    assert kept(folder) == "bc"
+    assert not list(folder.glob(".new-*"))
+    assert taken(cache, far, "a") == b"a" * SIZE
+
+
+def test_a_killed_fetch_of_the_same_shard_is_done_again(far: Far, folder: Path) -> None:
+    process = started(take_slowly, far.near.folder, folder)
+    wait_for(lambda: list(folder.glob(".new-*.part")))
+    process.kill()
+    process.join()
+    assert taken(ShardCache(folder, SIZE), far, "a") == b"a" * SIZE
+    assert not list(folder.glob(".new-*"))
+
+
+def test_what_is_being_fetched_counts_against_the_limit_and_is_not_swept(
+    far: Far, folder: Path
+) -> None:
+    slow = Far(far.near, seconds=1)
+    cache = ShardCache(folder, 2 * SIZE + 10)
+    taken(cache, far, "f")
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(taken, cache, slow, "a")
+        wait_for(lambda: list(folder.glob(".new-*.part")))
+        assert taken(cache, far, "b") == b"b" * SIZE  # in the room of f
+        assert taken(ShardCache(folder, SIZE + 10), far, "c") is None  # a takes all
+        assert kept(folder) == "b"
+        assert under_way.result() == b"a" * SIZE
+    assert kept(folder) == "ab"
+
+
+def test_a_fetch_that_ends_while_room_is_made_counts_against_the_limit(
+    far: Far, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, listed = ShardCache(folder, SIZE), threading.Event()
+    download, iterdir = far.download, Path.iterdir
+
+    def held_back(key: str, target: Path) -> None:
+        download(key, target)
+        if key == "a":
+            assert listed.wait(20)
+
+    def slow(path: Path) -> Iterator[Path]:
+        found = list(iterdir(path))
+        if path == folder and not listed.is_set() and far.downloads == ["a"]:
+            listed.set()
+            time.sleep(0.3)  # enough to rename a file in
+        yield from found
+
+    monkeypatch.setattr(far, "download", held_back)
+    monkeypatch.setattr(Path, "iterdir", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(taken, cache, far, "a")
+        wait_for(lambda: far.downloads == ["a"])
+        assert taken(cache, far, "b") is None
+        assert first.result() == b"a" * SIZE
+    assert kept(folder) == "a"
+
+
+def test_a_shard_that_is_here_is_had_while_another_is_fetched(far: Far, folder: Path) -> None:
+    cache = ShardCache(folder, 10 * SIZE)
+    taken(cache, far, "a")
+    lock = folder / f".lock-{HASHES['a'][:2]}"  # one of the same first digits is being fetched
+    with ThreadPoolExecutor(1) as pool, lock.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert pool.submit(taken, cache, far, "a").result(timeout=20) == b"a" * SIZE
+
+
+# A disk that does not want
+
+
+def test_a_file_in_place_of_the_folder_is_told_at_once(far: Far, folder: Path) -> None:
+    folder.write_bytes(b"")
+    with pytest.raises(StorageError, match=r"cannot use train\.cache .*cache: a file stands where"):
+        ShardCache(folder, SIZE)
+
+
+@pytest.mark.parametrize("instead", ["a file", "nothing"])
+def test_a_folder_that_goes_is_told_once_and_done_without(
+    far: Far, folder: Path, instead: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ShardCache(folder, 10 * SIZE)
+    shutil.rmtree(folder)
+    if instead == "a file":
+        folder.write_bytes(b"")
+    assert taken(cache, far, "a") is None
+    assert taken(cache, far, "b") is None
+    cache.drop(HASHES["a"])
+    said = capsys.readouterr().err
+    assert said.count("warning: cannot use train.cache") == 1
+    assert "shards are fetched each time" in said
+
+
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_once_and_what_is_there_is_still_used(
+    far: Far, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ShardCache(small_disk, 10**9)
+    taken(cache, far, "a")
+    with pytest.raises(OSError, match="No space left"), (small_disk / "other").open("wb") as file:
+        file.write(bytes(128 << 10))
+    assert taken(cache, far, "b") is None
+    assert taken(cache, far, "c") is None
+    assert taken(cache, far, "a") == b"a" * SIZE
+    assert capsys.readouterr().err.count("the disk is full: free some space") == 1
+    (small_disk / "other").unlink()
+    assert taken(cache, far, "b") == b"b" * SIZE
+    assert far.downloads.count("a") == 1
+    assert not list(small_disk.glob(".new-*"))
+
+
+def test_of_a_read_only_disk_what_is_there_is_used(
+    far: Far, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = ShardCache(small_disk, 10**9)
+    taken(cache, far, "a")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert taken(cache, far, "a") == b"a" * SIZE
+    assert not capsys.readouterr().err
+    assert taken(cache, far, "b") is None
+    cache.drop(HASHES["a"])
+    assert "read-only file system" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_of_a_store_on_s3_too(
+    small_disk: Path, moto_root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, data = open_store(moto_root), bytes(128 << 10)
+    store.write("a", data)
+    assert ShardCache(small_disk, 10**9).open(store, "a", sha256_bytes(data), len(data)) is None
+    assert "the disk is full" in capsys.readouterr().err
+    assert not list(small_disk.glob(".new-*"))

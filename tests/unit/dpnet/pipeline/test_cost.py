@@ -1,0 +1,193 @@
+"""What training costs: measured by its log, estimated by an earlier run's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_root import commit
+
+from data_prep.core.errors import ConfigError
+from data_prep.core.stage import StageRef
+from data_prep.core.storage.store import LocalStore
+from dpnet.pipeline.config import Config, load_config
+from dpnet.pipeline.cost import Cost, CostSettings, cost_text, estimated, hours_text, measured
+from dpnet.training.checkpoints import FORMAT
+from dpnet.training.stage import asked, planned
+
+PRICES = CostSettings(gpu_hour=2.5, cpu_hour=0.1, currency="EUR")
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    """A hundred images in 30 seconds on four workers, a sixth of them for validation."""
+    figures = {"images": 100, "workers": 4, "seconds": 25.0, "other_seconds": 5.0}
+    return {"kind": "train", "step": step, **figures, **more}
+
+
+def ran(
+    store: LocalStore, folder: str, config: Config, log: list[dict[str, Any]], **status: Any
+) -> None:
+    """Leave what a run that was made with `config` leaves, as far as costs are concerned."""
+    about = {"size": config.masks.size, "gpus": config.train.gpus, "time": 1.0, **status}
+    resolved = {"model": config.model.model_dump()}
+    store.write(f"{folder}/status.json", json.dumps(about).encode())
+    store.write(f"{folder}/resolved-config.yaml", yaml.safe_dump(resolved).encode())
+    lines = "".join(json.dumps(each) + "\n" for each in log)
+    store.write(f"{folder}/log.jsonl", lines.encode())
+
+
+def config_of(*overrides: str) -> Config:
+    return load_config("demo", ["train.steps=300", "train.batch_size=10", *overrides])
+
+
+def has_checkpoint(store: LocalStore, folder: str, step: int, wanted: dict[str, Any]) -> None:
+    mark = {"format": FORMAT, "step": step, "score": None, "asked": wanted, "finished": ""}
+    mark["files"] = {"state.pt": {}, "log.jsonl": {}}
+    store.write(f"{folder}/step-{step:08d}/checkpoint.json", json.dumps(mark).encode())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path)
+
+
+@pytest.fixture
+def data(store: LocalStore) -> tuple[StageRef, StageRef]:
+    images = commit(store, "images", "images/x", {"train-000000.tar": b"images"})
+    return images, commit(store, "masks", "masks/x", {"train-000000.tar": b"masks"})
+
+
+def test_the_hours_of_a_run_are_those_of_all_its_workers_validation_included(
+    store: LocalStore,
+) -> None:
+    log = [{"kind": "validation", "step": 0, "hole_psnr": 9.0}, record(10), record(20, workers=2)]
+    ran(store, "runs/a-1", config_of(), log)
+    cost = measured(store, "runs/a-1", PRICES)
+    assert cost.cpu_hours == pytest.approx((4 + 2) * 30 / 3600)
+    assert cost.gpu_hours == 0
+    assert cost.money == pytest.approx(0.1 * 180 / 3600)
+
+
+def test_workers_with_a_gpu_are_counted_apart_and_at_their_own_price(store: LocalStore) -> None:
+    log = [record(10), record(20, gpu_memory_gb=3.0, seconds=3595.0)]
+    ran(store, "runs/a-1", config_of(), log)
+    cost = measured(store, "runs/a-1", PRICES)
+    assert (cost.gpu_hours, cost.cpu_hours) == (4.0, pytest.approx(120 / 3600))
+    assert cost.money == pytest.approx(10 + 0.1 / 30)
+
+
+@pytest.mark.parametrize("log", [None, b'{"kind": "tra'])
+def test_a_run_without_a_readable_log_has_cost_nothing_that_is_known(
+    store: LocalStore, log: bytes | None
+) -> None:
+    if log:
+        store.write("runs/a-1/log.jsonl", log)
+    assert measured(store, "runs/a-1", PRICES) == Cost(0.0, 0.0, PRICES)
+
+
+def test_the_estimate_is_by_the_speed_of_the_newest_run_with_the_same_network_size_and_device(
+    store: LocalStore,
+) -> None:
+    config = config_of("cost={cpu_hour: 0.1, currency: EUR}")
+    ran(store, "runs/old-1", config, [record(10, images=1)], time=5.0)
+    ran(store, "runs/good-1", config, [record(10), record(20)], time=6.0)
+    ran(store, "runs/larger-1", config_of("images.size=128", "masks.size=128"), [record(10)])
+    ran(store, "runs/other-1", config_of("model.preset=base"), [record(10)], time=8.0)
+    ran(store, "runs/gpu-1", config_of("train.gpus=true"), [record(10)], time=9.0)
+    ran(store, "runs/begun-1", config, [], time=10.0)
+    cost = estimated(config, store)
+    assert cost is not None
+    assert cost.cpu_hours == pytest.approx(300 * 10 / 100 * 120 / 3600)
+    assert cost_text(cost) == "1.0 worker-hours, 0.10 EUR (at 0.10 an hour)"
+
+
+def test_without_such_a_run_nothing_is_estimated(store: LocalStore) -> None:
+    assert estimated(config_of(), store) is None
+    ran(store, "runs/a-1", config_of(), [record(10)])
+    store.write("runs/a-1/resolved-config.yaml", b"model: [")
+    assert estimated(config_of(), store) is None
+
+
+def test_hours_on_gpus_are_estimated_from_runs_on_gpus(store: LocalStore) -> None:
+    config = config_of("train.gpus=true", "cost.gpu_hour=2.5")
+    ran(store, "runs/a-1", config, [record(10, gpu_memory_gb=1.0)])
+    cost = estimated(config, store)
+    assert cost is not None
+    assert cost_text(cost) == "1.0 GPU-hours, 2.50 USD (at 2.50 an hour)"
+
+
+def test_a_run_that_resumes_costs_only_the_steps_left_and_one_that_is_done_nothing(
+    store: LocalStore, data: tuple[StageRef, StageRef]
+) -> None:
+    config = config_of()
+    ran(store, "runs/a-1", config, [record(10)])
+    of_training = (config.model, config.losses, config.train, config.name)
+    request, _ = planned(*of_training, *data, store)
+    has_checkpoint(store, request.folder, 225, asked(request))
+    cost = estimated(config, store, *data)
+    assert cost is not None
+    assert cost.cpu_hours == pytest.approx(0.25)
+    store.write(f"{request.folder}/manifest.json", b"{}")
+    assert estimated(config, store, *data) == Cost(0.0, 0.0, config.cost)
+
+
+def test_a_run_that_extends_another_costs_the_steps_that_the_other_has_not(
+    store: LocalStore, data: tuple[StageRef, StageRef]
+) -> None:
+    config, shorter = config_of("train.steps=500"), config_of()
+    ran(store, "runs/a-1", config, [record(10)])
+    of_training = (shorter.model, shorter.losses, shorter.train, shorter.name)
+    request, _ = planned(*of_training, *data, store)
+    has_checkpoint(store, request.folder, 200, asked(request))
+    cost = estimated(config, store, *data)
+    assert cost is not None
+    assert cost.cpu_hours == pytest.approx((500 - 200) * 10 / 100 * 120 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        ((3.21, 0.0), "3.2 GPU-hours"),
+        ((0.0, 0.052), "0.05 worker-hours"),
+        ((0.0, 0.0001), "under 0.01 worker-hours"),
+        ((12.0, 1.0), "12.0 GPU-hours and 1.0 worker-hours"),
+        ((0.0, 0.0), "0.00 worker-hours"),
+    ],
+)
+def test_hours_are_told_in_words(hours: tuple[float, float], text: str) -> None:
+    assert hours_text(*hours) == text
+
+
+def test_money_is_told_with_its_price_and_not_at_all_where_none_is_given() -> None:
+    assert cost_text(Cost(3.2, 0.0, PRICES)) == "3.2 GPU-hours, 8.00 EUR (at 2.50 an hour)"
+    assert cost_text(Cost(3.2, 0.0, CostSettings())) == "3.2 GPU-hours"
+    assert cost_text(Cost(3.2, 1.0, PRICES)).endswith("8.10 EUR (at 2.50 and 0.10 an hour)")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cost.gpu_hour=-1", "cost.gpu_hour is -1: it must be a number of at least 0"),
+        ("cost.cpu_hour=.inf", "cost.cpu_hour is Infinity"),
+        ("cost.gpu_hour=.nan", "cost.gpu_hour is NaN"),
+        ("cost.currency=''", 'cost.currency is "": it must be text'),
+        ("cost.gpu_hours=1", "the nearest is cost.gpu_hour"),
+    ],
+)
+def test_a_price_that_is_none_is_refused(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(override)
+    assert said in str(caught.value)
+
+
+def test_prices_change_nothing_that_is_asked_for(
+    store: LocalStore, data: tuple[StageRef, StageRef]
+) -> None:
+    digests = set()
+    for config in (config_of(), config_of("cost.gpu_hour=3")):
+        of_training = (config.model, config.losses, config.train, config.name)
+        digests.add(planned(*of_training, *data, store)[0].digest)
+    assert len(digests) == 1

@@ -1,0 +1,260 @@
+"""What Prometheus is told of a root, by real scrapes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from small_root import commit
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.storage.store import LocalStore, Store, open_store
+from dpnet.pipeline import exporter
+from dpnet.pipeline.exporter import FRESH_S, METRICS, Reader, Sample, serve
+
+Scraped = dict[tuple[str, tuple[str, ...]], float]
+TRAIN = {
+    "kind": "train",
+    "step": 50,
+    "losses": {"hole": 0.25, "adversarial": 0.5},
+    "seconds": 10.0,
+    "data_seconds": 2.5,
+    "images_per_second": 80.0,
+    "skipped_steps": 1,
+    "skipped_samples": 2,
+    "gpu_memory_gb": 3.5,
+}
+
+
+def status(at: float, **more: Any) -> bytes:
+    validation = {"kind": "validation", "step": 40, "hole_psnr": 21.5}
+    record = {"step": 50, "steps": 600, "train": TRAIN, "validation": validation, "time": at}
+    return json.dumps({**record, **more}).encode()
+
+
+def version(store: Store, number: int, samples: int, failed: int) -> None:
+    splits = {"train": {"samples": samples, "shards": 1}, "val": {"samples": 7, "shards": 1}}
+    summary = {"version": number, "splits": splits, "failed": failed}
+    files = {"train-000000.tar": f"{number}".encode()}
+    assert isinstance(store, LocalStore)
+    commit(store, "images", "images/cats", files, settings={"n": number}, summary=summary)
+
+
+def scrape(port: int) -> Scraped:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return {
+        (sample.name, tuple(sample.labels[name] for name in METRICS[sample.name][1])): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    (tmp_path / "root").mkdir()
+    return LocalStore(tmp_path / "root")
+
+
+@pytest.fixture
+def scraped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Store], Scraped]]:
+    """Scrapes an exporter of a store, one for each store, which looks anew at each scrape."""
+    monkeypatch.setattr(exporter, "EVERY_S", 0.0)
+    servers: dict[str, Any] = {}
+
+    def look(store: Store) -> Scraped:
+        if store.uri not in servers:
+            servers[store.uri] = serve(store)
+        return scrape(servers[store.uri][1])
+
+    yield look
+    for server, _ in servers.values():
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_training_tells_how_far_and_how_well_it_is(store, scraped):
+    store.write("runs/mine-1/status.json", status(1234.5))
+    store.write("runs/mine-1/lease.json", b"{}")
+    run = ("mine-1",)
+    assert scraped(store) == {
+        ("dpnet_up", ()): 1,
+        ("dpnet_storage_up", ()): 1,
+        ("dpnet_train_step", run): 50,
+        ("dpnet_train_steps", run): 600,
+        ("dpnet_train_claimed", run): 1,
+        ("dpnet_train_last_progress_timestamp_seconds", run): 1234.5,
+        ("dpnet_train_images_per_second", run): 80,
+        ("dpnet_train_data_wait_share", run): 0.25,
+        ("dpnet_train_loss", ("mine-1", "hole")): 0.25,
+        ("dpnet_train_loss", ("mine-1", "adversarial")): 0.5,
+        ("dpnet_train_gpu_memory_gb", run): 3.5,
+        ("dpnet_train_skipped_steps", run): 1,
+        ("dpnet_train_skipped_samples", run): 2,
+        ("dpnet_validation_hole_psnr", run): 21.5,
+    }
+
+
+def test_a_training_that_nobody_works_on_is_not_claimed(store, scraped):
+    store.write("runs/mine-1/status.json", status(1234.5))
+    assert scraped(store)["dpnet_train_claimed", ("mine-1",)] == 0
+
+
+def test_a_training_that_has_ended_is_told_of_for_an_hour(store):
+    ended = commit(store, "train", "runs", {"log.jsonl": b""}).folder
+    store.write(f"{ended}/status.json", status(1000.0))
+    reader = Reader(store)
+    assert Sample("dpnet_train_step", (ended.removeprefix("runs/"),), 50) in reader.read(1010.0)
+    assert reader.read(1000.0 + FRESH_S + 1) == []
+
+
+def test_of_a_dataset_the_newest_version_is_told(store, scraped):
+    version(store, 1, samples=90, failed=3)
+    assert scraped(store)["dpnet_dataset_samples", ("cats", "train", "1")] == 90
+    version(store, 2, samples=100, failed=4)
+    store.write("images/cats/begun/work/train-000000.json", b"{}")
+    told = scraped(store)
+    assert told["dpnet_dataset_samples", ("cats", "train", "2")] == 100
+    assert told["dpnet_dataset_samples", ("cats", "val", "2")] == 7
+    assert told["dpnet_dataset_failed", ("cats",)] == 4
+    assert ("dpnet_dataset_samples", ("cats", "train", "1")) not in told
+
+
+def test_the_champion_of_each_model_is_told(store, scraped):
+    store.write("registry/dpnet/champion.json", b'{"version": 3, "hole_psnr": 24.25}')
+    store.write("registry/other/v1.json", b'{"version": 1, "hole_psnr": 20.0}')
+    told = scraped(store)
+    assert told["dpnet_champion_version", ("dpnet",)] == 3
+    assert told["dpnet_champion_hole_psnr", ("dpnet",)] == 24.25
+    assert ("dpnet_champion_version", ("other",)) not in told
+
+
+def test_of_what_is_damaged_nothing_is_told_and_of_the_rest_all(store, scraped):
+    damaged = {
+        "runs/a-1/status.json": b'{"step": ',
+        "runs/b-1/status.json": b"[1]",
+        "runs/c-1/status.json": status(1.0, step="many"),
+        "runs/d-1/status.json": status(1.0, train={"losses": 1}),
+        "runs/e-1/status.json": status(1.0, time=None),
+        "runs/f-1/status.json": b"\xff\x00",
+        "images/cats/123/manifest.json": b"{}",
+        "registry/dpnet/champion.json": b'{"version": null}',
+    }
+    for key, data in damaged.items():
+        store.write(key, data)
+    store.write("runs/sound-1/status.json", status(1.0))
+    store.write("registry/sound/champion.json", b'{"version": 1, "hole_psnr": 20}')
+    told = scraped(store)
+    labels = {labels[0] for _, labels in told if labels}
+    assert labels == {"sound-1", "sound"}
+    assert told["dpnet_storage_up", ()] == 1
+
+
+def test_storage_that_is_away_is_told_and_so_is_its_return(store, scraped):
+    store.write("runs/mine-1/status.json", status(1.0))
+    assert scraped(store)["dpnet_storage_up", ()] == 1
+    away = store.folder.rename(store.folder.with_name("away"))
+    assert scraped(store) == {("dpnet_up", ()): 1, ("dpnet_storage_up", ()): 0}
+    away.rename(store.folder)
+    assert scraped(store)["dpnet_train_step", ("mine-1",)] == 50
+
+
+def test_a_scrape_does_not_wait_for_storage_that_hangs(store, scraped, monkeypatch):
+    monkeypatch.setattr(exporter, "WAIT_S", 0.05)
+    hangs = True
+
+    class Hanging(LocalStore):
+        def folders(self, prefix: str = "") -> Iterator[str]:
+            while hangs:
+                time.sleep(0.01)
+            return super().folders(prefix)
+
+    slow = Hanging(store.folder)
+    assert scraped(slow)["dpnet_storage_up", ()] == 0
+    hangs = False
+    deadline = time.monotonic() + 30
+    while scraped(slow)["dpnet_storage_up", ()] == 0:
+        assert time.monotonic() < deadline
+
+
+def test_the_store_is_not_read_at_every_scrape(store):
+    server, port = serve(store)
+    try:
+        assert ("dpnet_train_step", ("mine-1",)) not in scrape(port)
+        store.write("runs/mine-1/status.json", status(1.0))
+        assert ("dpnet_train_step", ("mine-1",)) not in scrape(port)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_root_on_s3_is_told_as_a_folder_is(moto_root, scraped):
+    store = open_store(moto_root)
+    store.write("runs/mine-1/status.json", status(1.0))
+    store.write("registry/dpnet/champion.json", b'{"version": 3, "hole_psnr": 24.25}')
+    told = scraped(store)
+    assert told["dpnet_train_step", ("mine-1",)] == 50
+    assert told["dpnet_champion_version", ("dpnet",)] == 3
+
+
+def test_every_metric_has_a_name_of_ours_and_says_what_it_is():
+    for name, (what, _) in METRICS.items():
+        assert name.startswith("dpnet_")
+        assert what.endswith(".")
+
+
+def test_a_port_that_is_taken_is_told(store):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PipelineError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*--port"):
+            serve(store, port)
+
+
+def test_the_command_prints_its_address_and_ends_on_sigterm(store):
+    command = [sys.executable, "-m", "dpnet.exporter", str(store.folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                assert b"dpnet_up 1.0" in answer.read()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def test_a_root_that_is_none_is_told_by_the_command(capsys):
+    assert exporter.main(["ftp://here"]) == 1
+    assert "unknown scheme" in capsys.readouterr().err
+
+
+def test_reports_are_shown_and_nothing_else_of_the_root(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write("evaluations/0123456789ab/report.html", b"<p>a report</p>")
+    store.write("evaluations/0123456789ab/report.json", b"{}")
+    server, port = serve(store)
+    try:
+        at = f"http://127.0.0.1:{port}/evaluations"
+        with urllib.request.urlopen(f"{at}/0123456789ab/report.html") as answer:
+            assert answer.read() == b"<p>a report</p>"
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{at}/aaaaaaaaaaaa/report.html")
+        for other in ("0123456789ab/report.json", "../evaluations/0123456789ab/report.html"):
+            with urllib.request.urlopen(f"{at}/{other}") as answer:
+                assert b"dpnet_up" in answer.read()
+    finally:
+        server.shutdown()
+        server.server_close()

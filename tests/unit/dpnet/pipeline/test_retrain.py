@@ -1,0 +1,308 @@
+"""Retraining: from which champion, compared with which, once for each state of the data.
+
+Images, masks, registration and registry are real; training and evaluation are made up, as figures.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_root
+from image_sets import photograph, photographs
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.stage import StageRef, read_manifest
+from data_prep.core.storage.store import LocalStore
+from dpnet.evaluation.stage import evaluate
+from dpnet.pipeline.chain import run_chain
+from dpnet.pipeline.config import Config, config_of_source
+from dpnet.pipeline.retrain import NothingToDo, retrain
+from dpnet.pipeline.verify import verify
+from dpnet.registry.stage import RegisterSettings, find_record, register
+from dpnet.training.stage import train
+
+OPTIONS = ("size=32", "masks.size=32", "masks.train=4", "masks.eval_per_bin=2")
+
+
+class Stages:
+    """A `call` whose training and evaluation make up what they give.
+
+    `psnr` is that of every new training; `trained` are the references that these began with.
+    """
+
+    def __init__(self, store: LocalStore, psnr: float) -> None:
+        self.store, self.psnr = store, psnr
+        self.trained: list[str | None] = []
+        self.evaluated: list[tuple[str, str]] = []  # images' digest, run's folder
+        self.before: Callable[[str], None] = lambda title: None
+
+    def __call__(self, title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+        self.before(title)
+        if stage is train:
+            return self._train(*arguments)
+        if stage is evaluate:
+            return self._evaluate(*arguments)
+        return stage(*arguments)
+
+    def _train(self, *arguments: Any) -> StageRef:
+        model, _, settings, _, _, name, images, masks, store = arguments
+        assert store is self.store
+        self.trained.append(settings.init_from)
+        return small_root.commit(
+            store,
+            "train",
+            "runs",
+            {"model/generator.safetensors": f"{self.psnr}".encode(), "model/model.json": b"{}"},
+            settings={"model": model.model_dump(), "init": settings.init_from, "name": name},
+            inputs={"images": images, "masks": masks},
+        )
+
+    def _evaluate(self, settings: Any, images: Any, masks: Any, run: Any, store: Any) -> StageRef:
+        self.evaluated.append((images.content_digest, run.folder))
+        own = float(store.read(f"{run.folder}/model/generator.safetensors"))
+        pairs = images.content_digest
+        # Of other pictures the figure is another one.
+        psnr = own + int(pairs[:2], 16) / 1000
+        return small_root.commit(
+            store,
+            "evaluate",
+            "evaluations",
+            {"report.json": f"{psnr} {pairs}".encode()},
+            inputs={"images": images, "masks": masks, "run": run},
+            summary={"hole_psnr": psnr, "pairs_digest": pairs, "figures": {}},
+        )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return small_root.new_store(tmp_path / "root")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return photographs(tmp_path / "photos", 12)
+
+
+def config(folder: Path, *overrides: str) -> Config:
+    sets = [o if "." in o else f"images.{o}" for o in (*OPTIONS, *overrides)]
+    return config_of_source(str(folder), sets)
+
+
+@pytest.fixture
+def grown(store: LocalStore, folder: Path) -> Path:
+    """The source of version 1, the champion of 20 dB, to which three photographs have come."""
+    run_chain(config(folder), store, call=Stages(store, 20.0))
+    for number in range(3):
+        photograph(folder / f"new {number}.png", 100 + number)
+    return folder
+
+
+def test_a_retrain_starts_from_the_champion_and_the_better_one_is_promoted(
+    store: LocalStore, grown: Path
+) -> None:
+    before = find_record(store)
+    call = Stages(store, 21.0)
+    ref = retrain(config(grown), store, call)
+    assert call.trained == ["models:/dpnet/1"]
+    (new_on, new_run), (old_on, old_run) = call.evaluated
+    assert new_on == old_on  # both on the new version's images
+    assert new_run == find_record(store)["run"]["folder"]
+    assert old_run == before["run"]["folder"]
+    summary = ref.summary
+    assert (summary["version"], summary["promoted"]) == (2, True)
+    assert (summary["images"]["version"], summary["images"]["added"]) == (2, 3)
+    assert summary["champion"]["version"] == 1
+    new, old = summary["hole_psnr"], summary["champion"]["hole_psnr"]
+    assert old != before["hole_psnr"]  # it was measured again
+    assert summary["reason"] == (
+        f"Its hole PSNR of {new:.2f} dB is above the {old:.2f} dB of version 1."
+    )
+    assert find_record(store)["version"] == 2
+    assert verify(store).problems == []
+    assert verify(store, "models:/dpnet@champion").problems == []
+
+
+def test_a_worse_model_is_kept_as_challenger(store: LocalStore, grown: Path) -> None:
+    ref = retrain(config(grown), store, Stages(store, 19.0))
+    assert (ref.summary["version"], ref.summary["promoted"]) == (2, False)
+    assert "is not above" in ref.summary["reason"]
+    assert find_record(store)["version"] == 1
+
+
+def test_the_same_images_are_retrained_on_once(store: LocalStore, grown: Path) -> None:
+    first = retrain(config(grown), store, Stages(store, 19.0))
+    call = Stages(store, 30.0)
+    again = retrain(config(grown), store, call)
+    assert again.skipped
+    assert again.summary == first.summary
+    assert (call.trained, call.evaluated) == ([], [])
+
+
+def test_two_retrains_at_once_train_once(store: LocalStore, grown: Path) -> None:
+    call = Stages(store, 21.0)
+    refs: list[StageRef] = []
+    together = threading.Barrier(2)
+
+    def run() -> None:
+        together.wait(20)
+        refs.append(retrain(config(grown), store, call))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(call.trained) == 1
+    assert sorted(ref.skipped for ref in refs) == [False, True]
+    assert refs[0].folder == refs[1].folder
+    assert find_record(store)["version"] == 2
+
+
+def test_images_that_the_champion_was_trained_on_are_nothing_to_do(
+    store: LocalStore, grown: Path
+) -> None:
+    for path in grown.glob("new *.png"):
+        path.unlink()
+    (grown / "notes.txt").write_text("no picture")
+    call = Stages(store, 30.0)
+    with pytest.raises(NothingToDo, match="version 1, was trained on exactly these images"):
+        retrain(config(grown), store, call)
+    assert call.trained == []
+    assert not list(store.list("retrains"))
+
+
+def test_without_a_champion_it_trains_from_nothing(store: LocalStore, folder: Path) -> None:
+    call = Stages(store, 20.0)
+    ref = retrain(config(folder), store, call)
+    assert call.trained == [None]
+    assert len(call.evaluated) == 1
+    assert ref.summary["champion"] is None
+    assert ref.summary["reason"] == "It is the first version."
+
+
+class Killed(BaseException):
+    """Ends a call at a chosen place, as kill -9 would."""
+
+
+@pytest.mark.parametrize("title", ["train", "evaluate the champion", "register"])
+def test_a_retrain_that_was_killed_goes_on_from_the_same_champion(
+    store: LocalStore, grown: Path, title: str
+) -> None:
+    call = Stages(store, 21.0)
+
+    def kill(at: str) -> None:
+        if at == title:
+            raise Killed
+
+    call.before = kill
+    with pytest.raises(Killed):
+        retrain(config(grown), store, call)
+    another = small_root.run_and_evaluation(store, 20.5)
+    promote(store, *another)
+    call.before = lambda at: None
+    ref = retrain(config(grown), store, call)
+    assert call.trained[-1] == "models:/dpnet/1"
+    assert ref.summary["started_from"] == 1
+    assert ref.summary["version"] == 3
+    assert verify(store).problems == []
+
+
+def test_one_that_was_killed_after_it_was_promoted_makes_no_second_version(
+    store: LocalStore, grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dpnet.pipeline.retrain._summary", killed)
+        with pytest.raises(Killed):
+            retrain(config(grown), store, Stages(store, 21.0))
+    assert find_record(store)["version"] == 2
+    ref = retrain(config(grown), store, Stages(store, 21.0))
+    assert not ref.skipped
+    assert (ref.summary["version"], ref.summary["promoted"]) == (2, True)
+    assert ref.summary["champion"]["version"] == 1
+
+
+def promote(store: LocalStore, run: StageRef, evaluation: StageRef) -> None:
+    """Make another run the champion, whatever its figures are."""
+    promoted = register(RegisterSettings(), run, evaluation, store)
+    number = promoted.summary["version"]
+    store.write("registry/dpnet/champion.json", store.read(f"registry/dpnet/v{number}.json"))
+
+
+def test_it_is_compared_with_the_champion_of_the_moment(store: LocalStore, grown: Path) -> None:
+    call = Stages(store, 21.0)
+
+    def promote_another(title: str) -> None:
+        if title == "evaluate":
+            promote(store, *small_root.run_and_evaluation(store, 22.0))
+
+    call.before = promote_another
+    ref = retrain(config(grown), store, call)
+    assert ref.summary["started_from"] == 1
+    assert ref.summary["champion"]["version"] == 2
+    assert (ref.summary["version"], ref.summary["promoted"]) == (3, False)
+    assert find_record(store)["version"] == 2
+
+
+def test_a_champion_that_fell_while_it_was_measured_is_not_compared_with(
+    store: LocalStore, grown: Path
+) -> None:
+    call = Stages(store, 21.0)
+
+    def promote_another(title: str) -> None:
+        if title == "register":
+            promote(store, *small_root.run_and_evaluation(store, 10.0))
+
+    call.before = promote_another
+    ref = retrain(config(grown), store, call)
+    assert not ref.summary["promoted"]
+    assert "version 2, was evaluated on other pairs" in ref.summary["reason"]
+
+
+def test_another_network_than_the_champions_is_refused(store: LocalStore, grown: Path) -> None:
+    call = Stages(store, 21.0)
+    with pytest.raises(PipelineError, match=r"model\.preset base and this config tiny"):
+        retrain(config(grown, "model.preset=tiny"), store, call)
+    assert call.trained == []
+
+
+def test_how_it_is_computed_asks_for_nothing_else(store: LocalStore, grown: Path) -> None:
+    retrain(config(grown), store, Stages(store, 21.0))
+    same = ("train.workers=2", "train.checkpoint_every=7", "evaluate.threads=1")
+    assert retrain(config(grown, *same), store, Stages(store, 21.0)).skipped
+
+
+def test_an_altered_plan_is_told(store: LocalStore, grown: Path) -> None:
+    call = Stages(store, 21.0)
+
+    def spoil(title: str) -> None:
+        if title == "train":
+            (key,) = (e.key for e in store.list("retrains") if e.key.endswith("plan.json"))
+            store.write(key, b"{")
+            raise Killed
+
+    call.before = spoil
+    with pytest.raises(Killed):
+        retrain(config(grown), store, call)
+    with pytest.raises(PipelineError, match=r"plan\.json was altered: delete"):
+        retrain(config(grown), store, Stages(store, 21.0))
+
+
+def test_the_manifest_names_what_was_made(store: LocalStore, grown: Path) -> None:
+    ref = retrain(config(grown), store, Stages(store, 21.0))
+    assert set(read_manifest(store, ref.folder)["inputs"]) == {"images", "masks"}
+    made = json.loads(store.read(f"{ref.folder}/retrain.json"))["made"]
+    stages = {role: read_manifest(store, place)["stage"] for role, place in made.items()}
+    assert stages == {
+        "run": "train",
+        "evaluation": "evaluate",
+        "against": "evaluate",
+        "register": "register",
+    }

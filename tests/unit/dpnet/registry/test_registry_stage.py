@@ -1,0 +1,268 @@
+import json
+import shutil
+import sqlite3
+from types import SimpleNamespace
+
+import pytest
+import small_root
+
+from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.storage.store import LocalStore, open_store
+from dpnet.registry import mlflow_versions as mlflow_registry
+from dpnet.registry import stage as register_module
+from dpnet.registry.stage import (
+    CHALLENGER,
+    CHAMPION,
+    RegisterSettings,
+    find_record,
+    judge,
+    register,
+    tracking_uri,
+)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return small_root.new_store(tmp_path / "root")
+
+
+def elsewhere(store, database):
+    """The same root in another place, with another MLflow database."""
+    # A new place, for MLflow keeps a database that it knows open.
+    folder = store.folder.parent / "elsewhere"
+    shutil.copytree(store.folder, folder)
+    (folder / "mlflow.db").write_bytes(database)
+    return LocalStore(folder)
+
+
+def registered(store, psnr, model="dpnet", **options):
+    run, evaluation = small_root.run_and_evaluation(store, psnr, **options)
+    return register(RegisterSettings(model=model), run, evaluation, store)
+
+
+def alias_and_reason(ref):
+    return ref.summary["alias"], ref.summary["reason"]
+
+
+def in_mlflow(store, model="dpnet"):
+    """{version: request digest} and {alias: version} as MLflow has them."""
+    with mlflow_registry.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        found = client.search_model_versions(f"name='{model}'")
+        versions = {int(v.version): v.tags["request_digest"] for v in found}
+        aliases = client.get_registered_model(model).aliases
+        return versions, {alias: int(version) for alias, version in aliases.items()}
+
+
+def runs_in_mlflow(store):
+    with sqlite3.connect(store.folder / "mlflow.db") as database:
+        return database.execute("select count(*) from runs").fetchone()[0]
+
+
+class Killed(BaseException):
+    """Ends a call at a chosen place, as kill -9 would."""
+
+
+def killed(*args, **kwargs):
+    raise Killed
+
+
+def test_the_first_version_becomes_champion(store):
+    ref = registered(store, 20.0)
+    assert ref.summary == {
+        "model": "dpnet",
+        "version": 1,
+        "alias": CHAMPION,
+        "reason": "It is the first version.",
+        "hole_psnr": 20.0,
+    }
+    assert in_mlflow(store) == ({1: ref.request_digest}, {CHAMPION: 1})
+    record = json.loads(store.read("registry/dpnet/champion.json"))
+    assert record == json.loads(store.read("registry/dpnet/v1.json"))
+    assert record["run"]["folder"].startswith("runs/")
+
+
+def test_a_better_model_on_the_same_pairs_becomes_champion(store):
+    registered(store, 20.0)
+    ref = registered(store, 21.5)
+    assert alias_and_reason(ref) == (
+        CHAMPION,
+        "Its hole PSNR of 21.50 dB is above the 20.00 dB of version 1.",
+    )
+    assert in_mlflow(store)[1] == {CHAMPION: 2}
+    assert find_record(store)["version"] == 2
+
+
+def test_a_worse_model_becomes_challenger(store):
+    registered(store, 20.0)
+    ref = registered(store, 19.0)
+    assert alias_and_reason(ref)[0] == CHALLENGER
+    assert in_mlflow(store)[1] == {CHAMPION: 1, CHALLENGER: 2}
+    assert find_record(store)["version"] == 1
+
+
+def test_a_model_evaluated_on_other_pairs_becomes_challenger(store):
+    registered(store, 20.0)
+    ref = registered(store, 30.0, pairs="q" * 64)
+    assert alias_and_reason(ref)[0] == CHALLENGER
+    assert "other pairs" in ref.summary["reason"]
+
+
+@pytest.mark.parametrize(("psnr", "alias"), [(20.0, CHALLENGER), (20.01, CHAMPION)])
+def test_only_a_higher_figure_beats_the_champion(psnr, alias):
+    champion = {"version": 3, "hole_psnr": 20.0, "pairs_digest": "p"}
+    assert judge(psnr, "p", champion)[0] == alias
+
+
+def test_the_same_request_is_skipped(store):
+    first = registered(store, 20.0)
+    again = registered(store, 20.0)
+    assert again.skipped
+    assert again.summary == first.summary
+    assert set(in_mlflow(store)[0]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("module", "step"),
+    [
+        (mlflow_registry, "_source"),  # MLflow's run is logged, the version not yet made
+        (register_module, "_keep"),  # the version is made, its record not yet written
+        (register_module, "write_file"),  # all is written, the stage not yet committed
+    ],
+)
+def test_a_registration_killed_on_the_way_makes_no_second_version(store, monkeypatch, module, step):
+    with monkeypatch.context() as patched:
+        patched.setattr(module, step, killed)
+        with pytest.raises(Killed):
+            registered(store, 20.0)
+    ref = registered(store, 20.0)
+    assert (ref.summary["version"], ref.summary["alias"]) == (1, CHAMPION)
+    assert in_mlflow(store) == ({1: ref.request_digest}, {CHAMPION: 1})
+    assert runs_in_mlflow(store) == 1
+    assert find_record(store)["version"] == 1
+
+
+def test_a_registration_taken_up_late_does_not_depose_a_newer_champion(store, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(register_module, "write_file", killed)
+        with pytest.raises(Killed):
+            registered(store, 20.0)
+    registered(store, 25.0)
+    assert registered(store, 20.0).summary["version"] == 1
+    assert find_record(store)["version"] == 2
+    assert in_mlflow(store)[1][CHAMPION] == 2
+
+
+def test_a_lost_database_is_made_again_from_storage(store, capsys):
+    digests = [registered(store, psnr).request_digest for psnr in (20.0, 21.0)]
+    store = elsewhere(store, small_root.new_database().data)
+    ref = registered(store, 19.0)
+    assert ref.summary["version"] == 3
+    versions, aliases = in_mlflow(store)
+    assert versions == {1: digests[0], 2: digests[1], 3: ref.request_digest}
+    assert aliases == {CHAMPION: 2, CHALLENGER: 3}
+    assert "made again from storage" in capsys.readouterr().err
+
+
+def test_a_database_with_other_versions_is_refused(store, tmp_path):
+    registered(store, 20.0)
+    other = small_root.new_store(tmp_path / "other")
+    registered(other, 22.0)
+    store = elsewhere(store, other.read("mlflow.db"))
+    with pytest.raises(PipelineError, match=r"version 1 of dpnet .* register\.model"):
+        registered(store, 21.0)
+
+
+def test_models_of_different_names_are_counted_apart(store):
+    registered(store, 20.0)
+    assert registered(store, 10.0, model="other").summary["alias"] == CHAMPION
+    assert find_record(store, "models:/other@champion")["hole_psnr"] == 10.0
+    with pytest.raises(PipelineError, match="several champions"):
+        find_record(store)
+
+
+def test_what_was_trained_and_measured_is_in_mlflow(store):
+    ref = registered(store, 20.0)
+    with mlflow_registry.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        version = client.get_model_version("dpnet", "1")
+        run = client.get_run(version.run_id)
+    assert run.data.params["train.steps"] == "5"
+    assert run.data.metrics == {"mean_over_bins.dpnet.hole_psnr": 20.0}
+    assert run.info.status == "FINISHED"
+    record = find_record(store)
+    assert version.source == f"{store.uri}/{record['run']['folder']}/model"
+    assert version.tags["evaluation_digest"] == record["evaluation"]["content_digest"]
+    assert version.tags["request_digest"] == ref.request_digest
+
+
+def test_the_record_has_no_time_and_no_path_of_this_machine(store):
+    registered(store, 20.0)
+    text = store.read("registry/dpnet/v1.json").decode()
+    assert str(store.folder) not in text
+    assert "created" not in text
+
+
+def test_nothing_is_written_in_the_working_directory(store, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    registered(store, 20.0)
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_new_database_is_made_without_talk_and_without_litter():
+    made = small_root.new_database()
+    assert made.output == ""
+    assert made.files == ["mlflow.db"]
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    # MLflow takes no half-made one up again.
+    monkeypatch.setattr(mlflow_registry.LocalStore, "create", killed)
+    with pytest.raises(Killed), mlflow_registry.connect(f"sqlite:///{tmp_path}/new.db"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_on_s3_needs_a_tracking_uri(store):
+    run, evaluation = small_root.run_and_evaluation(store, 20.0)
+    with pytest.raises(ConfigError, match=r"register\.tracking_uri is not set"):
+        register(RegisterSettings(), run, evaluation, open_store("s3://bucket/root"))
+
+
+def test_mlflows_own_setting_counts_where_none_is_set(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking_uri(RegisterSettings(), store) == "http://mlflow:5000"
+    assert tracking_uri(RegisterSettings(), open_store("s3://bucket/root")) == "http://mlflow:5000"
+    set_ = RegisterSettings(tracking_uri="sqlite:////own.db")
+    assert tracking_uri(set_, store) == "sqlite:////own.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking_uri(RegisterSettings(), store) == f"sqlite:///{store.folder}/mlflow.db"
+
+
+def test_a_server_is_told_of_a_local_model_in_a_way_that_it_takes(store):
+    # A plain path it takes for one of its own, and refuses it.
+    clients = {uri: SimpleNamespace(tracking_uri=uri) for uri in ("sqlite:///x", "http://x")}
+    sources = {u: mlflow_registry._source(c, store, "runs/r") for u, c in clients.items()}
+    assert sources["sqlite:///x"] == f"file://{store.folder}/runs/r/model"
+    assert sources["http://x"] == f"dpnet-file://{store.folder.resolve()}/runs/r/model"
+
+
+def test_a_database_that_cannot_be_opened_is_told_without_its_password(store):
+    run, evaluation = small_root.run_and_evaluation(store, 20.0)
+    (store.folder / "broken.db").write_bytes(b"this is no database" * 100)
+    settings = RegisterSettings(tracking_uri=f"sqlite:///{store.folder}/broken.db")
+    with pytest.raises(PipelineError, match="refused the registration"):
+        register(settings, run, evaluation, store)
+    assert mlflow_registry.public("postgresql://me:secret@host/db") == "postgresql://host/db"
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
+def test_a_model_name_cannot_lead_out_of_the_registry(name):
+    with pytest.raises(ValueError, match="model"):
+        RegisterSettings(model=name)
+
+
+def test_an_altered_record_is_told(store):
+    registered(store, 20.0)
+    store.write("registry/dpnet/champion.json", b"{}")
+    with pytest.raises(PipelineError, match=r"champion\.json was altered"):
+        find_record(store)

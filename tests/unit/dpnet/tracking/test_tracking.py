@@ -1,0 +1,329 @@
+import json
+import socket
+import time
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import small_root
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.stage import Request, Work
+from data_prep.core.storage.store import LocalStore, open_store
+from dpnet.registry import mlflow_versions as mlflow_registry
+from dpnet.registry.stage import RegisterSettings, register
+from dpnet.tracking import mlflow_follower as tracking
+from dpnet.tracking.mlflow_follower import Tracker
+from dpnet.tracking.run_log import Journal
+
+SETTINGS = {"train": {"steps": 75, "batch_size": 2}}
+
+
+def trained(step, hole=0.2, **more):
+    """A record of training, of 25 steps that took 5 s, 1 s of it waiting."""
+    record = {"kind": "train", "step": step, "losses": {"hole": hole}, "gradients": {"all": 1.5}}
+    record |= {"images": 50, "seconds": 5.0, "data_seconds": 1.0, "other_seconds": 2.5}
+    return record | {"skipped_steps": 0, "skipped_samples": 3} | more
+
+
+def validated(step, psnr):
+    return {"kind": "validation", "step": step, "hole_psnr": psnr, "mean_fill_psnr": 9.0}
+
+
+COURSE = [
+    validated(0, 10.0),
+    trained(25, 0.3),
+    trained(50, 0.2, gpu_memory_gb=7.5),
+    validated(50, 12.0),
+    trained(75, 0.1),
+    validated(75, 13.0),
+]
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    monkeypatch.setattr(tracking, "EVERY_S", 0.05)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return small_root.new_store(tmp_path / "root")
+
+
+@pytest.fixture
+def uri(store):
+    return f"sqlite:///{store.folder}/mlflow.db"
+
+
+def work_in(store):
+    request = Request("train", "small", "runs", SETTINGS)
+    return Work(store, request.folder, request, lease=None)
+
+
+def tell(work, log, pictures=()):
+    """What the training loop writes while it goes on."""
+    with closing(Journal(work.store, work.folder)) as journal:
+        for step in pictures:
+            journal.picture(step, b"png of step %d" % step)
+        journal.log(log)
+        journal.status({"step": log[-1]["step"], "records": len(log)})
+
+
+def track(uri, work, log, error=None, **told):
+    """A training that tells `log` and ends, with `error` where there is one."""
+    with Tracker(uri, work):
+        tell(work, log, **told)
+        if error:
+            raise error
+
+
+def runs(uri, experiment="small"):
+    client = mlflow_registry.new_client(uri)
+    found = client.get_experiment_by_name(experiment)
+    return client.search_runs([found.experiment_id]) if found else []
+
+
+def only_run(uri):
+    (run,) = runs(uri)
+    return run
+
+
+def points(uri, name):
+    """[(step, value)] of a metric of the only run."""
+    client = mlflow_registry.new_client(uri)
+    history = client.get_metric_history(only_run(uri).info.run_id, name)
+    return [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_training_shows_while_it_goes_on(store, uri):
+    work = work_in(store)
+    with Tracker(uri, work):
+        tell(work, COURSE[:2])
+        wait_for(lambda: runs(uri) and points(uri, "losses.hole") == [(25, 0.3)])
+        assert only_run(uri).info.status == "RUNNING"
+        tell(work, COURSE[:3])
+        wait_for(lambda: points(uri, "losses.hole") == [(25, 0.3), (50, 0.2)])
+
+
+def test_every_point_is_there_once_at_its_step(store, uri):
+    track(uri, work_in(store), COURSE)
+    assert points(uri, "losses.hole") == [(25, 0.3), (50, 0.2), (75, 0.1)]
+    assert points(uri, "gradients.all") == [(25, 1.5), (50, 1.5), (75, 1.5)]
+    assert points(uri, "validation.hole_psnr") == [(0, 10.0), (50, 12.0), (75, 13.0)]
+    assert points(uri, "validation.mean_fill_psnr")[0] == (0, 9.0)
+    assert points(uri, "gpu_memory_gb") == [(50, 7.5)]
+
+
+def test_throughput_and_where_a_step_s_time_goes_are_told(store, uri):
+    track(uri, work_in(store), COURSE)
+    figures = only_run(uri).data.metrics
+    assert figures["throughput.images_per_second"] == 10.0
+    assert figures["throughput.data_wait_share"] == 0.2
+    seconds = {name: figures[f"seconds_per_step.{name}"] for name in ("step", "data", "other")}
+    assert seconds == pytest.approx({"step": 4 / 25, "data": 1 / 25, "other": 0.1})
+    assert (figures["skipped.steps"], figures["skipped.samples"]) == (0, 3)
+
+
+def test_the_run_has_the_settings_and_is_found_by_the_digest(store, uri):
+    work = work_in(store)
+    track(uri, work, COURSE)
+    data = only_run(uri).data
+    assert data.params == {"train.steps": "75", "train.batch_size": "2"}
+    assert data.tags["train_digest"] == work.request.digest
+    assert data.tags["train"] == f"{store.uri}/{work.folder}"
+
+
+def test_a_resumed_training_goes_on_in_the_same_run_without_a_point_twice(store, uri):
+    work = work_in(store)
+    with pytest.raises(KeyboardInterrupt):
+        track(uri, work, COURSE[:4], KeyboardInterrupt())
+    with Tracker(uri, work):
+        tell(work, COURSE[:2])  # the checkpoint's log: what came after it is done again
+        tell(work, [*COURSE[:2], trained(30), trained(50, 0.2)])
+        tell(work, [*COURSE[:2], trained(30), *COURSE[2:]])
+    assert points(uri, "losses.hole") == [(25, 0.3), (50, 0.2), (75, 0.1)]
+    assert points(uri, "validation.hole_psnr") == [(0, 10.0), (50, 12.0), (75, 13.0)]
+    assert only_run(uri).info.status == "FINISHED"
+
+
+def test_a_point_whose_answer_was_lost_is_not_logged_again(store, uri, monkeypatch, capsys):
+    client_of = mlflow_registry.new_client
+    lost = []
+
+    def new_client(uri):
+        client = client_of(uri)
+        log_batch = client.log_batch
+
+        def losing(run_id, metrics=(), **more):
+            log_batch(run_id, metrics=metrics, **more)
+            if metrics and not lost:
+                lost.append(metrics)
+                raise ConnectionError("the answer got lost")
+
+        client.log_batch = losing
+        return client
+
+    monkeypatch.setattr(tracking, "new_client", new_client)
+    work = work_in(store)
+    with Tracker(uri, work):
+        tell(work, COURSE)
+        wait_for(lambda: lost)
+    assert len(points(uri, "losses.hole")) == 3
+    assert only_run(uri).info.status == "FINISHED"
+    assert capsys.readouterr().err.count("the answer got lost") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "FINISHED"), (PipelineError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")],
+)
+def test_the_status_says_how_training_ended(store, uri, error, status):
+    with pytest.raises(type(error)) if error else nullcontext():
+        track(uri, work_in(store), COURSE, error)
+    assert only_run(uri).info.status == status
+
+
+def test_a_training_that_does_not_begin_makes_no_run(store, uri):
+    with pytest.raises(PipelineError), Tracker(uri, work_in(store)):
+        raise PipelineError("no cluster")
+    assert runs(uri) == []
+
+
+def test_pictures_become_artifacts(store, uri, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    work = work_in(store)
+    track(uri, work, COURSE[:4], pictures=[50])
+    track(uri, work, COURSE, pictures=[75])
+    client, run = mlflow_registry.new_client(uri), only_run(uri)
+    there = client.list_artifacts(run.info.run_id, "pictures")
+    assert [f.path for f in there] == [f"pictures/step-000000{step}.png" for step in (50, 75)]
+    got = client.download_artifacts(run.info.run_id, there[0].path, str(tmp_path))
+    assert Path(got).read_bytes() == b"png of step 50"
+    assert run.info.artifact_uri.startswith(f"{store.uri}/mlflow-artifacts/")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_pictures_of_a_root_on_s3_are_stored_where_aws_endpoint_url_leads(moto_root, uri, capsys):
+    work = work_in(open_store(moto_root))
+    track(uri, work, COURSE, pictures=[75])
+    artifacts = only_run(uri).info.artifact_uri.removeprefix(f"{moto_root}/")
+    assert work.store.read(f"{artifacts}/pictures/step-00000075.png") == b"png of step 75"
+    assert capsys.readouterr().err == ""
+
+
+def test_pictures_that_cannot_be_stored_are_told_once_and_stop_nothing(store, uri, capsys):
+    store.write("mlflow-artifacts", b"a file in the way")
+    work = work_in(store)
+    with Tracker(uri, work):
+        tell(work, COURSE[:4], pictures=[50])
+        wait_for(lambda: runs(uri) and len(points(uri, "losses.hole")) == 2)
+        tell(work, COURSE, pictures=[75])
+    assert only_run(uri).info.status == "FINISHED"
+    assert len(points(uri, "losses.hole")) == 3
+    assert capsys.readouterr().err.count("does not take the validation pictures") == 1
+
+
+@contextmanager
+def mute_server():
+    """The port of a server that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(8)
+        yield server.getsockname()[1]
+
+
+def test_a_server_that_is_not_there_is_told_once_and_delays_nothing(store, capsys):
+    work = work_in(store)
+    with Tracker("http://me:secret@127.0.0.1:9", work):
+        tell(work, COURSE[:2])
+        time.sleep(0.5)
+        tell(work, COURSE)
+        ended = time.monotonic()
+    assert time.monotonic() - ended < 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: MLflow at http://127.0.0.1:9 does not take the course")
+    assert "secret" not in line
+
+
+def test_a_server_that_never_answers_is_not_waited_for(store, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.2)
+    monkeypatch.setitem(tracking._PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with mute_server() as port:
+        with Tracker(f"http://127.0.0.1:{port}", work_in(store)) as tracker:
+            tell(tracker._work, COURSE)
+            ended = time.monotonic()
+        assert time.monotonic() - ended < 1
+        assert "needs more than" in capsys.readouterr().err
+        tracker._thread.join(10)
+
+
+def test_what_a_server_missed_is_added_when_it_is_there(store, uri, monkeypatch, capsys):
+    client_of = mlflow_registry.new_client
+    away = [True, True]
+
+    def new_client(uri):
+        if away:
+            away.pop()
+            raise ConnectionError("nobody there")
+        return client_of(uri)
+
+    monkeypatch.setattr(tracking, "new_client", new_client)
+    work = work_in(store)
+    with Tracker(uri, work):
+        tell(work, COURSE)
+        wait_for(lambda: runs(uri))
+    assert len(points(uri, "losses.hole")) == 3
+    assert capsys.readouterr().err.count("nobody there") == 1
+
+
+def test_without_mlflow_nothing_is_tracked(store, uri):
+    track(None, work_in(store), COURSE)
+    assert runs(uri) == []
+
+
+def test_the_same_training_in_two_roots_has_two_runs(store, uri, tmp_path):
+    track(uri, work_in(store), COURSE)
+    track(uri, work_in(LocalStore(tmp_path / "other")), COURSE)
+    assert len(runs(uri)) == 2
+
+
+def registered(store, log):
+    """Commit the tracked training, evaluate and register it."""
+    text = b"".join(json.dumps(record).encode() + b"\n" for record in log)
+    run = small_root.commit(store, "train", "runs", {"log.jsonl": text}, settings=SETTINGS)
+    summary = {"hole_psnr": 20.0, "pairs_digest": "p" * 64}
+    summary["figures"] = {"mean_over_bins": {"dpnet": {"hole_psnr": 20.0, "ssim": None}}}
+    files = {"report.json": b"{}"}
+    evaluation = small_root.commit(
+        store, "evaluate", "evaluations", files, inputs={"run": run}, summary=summary
+    )
+    register(RegisterSettings(), run, evaluation, store)
+
+
+def test_registering_adds_the_evaluation_to_the_training_s_run(store, uri):
+    track(uri, work_in(store), COURSE)
+    before = only_run(uri)
+    registered(store, COURSE)
+    run = only_run(uri)
+    version = mlflow_registry.new_client(uri).get_model_version("dpnet", "1")
+    assert version.run_id == run.info.run_id == before.info.run_id
+    assert run.data.metrics["mean_over_bins.dpnet.hole_psnr"] == 20.0
+    assert run.data.tags["evaluate"].startswith(f"{store.uri}/evaluations/")
+    assert run.info.end_time == before.info.end_time
+    assert len(points(uri, "losses.hole")) == 3
+
+
+def test_registering_adds_what_tracking_could_not(store, uri):
+    with pytest.raises(KeyboardInterrupt):
+        track(uri, work_in(store), COURSE[:2], KeyboardInterrupt())
+    registered(store, COURSE)
+    assert points(uri, "losses.hole") == [(25, 0.3), (50, 0.2), (75, 0.1)]
+    assert only_run(uri).info.status == "FINISHED"

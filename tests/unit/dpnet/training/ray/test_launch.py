@@ -1,0 +1,300 @@
+"""What is common to all launchers, and what each makes of errors, without Ray."""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from data_prep.core.errors import ConfigError, PipelineError, StorageError
+from dpnet.training.ray import launch_job as launch_ray_job
+from dpnet.training.ray.launch import LaunchSettings, _waits, cluster
+from dpnet.training.ray.launch_job import EXPLAINED, RayJobLauncher
+from dpnet.training.ray.launch_local import LOCK, _sweep
+from dpnet.training.ray.workers import explained
+from dpnet.training.stage import TrainSettings
+
+
+def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: lost.append(what.exc_type))
+
+    class Disposed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _waits() as wait:
+            Disposed()
+            assert lost == [KeyboardInterrupt]
+            with pytest.raises(KeyboardInterrupt):
+                wait(60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_lost_stop_of_the_command_is_not_taken_for_the_second_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
+    ended = []
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, lambda number, frame: ended.append(number))
+        raise KeyboardInterrupt
+
+    class Disposed:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with _waits() as wait:
+            Disposed()
+            with pytest.raises(KeyboardInterrupt):
+                wait(60)
+        assert not ended
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_who_waits_leaves_the_handlers_alone_by_which_prefect_knows_a_cancellation() -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with _waits() as wait:
+        wait(0)
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_cluster_is_that_of_the_config_or_else_that_of_rays_own_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://second:8265")
+    assert cluster(LaunchSettings()) == "http://second:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://first:8265")
+    assert cluster(LaunchSettings()) == "http://first:8265"
+    assert cluster(LaunchSettings(address="http://own:8265")) == "http://own:8265"
+
+
+def test_an_address_of_rays_control_service_is_no_dashboards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.raises(ConfigError, match=r"launch\.address is missing"):
+        cluster(LaunchSettings())
+
+
+class Status(str):
+    def is_terminal(self) -> bool:
+        return self not in ("PENDING", "RUNNING")
+
+
+class Client:
+    """A cluster's Jobs API: `jobs` by id, each with its status, exit status and log."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, tuple[str, int | None, str]] = {}
+        self.error: Exception | None = None
+
+    def list_jobs(self) -> list[Any]:
+        return [
+            SimpleNamespace(submission_id=name, status=Status(job[0]))
+            for name, job in self.jobs.items()
+        ]
+
+    def submit_job(self, *, entrypoint: str, submission_id: str, metadata: Any) -> None:
+        self.jobs[submission_id] = ("RUNNING", None, "")
+
+    def get_job_info(self, name: str) -> Any:
+        if self.error:
+            raise self.error
+        if name not in self.jobs:
+            raise RuntimeError(f"Request failed with status code 404: no job {name}.")
+        status, code, _ = self.jobs[name]
+        return SimpleNamespace(status=Status(status), driver_exit_code=code)
+
+    def get_job_logs(self, name: str) -> str:
+        return self.jobs[name][2]
+
+
+class Store:
+    uri = "s3://bucket/root"
+    written: ClassVar[dict[str, bytes]] = {}
+
+    def write(self, key: str, data: bytes) -> None:
+        self.written[key] = data
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Client:
+    client = Client()
+    monkeypatch.setattr(launch_ray_job, "_connected", lambda address: client)
+    monkeypatch.setattr(launch_ray_job, "ASK_S", 0.0)
+    monkeypatch.setattr(RayJobLauncher, "_show_log", lambda self, job: None)
+    return client
+
+
+def launcher(**launch: Any) -> RayJobLauncher:
+    job: Any = SimpleNamespace(to_json=dict, settings=TrainSettings(max_failures=1))
+    request = SimpleNamespace(digest="0123456789abcdef")
+    work: Any = SimpleNamespace(
+        store=Store(), folder="runs/a", request=request, key="runs/a/{}".format
+    )
+    started = RayJobLauncher(job, LaunchSettings(address="http://head:8265", **launch), work)
+    started.start()
+    return started
+
+
+def end(client: Client, attempt: str, status: str, code: int | None = None, log: str = "") -> None:
+    client.jobs[attempt] = (status, code, log)
+
+
+def test_each_attempt_has_the_next_number_and_one_at_work_is_attached_to(client: Client) -> None:
+    first = launcher()
+    assert first.attempt == launcher().attempt
+    end(client, first.attempt, "STOPPED")
+    assert launcher().attempt == f"{first.name}-2"
+    assert list(client.jobs) == [f"{first.name}-1", f"{first.name}-2"]
+
+
+def test_another_root_is_another_job(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = launcher()
+    monkeypatch.setattr(Store, "uri", "s3://bucket/other")
+    assert launcher().name != first.name
+    assert len(client.jobs) == 2
+
+
+def test_a_driver_that_dies_is_begun_again_as_often_as_is_allowed(client: Client) -> None:
+    started = launcher()
+    end(client, started.attempt, "FAILED", -9, "at work\nKilled")
+    assert started.goes_on()
+    assert started.attempt.endswith("-2")
+    end(client, started.attempt, "FAILED", -9, "at work\nKilled")
+    with pytest.raises(PipelineError, match=r"-2 died \(Killed\), and train.max_failures is 1: "):
+        started.goes_on()
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "sentence"),
+    [
+        (EXPLAINED, "the disk is full.", "^the disk is full.$"),
+        (127, "sh: 1: python: not found", r"has no dpnet \(sh: 1: python: not found\)"),
+        (1, "No module named 'dpnet'", "name in launch.python the interpreter"),
+    ],
+)
+def test_what_another_attempt_would_not_mend_ends_training(
+    client: Client, code: int, last: str, sentence: str
+) -> None:
+    started = launcher()
+    end(client, started.attempt, "FAILED", code, f"at work\n{last}\n")
+    with pytest.raises(PipelineError, match=sentence):
+        started.goes_on()
+    assert len(client.jobs) == 1
+
+
+def test_a_cluster_that_has_forgotten_the_job_is_given_it_again(client: Client) -> None:
+    started = launcher()
+    client.jobs.clear()
+    assert started.goes_on()
+    assert list(client.jobs) == [started.attempt]
+
+
+def test_a_cluster_that_does_not_answer_is_asked_on_until_the_deadline(
+    client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = launcher(deadline_s=1)
+    client.error = ConnectionError(
+        "HTTPConnectionPool(host='h'): [Errno 111] Connection refused'))"
+    )
+    assert started.goes_on()
+    assert started.goes_on()
+    told = capsys.readouterr().err
+    assert told.count("does not answer (Connection refused): asking on") == 1
+    time.sleep(1.1)
+    with pytest.raises(PipelineError, match=r"not answered for 1 s \(Connection refused\)"):
+        started.goes_on()
+
+
+class WorkerError(Exception):
+    def __init__(self, *failures: Exception) -> None:
+        self.worker_failures = dict(enumerate(failures))
+
+
+def test_of_several_workers_errors_the_one_that_a_user_can_act_on_is_told() -> None:
+    collateral = RuntimeError("Connection closed by peer")
+    told = explained(WorkerError(collateral, StorageError("the disk is full.")), "root")
+    assert str(told) == "the disk is full."
+    told = explained(WorkerError(collateral), "root")
+    assert isinstance(told, PipelineError)
+    assert "RuntimeError: Connection closed by peer" in str(told)
+    full = explained(WorkerError(OSError("[Errno 28] No space left on device")), "root")
+    assert str(full).startswith("cannot use root: the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("found", "least", "told"),
+    [
+        (0, None, r"train\.workers 4, .*finds 0 GPUs on this machine: leave train\.gpus out"),
+        (3, None, r"finds 3 GPUs on this machine: lower train\.workers, leave"),
+        (3, 2, None),
+    ],
+)
+def test_gpus_that_this_machine_does_not_have_are_told_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: int, least: int | None, told: str | None
+) -> None:
+    import ray
+    import torch
+
+    from dpnet.training.ray.launch_local import LocalLauncher
+
+    asked: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        asked.update(options)
+        raise Exception("it is a test.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    settings = SimpleNamespace(workers=4, min_workers=least, gpus=True)
+    job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
+    with pytest.raises(PipelineError, match=told or "Ray did not start"):
+        LocalLauncher(job, LaunchSettings()).start()
+    assert asked.get("num_gpus") == (None if told else found)
+
+
+def test_folders_that_killed_trainings_left_are_swept_and_no_others(tmp_path: Path) -> None:
+    for name in ("dpnet-ray-killed", "dpnet-ray-at-work", "dpnet-ray-begins", "others"):
+        (tmp_path / name / "session").mkdir(parents=True)
+        if name != "dpnet-ray-begins":
+            (tmp_path / name / LOCK).touch()
+    with (tmp_path / "dpnet-ray-at-work" / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _sweep(tmp_path)
+    left = {each.name for each in tmp_path.iterdir()}
+    assert left == {"dpnet-ray-at-work", "dpnet-ray-begins", "others"}
+
+
+def test_a_ray_that_does_not_start_is_told_of_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    from dpnet.training.ray.launch_local import LocalLauncher
+
+    def too_busy(**options: Any) -> None:
+        raise Exception("The current node timed out during startup. This could happen because.")
+
+    monkeypatch.setattr(ray, "init", too_busy)
+    settings = SimpleNamespace(workers=1, gpus=False)
+    job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
+    with pytest.raises(PipelineError, match=r"did not start .*timed out during startup\): give it"):
+        LocalLauncher(job, LaunchSettings()).start()

@@ -1,0 +1,191 @@
+"""Checkpoints on storage: whole or not at all, and never mixed."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.storage.store import LocalStore
+from dpnet.training import checkpoints
+from dpnet.training.checkpoints import MARK, Writer, check_asked, differences, load, marks, newest
+
+RUN = "runs/x-0123456789ab"
+ASKED = {"train": {"batch_size": 4, "steps": 10}, "sha256": {}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return LocalStore(tmp_path)
+
+
+def state(step):
+    return {"step": step, "weights": torch.full((3,), float(step))}
+
+
+def write(store, *steps, scores=None, **kept):
+    writer = Writer(store, RUN, ASKED, **{"last": 10, "best": 0, **kept})
+    for step in steps:
+        writer.save(step, state(step), [{"step": step}], (scores or {}).get(step))
+    writer.wait()
+    writer.close()
+    return [mark.folder.rpartition("/")[2] for mark in marks(store, RUN)]
+
+
+def test_what_was_saved_comes_back_the_newest_first(store):
+    assert write(store, 5, 20, 100) == ["step-00000100", "step-00000020", "step-00000005"]
+    loaded = newest(store, RUN)
+    assert loaded.mark.step == 100
+    assert torch.equal(loaded.state["weights"], state(100)["weights"])
+    assert loaded.log == [{"step": 100}]
+    assert loaded.mark.asked == ASKED
+
+
+def test_a_run_without_checkpoints_has_none(store):
+    assert newest(store, RUN) is None
+
+
+@pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])
+@pytest.mark.parametrize("how", ["altered", "cut short", "missing"])
+def test_a_damaged_one_is_passed_over_with_a_warning_and_left_as_it_is(store, name, how, capsys):
+    write(store, 1, 2)
+    key = f"{RUN}/step-00000002/{name}"
+    data = store.read(key)
+    if how == "missing":
+        store.delete(key)
+    else:
+        data = data[:-1] if how == "cut short" else bytes([data[0] ^ 1]) + data[1:]
+        store.write(key, data)
+    assert newest(store, RUN).mark.step == 1
+    told = capsys.readouterr().err
+    assert f"step-00000002 is passed over: {name}" in told
+    assert "missing" in told if how == "missing" else "was altered or cut short" in told
+    assert write(store, 2) == ["step-00000002.2", "step-00000002", "step-00000001"]
+    if how != "missing":
+        assert store.read(key) == data
+    assert newest(store, RUN).mark.folder == f"{RUN}/step-00000002.2"
+
+
+@pytest.mark.parametrize("mark", [b"", b"{}", b'{"format": 99}', b"[1]"])
+def test_one_whose_mark_cannot_be_read_is_passed_over_with_a_warning(store, mark, capsys):
+    write(store, 1, 2)
+    store.write(f"{RUN}/step-00000002/{MARK}", mark)
+    assert newest(store, RUN).mark.step == 1
+    assert "step-00000002 is passed over: its checkpoint.json" in capsys.readouterr().err
+
+
+def test_one_that_was_never_finished_does_not_exist_and_is_told(store, capsys):
+    write(store, 1)
+    store.write(f"{RUN}/step-00000002/state.pt", b"half")
+    assert newest(store, RUN).mark.step == 1
+    assert "step-00000002 was never finished: that of step 1 is taken" in capsys.readouterr().err
+    # It is not written into, and goes once there is a whole one.
+    write(store, 2)
+    assert newest(store, RUN).mark.folder == f"{RUN}/step-00000002.2"
+    assert not store.exists(f"{RUN}/step-00000002/state.pt")
+
+
+def test_where_all_are_damaged_nothing_is_trained_afresh(store):
+    write(store, 1, 2)
+    for step in (1, 2):
+        store.write(f"{RUN}/step-{step:08d}/state.pt", b"no")
+    with pytest.raises(PipelineError, match=r"none of the 2 checkpoints .* is sound: restore one"):
+        newest(store, RUN)
+
+
+def test_a_state_that_would_run_code_is_not_loaded(store):
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("code was run",))
+
+    writer = Writer(store, RUN, ASKED, last=1, best=0)
+    writer.save(1, {"evil": Evil()}, [])
+    writer.wait()
+    with pytest.raises(PipelineError, match="cannot be read"):
+        load(store, marks(store, RUN)[0])
+
+
+def test_the_last_the_best_and_fixed_steps_are_kept(store):
+    scores = {1: 5.0, 2: 9.0, 3: 7.0, 4: 8.0, 5: 1.0, 6: 2.0}
+    kept = write(store, *range(1, 8), scores=scores, last=2, best=2, fixed=[3])
+    assert kept == [f"step-{step:08d}" for step in (7, 6, 4, 3, 2)]
+
+
+def test_saving_does_not_wait_but_the_next_one_does(store, monkeypatch):
+    gate, begun = threading.Event(), threading.Event()
+    real = LocalStore.write
+
+    def slow(self, key, data):
+        begun.set()
+        assert gate.wait(10)
+        real(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "write", slow)
+    writer = Writer(store, RUN, ASKED, last=2, best=0)
+    writer.save(1, state(1), [])
+    assert begun.wait(10)
+    assert marks(store, RUN) == []
+    threading.Timer(0.2, gate.set).start()
+    writer.save(2, state(2), [])
+    assert [mark.step for mark in marks(store, RUN)][-1] == 1
+    writer.wait()
+    assert [mark.step for mark in marks(store, RUN)] == [2, 1]
+
+
+def failing(monkeypatch, times):
+    real, left = LocalStore.write, [times]
+
+    def write(self, key, data):
+        if left[0]:
+            left[0] -= 1
+            raise StorageError("cannot use it: the disk is full.")
+        real(self, key, data)
+
+    monkeypatch.setattr(LocalStore, "write", write)
+    monkeypatch.setattr(checkpoints, "_WAIT_S", 0.01)
+
+
+def test_storage_that_refuses_for_a_while_is_tried_again_and_told_once(store, monkeypatch, capsys):
+    failing(monkeypatch, 3)
+    assert write(store, 1) == ["step-00000001"]
+    told = capsys.readouterr().err
+    assert told.count("step 1 cannot be written yet (cannot use it: the disk is full.)") == 1
+    assert "the checkpoint of step 1 is written now" in told
+
+
+def test_storage_that_refuses_for_too_long_ends_training(store, monkeypatch):
+    failing(monkeypatch, 10**6)
+    writer = Writer(store, RUN, ASKED, last=1, best=0, patience=0.05)
+    writer.save(1, state(1), [])
+    with pytest.raises(PipelineError, match="the disk is full"):
+        writer.save(2, state(2), [])
+
+
+def test_a_second_writer_of_the_same_checkpoint_is_refused(store, monkeypatch):
+    writer = Writer(store, RUN, ASKED, last=1, best=0)
+    monkeypatch.setattr(LocalStore, "create", lambda self, key, data: None)
+    writer.save(1, state(1), [])
+    with pytest.raises(PipelineError, match="written by another run of the same training"):
+        writer.wait()
+
+
+def test_what_differs_is_named_with_both_values(store):
+    other = {"train": {"batch_size": 8, "steps": 10, "lanes": 64}, "sha256": {}}
+    assert differences(ASKED, other) == ["train.batch_size 4, not 8", "train.lanes unset, not 64"]
+    assert differences(ASKED, json.loads(json.dumps(ASKED))) == []
+    write(store, 1)
+    mark = marks(store, RUN)[0]
+    check_asked(mark, ASKED, store.uri)
+    with pytest.raises(PipelineError, match=r"was made with train\.batch_size 4, not 8, train"):
+        check_asked(mark, other, store.uri)
+
+
+@pytest.mark.parametrize("kind", ["", "moto"])
+def test_checkpoints_on_s3_are_as_those_in_a_folder(kind, request, tmp_path):
+    from data_prep.core.storage.store import open_store
+
+    root = request.getfixturevalue("moto_root") if kind else str(tmp_path)
+    there = open_store(root)
+    assert write(there, 1, 2, 3, last=2) == ["step-00000003", "step-00000002"]
+    assert newest(there, RUN).mark.step == 3

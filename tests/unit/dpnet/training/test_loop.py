@@ -1,0 +1,638 @@
+"""The training loop without Ray: one process, real shards, a session that keeps folders."""
+
+import io
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch._dynamo.utils import counters
+
+from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.storage.store import open_store
+from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.masks.stage import MasksConfig, prepare_masks
+from dpnet.loading.samples import Samples, validation_pairs
+from dpnet.model import losses as L
+from dpnet.model_store.weights import load_generator, save_generator
+from dpnet.training import loop
+from dpnet.training import stage as training
+from dpnet.training.checkpoints import load, marks
+from dpnet.training.extend import find_start, first_step
+from dpnet.training.loop import Meter, choose_backend, note, resume, train_loop
+from dpnet.training.ray import launch
+from dpnet.training.ray.launch import LaunchSettings
+from dpnet.training.stage import (
+    LossSettings,
+    ModelSettings,
+    TrainJob,
+    TrainSettings,
+    asked,
+    train_request,
+    vgg_command,
+)
+from dpnet.training.step import Measured, Step
+from dpnet.training.validation import hole_psnr
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """(store, images, masks): a dozen 32-pixel pictures and as many masks."""
+    photos, root = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("root")
+    random = np.random.default_rng(0)
+    for i in range(12):
+        small = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((40, 40)).save(photos / f"{i}.png")
+    store = open_store(str(root))
+    images = prepare_images(
+        ImagesConfig(source=str(photos), name="t", size=32, val=0.2, test=0.2, workers=1), store
+    )
+    masks = prepare_masks(
+        MasksConfig(
+            name="t", size=32, recipes={"box-random": 1.0}, train=10, eval_per_bin=2, workers=1
+        ),
+        store,
+    )
+    return store, images, masks
+
+
+RUNS = itertools.count()
+
+
+def make_job(prepared, losses=None, folder=None, **settings):
+    store, images, masks = prepared
+    defaults = {
+        "steps": 6,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup_steps": 2,
+        "checkpoint_every": 2,
+        "validate_every": 3,
+        "ema_decay": 0.9,
+        "keep_checkpoints": 10,
+        "finetune_share": 0.0,
+    }
+    model, losses = ModelSettings(preset="tiny"), losses or LossSettings(adversarial=0.01)
+    settings = TrainSettings(**{**defaults, **settings})
+    request = train_request(model, losses, settings, "t", images, masks)
+    folder = folder or f"runs/t-{next(RUNS):012x}"
+    rest = (images, masks, model, losses, settings, asked(request))
+    return TrainJob(store.uri, folder, *rest)
+
+
+class Session:
+    """One rank, nothing around it; warns of its end at the steps `notices`."""
+
+    rank, world, local_world, device = 0, 1, 1, torch.device("cpu")
+    node, attempt = "here", "first"
+
+    def __init__(self, notices=()):
+        self.notices, self.asked = set(notices), 0
+
+    def notice(self):
+        self.asked += 1
+        return self.asked in self.notices
+
+
+class Killed(BaseException):
+    """What the process's end looks like to the code after it: nothing runs any more."""
+
+
+def killed_after(job, step):
+    """Train, and end all at once when `step` is done."""
+    real = Step.__call__
+
+    def dying(self, number, *rest):
+        if number == step:
+            raise Killed
+        return real(self, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", dying)
+        with pytest.raises(Killed):
+            train_loop(job, Session())
+
+
+def saved(job, step):
+    """The state and the log of the checkpoint at a step."""
+    store = open_store(job.root)
+    (mark,) = [mark for mark in marks(store, job.folder) if mark.step == step]
+    found = load(store, mark)
+    return found.state, found.log
+
+
+def saved_steps(job):
+    return [mark.step for mark in marks(open_store(job.root), job.folder)]
+
+
+def without_times(log):
+    times = ("seconds", "data_seconds", "other_seconds", "images_per_second")
+    return [{k: v for k, v in record.items() if k not in times} for record in log]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+@pytest.mark.parametrize(("step", "last"), [(1, 0), (3, 3), (5, 4)])
+def test_a_run_cut_off_and_taken_up_ends_bit_identical(prepared, step, last):
+    whole, broken = make_job(prepared), make_job(prepared)
+    train_loop(whole, Session())
+    killed_after(broken, step)
+    assert max(saved_steps(broken), default=0) == last
+    train_loop(broken, Session())
+    (mine, my_log), (its, its_log) = saved(broken, 6), saved(whole, 6)
+    assert equal(mine, its)
+    # Records end at other steps where the run was cut off in between; what is measured is the same.
+    assert [r for r in my_log if r["kind"] == "validation"] == [
+        r for r in its_log if r["kind"] == "validation"
+    ]
+    assert without_times(my_log) == without_times(its_log)
+
+
+def test_a_finished_run_is_not_trained_again(prepared, monkeypatch):
+    job = make_job(prepared, steps=2)
+    train_loop(job, Session())
+    monkeypatch.setattr(Step, "__call__", None)
+    train_loop(job, Session())
+    assert saved_steps(job) == [2]
+
+
+def test_a_warning_that_the_machine_goes_away_is_answered_by_a_checkpoint_at_once(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(loop, "NOTICE_EVERY", 1)
+    job = make_job(prepared, checkpoint_every=100, validate_every=100, finetune_share=1)
+    assert not train_loop(job, Session(notices={5}))
+    assert saved_steps(job) == [5]
+    assert train_loop(job, Session())  # elsewhere
+    assert saved_steps(job) == [6, 5]
+
+
+def test_checkpoints_are_kept_as_asked_the_last_the_best_and_where_fine_tuning_begins(prepared):
+    job = make_job(
+        prepared,
+        steps=10,
+        validate_every=2,
+        keep_checkpoints=1,
+        keep_best=1,
+        finetune_share=0.5,
+        checkpoint_every=1,
+    )
+    train_loop(job, Session())
+    _, log = saved(job, 10)
+    scores = {r["step"]: r["hole_psnr"] for r in log if r["kind"] == "validation" and r["step"]}
+    assert set(saved_steps(job)) == {10, 5, max(scores, key=lambda step: (scores[step], step))}
+
+
+def test_training_ends_early_when_validation_does_not_get_better(prepared, monkeypatch):
+    scores = iter([10.0, 12.0, 11.0, 11.5, 13.0])
+    monkeypatch.setattr(
+        loop.Validation,
+        "measure",
+        lambda self, ema, step, rank, world: {
+            "kind": "validation",
+            "step": step,
+            "hole_psnr": next(scores),
+        },
+    )
+    job = make_job(prepared, steps=50, validate_every=1, patience=2, checkpoint_every=100)
+    train_loop(job, Session())
+    store = open_store(job.root)
+    newest = marks(store, job.folder)[0]
+    assert newest.step == 3
+    assert newest.finished == "2 validations in a row without a better one"
+    assert load(store, newest).state["best"]["step"] == 1
+    train_loop(job, Session())  # it is finished: no further validation is asked for
+
+
+def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_identical(
+    prepared, capsys
+):
+    short = make_job(prepared, finetune_share=0.5, folder="runs/more-000000000001")
+    train_loop(short, Session())
+    settings = {"steps": 10, "finetune_share": 0.5}
+    straight = make_job(prepared, **settings, folder="runs/straight-000000000002")
+    longer = make_job(prepared, **settings, folder="runs/more-000000000003")
+    start = find_start(open_store(longer.root), longer)
+    assert start == "runs/more-000000000001/step-00000003"
+    assert first_step(open_store(longer.root), longer) == 3
+    assert "extends the run of 6 steps" in capsys.readouterr().err
+    longer = replace(longer, extends=start)
+    train_loop(longer, Session())
+    assert saved_steps(longer)[-1] > 3
+    train_loop(straight, Session())
+    assert equal(saved(longer, 10)[0], saved(straight, 10)[0])
+    assert find_start(open_store(longer.root), longer) is None  # it has checkpoints of its own
+    assert first_step(open_store(longer.root), longer) == 10
+
+
+def test_a_run_that_cannot_be_extended_is_told(prepared, capsys):
+    train_loop(make_job(prepared, folder="runs/cosine-000000000001", finetune_share=1), Session())
+    capsys.readouterr()
+    longer = make_job(prepared, steps=8, folder="runs/cosine-000000000002", finetune_share=1)
+    assert find_start(open_store(longer.root), longer) is None
+    assert "no checkpoint of it from before step 1" in capsys.readouterr().err
+    other = make_job(prepared, steps=8, seed=5, folder="runs/cosine-000000000003")
+    assert find_start(open_store(other.root), other) is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_begins_with_another_ones_generator(prepared, tmp_path):
+    from dpnet.model import build_generator
+
+    torch.manual_seed(7)
+    generator = build_generator("tiny")
+    store = open_store(str(tmp_path))
+    save_generator(store, "model", generator, {"step": 1})
+    job = replace(make_job(prepared, steps=1), init=(store.uri, "model"))
+    state = loop.initial_state(job, torch.device("cpu"))
+    assert resume(job, Session(), open_store(job.root), state) == ([], "")
+    for mine in (state.generator, state.ema):
+        assert equal(dict(mine.state_dict()), dict(generator.state_dict()))
+    other = replace(job, model=ModelSettings(preset="tiny", pyramid=False))
+    state = loop.initial_state(other, torch.device("cpu"))
+    with pytest.raises(PipelineError, match=r"train\.init_from names .*another network"):
+        resume(other, Session(), open_store(job.root), state)
+
+
+def test_the_generator_that_a_run_begins_with_is_part_of_its_request_and_of_the_chain(
+    prepared, tmp_path
+):
+    from small_root import trained
+
+    store, images, masks = prepared
+    job = make_job(prepared)
+
+    def request(reference):
+        init = training._initial(reference, store)
+        rest = (images, masks, init)
+        return train_request(job.model, job.losses, job.settings, "t", *rest)
+
+    assert training._initial(None, store) is None
+    run = trained(store, images=images, masks=masks)
+    of_run = request(run.folder)
+    assert of_run.inputs["init"].content_digest == run.content_digest
+    assert of_run.digest != request(None).digest
+    assert training.asked(of_run)["content digest"]["init"] == run.content_digest
+    # Elsewhere it is known by the hash of its weights alone.
+    (tmp_path / "elsewhere").symlink_to(store.folder / run.folder)
+    elsewhere = request(str(tmp_path / "elsewhere"))
+    assert elsewhere.sources["init"] == of_run.sources["init"]
+    assert "init" not in elsewhere.inputs
+    with pytest.raises(PipelineError, match=r"has no champion yet|no such model"):
+        request("models:/t@champion")
+
+
+def test_a_checkpoint_made_with_other_settings_is_refused_by_their_names(prepared):
+    job = make_job(prepared, steps=2)
+    train_loop(job, Session())
+    other = make_job(prepared, steps=2, batch_size=2, seed=3, folder=job.folder)
+    with pytest.raises(PipelineError, match=r"train\.batch_size 4, not 2, train\.seed 0, not 3"):
+        train_loop(other, Session())
+
+
+def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, capsys):
+    job = make_job(prepared)
+    killed_after(job, 5)
+    store = open_store(job.root)
+    whole = store.read(f"{job.folder}/step-00000004/state.pt")
+    store.write(f"{job.folder}/step-00000004/state.pt", whole[:-1] + b"x")
+    train_loop(job, Session())
+    assert "step-00000004 is passed over: state.pt was altered" in capsys.readouterr().err
+    # The same step came again, and went elsewhere.
+    assert store.read(f"{job.folder}/step-00000004/state.pt") == whole[:-1] + b"x"
+    again = next(m for m in marks(store, job.folder) if m.folder.endswith("/step-00000004.2"))
+    assert equal(load(store, again).state, torch.load(io.BytesIO(whole), weights_only=True))
+    undisturbed = make_job(prepared)
+    train_loop(undisturbed, Session())
+    assert equal(saved(job, 6)[0], saved(undisturbed, 6)[0])
+
+
+def test_the_run_tells_how_it_goes_while_it_goes_on(prepared):
+    began = time.time() - 0.001  # it is told in milliseconds
+    job = make_job(prepared, validate_every=2)
+    train_loop(job, Session())
+    store = open_store(job.root)
+    status = json.loads(store.read(f"{job.folder}/status.json"))
+    assert (status["step"], status["steps"], status["resumed_from"]) == (6, 6, 0)
+    assert (status["size"], status["gpus"]) == (32, False)
+    assert began <= status["time"] <= time.time()
+    assert status["workers"] == [
+        {"rank": 0, "node": "here", "host": socket.gethostname(), "pid": os.getpid()}
+    ]
+    lines = store.read(f"{job.folder}/log.jsonl").splitlines()
+    assert [json.loads(line) for line in lines] == saved(job, 6)[1]
+    assert status["records"] == len(lines)
+    train = [json.loads(line) for line in lines if b'"train"' in line]
+    assert [record["step"] for record in train] == [2, 4, 6]
+    assert status["train"] == train[-1]
+    assert status["validation"]["step"] == 6
+    for record in train:
+        assert record["workers"] == 1
+        assert record["images_per_second"] > 0
+        assert 0 <= record["data_seconds"] <= record["seconds"]
+        assert record["skipped_samples"] == record["skipped_steps"] == 0
+    picture = Image.open(io.BytesIO(store.read(f"{job.folder}/pictures/step-00000006.png")))
+    assert picture.size[0] == 3 * 32 + 2 * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"workers": 5, "batch_size": 4}, r"train\.workers is 5 and train\.batch_size 4"),
+        ({"workers": 9, "batch_size": 16, "lanes": 8}, r"train\.workers is 9 and train\.lanes 8"),
+        ({"workers": 2, "min_workers": 3, "batch_size": 4}, r"train\.min_workers is 3"),
+    ],
+)
+def test_numbers_that_do_not_go_together_are_refused(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        training.check_settings(TrainSettings(**settings))
+
+
+def test_fewer_samples_than_a_batch_are_refused_before_workers_are_started_and_by_them(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(launch, "launched", lambda *given: pytest.fail("it is started"))
+    job = make_job(prepared, batch_size=11)
+    few = "samples to train on, fewer than a batch of 11"
+    with pytest.raises(PipelineError, match=few):
+        training.train(
+            *(job.model, job.losses, job.settings, LaunchSettings(), None, "t"),
+            *(job.images, job.masks, open_store(job.root)),
+        )
+    with pytest.raises(PipelineError, match=few):
+        train_loop(job, Session())
+
+
+def test_training_changes_every_part_and_the_discriminator_waits_for_its_turn(prepared):
+    job = make_job(prepared, adversarial_from=5)
+    train_loop(job, Session())
+    first, last = saved(job, 2)[0], saved(job, 6)[0]
+    assert not equal(first["generator"], last["generator"])
+    assert not equal(first["ema"], last["ema"])
+    assert not equal(last["generator"], last["ema"])
+    assert first["discriminator_optimizer"]["state"] == {}
+    assert last["discriminator_optimizer"]["state"] != {}
+
+
+def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp_path):
+    shapes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128)}
+    weights = {}
+    for i, (out, into) in shapes.items():
+        weights[f"features.{i}.weight"] = torch.randn(out, into, 3, 3) / (9 * into) ** 0.5
+        weights[f"features.{i}.bias"] = torch.zeros(out)
+    file = tmp_path / "vgg19.pth"
+    torch.save(weights, file)
+    losses = LossSettings(adversarial=0, total_variation=0.1, vgg_weights=str(file))
+    job = make_job(prepared, losses, steps=2)
+    train_loop(job, Session())
+    _, records = saved(job, 2)
+    (record,) = [r for r in records if r["kind"] == "train"]
+    assert set(record["losses"]) == {"hole", "valid", "perceptual", "style", "total_variation"}
+    assert all(value > 0 for value in record["losses"].values())
+    assert (
+        "vgg" in train_request(job.model, losses, job.settings, "t", job.images, job.masks).sources
+    )
+
+
+def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepared, tmp_path):
+    losses = LossSettings(vgg_weights=str(tmp_path / "vgg.pth"))
+    with pytest.raises(ConfigError, match=r"no file: make it with `python -c .*vgg\.pth`"):
+        make_job(prepared, losses)
+
+
+def test_workers_are_given_the_whole_path_of_the_vgg_file(prepared, tmp_path, monkeypatch):
+    (tmp_path / "vgg.pth").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    jobs = []
+    monkeypatch.setattr(training, "run_stage", lambda store, request, build, say: build(None))
+    monkeypatch.setattr(training, "_build", lambda job, *rest: jobs.append(job))
+    job = make_job(prepared)
+    training.train(
+        job.model,
+        LossSettings(vgg_weights="vgg.pth"),
+        *(job.settings, LaunchSettings(), None, "t", job.images, job.masks),
+        open_store(job.root),
+    )
+    assert jobs[0].losses.vgg_weights == str(tmp_path / "vgg.pth")
+
+
+def test_the_command_that_makes_a_vgg_file_saves_torchvisions_weights(tmp_path):
+    fake = "from types import SimpleNamespace as N\n"
+    fake += "vgg16 = lambda weights: N(state_dict=lambda: {'features.0.weight': weights})\n"
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").touch()
+    (tmp_path / "torchvision/models.py").write_text(fake)
+    file = tmp_path / "a file.pth"
+    command = vgg_command("vgg16", str(file)).replace("python", sys.executable, 1)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run(["sh", "-c", command], env=environment, check=True)
+    assert torch.load(file) == {"features.0.weight": "DEFAULT"}
+
+
+@pytest.mark.parametrize(("due", "every"), [("checkpoint", 3), ("validate", 3), ("log", 2)])
+def test_a_loss_that_is_not_finite_stops_before_anything_is_kept_and_names_its_first_step(
+    prepared, monkeypatch, due, every
+):
+    real, steps = L.l1_terms, []
+
+    def broken(prediction, truth, valid):
+        hole, known = real(prediction, truth, valid)
+        steps.append(1)
+        return hole * float("nan" if len(steps) >= 2 else 1), known
+
+    monkeypatch.setattr(L, "l1_terms", broken)
+    validated = []
+    measure = loop.Validation.measure
+    monkeypatch.setattr(
+        loop.Validation, "measure", lambda *a: validated.append(a[2]) or measure(*a)
+    )
+    rare = {"checkpoint_every": 100, "validate_every": 100, "finetune_share": 1}
+    if due == "log":
+        monkeypatch.setattr(loop, "LOG_EVERY", every)
+    else:
+        rare[f"{due}_every"] = every
+    job = make_job(prepared, **rare)
+    with pytest.raises(PipelineError, match=r"step 2: .* \(hole\); nothing was trained on"):
+        train_loop(job, Session())
+    assert len(steps) == every
+    assert validated == [0]
+    assert saved_steps(job) == []
+
+
+def meter(max_skipped=0):
+    loader = SimpleNamespace(world=1, waited=0.0, skipped=0)
+    state = SimpleNamespace(skipped=torch.zeros(()), step=0)
+    settings = TrainSettings(batch_size=8, max_skipped=max_skipped)
+    return Meter(loader, state, settings), state, loader
+
+
+def test_a_gradient_that_is_not_finite_stops_even_where_the_losses_are():
+    made, state, _ = meter()
+    for gradient in (1.0, float("inf"), float("nan")):
+        losses = {"hole": torch.tensor(0.5)}
+        made.add(Measured(losses, {"generator": torch.tensor(gradient)}))
+    state.step = 10
+    with pytest.raises(PipelineError, match=r"step 9: .* \(the gradient\)"):
+        made.record()
+
+
+def test_steps_that_may_be_skipped_are_counted_and_left_out_of_the_means():
+    made, state, _ = meter(max_skipped=2)
+    for value in (1.0, float("nan"), 3.0, float("inf")):
+        losses = {"hole": torch.tensor(value)}
+        made.add(Measured(losses, {"generator": torch.tensor(1.0)}))
+    state.step = 4
+    record = made.record()
+    assert record["losses"] == {"hole": 2}
+    assert record["skipped_steps"] == 2
+    made.add(Measured({"hole": torch.tensor(float("nan"))}, {"generator": torch.tensor(1.0)}))
+    state.step = 5
+    with pytest.raises(PipelineError, match=r"step 5: .*after 2 such steps that were skipped"):
+        made.record()
+
+
+def test_a_record_holds_the_mean_of_each_term_over_the_steps_that_have_it():
+    made, state, loader = meter()
+    for number in range(4):
+        terms = {"hole": torch.tensor(float(number))}
+        if number >= 2:
+            terms["adversarial"] = torch.tensor(float(number))
+        made.add(Measured(terms, {"generator": torch.tensor(2.0)}))
+    state.step, loader.skipped, loader.waited = 4, 3, 0.25
+    with made.aside():
+        time.sleep(0.05)
+    record = made.record()
+    assert record["losses"] == {"hole": 1.5, "adversarial": 2.5}
+    assert record["gradients"] == {"generator": 2}
+    assert record["images"] == 32
+    assert record["seconds"] >= 0
+    assert record["other_seconds"] >= 0.05
+    assert record["data_seconds"] == 0.25
+    assert record["skipped_samples"] == 3
+
+
+def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(loop, "compiler_problem", lambda device: None)
+    assert choose_backend(None, cpu) == (None, None)
+    assert choose_backend(None, gpu) == ("inductor", None)
+    assert choose_backend(True, cpu) == ("inductor", None)
+    assert choose_backend(False, gpu) == (None, None)
+    monkeypatch.setattr(loop, "compiler_problem", lambda device: "no compiler")
+    assert choose_backend(None, gpu) == (None, "no compiler")
+    with pytest.raises(PipelineError, match=r"train\.compile is true, but .*no compiler"):
+        choose_backend(True, cpu)
+
+
+def test_while_layers_are_compiled_the_status_says_so_and_no_step_waits_for_it(
+    prepared, monkeypatch
+):
+    monkeypatch.setattr(loop, "choose_backend", lambda wanted, device: ("eager", None))
+    told, graphs = [], []
+    real = Step.__call__
+
+    def stepping(self, *given):
+        before = counters["stats"]["unique_graphs"]
+        done = real(self, *given)
+        graphs.append(counters["stats"]["unique_graphs"] - before)
+        return done
+
+    monkeypatch.setattr(loop.Journal, "status", lambda self, record: told.append(record))
+    monkeypatch.setattr(Step, "__call__", stepping)
+    torch.compiler.reset()
+    train_loop(make_job(prepared, steps=2, validate_every=2), Session())
+    torch.compiler.reset()
+    assert ["compiling" in each["note"] for each in told] == [True] + [False] * (len(told) - 1)
+    assert told[0]["step"] == 0
+    # The term by which the discriminator teaches is the one thing left to be compiled in a step.
+    assert graphs == [1, 0]
+
+
+def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled():
+    log = [{"kind": "validation", "step": 0, "hole_psnr": 20.0}]
+    assert note(log, None) == "validation 20.00 dB at step 0"
+    times = {"seconds": 2.0, "data_seconds": 0.5, "images_per_second": 12.34}
+    log.append({"kind": "train", "step": 5, "losses": {"hole": 0.1234}, **times})
+    told = "L1 in the hole 0.123, 12.3 images/s, 25% waiting for data"
+    told += ", validation 20.00 dB at step 0"
+    assert note(log, "no compiler") == f"{told}, not compiled (no compiler)"
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_is_found_out(tmp_path):
+    code = """
+import torch
+from torch._inductor import config
+from dpnet.training.step import compiler_problem
+config.cpp.cxx = ("no-such-compiler",)
+problem = compiler_problem(torch.device("cpu"))
+assert problem and "\\n" not in problem, problem
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_validation_pairs_are_spread_over_the_masks(prepared):
+    store, images, masks = prepared
+    val, evaluation = Samples(store, images.folder, "val"), Samples(store, masks.folder, "eval")
+    pairs = validation_pairs(val, evaluation, ("a", "b"), seed=0, count=3)
+    assert len(pairs) == 3
+    assert [m for _, m in pairs] == [i * len(evaluation) // 3 for i in range(3)]
+
+
+def test_hole_psnr_is_over_the_hole_and_capped():
+    truth = torch.zeros(2, 3, 4, 4)
+    predicted, valid = truth.clone(), torch.ones(2, 1, 4, 4)
+    valid[:, :, :2] = 0
+    predicted[0, :, :2] = 10 / 255
+    predicted[1, :, 2:] = 1  # known pixels do not count
+    psnr = hole_psnr(predicted, truth, valid)
+    assert float(psnr[0]) == pytest.approx(20 * np.log10(25.5), abs=1e-3)
+    assert float(psnr[1]) == 100
+
+
+def test_the_request_ignores_what_does_not_change_the_weights(prepared):
+    def digest(**settings):
+        job = make_job(prepared, **settings)
+        return train_request(job.model, job.losses, job.settings, "t", job.images, job.masks).digest
+
+    how = {"workers": 2, "min_workers": 1, "compile": True, "accumulate": 2, "max_failures": 9}
+    kept = {"checkpoint_every": 5, "keep_checkpoints": 9, "keep_best": 3}
+    read = {"loader_threads": 3, "cache": "/tmp", "cache_gb": 1, "on_bad_sample": "skip"}
+    assert digest() == digest(**how, **kept, **read)
+    assert digest() != digest(lanes=8)
+    assert digest() != digest(steps=7)
+    assert digest() != digest(finetune_share=0.3)
+
+
+def test_weights_survive_storage_and_alterations_are_found(tmp_path):
+    from dpnet.model import build_generator
+
+    torch.manual_seed(0)
+    store, generator = open_store(str(tmp_path)), build_generator("tiny")
+    save_generator(store, "run", generator, {"step": 1})
+    loaded = load_generator(store, "run")
+    assert equal(dict(loaded.state_dict()), dict(generator.state_dict()))
+    weights = store.read("run/model/generator.safetensors")
+    store.write("run/model/generator.safetensors", weights[:-4] + b"1234")
+    with pytest.raises(PipelineError, match="altered or cut short"):
+        load_generator(store, "run")
+    with pytest.raises(PipelineError, match="holds no model"):
+        load_generator(store, "nowhere")

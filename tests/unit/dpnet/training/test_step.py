@@ -1,0 +1,520 @@
+"""One step of GAN training: what it computes, what it compiles to, what it saves."""
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data_prep.core.errors import PipelineError
+from dpnet.model import ModelConfig
+from dpnet.model import losses as L
+from dpnet.training.step import (
+    Step,
+    TrainState,
+    adversarial_weight,
+    compiler_problem,
+    load_vgg,
+    rate,
+)
+
+SMALL = ModelConfig((8, 16, 16), 1, 8, 7, (8, 8, 8, 8))
+CPU = torch.device("cpu")
+LAYERS = 9  # kinds of layers: stem, four on the way down, blocks, the middle, two on the way up
+STEPS, SECOND, FINETUNE = 6, 2, 4  # steps; the adversarial term's first; fine-tuning's first
+
+
+def settings(**changes):
+    return SimpleNamespace(
+        **{
+            "steps": STEPS,
+            "learning_rate": 1e-3,
+            "discriminator_learning_rate": 1e-4,
+            "beta1": 0.5,
+            "warmup_steps": 2,
+            "finetune_share": 1 / 3,
+            "final_rate": 0.1,
+            "adversarial_from": SECOND,
+            "gradient_clip": 1.0,
+            "ema_decay": 0.9,
+            "seed": 0,
+            "accumulate": 1,
+            "max_skipped": 0,
+            **changes,
+        }
+    )
+
+
+def losses(**changes):
+    return SimpleNamespace(
+        **{
+            "hole": 6.0,
+            "valid": 1.0,
+            "adversarial": 0.1,
+            "gan": "nsgan",
+            "perceptual": 0.1,
+            "style": 120.0,
+            "total_variation": 0.1,
+            **changes,
+        }
+    )
+
+
+def batch(number, samples=2, size=32):
+    """A batch as the loop makes it: the image in channels_last."""
+    random = torch.Generator().manual_seed(number)
+    image = torch.rand(samples, size, size, 3, generator=random).permute(0, 3, 1, 2)
+    valid = (torch.rand(samples, 1, size // 8, size // 8, generator=random) > 0.4).float()
+    return image, torch.nn.functional.interpolate(valid, scale_factor=8)
+
+
+def vgg_weights(kind="vgg19"):
+    shapes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128)}
+    random = torch.Generator().manual_seed(0)
+    weights = {}
+    for i, (out, into) in shapes.items():
+        weights[f"features.{i}.weight"] = torch.randn(out, into, 3, 3, generator=random) / 30
+        weights[f"features.{i}.bias"] = torch.zeros(out)
+    return weights
+
+
+def floats(record):
+    return {name: float(value) for name, value in record.items()}
+
+
+def trained(steps=range(STEPS), batch=batch, config=SMALL, **options):
+    """The state after some steps, and what each of them measured."""
+    state = TrainState(config, settings(), CPU)
+    step = Step(state, losses(), settings(), **options)
+    measured = []
+    for number in steps:
+        done = step(number, *batch(number))
+        measured.append(
+            {**floats(done.losses), **{f"g {n}": float(v) for n, v in done.gradients.items()}}
+        )
+    return state, measured
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):  # a step raises it
+        yield
+    torch.compiler.reset()
+
+
+def assert_near(ours, theirs, relative):
+    assert [record.keys() for record in ours] == [record.keys() for record in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=relative, abs=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_one_graph_of_each_kind_serves_every_step_and_computes_what_eager_does():
+    config = replace(SMALL, blocks=3)
+    state, compiled = trained(config=config, backend="aot_eager")
+    assert counters["stats"]["unique_graphs"] == LAYERS + 3
+    assert not counters["graph_break"]
+    assert [set(record) - set(compiled[0]) for record in compiled] == [
+        *[set()] * SECOND,
+        *[{"discriminator", "adversarial", "g discriminator"}] * (STEPS - SECOND),
+    ]
+    eager_state, eager = trained(config=config)
+    assert_near(compiled, eager, 1e-4)
+    for mine, other in zip(state.ema.parameters(), eager_state.ema.parameters(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_generated_code_computes_what_eager_does():
+    if problem := compiler_problem(CPU):
+        pytest.skip(f"torch.compile does not work here: {problem}")
+    counters.clear()
+    # Of code for the pyramids the C++ compiler would have for minutes.
+    steps, part = range(SECOND - 1, SECOND + 2), replace(SMALL, pyramid=False, blocks=0)
+    with torch._inductor.config.patch({"aot_inductor.debug_compile": True}):
+        _, compiled = trained(steps, config=part, backend="inductor")
+    assert counters["stats"]["unique_graphs"] == LAYERS - 1 + 3
+    assert_near(compiled, trained(steps, config=part)[1], 1e-3)
+
+
+RANKS = """
+import sys
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from test_step import CPU, SMALL, batch, losses, settings
+from dpnet.training.step import Step, TrainState
+
+meet, rank, world, samples, backend, begin, end, start, result = sys.argv[1:]
+rank, world, samples, begin, end = map(int, (rank, world, samples, begin, end))
+torch.set_num_threads(1)
+distributed.init_process_group(
+    "gloo", init_method=f"file://{meet}", rank=rank, world_size=world,
+    timeout=timedelta(seconds=120),
+)
+state = TrainState(SMALL, settings(), CPU)
+if start != "-":
+    state.from_dict(torch.load(start, weights_only=True), start)
+step = Step(state, losses(), settings(), world=world, backend=backend or None)
+own = len(range(rank, samples, world))
+step.warm_up(own, 32, CPU)
+norms = []
+for number in range(begin, end):
+    image, valid = (t[rank::world] for t in batch(number, samples))
+    done = step(number, image, valid, len(image) * world / samples)
+    norms.append({name: float(norm) for name, norm in done.gradients.items()})
+if rank == 0:
+    torch.save((norms, state.to_dict()), result)
+distributed.destroy_process_group()
+"""
+
+
+def ranks(folder, world, samples, steps=range(4), start="-", backend=""):
+    """Gradients' norms and the state after `steps`, trained by several processes."""
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"}
+    folder.mkdir()
+    result, meet = str(folder / "result"), str(folder / "meet")
+    rest = [str(v) for v in (world, samples, backend, steps.start, steps.stop, start, result)]
+    commands = [[sys.executable, "-c", RANKS, meet, str(rank), *rest] for rank in range(world)]
+    processes = [subprocess.Popen(command, env=environment) for command in commands]
+    assert [process.wait(300) for process in processes] == [0] * world
+    return torch.load(result, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("samples", "backend"), [(2, ""), (2, "aot_eager"), (3, "")])
+def test_two_ranks_train_as_one_with_all_samples_also_where_one_has_more(
+    samples, backend, tmp_path
+):
+    norms, saved = ranks(tmp_path / "two", 2, samples, backend=backend)
+    state = TrainState(SMALL, settings(), CPU)
+    alone = run(state, range(4), batch=lambda number: batch(number, samples))
+    # Gradients are those of the whole batch, after the average over ranks.
+    assert_near(norms, [floats(m.gradients) for m in alone], 1e-3)
+    for name, weight in state.generator.state_dict().items():
+        assert torch.allclose(saved["generator"][name], weight, atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_ranks_taken_up_in_the_middle_end_bit_identical(world, tmp_path):
+    _, whole = ranks(tmp_path / "whole", world, 6, range(STEPS))
+    _, first = ranks(tmp_path / "first", world, 6, range(3))
+    torch.save(first, tmp_path / "start")
+    _, second = ranks(tmp_path / "second", world, 6, range(3, STEPS), tmp_path / "start")
+    assert equal(second, whole)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails when a value is read from a tensor, for which the host would wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back_from_the_device():
+    state = TrainState(SMALL, settings(), CPU)
+    step = Step(state, losses(), settings(), vgg=L.VGGFeatures(vgg_weights(), "vgg19"))
+    with NothingRead():
+        for number in range(3):
+            step(number, *batch(number))
+    with pytest.raises(AssertionError, match="a value was read"), NothingRead():
+        float(torch.ones(()))
+
+
+def test_the_discriminator_sees_real_and_composite_in_one_forward():
+    state = TrainState(SMALL, settings(adversarial_from=0), CPU)
+    step = Step(state, losses(), settings(adversarial_from=0))
+    seen = []
+    state.discriminator.register_forward_hook(lambda module, given, out: seen.append(given))
+    image, valid = batch(0)
+    step(0, image, valid)
+    (both, masks), (composite, _) = seen
+    assert torch.equal(both, torch.cat([image, composite]))
+    assert torch.equal(masks, torch.cat([valid, valid]))
+    assert torch.equal(composite * valid, image * valid)
+
+
+def test_the_adversarial_term_teaches_the_generator_and_leaves_the_discriminator_alone():
+    def gradients(weight):
+        state = TrainState(SMALL, settings(), CPU)
+        Step(state, losses(adversarial=weight), settings())(SECOND, *batch(0))
+        of = (state.generator, state.discriminator)
+        return [torch.cat([p.grad.flatten() for p in m.parameters()]) for m in of]
+
+    light, heavy = gradients(1e-3), gradients(1e3)
+    assert not torch.allclose(light[0], heavy[0])
+    assert torch.equal(light[1], heavy[1])
+    assert light[1].any()
+
+
+def test_gradients_are_clipped_and_their_norm_is_that_from_before():
+    def norm(clip):
+        state = TrainState(SMALL, settings(), CPU)
+        measured = Step(state, losses(), settings(gradient_clip=clip))(0, *batch(0))
+        left = torch.stack([p.grad.norm() for p in state.generator.parameters()]).norm()
+        return float(measured.gradients["generator"]), float(left)
+
+    free, cut = norm(1e6), norm(0.25)
+    assert free == pytest.approx((free[0], free[0]), rel=1e-5)
+    assert cut == pytest.approx((free[0], 0.25), rel=1e-5)
+
+
+def test_in_bf16_terms_are_near_and_weights_stay_fp32():
+    state, half = trained(range(3), bf16=True)
+    assert_near(half, trained(range(3))[1], 0.05)
+    assert half != trained(range(3))[1]
+    assert all(p.dtype == torch.float32 for p in state.generator.parameters())
+
+
+def test_weights_lie_in_channels_last():
+    state = TrainState(SMALL, settings(), CPU)
+    weight = state.generator.up1.conv.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_the_learning_rate_rises_stays_and_is_tuned_down():
+    s = settings(steps=100, warmup_steps=10, finetune_share=0.2)
+    rates = [rate(step, s) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:80] == [1.0] * 70
+    assert rates[80] == pytest.approx(0.5)
+    assert rates[90] == pytest.approx(0.3)
+    assert rates[99] == pytest.approx(0.1, abs=0.01)
+    assert sorted(rates[80:], reverse=True) == rates[80:]
+    assert rate(99, settings(steps=100, finetune_share=0)) == 1
+
+
+def test_the_adversarial_term_rises_to_its_weight():
+    s = settings(adversarial_from=10, warmup_steps=4)
+    weights = [adversarial_weight(step, losses(adversarial=0.2), s) for step in range(8, 16)]
+    assert weights == pytest.approx([0, 0, 0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
+    at_once = settings(adversarial_from=0, warmup_steps=0)
+    assert adversarial_weight(0, losses(adversarial=0.2), at_once) == 0.2
+
+
+def test_the_learning_rate_of_a_step_reaches_both_optimisers():
+    state = TrainState(SMALL, settings(), CPU)
+    Step(state, losses(), settings())(FINETUNE, *batch(0))
+    assert state.generator_optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-3)
+    assert state.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def run(state, steps, changes=None, batch=batch, **options):
+    step = Step(state, losses(), settings(**(changes or {})), **options)
+    return [step(number, *batch(number)) for number in steps]
+
+
+def test_a_state_saved_and_taken_up_goes_on_bit_for_bit():
+    whole, first, second = (TrainState(SMALL, settings(), CPU) for _ in range(3))
+    run(whole, range(STEPS))
+    run(first, range(3))
+    first.keep_best(20.0)
+    file = io.BytesIO()
+    torch.save(first.to_dict(), file)
+    file.seek(0)
+    second.from_dict(torch.load(file, weights_only=True), "there")
+    assert second.step == 3
+    assert equal(second.to_dict(), first.to_dict())
+    run(second, range(3, STEPS))
+    mine, its = second.to_dict(), whole.to_dict()
+    assert mine.pop("best")["score"] == 20
+    del its["best"]
+    assert equal(mine, its)
+
+
+def test_a_saved_state_shares_no_memory_with_training():
+    state = TrainState(SMALL, settings(), CPU)
+    run(state, range(SECOND + 1))
+    saved = state.to_dict()
+    before = copy.deepcopy(saved)
+    run(state, range(SECOND + 1, STEPS))
+    assert equal(saved, before)
+    assert not equal(state.to_dict()["generator"], before["generator"])
+
+
+def test_the_state_of_the_random_generator_is_saved():
+    state = TrainState(SMALL, settings(), CPU)
+    saved = state.to_dict()
+    first = torch.rand(3)
+    state.from_dict(saved, "there")
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_only_a_better_validation_replaces_the_best():
+    state = TrainState(SMALL, settings(), CPU)
+    assert state.keep_best(20.0)
+    best = state.best
+    run(state, range(2))
+    assert not state.keep_best(20.0)
+    assert state.best is best
+    assert state.keep_best(20.5)
+    assert (state.best["step"], best["step"]) == (2, 0)
+    assert equal(state.best["ema"], dict(state.ema.state_dict()))
+    assert not equal(state.best["ema"], best["ema"])
+
+
+def test_a_checkpoint_of_another_network_is_refused_by_the_option_that_differs():
+    saved = TrainState(SMALL, settings(), CPU).to_dict()
+    other = TrainState(ModelConfig((8, 16, 16), 2, 8, 7, (8, 8, 8, 8)), settings(), CPU)
+    with pytest.raises(PipelineError, match=r"another network \(blocks 1, not 2\)"):
+        other.from_dict(saved, "there")
+
+
+def test_a_checkpoint_of_another_version_is_refused():
+    state = TrainState(SMALL, settings(), CPU)
+    saved = state.to_dict()
+    with pytest.raises(PipelineError, match="does not fit this version of the network"):
+        state.from_dict({**saved, "generator": {"renamed": torch.ones(1)}}, "there")
+    for other in ({name: saved[name] for name in saved if name != "model"}, [1]):
+        with pytest.raises(PipelineError, match="not one of this version"):
+            state.from_dict(other, "there")
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_batch_in_parts_trains_as_one_in_a_piece(parts):
+    def whole(number):
+        return batch(number, samples=4)
+
+    of_parts, at_once = (TrainState(SMALL, settings(), CPU) for _ in range(2))
+    # Each pass of the discriminator moves its spectral norms on: its own steps are left out.
+    steps, quiet = range(3), {"discriminator_learning_rate": 1e-12}
+    split = run(of_parts, steps, {"accumulate": parts, **quiet}, whole)
+    one = run(at_once, steps, quiet, whole)
+    for mine, its in zip(split, one, strict=True):
+        for name in ("hole", "valid", "total_variation"):
+            assert float(mine.losses[name]) == pytest.approx(float(its.losses[name]), rel=1e-4)
+    first = [floats(m[0].gradients)["generator"] for m in (split, one)]
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
+    for a, b in zip(of_parts.ema.parameters(), at_once.ema.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-3)
+
+
+def spoiled(at):
+    """Batches of which those of the steps `at` hold a value whose square is infinite."""
+
+    def make(number):
+        image, valid = batch(number)
+        if number in at:
+            image = image.clone()
+            image[0, 0] = 3e38
+        return image, valid
+
+    return make
+
+
+def weights_of(state):
+    return {name: state.to_dict()[name] for name in ("generator", "discriminator")}
+
+
+@pytest.mark.parametrize("bad", [1, SECOND + 1])
+def test_a_step_that_is_not_finite_and_those_after_it_change_no_weight(bad):
+    state, before = (TrainState(SMALL, settings(), CPU) for _ in range(2))
+    run(before, range(bad))
+    measured = run(state, range(STEPS), batch=spoiled({bad}))
+    assert not torch.isfinite(measured[bad].gradients["generator"])
+    assert torch.isfinite(measured[bad + 1].gradients["generator"])
+    mine, its = weights_of(state), weights_of(before)
+    for name in mine:  # the spectral norms' vectors are no weights
+        parameters = dict(getattr(state, name).named_parameters())
+        assert all(torch.equal(mine[name][k], its[name][k]) for k in parameters)
+    assert float(state.skipped) == 1
+
+
+def test_as_many_steps_as_are_allowed_are_left_out_and_training_goes_on():
+    state = TrainState(SMALL, settings(), CPU)
+    step = Step(state, losses(), settings(max_skipped=2))
+    seen = []
+    for number in range(STEPS):
+        before = torch.cat([p.detach().flatten() for p in state.generator.parameters()])
+        step(number, *spoiled({0, 2, 4})(number))
+        after = torch.cat([p.detach().flatten() for p in state.generator.parameters()])
+        seen.append(torch.equal(before, after))
+    assert seen == [True, False, True, False, True, True]
+    assert float(state.skipped) == 3
+
+
+def test_warming_up_changes_nothing():
+    state = TrainState(SMALL, settings(), CPU)
+    before = state.to_dict()
+    Step(state, losses(), settings()).warm_up(2, 32, CPU)
+    assert equal(state.to_dict(), before)
+    assert all(p.grad is None for p in state.generator.parameters())
+
+
+def test_vgg_weights_are_read_from_both_kinds_of_files(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(vgg_weights(), tmp_path / "a.safetensors")
+    torch.save(vgg_weights(), tmp_path / "a.pth")
+    image = torch.rand(1, 3, 16, 16)
+    features = [
+        load_vgg(tmp_path / name, "vgg19", CPU)(image) for name in ("a.safetensors", "a.pth")
+    ]
+    assert [f.shape[1] for f in features[0]] == [64, 128, 256]
+    assert all(torch.equal(a, b) for a, b in zip(*features, strict=True))
+
+
+def edited(**changes):
+    return {name: w for name, w in {**vgg_weights(), **changes}.items() if w is not None}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read"),
+        (b"", "cannot be read"),
+        (b"not weights", "cannot be read"),
+        (torch.ones(3), "holds no table of named weights"),
+        ({"epoch": 3}, "holds no table of named weights"),
+        ({"conv.weight": torch.ones(3)}, "hold 0 stages of vgg19"),
+        (edited(**{"features.5.weight": torch.ones(2, 2)}), "size mismatch for weight"),
+        (edited(**{"features.5.bias": None}), r"features\.5\.bias"),
+        (edited(**{"features.17.weight": torch.ones(1)}), "set losses.vgg to vgg16"),
+    ],
+)
+def test_a_file_that_holds_no_vgg_weights_is_refused_in_one_sentence(content, told, tmp_path):
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        torch.save(content, file)
+    with pytest.raises(PipelineError, match=told) as refused:
+        load_vgg(file, "vgg19", CPU)
+    assert "losses.vgg_weights" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["vgg.pth", "vgg.safetensors"])
+def test_a_file_of_vgg_weights_cut_short_is_refused(name, tmp_path):
+    from safetensors.torch import save_file
+
+    file = tmp_path / name
+    (torch.save if name == "vgg.pth" else save_file)(vgg_weights(), file)
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(PipelineError, match=r"cannot be read .* cut short"):
+        load_vgg(file, "vgg19", CPU)

@@ -1,0 +1,109 @@
+"""What `dpnet deploy` is about to put on a server, without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import yaml
+
+from data_prep.core.errors import ConfigError
+from dpnet.pipeline.config import load_settings
+from flows import deploy
+from flows.deployments import (
+    DeploySettings,
+    automations,
+    deployments,
+    job_variables,
+    parameters,
+)
+
+FILE = Path(__file__).parents[3] / "infra" / "prefect.yaml"
+
+
+def settings(*overrides: str) -> DeploySettings:
+    return load_settings(DeploySettings, None, overrides)
+
+
+def test_prefect_yaml_says_the_same() -> None:
+    s = DeploySettings()
+    file = yaml.safe_load(FILE.read_text())
+    assert file["pull"] == []
+    assert [each["entrypoint"] for each in file["deployments"]] == [
+        each.entrypoint for each in deployments(s)
+    ]
+    for theirs, mine in zip(file["deployments"], deployments(s), strict=True):
+        assert theirs["name"] == mine.flow().name
+        assert theirs["parameters"] == parameters(s, mine)
+        crons = [each["cron"] for each in theirs.get("schedules", [])]
+        assert crons == ([mine.cron] if mine.cron else [])
+        assert theirs["work_pool"]["name"] == s.pool
+        assert theirs["work_pool"]["work_queue_name"] == ("training" if mine.trains else "default")
+        assert theirs["work_pool"]["job_variables"] == job_variables(s)
+
+
+def test_the_parameters_of_every_deployment_fit_its_flow() -> None:
+    s = settings("parameters.train.steps=7", "parameters.images.name=cats")
+    for each in deployments(s):
+        each.flow().validate_parameters(parameters(s, each))
+
+
+def test_secrets_are_named_and_never_held() -> None:
+    env = job_variables(settings("secrets.AWS_SECRET_ACCESS_KEY=the-block"))["env"]
+    assert env["AWS_SECRET_ACCESS_KEY"] == "{{ prefect.blocks.secret.the-block }}"
+
+
+def test_without_a_block_nobody_is_told_and_the_rest_stays() -> None:
+    without = automations(DeploySettings(), "cats", uuid4(), None)
+    told = automations(DeploySettings(), "cats", uuid4(), uuid4())
+    assert [each.name for each in without] == [each.name for each in told][:2]
+    bodies = [action.body for each in told[2:] for action in each.actions]  # type: ignore[union-attr]
+    assert len(bodies) == 5
+    assert any("30 min" in body for body in bodies)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("watch='every day'", "watch is .* must be a cron expression"),
+        ("retrain='61 * * * *'", "retrain is .* must be a cron expression"),
+        ("timezone=Mars", "must be the name of a time zone"),
+        ("trainings=0", "trainings is 0: it must be a whole number of at least 1"),
+        ("pol=x", "pol is no option: the nearest is pool"),
+        ("parameters.train.steps=0", "parameters.train.steps is 0: it must be a whole number"),
+        ("parameters.train.step=1", "parameters.train.step is no option: the nearest is steps"),
+        ("parameters.trein.steps=1", "parameters.trein is no section"),
+        ("config=nowhere.yaml", "'nowhere.yaml' is neither .* give parameters.images.name"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_a_sentence_before_a_server_is_asked(
+    override: str, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        deploy.deploy(settings(override))
+
+
+def test_a_file_with_an_unknown_key_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "deploy.yaml"
+    file.write_text("trainigs: 3")
+    with pytest.raises(ConfigError, match=r"deploy\.yaml: trainigs is no option: .* trainings"):
+        load_settings(DeploySettings, file)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://hooks.slack.com/services/T/B/X", "https://hooks.slack.com/services/T/B/X"),
+        ("https://example.org/hook", "jsons://example.org/hook"),
+        ("http://localhost:9/hook", "json://localhost:9/hook"),
+        ("mailto://me@example.org", "mailto://me@example.org"),
+    ],
+)
+def test_a_webhook_becomes_an_apprise_url(url: str, expected: str) -> None:
+    from apprise import Apprise
+
+    assert deploy.apprise_url(url) == expected
+    known: Any = Apprise()
+    assert known.add(expected)

@@ -1,0 +1,87 @@
+"""The dashboard, the alerts and the scrape configuration ask for metrics that there are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dpnet.pipeline.exporter import HOST, METRICS, PORT
+
+FOLDER = Path(__file__).parents[3] / "infra" / "grafana"
+DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dpnet.json").read_text("utf-8"))
+ALERTS: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load((FOLDER / "alerts.yml").read_text("utf-8"))["groups"]
+    for rule in group["rules"]
+]
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+
+def names_in(expressions: list[str], prefix: str) -> set[str]:
+    return {name for text in expressions for name in re.findall(rf"\b{prefix}_\w+", text)}
+
+
+def expressions() -> list[str]:
+    panels = [target["expr"] for panel in PANELS for target in panel["targets"]]
+    variables = [str(each.get("definition", "")) for each in DASHBOARD["templating"]["list"]]
+    return [*panels, *variables, *(rule["expr"] for rule in ALERTS)]
+
+
+def test_every_metric_of_ours_that_is_asked_for_is_exported_and_nearly_all_are_shown() -> None:
+    asked = names_in(expressions(), "dpnet")
+    assert asked <= METRICS.keys()
+    assert METRICS.keys() - asked == {"dpnet_up"}
+
+
+def test_every_metric_of_ray_that_is_asked_for_is_in_rays_own_dashboards() -> None:
+    ray = importlib.util.find_spec("ray")
+    if ray is None or ray.origin is None:
+        pytest.skip("ray is not installed")
+    folder = Path(ray.origin).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    known = names_in([path.read_text("utf-8") for path in folder.glob("*_panels.py")], "ray")
+    asked = names_in(expressions(), "ray")
+    assert asked
+    assert asked <= known
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_every_panel_takes_the_chosen_data_source_and_says_what_it_shows(
+    panel: dict[str, Any],
+) -> None:
+    assert panel["description"].endswith(".")
+    for each in (panel, *panel["targets"]):
+        assert each["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+def test_no_two_panels_have_the_same_number_or_overlap() -> None:
+    numbers = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(numbers) == len(set(numbers))
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24
+        cells = {(at["x"] + i, at["y"] + j) for i in range(at["w"]) for j in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_alerts_are_of_what_stands_still_is_away_or_has_failed() -> None:
+    named = {rule["alert"].removeprefix("Dpnet"): rule for rule in ALERTS}
+    assert {"TrainingStuck", "StorageDown", "FailedSamples"} <= named.keys()
+    for rule in ALERTS:
+        assert rule["annotations"].keys() == {"summary", "description"}
+
+
+def test_prometheus_scrapes_the_exporter_where_it_listens_by_default() -> None:
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    assert jobs.keys() == {"dpnet", "ray"}
+    (target,) = jobs["dpnet"]["static_configs"][0]["targets"]
+    assert target == f"{HOST}:{PORT}"
+    assert all((FOLDER / name).is_file() for name in config["rule_files"])

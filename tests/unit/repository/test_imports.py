@@ -1,0 +1,103 @@
+"""The rules of who may import whom, and what stays cheap to import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[3]
+OURS = ("data_prep", "dpnet", "flows")
+HEAVY = ("torch", "ray", "prefect", "mlflow", "pyarrow", "cv2", "skimage", "matplotlib")
+FRONT_DOOR = "dpnet/cli/commands.py"  # the command starts the flow
+
+
+def modules(folder: str) -> list[Path]:
+    found = sorted((REPOSITORY / folder).rglob("*.py"))
+    assert found, f"{folder} has no modules"
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every import in a file, also those inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports are not used here"
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after `statement`."""
+    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("path", modules("data_prep"), ids=lambda p: p.name)
+def test_data_prep_knows_nothing_of_models_flows_and_their_libraries(path: Path) -> None:
+    assert not imported(path) & {"dpnet", "flows", "torch", "ray", "prefect", "mlflow"}
+
+
+@pytest.mark.parametrize("path", modules("dpnet"), ids=lambda p: p.name)
+def test_dpnet_does_not_import_flows_except_to_start_them(path: Path) -> None:
+    if path.relative_to(REPOSITORY).as_posix() != FRONT_DOOR:
+        assert not imported(path) & {"flows", "prefect"}
+
+
+@pytest.mark.parametrize("path", modules("dpnet/model"), ids=lambda p: p.name)
+def test_the_network_needs_torch_alone(path: Path) -> None:
+    assert imported(path) <= {"torch", "dpnet"} | sys.stdlib_module_names
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dpnet"):
+            assert str(node.module).startswith("dpnet.model")
+
+
+def test_only_flows_import_prefect() -> None:
+    users = [p for folder in OURS for p in modules(folder) if "prefect" in imported(p)]
+    assert {p.parent.name for p in users} == {"flows"}
+
+
+def test_the_command_starts_without_any_library() -> None:
+    assert not loaded_by("import dpnet.cli.main") & {*HEAVY, "numpy", "pydantic", "yaml"}
+
+
+def test_a_pipeline_whose_stages_are_all_done_needs_no_heavy_library() -> None:
+    assert not loaded_by("import dpnet.pipeline.chain, dpnet.cli.commands") & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "dpnet/training/step.py",
+        "benchmarks/attention.py",
+        "benchmarks/step.py",
+        "benchmarks/inpaint.py",
+    ],
+)
+def test_the_training_step_and_the_benchmarks_of_the_network_need_torch_alone(script: str) -> None:
+    libraries = ("pydantic", "ray", "prefect", "mlflow", "boto3", "yaml", "PIL", "cv2", "skimage")
+    code = (
+        f"import runpy, sys; sys.path[:0] = ['.', 'benchmarks'];"
+        f" sys.modules.update(dict.fromkeys({libraries})); runpy.run_path({script!r})"
+    )  # what sys.modules has as None cannot be imported
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+@pytest.mark.parametrize(
+    "module", ["dpnet.training.loop", "dpnet.training.result", "dpnet.training.extend"]
+)
+def test_the_training_loop_needs_neither_ray_nor_prefect_nor_mlflow(module: str) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('ray', 'prefect', 'mlflow')));"
+        f" import {module}"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
