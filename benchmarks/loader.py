@@ -85,7 +85,7 @@ class Data:
     count: int  # of images, and of masks
 
     def keys(self, folder: str) -> list[str]:
-        from data_prep.core.storage.store import open_store
+        from data_prep.core.storage.open import open_store
         from data_prep.shards.shards import split_shards
 
         return split_shards(open_store(self.root), folder, "train")
@@ -95,7 +95,7 @@ class Data:
 
     def samples(self) -> Iterator[Sample]:
         """Each image with a mask, in the order of the shards."""
-        from data_prep.core.storage.store import open_store
+        from data_prep.core.storage.open import open_store
         from data_prep.shards.shards import iterate_shard
 
         store = open_store(self.root)
@@ -110,7 +110,7 @@ class Data:
 def sets_of(data: Data) -> list[Any]:
     """Our shards of images and of masks."""
     from data_prep.core.stage import load_reference
-    from data_prep.core.storage.store import open_store
+    from data_prep.core.storage.open import open_store
     from dpnet.loading.shard_files import find_shards
 
     store = open_store(data.root)
@@ -120,7 +120,7 @@ def sets_of(data: Data) -> list[Any]:
 
 def ours(data: Data) -> Batches:
     """The batches of an epoch by our loader."""
-    from data_prep.core.storage.store import open_store
+    from data_prep.core.storage.open import open_store
     from dpnet.loading.loader import Loader
     from dpnet.loading.shard_files import ShardFiles
 
@@ -141,7 +141,7 @@ def check_order(data: Data) -> int:
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    from data_prep.core.storage.store import open_store
+    from data_prep.core.storage.open import open_store
     from data_prep.shards.shards import iterate_shard
     from dpnet.loading.loader import Lanes
     from dpnet.loading.order import ShardOrder, rank_cursors
@@ -196,7 +196,7 @@ def pillow(data: bytes, out: Any) -> None:
 
 
 def mask(data: bytes, out: Any) -> None:
-    from data_prep.masks.stage import valid_from_png
+    from data_prep.masks.codec import valid_from_png
 
     out[:] = valid_from_png(data)
 
@@ -429,9 +429,11 @@ def photographs_in(folder: Path) -> list[Path]:
 
 def prepare(photographs: Sequence[Path], folder: Path, name: str, python: str) -> Data:
     """Shards of images and of as many masks, and the same in the peers' formats, in a folder."""
-    from data_prep.core.storage.store import LocalStore
-    from data_prep.images.stage import ImagesConfig, prepare_images
-    from data_prep.masks.stage import MasksConfig, prepare_masks
+    from data_prep.core.storage.local import LocalStore
+    from data_prep.images.settings import ImagesConfig
+    from data_prep.images.stage import prepare_images
+    from data_prep.masks.settings import MasksConfig
+    from data_prep.masks.stage import prepare_masks
 
     source, store = folder / "photographs" / name, LocalStore(folder / "data" / name)
     one = photographs[:1]
@@ -488,7 +490,8 @@ def measure(name: str, python: str, data: Data, scratch: Path) -> Counted:
 @contextmanager
 def put(folder: Path, uri: str) -> Iterator[None]:
     """What is in `folder` is also under `uri`, until the end."""
-    from data_prep.core.storage.store import LocalStore, open_store
+    from data_prep.core.storage.local import LocalStore
+    from data_prep.core.storage.open import open_store
 
     here, there = LocalStore(folder), open_store(uri)
     keys = [entry.key for entry in here.list()]

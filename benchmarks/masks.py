@@ -16,9 +16,9 @@ import time
 
 import cv2
 
+from data_prep.masks.codec import encode_png
 from data_prep.masks.plan import touches_border
 from data_prep.masks.recipes import RECIPES, draw, hole_ratio
-from data_prep.masks.shard_task import encode_png
 
 GOAL = 500.0  # masks/s
 

@@ -79,7 +79,7 @@ def plan(count: int) -> dict[str, float]:
 def manifest(count: int) -> dict[str, float]:
     """Commit and read the manifest of `count` shards: seconds of each, MB of the file."""
     from data_prep.core.stage import FileRecord, Produced, Request, load_reference, run_stage
-    from data_prep.core.storage.store import LocalStore
+    from data_prep.core.storage.local import LocalStore
 
     names = [f"train-{number:06d}" for number in range(count)]
     files = [

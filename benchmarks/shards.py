@@ -82,8 +82,9 @@ def with_dpnet(photos: Path, out: Path) -> Callable[[], None]:
     import cv2  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
-    from data_prep.core.storage.store import LocalStore
-    from data_prep.images.stage import ImagesConfig, prepare_images
+    from data_prep.core.storage.local import LocalStore
+    from data_prep.images.settings import ImagesConfig
+    from data_prep.images.stage import prepare_images
 
     config = ImagesConfig.model_validate(
         {

@@ -43,20 +43,16 @@ import torch
 from compare import Row, ratio, report, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data_prep.core.storage.store import open_store
-from data_prep.images.stage import ImagesConfig, prepare_images
-from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.core.storage.open import open_store
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photographs
 from dpnet.tracking.run_log import read_status
+from dpnet.training.job import TrainJob, asked, train_request
 from dpnet.training.loop import initial_state, open_loader, train_loop
-from dpnet.training.stage import (
-    LossSettings,
-    ModelSettings,
-    TrainJob,
-    TrainSettings,
-    asked,
-    train_request,
-)
+from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 from dpnet.training.step import Step
 from dpnet.training.validation import to_device
 
@@ -269,8 +265,8 @@ def recovery(job: TrainJob) -> tuple[float, int]:
 
 
 def run_ray(job: TrainJob) -> None:
-    from dpnet.training.ray.launch import LaunchSettings
     from dpnet.training.ray.launch_local import LocalLauncher
+    from dpnet.training.settings import LaunchSettings
 
     launcher = LocalLauncher(job, LaunchSettings())
     try:

@@ -13,10 +13,9 @@ from typing import Annotated, Any, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from data_prep.images.stage import ImagesConfig
-from dpnet.evaluation.stage import EvaluateSettings
-from dpnet.training.ray.launch import LaunchSettings
-from dpnet.training.stage import TrainSettings
+from data_prep.images.settings import ImagesConfig
+from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.training.settings import LaunchSettings, TrainSettings
 
 
 def _plain(schema: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ from pydantic import NonNegativeFloat, PositiveInt
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
-from data_prep.core.storage.store import Store, open_store
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from data_prep.images.next_version import Changes, look
 from data_prep.images.watch import watch as watch_once
 from dpnet.pipeline.chain import check_config, with_photographs

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefect import flow
 
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
 from dpnet.pipeline.chain import StageName, check_config, run_chain
 from dpnet.pipeline.config import load_config, resolve_root
 from dpnet.pipeline.summary import summarize

@@ -275,7 +275,7 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
     """Where to look on: the report, the MLflow run and the Ray dashboard, as far as there are."""
     from dpnet.registry.stage import tracking_uri
     from dpnet.tracking.mlflow_runs import run_page
-    from dpnet.training.ray.launch import cluster
+    from dpnet.training.ray.launch_job import cluster
 
     found = {}
     by_stage = {ref.stage: ref for ref in refs}

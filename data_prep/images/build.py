@@ -19,7 +19,8 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.pool import Map
 from data_prep.core.progress import Progress, say
 from data_prep.core.stage import FileRecord, Produced, Work
-from data_prep.core.storage.store import LocalStore, Store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
 from data_prep.images.plan import OTHER, PROBLEM, UNSURE, Plan, PlannedShard
 from data_prep.images.resolution import Resolution, resolve
 from data_prep.images.shard_task import (
@@ -43,7 +44,7 @@ from data_prep.shards.shards import Folder, sha256_of, write_file, write_urls
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from data_prep.images.stage import ImagesConfig
+    from data_prep.images.settings import ImagesConfig
 
 _PENDING = -1
 _IGNORED_PROBLEM = "ignored: "  # how a problem starts that is no fault of the item

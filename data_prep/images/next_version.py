@@ -31,7 +31,7 @@ from data_prep.images.plan import (
 from data_prep.images.resolution import resolve
 from data_prep.images.shard_task import DUPLICATE, FAILED, SAMPLE, hash_items
 from data_prep.images.versions import OUTCOMES, Version, known_members, load_version, versions
-from data_prep.pictures import cutting as pictures
+from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.layouts import OUTSIDE
 from data_prep.raw.listing import ROWS, SPLITS, Listing
 from data_prep.raw.source import Source, open_source
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from data_prep.images.stage import ImagesConfig
+    from data_prep.images.settings import ImagesConfig
 
 POOL_ITEMS = 512  # below, starting worker processes costs more than it gains
 HASHED_AT_ONCE = 256  # items in one task that only hashes
@@ -320,7 +320,7 @@ def _splits(
     given[kind < UNSURE] = -1
     wanted = kind == PICTURE if (kind == PICTURE).any() else kind == UNSURE
     if not wanted.any():
-        known = ", ".join(sorted(pictures.EXTENSIONS))
+        known = ", ".join(sorted(EXTENSIONS))
         raise PipelineError(f"{config.source} holds no image file (of type {known}).")
     split, notes = assign_splits(given, wanted, hashes.draw, config.val, config.test, before)
     counts = np.bincount(split[kind >= UNSURE], minlength=len(SPLITS)).tolist()
@@ -344,7 +344,7 @@ def _refuse_left_out_pictures(
     config: ImagesConfig, listing: Listing, kind: NDArray[np.int8]
 ) -> None:
     """Pictures beside the split folders are ignored, but not a large share of all."""
-    endings = tuple(f".{extension}" for extension in pictures.EXTENSIONS)
+    endings = tuple(f".{extension}" for extension in EXTENSIONS)
     outside = [
         key
         for key, problem in listing.problems.items()

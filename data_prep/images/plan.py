@@ -7,8 +7,6 @@ arrays throughout, so that tens of millions are planned in one process.
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +28,6 @@ UNREADABLE = frozenset(
     ("heic", "heif", "jxl", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "exr")
 )
 PICTURE, UNSURE, OTHER, PROBLEM = 1, 0, -1, -2  # kinds of items, by their names
-Box = tuple[int, int, int]  # left, top, side of a square tile, in pixels of the upright photograph
 
 
 @dataclass(frozen=True)
@@ -277,7 +274,7 @@ def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from data_prep.pictures.cutting import EXTENSIONS  # it needs the tiles of this module
+    from data_prep.pictures.formats import EXTENSIONS
 
     kinds = []
     pattern = rf"\.({'|'.join(sorted(EXTENSIONS | UNREADABLE))})$"
@@ -317,31 +314,6 @@ def match_keys(
     return row
 
 
-def tile_boxes(width: int, height: int, sides: Sequence[int], stride: float) -> list[Box]:
-    """Square tiles of each side that fits, covering the photograph.
-
-    Tiles of one side are `stride` x side apart; the last of a row or column lies at the edge.
-    """
-    return [
-        (left, top, side)
-        for side in sides
-        for top in _starts(height, side, stride)
-        for left in _starts(width, side, stride)
-    ]
-
-
-def draw_boxes(key: str, boxes: Sequence[Box], most: int) -> list[Box]:
-    """At most `most` of a photograph's tiles, those whose sample keys have the lowest hashes."""
-    return sorted(boxes, key=lambda box: _sha256(sample_key(key, box)))[:most]
-
-
-def sample_key(key: str, box: Box | None = None) -> str:
-    """Key of a sample in the tar: the item's key made plain, 16 digits of its hash, the tile."""
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(key)[0])[-40:]
-    tile = "" if box is None else "_{}_{}_{}".format(*box)
-    return f"{plain}_{_sha256(key)[:16]}{tile}"
-
-
 def _rewritten(
     listing: Listing,
     hashes: Hashes,
@@ -361,13 +333,6 @@ def _rewritten(
             name = shards[int(home[part[0]])]
             planned.append(PlannedShard(name, name.rpartition("-")[0], part, name))
     return planned
-
-
-def _starts(length: int, side: int, stride: float) -> list[int]:
-    if length < side:
-        return []
-    starts = list(range(0, length - side + 1, max(1, round(side * stride))))
-    return starts if starts[-1] == length - side else [*starts, length - side]
 
 
 def _bound(share: float) -> int:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.digest import canonical_json, sha256_bytes, sha256_json
 from data_prep.core.errors import ItemError
 from data_prep.core.stage import FileRecord
-from data_prep.images.plan import sample_key
 from data_prep.pictures import cutting as pictures
+from data_prep.pictures.tiling import sample_key
 from data_prep.raw.listing import Item
 from data_prep.shards.shards import (
     Folder,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import MANIFEST, read_manifest
-from data_prep.core.storage.store import Store, open_store
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from data_prep.images.versions import versions
 from data_prep.shards.ledger import FAILURES, SOURCES, OldTableError, TableError, read_batches
 from data_prep.shards.shards import UNTHREADED, read_index, split_shards

@@ -323,7 +323,7 @@ def _examined(item: Item, data: bytes | ItemError, making: Making) -> MaskFile:
 
 
 def _named_image(item: Item) -> bool:
-    from data_prep.pictures.cutting import EXTENSIONS
+    from data_prep.pictures.formats import EXTENSIONS
 
     return item.key.rpartition(".")[2].lower() in EXTENSIONS
 

@@ -9,25 +9,14 @@ Training and evaluation masks come from different random streams.
 from __future__ import annotations
 
 import math
-import re
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-
-from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.errors import PipelineError
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress, say
 from data_prep.core.stage import (
@@ -54,8 +43,7 @@ from data_prep.masks.external import (
     read_files,
 )
 from data_prep.masks.mask_file import Making, Polarity
-from data_prep.masks.plan import BINS, Border, border_counts
-from data_prep.masks.recipes import RECIPES, RECIPES_VERSION
+from data_prep.masks.plan import BINS, border_counts
 from data_prep.masks.shard_task import evaluation_masks, make_shard, shards
 from data_prep.shards.shards import (
     Folder,
@@ -67,124 +55,12 @@ from data_prep.shards.shards import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
+from data_prep.masks.settings import MasksConfig
 
 POOL_MASKS = 10_000  # fewer are drawn here sooner than worker processes start
 FILES_TABLE = "sources.parquet"  # the mask files: what each became, and what spares reading it
 FAILURES_SAID = 5  # broken mask files that are named; all are in the table
-KNOWN = (*RECIPES, EXTERNAL)
-
-
-class MasksConfig(BaseModel):
-    """Which masks to draw, and how many."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(
-        "mixed",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        max_length=60,
-        description="Name of the mask set: its folder under masks/.",
-    )
-    size: int = Field(256, ge=16, le=4096, description="Side of a mask in pixels.")
-    recipes: dict[str, float] = Field(
-        default_factory=lambda: {"free-form": 1.0, "strokes": 1.0},
-        description=f"Weights of the recipes of training masks. Known: {', '.join(KNOWN)}.",
-    )
-    eval_recipes: dict[str, float] = Field(
-        default_factory=dict,
-        description="Weights of the recipes of evaluation masks; empty means the same.",
-    )
-    train: int = Field(20_000, ge=1, le=10_000_000, description="Number of training masks.")
-    eval_per_bin: int = Field(
-        2_000, ge=1, le=100_000, description="Number of evaluation masks in each ratio bin."
-    )
-    eval_border: Border = Field(
-        "any",
-        description="Evaluation masks that keep clear of the picture's border (by 50 pixels at a"
-        " side of 512), that touch it, or any.",
-    )
-    max_attempts: int = Field(
-        2_000,
-        ge=1,
-        le=1_000_000,
-        description="Evaluation masks drawn in a row without one for a ratio bin before that bin"
-        " is given up.",
-    )
-    external: str | None = Field(
-        None,
-        min_length=1,
-        description="Mask files for the recipe `external`: a folder, an archive or an s3:// address"
-        " of black and white pictures; where both splits draw from them each has half.",
-    )
-    external_polarity: Literal["auto", "white-hole", "black-hole"] = Field(
-        "auto", description="What is the hole in the mask files; auto finds out and says it."
-    )
-    external_dilate: int = Field(
-        0, ge=0, le=256, description="Pixels by which the holes of mask files grow on every side."
-    )
-    external_flips: bool = Field(
-        False, description="Mask files are flipped at random, left to right and upside down."
-    )
-    seed: int = Field(0, ge=0, le=2**53, description="Another seed draws other masks.")
-    shard_samples: int = Field(2_000, ge=1, le=100_000, description="Masks in one shard.")
-    workers: int = Field(0, ge=0, le=256, description="Processes; 0: one per core.")
-
-    @field_validator("recipes", "eval_recipes")
-    @classmethod
-    def _known_recipes(cls, weights: dict[str, float], info: ValidationInfo) -> dict[str, float]:
-        for name, weight in weights.items():
-            if name not in KNOWN:
-                raise ConfigError(
-                    f"masks.{info.field_name}: {name!r} is no mask recipe: choose from"
-                    f" {', '.join(KNOWN)}."
-                )
-            if not (math.isfinite(weight) and weight > 0):
-                raise ConfigError(
-                    f"masks.{info.field_name}.{name} is {weight}: a weight must be above 0; leave"
-                    " the recipe out to do without it."
-                )
-        if not weights and info.field_name == "recipes":
-            raise ConfigError(f"masks.recipes is empty: name at least one of {', '.join(KNOWN)}.")
-        return weights
-
-    @model_validator(mode="after")
-    def _files_and_recipe_go_together(self) -> Self:
-        if self.file_splits and self.external is None:
-            raise ConfigError(
-                "masks.external is missing: the recipe external needs a folder or archive of mask"
-                " files."
-            )
-        if self.external is not None and not self.file_splits:
-            raise ConfigError(
-                "masks.external is given but no recipe draws from it: add external to masks.recipes"
-                " or masks.eval_recipes, for example with --set masks.eval_recipes.external=1."
-            )
-        return self
-
-    @property
-    def weights(self) -> dict[str, dict[str, float]]:
-        """The weights of the recipes of each split."""
-        return {"train": self.recipes, "eval": self.eval_recipes or self.recipes}
-
-    @property
-    def file_splits(self) -> list[str]:
-        """The splits that draw from mask files."""
-        return [split for split, weights in self.weights.items() if EXTERNAL in weights]
-
-    def settings(self, polarity: Polarity | None) -> dict[str, Any]:
-        """The part that changes the output; `polarity` is that of the mask files."""
-        common = {"size", "recipes", "train", "eval_per_bin", "max_attempts", "seed"}
-        settings = self.model_dump(include={*common, "shard_samples"})
-        settings["eval_recipes"] = self.weights["eval"]
-        settings["recipes_version"] = RECIPES_VERSION
-        if self.eval_border != "any":
-            settings["eval_border"] = self.eval_border
-        if polarity is not None:
-            settings |= self.model_dump(include={"external_dilate", "external_flips"})
-            settings["external_polarity"] = polarity
-        return settings
 
 
 def prepare_masks(config: MasksConfig, store: Store, run: Map = run_tasks) -> StageRef:
@@ -202,51 +78,6 @@ def prepare_masks(config: MasksConfig, store: Store, run: Map = run_tasks) -> St
         sources={EXTERNAL: files_digest(files.found)} if files else {},
     )
     return run_stage(store, request, partial(_build, config, files, run), say)
-
-
-def valid_from_png(data: bytes) -> NDArray[np.uint8]:
-    """A stored mask (255 = hole) as the code uses it: uint8 [H, W], 1 = known, 0 = hole.
-
-    Grey values from 128 up are holes. Raises PipelineError if `data` is no picture.
-    """
-    import cv2
-    import numpy as np
-
-    if (own := _unpacked(data)) is not None:
-        return own
-    hole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
-    if hole is None:
-        raise PipelineError("a mask is not a readable PNG: give a PNG with white holes.")
-    valid: NDArray[np.uint8] = (hole < 128).astype(np.uint8)
-    return valid
-
-
-# What comes before the pixels of a PNG as `encode_png` writes it: 1 bit, grey, not interlaced.
-_OWN_PNG = re.compile(
-    rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR(....)(....)\x01\0\0\0\0(....)(....)IDAT", re.DOTALL
-)
-
-
-def _unpacked(data: bytes) -> NDArray[np.uint8] | None:
-    """`valid` of a PNG of our own, at a third of the cost of a general reader; None for others."""
-    import numpy as np
-
-    if (match := _OWN_PNG.match(data)) is None:
-        return None
-    width, height, size = (int.from_bytes(match[n], "big") for n in (1, 2, 4))
-    if zlib.crc32(data[12:29]) != int.from_bytes(match[3], "big"):
-        return None
-    stop = match.end() + size
-    if data[stop + 4 : stop + 12] != b"\0\0\0\0IEND":
-        return None  # its pixels go on in another chunk
-    try:
-        packed = np.frombuffer(zlib.decompress(data[match.end() : stop]), np.uint8)
-        lines = packed.reshape(height, 1 + (width + 7) // 8)
-    except (zlib.error, ValueError):
-        return None
-    if lines[:, 0].any():  # a filter
-        return None
-    return np.unpackbits(~lines[:, 1:], axis=1, count=width)
 
 
 @dataclass(frozen=True)

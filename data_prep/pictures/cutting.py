@@ -10,11 +10,11 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from data_prep.images.plan import Box, draw_boxes, tile_boxes
 from data_prep.pictures.decoding import Decoded, Limits, decode_rgb
 from data_prep.pictures.decoding import PictureError as PictureError
-from data_prep.pictures.decoding import looks_like_image as looks_like_image
+from data_prep.pictures.formats import looks_like_image as looks_like_image
 from data_prep.pictures.perceptual import SAMPLED, phash
+from data_prep.pictures.tiling import Box, draw_boxes, tile_boxes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.uint8]
 
-_JPEG = ("jpg", "jpeg", "jpe", "jfif")
-_PPM = ("ppm", "pgm", "pbm", "pnm")
-_JPEG2000 = ("jp2", "j2k", "jpx", "jpf")
-EXTENSIONS = frozenset(
-    (*_JPEG, *_PPM, *_JPEG2000, "png", "apng", "webp", "tif", "tiff", "bmp", "gif", "avif")
-)  # lower case
 _MOST_POINTS = 1 << 24  # of a picture in between, so that it stays small
 MAX_PIXELS = 64_000_000  # a worker stays below 700 MB with it
 

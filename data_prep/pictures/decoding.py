@@ -8,14 +8,12 @@ a picture of 64 million pixels takes less than 700 MB.
 from __future__ import annotations
 
 import io
-import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import ItemError
@@ -27,8 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Pixels = NDArray[np.uint8]
+from data_prep.pictures.formats import _formats, looks_like_image
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
 _SHARES = {"WEBP": 0.5, "JPEG2000": 0.33, "AVIF": 0.75}  # of max_pixels: their readers hold copies
 _FRACTIONS = (8, 4, 2)  # in which libjpeg decodes at the speed of what comes out
@@ -36,19 +34,6 @@ _FRACTIONS = (8, 4, 2)  # in which libjpeg decodes at the speed of what comes ou
 
 class PictureError(ItemError):
     """This picture cannot be used; the message is the reason, without the picture's name."""
-
-
-_MAGIC = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]"
-    rb"|BM............[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|P[1-6]\s+[0-9#]"
-    rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51|....ftypavi[fs]",
-    re.DOTALL,
-)
-
-
-def looks_like_image(head: bytes) -> bool:
-    """Whether the first bytes of a file, 32 or more, are those of a format that is read here."""
-    return _MAGIC.match(head) is not None
 
 
 @dataclass(frozen=True)
@@ -241,17 +226,6 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         is_short = "truncated" in told.lower() or isinstance(error, EOFError)
         raise PictureError("it is truncated" if is_short else f"it is broken: {told}") from None
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those that the installed Pillow knows."""
-    from PIL import Image
-
-    Image.init()
-    # Its own limit knows neither ours nor how to say the picture's size. Ours is checked first.
-    Image.MAX_IMAGE_PIXELS = None
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _check_png(data: bytes) -> None:

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import BinaryIO
 
 from data_prep.core.errors import ItemError
-from data_prep.pictures.cutting import EXTENSIONS
+from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.members import Member, named
 

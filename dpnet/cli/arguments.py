@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-DEMO_ROOT = "./dpnet-demo"
+from data_prep.core.paths import DEMO_ROOT
 
 _DESCRIPTION = (
     "From raw photographs to a registered DPNet inpainting model, resumable at any point."

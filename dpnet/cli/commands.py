@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.errors import ConfigError, PipelineError, StorageError, storage_error
-from data_prep.core.storage.store import LocalStore, Store, open_store
-from dpnet.cli.arguments import DEMO_ROOT
+from data_prep.core.paths import DEMO_ROOT
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from dpnet.pipeline.chain import check_config, run_chain, with_photographs
 from dpnet.pipeline.config import config_of_source, is_config, load_config, resolve_root
 from dpnet.pipeline.summary import as_text, place, stages_text
@@ -88,7 +90,7 @@ def _typed(*words: str, root: str | None, photos: str | None = None, sets: Seque
 
 
 def stage(args: Namespace) -> Outcome:
-    from dpnet.training.stage import check_settings, check_vgg_file
+    from dpnet.training.job import check_settings, check_vgg_file
 
     config = load_config(args.config, _with_launch(args))
     if getattr(args, "address", None) and config.launch.launcher == "local":

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.logs import start_logging
 from dpnet.cli.arguments import build_parser
 
 STOPPED = 130
@@ -23,6 +24,7 @@ _STOPPED = "stopped; the same command resumes."
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out the command in `argv` and return its exit status."""
     _stop_on_signals()
+    start_logging()
     try:
         args = build_parser().parse_args(argv)
     except KeyboardInterrupt:

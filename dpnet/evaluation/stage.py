@@ -14,9 +14,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_json
 from data_prep.core.errors import PipelineError
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from dpnet.model import Generator
 
     Array = NDArray[np.uint8]
+from dpnet.evaluation.settings import EvaluateSettings
 
 Pair = tuple[int, int]  # positions of the image and of the mask
 
@@ -51,25 +50,6 @@ _KEYS = {"image": "string", "mask": "string", "ratio_bin": "string", "hole_ratio
 _VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1")
 _COLUMNS = {**_KEYS, "method": "string", **dict.fromkeys(_VALUES, "float64")}
 BATCH = 16  # fixed, since another batch may round a value differently
-
-
-class EvaluateSettings(BaseModel):
-    """What a model is evaluated on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    split: Literal["val", "test"] = Field("test", description="Split of the pictures.")
-    seed: int = Field(0, ge=0, lt=2**53, description="Another seed lays masks on other pictures.")
-    max_pairs: int = Field(
-        12_000,
-        ge=1,
-        le=1_000_000,
-        description="At most so many pairs, spread evenly over the ratio bins.",
-    )
-    pictures: int = Field(2, ge=0, le=50, description="Pictures of each ratio bin in the report.")
-    threads: int = Field(
-        0, ge=0, le=1024, description="Threads that read and measure; 0 means one for each core."
-    )
 
 
 def evaluate(

@@ -24,13 +24,14 @@ from torch.nn import functional as F
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
 from data_prep.core.stage import read_manifest
-from data_prep.core.storage.store import LocalStore, Store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
 from dpnet.export.model_card import FILES, model_card
-from dpnet.inpainting.api import find_model
 from dpnet.model import Generator
 from dpnet.model.generator import MULTIPLE
+from dpnet.model_store.find_model import find_model
+from dpnet.model_store.records import find_record
 from dpnet.model_store.weights import EXPORTED, load_generator, read_config, save_generator
-from dpnet.registry.stage import find_record
 
 TOLERANCE = 1e-3  # how far a graph's colours, in [0, 1], may be from the network's
 EXAMPLE = (2, 48, 80)  # batch, height, width that graphs are traced at

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import Store, open_store
-from dpnet.cli.arguments import DEMO_ROOT
+from data_prep.core.paths import DEMO_ROOT
 from dpnet.inpainting.conversion import take_image, take_mask
 from dpnet.inpainting.tiles import TILE, Tell, fill, on_fastest_device
 from dpnet.model import Generator
-from dpnet.model_store.weights import find_layout, load_generator
+from dpnet.model_store.find_model import find_model
+from dpnet.model_store.weights import load_generator
 
 ROUNDING = 1e-3  # how far beyond 0 and 1 floating point may be, as after a resize
 FEW_KNOWN = 0.05  # below this known share the mask is probably inverted
@@ -115,28 +115,6 @@ def load_model(reference: str = "", root: str | None = None) -> Generator:
     """
     store, folder, _ = find_model(reference, root or os.environ.get("DPNET_ROOT") or DEMO_ROOT)
     return on_fastest_device(load_generator(store, folder))
-
-
-def find_model(reference: str, root: str) -> tuple[Store, str, str]:
-    """Where the model that `reference` names lies, store and run's folder, and what to call it."""
-    if not reference or reference.startswith("models:/"):
-        from dpnet.registry.stage import find_record
-
-        store = open_store(root)
-        record = find_record(store, reference)
-        return store, record["run"]["folder"], f"{record['model']} version {record['version']}"
-    reference = reference.rstrip("/")
-    if reference.startswith("runs/") and find_layout(open_store(root), reference):
-        return open_store(root), reference, reference
-    for path in dict.fromkeys((reference, reference.removesuffix("/model"))):
-        top, _, folder = path.rpartition("/")
-        store = open_store(top or ".")
-        if find_layout(store, folder):
-            return store, folder, reference
-    raise PipelineError(
-        f"{reference!r} holds no model: give a run's folder (ROOT/runs/NAME), an exported model's,"
-        " or models:/NAME@champion with the --root it is registered in."
-    )
 
 
 def _check_known(valid: Tensor, mask_name: str, tell: Tell) -> None:

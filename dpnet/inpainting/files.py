@@ -16,10 +16,11 @@ from PIL import Image, ImageOps
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import Progress, say
-from dpnet.inpainting.api import fill_image, find_model
+from dpnet.inpainting.api import fill_image
 from dpnet.inpainting.conversion import has_alpha
 from dpnet.inpainting.tiles import TILE_MIN, on_fastest_device
 from dpnet.model import Generator
+from dpnet.model_store.find_model import find_model
 from dpnet.model_store.weights import load_generator
 
 # How a result is saved, by extension. Lossless wherever the format can be.

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from data_prep.core.errors import ItemError, PipelineError
 from data_prep.core.progress import say
-from data_prep.masks.stage import valid_from_png
+from data_prep.masks.codec import valid_from_png
 from dpnet.loading.order import Augmentation, ShardOrder, Visit, augmentation, rank_cursors
 from dpnet.loading.samples import decode_image, plain_jpeg
 from dpnet.loading.shard_files import OpenShard, ShardFiles, ShardSet

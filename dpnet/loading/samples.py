@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from data_prep.core.errors import ItemError, PipelineError
 from data_prep.core.storage.store import Store
-from data_prep.masks.stage import valid_from_png
+from data_prep.masks.codec import valid_from_png
 from data_prep.pictures.decoding import Limits, decode_rgb
 from data_prep.shards.shards import read_index, split_shards
 from dpnet.loading.pairs import frozen_pairs

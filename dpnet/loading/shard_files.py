@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.stage import StageRef, read_manifest
-from data_prep.core.storage.store import LocalStore, Store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
 from data_prep.shards.shards import UNTHREADED
 from dpnet.loading.shard_cache import ShardCache
 

@@ -13,14 +13,16 @@ from typing import Any, Literal
 from data_prep.core.errors import ConfigError
 from data_prep.core.progress import say
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.store import LocalStore, Store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photographs
 from dpnet.evaluation.stage import evaluate
 from dpnet.pipeline.config import Config
 from dpnet.registry.stage import register, tracking_uri
-from dpnet.training.stage import check_settings, check_vgg_file, train
+from dpnet.training.job import check_settings, check_vgg_file
+from dpnet.training.stage import train
 
 SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
 PHOTOS = "photos"  # folder of the root that they are written to

@@ -24,13 +24,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data_prep.core.errors import ConfigError
-from data_prep.images.stage import ImagesConfig
-from data_prep.masks.stage import MasksConfig
-from dpnet.evaluation.stage import EvaluateSettings
-from dpnet.pipeline.cost import CostSettings
-from dpnet.registry.stage import RegisterSettings
-from dpnet.training.ray.launch import LaunchSettings
-from dpnet.training.stage import LossSettings, ModelSettings, TrainSettings
+from data_prep.images.settings import ImagesConfig
+from data_prep.masks.settings import MasksConfig
+from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.pipeline.settings import CostSettings
+from dpnet.registry.settings import RegisterSettings
+from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
 
 Model = TypeVar("Model", bound=BaseModel)
 

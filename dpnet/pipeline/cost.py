@@ -5,33 +5,17 @@ Prices are the config's; they change nothing that comes out, so they are in no d
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from data_prep.core.stage import MANIFEST, StageRef
 from data_prep.core.storage.store import Store
-from dpnet.tracking.mlflow_runs import read_log
-from dpnet.tracking.run_log import read_status
+from dpnet.tracking.run_log import read_log, read_status
 
 if TYPE_CHECKING:  # the config is composed of this module's settings
     from dpnet.pipeline.config import Config
-
-
-class CostSettings(BaseModel):
-    """Prices, for the estimate and the account of training."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    gpu_hour: float = Field(0.0, ge=0, le=1e6, description="Price of an hour of one GPU.")
-    cpu_hour: float = Field(
-        0.0, ge=0, le=1e6, description="Price of an hour of one training worker without a GPU."
-    )
-    currency: str = Field(
-        "USD", min_length=1, max_length=8, description="What prices are in, as it is shown."
-    )
+from dpnet.pipeline.settings import CostSettings
+from dpnet.tracking.run_log import worked
 
 
 @dataclass(frozen=True)
@@ -99,22 +83,6 @@ def hours_text(gpu_hours: float, cpu_hours: float) -> str:
     return " and ".join(parts)
 
 
-def worked(log: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    """Hours of workers with a GPU and without, of a log; where it does not tell their number, as
-    those of earlier versions, it was one."""
-    gpu = cpu = 0.0
-    for record in log:
-        if record.get("kind") != "train":
-            continue
-        seconds = record["seconds"] + record.get("other_seconds", 0.0)
-        hours = seconds * record.get("workers", 1) / 3600
-        if "gpu_memory_gb" in record:
-            gpu += hours
-        else:
-            cpu += hours
-    return gpu, cpu
-
-
 def _number(hours: float) -> str:
     if 0 < hours < 0.005:
         return "under 0.01"
@@ -157,7 +125,7 @@ def _log(store: Store, folder: str) -> list[dict[str, Any]]:
 
 
 def _steps_there(config: Config, store: Store, images: StageRef, masks: StageRef) -> int:
-    from dpnet.training.stage import planned
+    from dpnet.training.job import planned
 
     of_training = (config.model, config.losses, config.train, config.name)
     request, job = planned(*of_training, images, masks, store)

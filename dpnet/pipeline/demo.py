@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_prep.core.errors import PipelineError, storage_error
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.chain import PHOTOS
 
 UP_HOME = "up"  # of `dpnet up`, which may have been here first, and stays

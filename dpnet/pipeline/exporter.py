@@ -26,8 +26,10 @@ from prometheus_client.registry import Collector
 
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.stage import MANIFEST, read_manifest
-from data_prep.core.storage.store import LocalStore, Store, open_store
-from dpnet.registry.stage import CHAMPION
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
+from dpnet.model_store.records import CHAMPION
 from dpnet.tracking.run_log import STATUS
 
 HOST, PORT = "127.0.0.1", 9808

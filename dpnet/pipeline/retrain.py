@@ -28,10 +28,13 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import write_file
 from dpnet.evaluation.stage import evaluate
+from dpnet.model_store.records import CHAMPION, find_champion
 from dpnet.pipeline.chain import Call, call_plainly, with_photographs
 from dpnet.pipeline.config import Config
-from dpnet.registry.stage import CHAMPION, find_champion, register, tracking_uri
-from dpnet.training.stage import ModelSettings, check_settings, train, train_request
+from dpnet.registry.stage import register, tracking_uri
+from dpnet.training.job import check_settings, train_request
+from dpnet.training.settings import ModelSettings
+from dpnet.training.stage import train
 
 PLAN, RIVAL, RECORD = "plan.json", "rival.json", "retrain.json"
 Record = dict[str, Any]

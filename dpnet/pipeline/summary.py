@@ -12,7 +12,8 @@ from typing import Any
 
 from data_prep.core.digest import SHORT
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.store import LocalStore, Store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
 from dpnet.pipeline.cost import hours_text
 
 METHODS = {"dpnet": "DPNet", "mean_fill": "mean fill", "telea": "Telea"}

@@ -29,9 +29,11 @@ from data_prep.core.stage import (
     content_digest,
     read_manifest,
 )
-from data_prep.core.storage.store import LocalStore, Store, checked_key, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store, checked_key
 from data_prep.shards.check_set import STAGES, Coverage, Depth, check_set
-from dpnet.registry.stage import AGAINST, CHAMPION, INPUTS, RECORD, find_record
+from dpnet.model_store.records import AGAINST, CHAMPION, INPUTS, RECORD, find_record
 
 CHUNK = 8 << 20  # bytes read at once, so that memory stays small with large shards
 THREADS = 4  # hashing frees the interpreter lock, and S3 answers several reads at once

@@ -7,87 +7,16 @@ found again by its request digest. Of runs, `dpnet.tracking.mlflow_runs` knows.
 from __future__ import annotations
 
 import calendar
-import logging
-import os
-import re
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
-from data_prep.core.storage.store import LocalStore, Store
-from dpnet.tracking.mlflow_runs import Course, leaves, log_figures, read_log, training_run
-
-_SQLITE = "sqlite:///"
-_LONGEST = 300  # characters of an error's text that are shown
-
-
-@contextmanager
-def connect(uri: str) -> Iterator[Any]:
-    """An MLflow client for tracking and registry at `uri`; its errors become PipelineError."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield new_client(uri)
-    except (MlflowException, SQLAlchemyError) as error:
-        raise PipelineError(
-            f"MLflow at {public(uri)} refused the registration ({reason(error)}): check"
-            " register.tracking_uri and that it can be written, then run the same command again."
-        ) from error
-
-
-def new_client(uri: str) -> Any:
-    """An MLflow client for tracking and registry at `uri`; its errors are MLflow's."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # that is for results
-    # Servers other than AWS refuse or mangle boto3's newer default checksums.
-    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-    from mlflow.tracking import MlflowClient
-
-    # They would tell every migration of the schema, and tracebacks of what is raised anyway.
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if uri.startswith(_SQLITE):
-        _create_database(Path(uri.removeprefix(_SQLITE)))
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def reason(error: BaseException) -> str:
-    """What an error of MLflow's says, in one line and without credentials."""
-    # SQLAlchemy may begin with advice to programmers, in a line of its own.
-    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as")]
-    if not lines:
-        return type(error).__name__
-    # Of a server that is not reached, the last of several errors within one another.
-    cause = re.search(r"Caused by .*?: ([^\"]*)", lines[0])
-    return public(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
-
-
-def _create_database(path: Path) -> None:
-    """Make MLflow's SQLite file unless it is there, all at once.
-
-    MLflow builds it by some hundred migrations, and killed among them it leaves a file that it
-    refuses for ever after (seen with 3.17).
-    """
-    if path.exists():
-        return
-    from mlflow.tracking import MlflowClient
-
-    with tempfile.TemporaryDirectory() as folder:
-        new = Path(folder, "mlflow.db")
-        MlflowClient(tracking_uri=f"{_SQLITE}{new}").search_experiments(max_results=1)
-        LocalStore(path.parent).create(path.name, new.read_bytes())
-
-
-def public(text: str) -> str:
-    """A URI, or a text with URIs in it, without users and passwords."""
-    return re.sub(r"://\S*@", "://", text)
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
+from dpnet.tracking.mlflow_runs import Course, leaves, log_figures, training_run
+from dpnet.tracking.run_log import read_log
 
 
 def restore_versions(

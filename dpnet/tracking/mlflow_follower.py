@@ -18,9 +18,9 @@ from types import TracebackType
 
 from data_prep.core.progress import say
 from data_prep.core.stage import Work
-from dpnet.registry.mlflow_versions import new_client, public, reason
-from dpnet.tracking.mlflow_runs import Course, read_log, training_run
-from dpnet.tracking.run_log import read_status
+from dpnet.tracking.mlflow_client import new_client, public, reason
+from dpnet.tracking.mlflow_runs import Course, training_run
+from dpnet.tracking.run_log import read_log, read_status
 
 EVERY_S = 5.0  # between two looks at what training tells
 FLUSH_S = 60.0  # for which the last of it is waited for

@@ -6,7 +6,6 @@ training's name. What is asked of MLflow here can be repeated and adds nothing t
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -15,7 +14,6 @@ from typing import Any
 from data_prep.core.digest import SHORT
 from data_prep.core.stage import StageRef
 from data_prep.core.storage.store import Store
-from dpnet.tracking.run_log import LOG
 
 _CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
 # Of each kind of record, a figure that every one has.
@@ -132,15 +130,6 @@ def _figures(record: Mapping[str, Any], steps: int) -> dict[str, float]:
     if "gpu_memory_gb" in record:
         figures["gpu_memory_gb"] = record["gpu_memory_gb"]
     return figures
-
-
-def read_log(store: Store, folder: str) -> list[dict[str, Any]]:
-    """The records of a run's log so far; none where there is no log."""
-    try:
-        lines = store.read(f"{folder}/{LOG}").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
 
 
 def log_figures(client: Any, run_id: str, figures: Mapping[str, float], at: int) -> None:

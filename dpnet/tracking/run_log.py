@@ -9,11 +9,15 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import StorageError
-from data_prep.core.storage.store import LocalStore, Store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
+
+if TYPE_CHECKING:  # the config is composed of this module's settings
+    pass
 
 STATUS, LOG = "status.json", "log.jsonl"
 LOCAL_S, REMOTE_S = 0.5, 5.0  # least time between two writes of the same object
@@ -78,3 +82,28 @@ def read_status(store: Store, run: str) -> dict[str, Any]:
     except (OSError, ValueError, StorageError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def read_log(store: Store, folder: str) -> list[dict[str, Any]]:
+    """The records of a run's log so far; none where there is no log."""
+    try:
+        lines = store.read(f"{folder}/{LOG}").splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def worked(log: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Hours of workers with a GPU and without, of a log; where it does not tell their number, as
+    those of earlier versions, it was one."""
+    gpu = cpu = 0.0
+    for record in log:
+        if record.get("kind") != "train":
+            continue
+        seconds = record["seconds"] + record.get("other_seconds", 0.0)
+        hours = seconds * record.get("workers", 1) / 3600
+        if "gpu_memory_gb" in record:
+            gpu += hours
+        else:
+            cpu += hours
+    return gpu, cpu

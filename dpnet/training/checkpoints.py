@@ -25,7 +25,8 @@ import torch
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.progress import say
-from data_prep.core.storage.store import LocalStore, Store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
 
 FORMAT = 1
 MARK, STATE, LOG = "checkpoint.json", "state.pt", "log.jsonl"

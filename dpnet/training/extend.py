@@ -10,7 +10,7 @@ from __future__ import annotations
 from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from dpnet.training.checkpoints import Mark, differences, marks
-from dpnet.training.stage import TrainJob
+from dpnet.training.job import TrainJob
 
 _STEPS = "train.steps "
 

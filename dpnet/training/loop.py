@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import Store, open_store
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from dpnet.loading.loader import Loader
 from dpnet.loading.order import rank_cursors
 from dpnet.loading.shard_cache import ShardCache
@@ -38,8 +39,8 @@ from dpnet.training.checkpoints import (
     marks,
     newest,
 )
-from dpnet.training.result import is_finished
-from dpnet.training.stage import TrainJob, TrainSettings
+from dpnet.training.job import TrainJob, is_finished
+from dpnet.training.settings import TrainSettings
 from dpnet.training.step import Measured, Step, TrainState, compiler_problem, load_vgg
 from dpnet.training.validation import Validation, mask_size, to_device
 

@@ -8,14 +8,9 @@ from typing import Any
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import FileRecord, Work
 from data_prep.shards.shards import write_file
-from dpnet.pipeline.cost import worked
+from dpnet.tracking.run_log import worked
 from dpnet.training.checkpoints import newest
-from dpnet.training.stage import TrainJob
-
-
-def is_finished(job: TrainJob, step: int, finished: str) -> bool:
-    """Whether a checkpoint at `step` is the run's last."""
-    return step == job.settings.steps or bool(finished)
+from dpnet.training.job import TrainJob, is_finished
 
 
 def collect(job: TrainJob, work: Work) -> tuple[list[FileRecord], dict[str, Any]]:

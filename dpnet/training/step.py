@@ -25,7 +25,7 @@ from dpnet.model import losses as L
 from dpnet.model.attention import PyramidAttention
 
 if TYPE_CHECKING:  # pydantic is not needed at run time
-    from dpnet.training.stage import LossSettings, TrainSettings
+    from dpnet.training.settings import LossSettings, TrainSettings
 
 BETA2 = 0.99
 FINETUNE_RATE = 0.5  # of the peak: where the fine-tuning phase begins

@@ -16,7 +16,7 @@ from dpnet.loading.loader import Batch
 from dpnet.loading.samples import Samples, validation_pairs
 from dpnet.model import Generator
 from dpnet.model.generator import known_mean
-from dpnet.training.stage import TrainJob
+from dpnet.training.job import TrainJob
 
 BATCH = 32
 PSNR_CAP = 100.0

@@ -29,7 +29,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.progress import say
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from flows.local_server import children
 from flows.local_server import process_tree as processes
 from flows.local_server.children import Child, Place
@@ -181,7 +182,7 @@ def supervise(plan: Plan) -> None:
 def _create_mlflow_database(path: Path) -> None:
     """In a process of its own, as it imports MLflow, which takes much memory."""
     code = (
-        "import sys; from dpnet.registry.mlflow_versions import new_client; new_client(sys.argv[1])"
+        "import sys; from dpnet.tracking.mlflow_client import new_client; new_client(sys.argv[1])"
     )
     if path.exists():
         return

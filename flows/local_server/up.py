@@ -26,7 +26,9 @@ from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
-from data_prep.core.storage.store import LocalStore, Store, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from dpnet.pipeline.demo import UP_HOME
 from dpnet.pipeline.summary import place
 from flows.local_server import process_tree as processes

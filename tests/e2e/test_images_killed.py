@@ -18,7 +18,8 @@ from image_sets import files_of, table
 from PIL import Image
 
 from data_prep.core.stage import StageRef, load_reference
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from dpnet.pipeline.verify import verify
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

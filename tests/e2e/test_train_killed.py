@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from servers import Server
 
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

@@ -20,7 +20,7 @@ from image_sets import (
 )
 
 from data_prep.core.pool import run_tasks
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from data_prep.images.stage import prepare_images
 from data_prep.shards.shards import split_shards
 from dpnet.pipeline.ray_map import ray_map

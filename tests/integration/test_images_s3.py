@@ -26,10 +26,13 @@ from image_sets import (
 )
 
 from data_prep.core.stage import StageRef
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from data_prep.core.storage.s3 import S3Store
-from data_prep.core.storage.store import LocalStore, Store, open_store
+from data_prep.core.storage.store import Store
 from data_prep.images import shard_task as image_shards
-from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
 from data_prep.shards.shards import split_shards, write_shard
 from dpnet.pipeline.verify import verify
 

@@ -21,9 +21,9 @@ import pytest
 from image_sets import photograph
 
 from data_prep.core.stage import read_manifest
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
+from dpnet.model_store.records import find_record
 from dpnet.pipeline.verify import verify
-from dpnet.registry.stage import find_record
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import load_config
-from dpnet.pipeline.cost import CostSettings, estimated, measured
+from dpnet.pipeline.cost import estimated, measured
 from dpnet.pipeline.exporter import Reader
-from dpnet.tracking.mlflow_runs import read_log
+from dpnet.pipeline.settings import CostSettings
+from dpnet.tracking.run_log import read_log
 
 pytestmark = pytest.mark.integration
 

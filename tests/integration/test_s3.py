@@ -15,7 +15,7 @@ from data_prep.core.errors import LeaseLostError, StorageError
 from data_prep.core.lease import Lease
 from data_prep.core.stage import Produced, Request, run_stage
 from data_prep.core.storage import s3
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

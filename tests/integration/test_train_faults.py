@@ -34,7 +34,9 @@ from clusters import (
 from PIL import Image
 from servers import Server, fault_proxy
 
-from data_prep.core.storage.store import LocalStore, Store, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -63,7 +63,8 @@ REGISTER = """
 import sys
 from pathlib import Path
 import small_root
-from dpnet.registry.stage import RegisterSettings, register
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import register
 
 store = small_root.new_store(Path(sys.argv[1]))
 run, evaluation = small_root.run_and_evaluation(store, 20.0)

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.stage import StageRef, read_manifest
 from data_prep.core.storage.store import Store
-from data_prep.images.stage import ImagesConfig
+from data_prep.images.settings import ImagesConfig
 from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
 
 SPLITS = ("train", "val", "test")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from data_prep.core.errors import ItemError
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
 from data_prep.raw.listing import Item, Listing
 from data_prep.raw.source import Source, open_source
 

@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image
 
 from data_prep.core.stage import Produced, Request, StageRef, Work, run_stage
-from data_prep.core.storage.store import LocalStore
-from data_prep.images.stage import ImagesConfig, prepare_images
-from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.core.storage.local import LocalStore
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import write_file
 
 SIZE = 32
@@ -96,7 +98,7 @@ def new_database() -> NewDatabase:
     """A new MLflow database from a fresh process; making one takes seconds, so tests copy it."""
     with tempfile.TemporaryDirectory() as folder:
         code = (
-            "from dpnet.registry.mlflow_versions import connect\n"
+            "from dpnet.tracking.mlflow_client import connect\n"
             f"with connect('sqlite:///{folder}/mlflow.db') as client: client.search_experiments()"
         )
         done = subprocess.run(
@@ -144,7 +146,8 @@ def run_and_evaluation(
 
 def champion(store: LocalStore) -> StageRef:
     """A run with a real, untrained generator, registered as version 1 and champion of `dpnet`."""
-    from dpnet.registry.stage import RegisterSettings, register
+    from dpnet.registry.settings import RegisterSettings
+    from dpnet.registry.stage import register
 
     nothing = commit(store, "images", "images/x", {"a": b"a"})
     run = trained(store, images=nothing, masks=nothing)

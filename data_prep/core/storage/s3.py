@@ -82,6 +82,12 @@ class S3Store:
         self._client: Any = None
         self._lock = threading.RLock()
 
+    local_folder: Path | None = None
+
+    @property
+    def label(self) -> str:
+        return self.uri
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_client": None, "_lock": None}  # neither survives pickling
 

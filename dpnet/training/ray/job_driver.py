@@ -21,10 +21,10 @@ from pathlib import Path
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
+from dpnet.training.job import TrainJob
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
 from dpnet.training.ray.workers import Training
-from dpnet.training.stage import TrainJob
 
 
 def main() -> int:

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.digest import SHORT, sha256_bytes
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.progress import say
 from data_prep.core.stage import Work
-from dpnet.training.ray.launch import ADDRESSES, LaunchSettings
-from dpnet.training.stage import TrainJob
+from dpnet.training.job import TrainJob
+from dpnet.training.settings import LaunchSettings
 
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as Ray's own commands take them
 SPEC = "job.json"
 EXPLAINED = 3  # exit status of a driver whose last line says why training cannot go on
 ASK_S = 1.0  # between two questions after the job's state
@@ -259,3 +260,16 @@ def _reason(error: BaseException) -> str:
     if plain := re.search(r"\[Errno -?\d+\] ([\w ]+)|Read (timed out)", text):  # of much around it
         return plain[1] or plain[2]
     return text.splitlines()[0].rstrip(".:")[:200]
+
+
+def cluster(launch: LaunchSettings) -> str:
+    """Of the cluster's dashboard. Raises ConfigError where none is given."""
+    # RAY_ADDRESS may also be that of the control service, which takes no jobs.
+    given = [launch.address, *(os.environ.get(name, "") for name in ADDRESSES)]
+    for address in given:
+        if address and (address == launch.address or address.startswith("http")):
+            return address
+    raise ConfigError(
+        "launch.address is missing: the launcher ray-job needs the address of a Ray cluster's"
+        " dashboard, as --address http://head:8265."
+    )

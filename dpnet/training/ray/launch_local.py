@@ -17,8 +17,8 @@ from typing import Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
-from dpnet.training.ray.launch import LaunchSettings
-from dpnet.training.stage import TrainJob
+from dpnet.training.job import TrainJob
+from dpnet.training.settings import LaunchSettings
 
 SCRATCH, PREFIX, LOCK = Path("/tmp"), "dpnet-ray-", ".lock"
 REMOVE_S = 5.0  # for which Ray's scratch folder is tried to be removed

@@ -25,9 +25,9 @@ from typing import Any, Literal
 from data_prep.core import progress
 from data_prep.core.errors import PipelineError, StorageError, storage_error_in
 from data_prep.core.progress import say
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
 from dpnet.tracking.run_log import read_status
-from dpnet.training.stage import TrainJob
+from dpnet.training.job import TrainJob
 
 STOP_S = 3.0  # in which a training that is stopped leaves Ray
 DEATHS = 3  # of Ray Train's own process in a row, without a step between, that are got over

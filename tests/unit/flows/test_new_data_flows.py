@@ -10,7 +10,7 @@ from prefect.client.schemas.objects import State
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import Config, config_of_source
 from dpnet.pipeline.retrain import NothingToDo
 from flows import new_data

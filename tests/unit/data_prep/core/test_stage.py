@@ -20,7 +20,7 @@ from data_prep.core.stage import (
     load_reference,
     run_stage,
 )
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
 from data_prep.shards.shards import write_file, write_shard
 
 
@@ -159,7 +159,7 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(store):
     code = (
         "import os, sys\n"
         "from data_prep.core.lease import Lease\n"
-        "from data_prep.core.storage.store import open_store\n"
+        "from data_prep.core.storage.open import open_store\n"
         "Lease(open_store(sys.argv[1]), 'a/lease.json').__enter__()\n"
         "os._exit(9)\n"
     )

@@ -32,7 +32,8 @@ from servers import Server
 
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from data_prep.images.stage import prepare_images
 from data_prep.raw.files import LocalFiles
 from dpnet.pipeline.verify import verify

@@ -18,15 +18,13 @@ from data_prep.images.plan import (
     Plan,
     assign_splits,
     cut_into_shards,
-    draw_boxes,
     item_kinds,
     key_hashes,
     match_keys,
     plan_items,
-    sample_key,
     storage_order,
-    tile_boxes,
 )
+from data_prep.pictures.tiling import draw_boxes, sample_key, tile_boxes
 from data_prep.raw.listing import SPLITS, Item, Listing, collect
 
 MANY = [f"trip {n // 40}/photo {n}.jpg" for n in range(2000)]

@@ -38,11 +38,12 @@ from pydantic import ValidationError
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import FileRecord, read_manifest
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from data_prep.images import build as image_build
 from data_prep.images import next_version as changes
 from data_prep.images import shard_task as image_shards
-from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
 from data_prep.pictures.cutting import prepare
 from data_prep.raw.files import LocalFiles
 from data_prep.shards.shards import read_index, sha256_of, split_shards, write_shard

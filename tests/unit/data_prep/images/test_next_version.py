@@ -12,7 +12,7 @@ import pytest
 from image_sets import crops, photograph, photographs
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from data_prep.images.next_version import Changes, look
 from data_prep.images.stage import prepare_images
 from data_prep.images.watch import Watched, decide, watch

@@ -31,10 +31,13 @@ from image_sets import (
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import StageRef, read_manifest
-from data_prep.core.storage.store import LocalStore, Store
-from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.store import Store
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
 from data_prep.images.versions import versions
-from data_prep.pictures.cutting import EXTENSIONS, PictureError, prepare
+from data_prep.pictures.cutting import PictureError, prepare
+from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.files import LocalFiles
 from data_prep.shards.shards import split_shards
 from dpnet.pipeline.verify import verify

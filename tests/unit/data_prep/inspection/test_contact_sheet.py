@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from data_prep.inspection.contact_sheet import CELL, GAP, PAPER, contact_sheet, mask_sheet
 from data_prep.masks.plan import BINS
-from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

@@ -12,8 +12,9 @@ import small_root
 from PIL import Image
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
-from data_prep.images.stage import ImagesConfig, prepare_images
+from data_prep.core.storage.local import LocalStore
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
 from data_prep.inspection import inspect as inspection
 from data_prep.inspection.inspect import (
     committed,
@@ -27,7 +28,8 @@ from data_prep.inspection.inspect import (
     masks_text,
     tars_for,
 )
-from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from PIL import Image
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
 from data_prep.core.pool import run_tasks
 from data_prep.core.stage import StageRef, read_manifest
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
+from data_prep.masks.codec import valid_from_png
 from data_prep.masks.external import (
     FilePool,
     MaskFile,
@@ -23,7 +24,8 @@ from data_prep.masks.external import (
 from data_prep.masks.mask_file import Made, Making, hole_mask, white_pixels
 from data_prep.masks.plan import BINS, split_seed
 from data_prep.masks.recipes import draw, hole_ratio
-from data_prep.masks.stage import MasksConfig, prepare_masks, valid_from_png
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 from data_prep.raw.source import open_source
 from data_prep.shards.shards import iterate_shard, read_index, split_shards
 

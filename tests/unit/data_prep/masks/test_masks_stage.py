@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from data_prep.core.errors import ConfigError, PipelineError, StorageError
 from data_prep.core.stage import MANIFEST, Request, StageRef
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from data_prep.masks import stage as masks_module
+from data_prep.masks.codec import _unpacked, encode_png, valid_from_png
 from data_prep.masks.plan import (
     BINS,
     Candidate,
@@ -31,8 +32,8 @@ from data_prep.masks.plan import (
     training_mask,
 )
 from data_prep.masks.recipes import RECIPES, draw, hole_ratio
-from data_prep.masks.shard_task import encode_png
-from data_prep.masks.stage import MasksConfig, _unpacked, prepare_masks, valid_from_png
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import iterate_shard, read_index, split_shards
 
 SMALL = MasksConfig(name="small", size=32, train=50, eval_per_bin=4, shard_samples=20)

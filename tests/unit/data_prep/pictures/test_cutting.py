@@ -19,9 +19,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageCms, ImageOps, features
 
-from data_prep.images.plan import draw_boxes, tile_boxes
 from data_prep.pictures.cutting import (
-    EXTENSIONS,
     MAX_PIXELS,
     Cutting,
     PictureError,
@@ -30,7 +28,9 @@ from data_prep.pictures.cutting import (
     prepare,
 )
 from data_prep.pictures.decoding import Limits, decode_rgb
+from data_prep.pictures.formats import EXTENSIONS
 from data_prep.pictures.perceptual import phash
+from data_prep.pictures.tiling import draw_boxes, tile_boxes
 
 REPOSITORY = Path(__file__).parents[4]
 PHOTOS = REPOSITORY.parent / "shared" / "data" / "photos"

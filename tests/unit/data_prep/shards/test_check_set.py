@@ -18,9 +18,12 @@ import small_root
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.stage import FileRecord, Produced, Request, content_digest, run_stage
-from data_prep.core.storage.store import LocalStore, open_store
-from data_prep.images.stage import ImagesConfig, prepare_images
-from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 from data_prep.shards.check_set import Depth, chosen, shards_of
 from data_prep.shards.shards import write_file
 from dpnet.pipeline.verify import Verification, verify

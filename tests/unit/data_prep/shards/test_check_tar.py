@@ -15,7 +15,7 @@ import pytest
 import small_root
 
 from data_prep.core.stage import FileRecord, read_manifest
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from data_prep.shards.check_tar import MOST, check_shard
 from data_prep.shards.shards import Folder, TarWriter, encode_table, write_shard
 

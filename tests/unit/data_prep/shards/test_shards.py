@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from data_prep.shards.shards import (
     Folder,
     TarWriter,

@@ -20,7 +20,7 @@ import pytest
 import small_root
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.cli import commands
 from dpnet.cli import main as cli
 from dpnet.cli.arguments import build_parser

@@ -7,15 +7,16 @@ import small_root
 
 from data_prep.core.digest import sha256_json
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
+from data_prep.masks.codec import valid_from_png
 from data_prep.masks.plan import BINS
-from data_prep.masks.stage import valid_from_png
 from data_prep.pictures.cutting import decode
 from data_prep.shards.shards import decode_table, iterate_shard, split_shards
 from dpnet.evaluation.baselines import mean_fill
 from dpnet.evaluation.metrics import hole_psnr
 from dpnet.evaluation.protocol import METHODS, figures
-from dpnet.evaluation.stage import EvaluateSettings, evaluate
+from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.evaluation.stage import evaluate
 from dpnet.inpainting import tiles
 
 
@@ -228,7 +229,8 @@ def test_a_damaged_picture_stops_with_advice(fresh):
 
 
 def test_masks_larger_than_the_pictures_are_refused(fresh):
-    from data_prep.masks.stage import MasksConfig, prepare_masks
+    from data_prep.masks.settings import MasksConfig
+    from data_prep.masks.stage import prepare_masks
 
     store, images, _, run = fresh
     config = MasksConfig(name="other", size=48, train=2, eval_per_bin=1, recipes={"outpaint": 1})

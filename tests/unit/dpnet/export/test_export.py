@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.export import export
 from dpnet.export.export import EXAMPLE, Inpainter, example, export_model, load_graph
 from dpnet.export.model_card import FILES

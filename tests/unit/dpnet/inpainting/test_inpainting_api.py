@@ -11,7 +11,7 @@ from torch import nn
 
 import dpnet
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.model import build_generator
 
 

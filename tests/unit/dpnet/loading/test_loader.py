@@ -23,8 +23,10 @@ from small_shards import Far, flip_byte, stage_of
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.store import LocalStore, Store, open_store
-from data_prep.masks.shard_task import encode_png
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
+from data_prep.masks.codec import encode_png
 from data_prep.shards.shards import read_index
 from dpnet.loading.loader import AHEAD, Loader
 from dpnet.loading.order import augmentation

@@ -11,7 +11,7 @@ from PIL import Image
 from small_shards import stage_of
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.loading.samples import Samples
 
 

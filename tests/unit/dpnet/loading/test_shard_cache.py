@@ -18,7 +18,8 @@ from small_shards import Far
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import StorageError
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from dpnet.loading.shard_cache import ShardCache
 
 SIZE = 1000

@@ -14,7 +14,8 @@ from small_shards import Far, flip_byte, stage_of
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import MANIFEST, StageRef, read_manifest
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from data_prep.shards.shards import read_index
 from dpnet.loading.shard_cache import ShardCache
 from dpnet.loading.shard_files import OpenShard, ShardFiles, find_shards

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.model import ModelConfig, build_generator
 from dpnet.model_store.weights import EXPORTED, RUN, Layout, load_generator, save_generator
 

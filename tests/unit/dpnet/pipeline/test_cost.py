@@ -12,11 +12,12 @@ from small_root import commit
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import Config, load_config
-from dpnet.pipeline.cost import Cost, CostSettings, cost_text, estimated, hours_text, measured
+from dpnet.pipeline.cost import Cost, cost_text, estimated, hours_text, measured
+from dpnet.pipeline.settings import CostSettings
 from dpnet.training.checkpoints import FORMAT
-from dpnet.training.stage import asked, planned
+from dpnet.training.job import asked, planned
 
 PRICES = CostSettings(gpu_hour=2.5, cpu_hour=0.1, currency="EUR")
 

@@ -19,7 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from small_root import commit
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore, Store, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from dpnet.pipeline import exporter
 from dpnet.pipeline.exporter import FRESH_S, METRICS, Reader, Sample, serve
 

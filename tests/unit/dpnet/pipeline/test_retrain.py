@@ -17,13 +17,15 @@ from image_sets import photograph, photographs
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import StageRef, read_manifest
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.evaluation.stage import evaluate
+from dpnet.model_store.records import find_record
 from dpnet.pipeline.chain import run_chain
 from dpnet.pipeline.config import Config, config_of_source
 from dpnet.pipeline.retrain import NothingToDo, retrain
 from dpnet.pipeline.verify import verify
-from dpnet.registry.stage import RegisterSettings, find_record, register
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import register
 from dpnet.training.stage import train
 
 OPTIONS = ("size=32", "masks.size=32", "masks.train=4", "masks.eval_per_bin=2")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.summary import as_text, figures_text, stages_text, summarize
 
 SPLITS = {"splits": {"train": {"samples": 100_000, "shards": 9}, "val": {"samples": 7}}}

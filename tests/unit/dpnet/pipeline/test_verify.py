@@ -5,9 +5,10 @@ import small_root
 
 from data_prep.core.digest import content_digest
 from data_prep.core.errors import PipelineError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.verify import verify, verify_uri
-from dpnet.registry.stage import RegisterSettings, register
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import register
 
 
 @pytest.fixture

@@ -7,18 +7,14 @@ import pytest
 import small_root
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from dpnet.model_store.records import CHALLENGER, CHAMPION, find_record
 from dpnet.registry import mlflow_versions as mlflow_registry
 from dpnet.registry import stage as register_module
-from dpnet.registry.stage import (
-    CHALLENGER,
-    CHAMPION,
-    RegisterSettings,
-    find_record,
-    judge,
-    register,
-    tracking_uri,
-)
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import judge, register, tracking_uri
+from dpnet.tracking import mlflow_client
 
 
 @pytest.fixture
@@ -46,7 +42,7 @@ def alias_and_reason(ref):
 
 def in_mlflow(store, model="dpnet"):
     """{version: request digest} and {alias: version} as MLflow has them."""
-    with mlflow_registry.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
         found = client.search_model_versions(f"name='{model}'")
         versions = {int(v.version): v.tags["request_digest"] for v in found}
         aliases = client.get_registered_model(model).aliases
@@ -182,7 +178,7 @@ def test_models_of_different_names_are_counted_apart(store):
 
 def test_what_was_trained_and_measured_is_in_mlflow(store):
     ref = registered(store, 20.0)
-    with mlflow_registry.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
         version = client.get_model_version("dpnet", "1")
         run = client.get_run(version.run_id)
     assert run.data.params["train.steps"] == "5"
@@ -216,8 +212,8 @@ def test_a_new_database_is_made_without_talk_and_without_litter():
 
 def test_a_database_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     # MLflow takes no half-made one up again.
-    monkeypatch.setattr(mlflow_registry.LocalStore, "create", killed)
-    with pytest.raises(Killed), mlflow_registry.connect(f"sqlite:///{tmp_path}/new.db"):
+    monkeypatch.setattr(mlflow_client.LocalStore, "create", killed)
+    with pytest.raises(Killed), mlflow_client.connect(f"sqlite:///{tmp_path}/new.db"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -252,7 +248,7 @@ def test_a_database_that_cannot_be_opened_is_told_without_its_password(store):
     settings = RegisterSettings(tracking_uri=f"sqlite:///{store.folder}/broken.db")
     with pytest.raises(PipelineError, match="refused the registration"):
         register(settings, run, evaluation, store)
-    assert mlflow_registry.public("postgresql://me:secret@host/db") == "postgresql://host/db"
+    assert mlflow_client.public("postgresql://me:secret@host/db") == "postgresql://host/db"
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])

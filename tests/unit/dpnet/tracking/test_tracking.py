@@ -9,9 +9,11 @@ import small_root
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import Request, Work
-from data_prep.core.storage.store import LocalStore, open_store
-from dpnet.registry import mlflow_versions as mlflow_registry
-from dpnet.registry.stage import RegisterSettings, register
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import register
+from dpnet.tracking import mlflow_client
 from dpnet.tracking import mlflow_follower as tracking
 from dpnet.tracking.mlflow_follower import Tracker
 from dpnet.tracking.run_log import Journal
@@ -78,7 +80,7 @@ def track(uri, work, log, error=None, **told):
 
 
 def runs(uri, experiment="small"):
-    client = mlflow_registry.new_client(uri)
+    client = mlflow_client.new_client(uri)
     found = client.get_experiment_by_name(experiment)
     return client.search_runs([found.experiment_id]) if found else []
 
@@ -90,7 +92,7 @@ def only_run(uri):
 
 def points(uri, name):
     """[(step, value)] of a metric of the only run."""
-    client = mlflow_registry.new_client(uri)
+    client = mlflow_client.new_client(uri)
     history = client.get_metric_history(only_run(uri).info.run_id, name)
     return [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)]
 
@@ -154,7 +156,7 @@ def test_a_resumed_training_goes_on_in_the_same_run_without_a_point_twice(store,
 
 
 def test_a_point_whose_answer_was_lost_is_not_logged_again(store, uri, monkeypatch, capsys):
-    client_of = mlflow_registry.new_client
+    client_of = mlflow_client.new_client
     lost = []
 
     def new_client(uri):
@@ -202,7 +204,7 @@ def test_pictures_become_artifacts(store, uri, tmp_path, monkeypatch):
     work = work_in(store)
     track(uri, work, COURSE[:4], pictures=[50])
     track(uri, work, COURSE, pictures=[75])
-    client, run = mlflow_registry.new_client(uri), only_run(uri)
+    client, run = mlflow_client.new_client(uri), only_run(uri)
     there = client.list_artifacts(run.info.run_id, "pictures")
     assert [f.path for f in there] == [f"pictures/step-000000{step}.png" for step in (50, 75)]
     got = client.download_artifacts(run.info.run_id, there[0].path, str(tmp_path))
@@ -266,7 +268,7 @@ def test_a_server_that_never_answers_is_not_waited_for(store, monkeypatch, capsy
 
 
 def test_what_a_server_missed_is_added_when_it_is_there(store, uri, monkeypatch, capsys):
-    client_of = mlflow_registry.new_client
+    client_of = mlflow_client.new_client
     away = [True, True]
 
     def new_client(uri):
@@ -313,7 +315,7 @@ def test_registering_adds_the_evaluation_to_the_training_s_run(store, uri):
     before = only_run(uri)
     registered(store, COURSE)
     run = only_run(uri)
-    version = mlflow_registry.new_client(uri).get_model_version("dpnet", "1")
+    version = mlflow_client.new_client(uri).get_model_version("dpnet", "1")
     assert version.run_id == run.info.run_id == before.info.run_id
     assert run.data.metrics["mean_over_bins.dpnet.hole_psnr"] == 20.0
     assert run.data.tags["evaluate"].startswith(f"{store.uri}/evaluations/")

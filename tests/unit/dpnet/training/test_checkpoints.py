@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_prep.core.errors import PipelineError, StorageError
-from data_prep.core.storage.store import LocalStore
+from data_prep.core.storage.local import LocalStore
 from dpnet.training import checkpoints
 from dpnet.training.checkpoints import MARK, Writer, check_asked, differences, load, marks, newest
 
@@ -183,7 +183,7 @@ def test_what_differs_is_named_with_both_values(store):
 
 @pytest.mark.parametrize("kind", ["", "moto"])
 def test_checkpoints_on_s3_are_as_those_in_a_folder(kind, request, tmp_path):
-    from data_prep.core.storage.store import open_store
+    from data_prep.core.storage.open import open_store
 
     root = request.getfixturevalue("moto_root") if kind else str(tmp_path)
     there = open_store(root)

@@ -18,28 +18,23 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.storage.store import open_store
-from data_prep.images.stage import ImagesConfig, prepare_images
-from data_prep.masks.stage import MasksConfig, prepare_masks
+from data_prep.core.storage.open import open_store
+from data_prep.images.settings import ImagesConfig
+from data_prep.images.stage import prepare_images
+from data_prep.masks.settings import MasksConfig
+from data_prep.masks.stage import prepare_masks
 from dpnet.loading.samples import Samples, validation_pairs
 from dpnet.model import losses as L
 from dpnet.model_store.weights import load_generator, save_generator
+from dpnet.training import job as job_module
 from dpnet.training import loop
 from dpnet.training import stage as training
 from dpnet.training.checkpoints import load, marks
 from dpnet.training.extend import find_start, first_step
+from dpnet.training.job import TrainJob, asked, train_request, vgg_command
 from dpnet.training.loop import Meter, choose_backend, note, resume, train_loop
 from dpnet.training.ray import launch
-from dpnet.training.ray.launch import LaunchSettings
-from dpnet.training.stage import (
-    LossSettings,
-    ModelSettings,
-    TrainJob,
-    TrainSettings,
-    asked,
-    train_request,
-    vgg_command,
-)
+from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
 from dpnet.training.step import Measured, Step
 from dpnet.training.validation import hole_psnr
 
@@ -280,16 +275,16 @@ def test_the_generator_that_a_run_begins_with_is_part_of_its_request_and_of_the_
     job = make_job(prepared)
 
     def request(reference):
-        init = training._initial(reference, store)
+        init = job_module._initial(reference, store)
         rest = (images, masks, init)
         return train_request(job.model, job.losses, job.settings, "t", *rest)
 
-    assert training._initial(None, store) is None
+    assert job_module._initial(None, store) is None
     run = trained(store, images=images, masks=masks)
     of_run = request(run.folder)
     assert of_run.inputs["init"].content_digest == run.content_digest
     assert of_run.digest != request(None).digest
-    assert training.asked(of_run)["content digest"]["init"] == run.content_digest
+    assert asked(of_run)["content digest"]["init"] == run.content_digest
     # Elsewhere it is known by the hash of its weights alone.
     (tmp_path / "elsewhere").symlink_to(store.folder / run.folder)
     elsewhere = request(str(tmp_path / "elsewhere"))

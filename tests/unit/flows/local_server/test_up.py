@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from dpnet.cli import main as cli
 from dpnet.pipeline.demo import MARKER, claim_root, clear_root
 from flows.local_server import children

@@ -11,7 +11,7 @@ from servers import Fault, fault_proxy
 from data_prep.core.errors import StorageError
 from data_prep.core.lease import Lease
 from data_prep.core.storage import s3
-from data_prep.core.storage.store import open_store
+from data_prep.core.storage.open import open_store
 
 DATA = random.Random(0).randbytes(1_000_000)
 LARGE = random.Random(1).randbytes((16 << 20) * 2 + 12_345)  # three parts

@@ -13,7 +13,8 @@ import zipfile
 import pytest
 
 from data_prep.core.errors import StorageError
-from data_prep.core.storage.store import LocalStore, open_store
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 
 
 @pytest.fixture(params=["local", "moto"])
@@ -205,7 +206,8 @@ def test_a_failed_write_leaves_the_old_object_and_no_debris(tmp_path):
 def test_what_a_killed_writer_left_is_removed_by_the_next_write(tmp_path):
     store = open_store(str(tmp_path))
     code = (
-        "import os, signal, sys; from data_prep.core.storage.store import LocalStore, open_store\n"
+        "import os, signal, sys; from data_prep.core.storage.local import LocalStore\n"
+        "from data_prep.core.storage.open import open_store\n"
         "with open_store(sys.argv[1])._staged('a/b') as (file, path):\n"
         "    file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -14,11 +14,11 @@ import pytest
 
 from data_prep.core.errors import ConfigError, PipelineError, StorageError
 from dpnet.training.ray import launch_job as launch_ray_job
-from dpnet.training.ray.launch import LaunchSettings, _waits, cluster
-from dpnet.training.ray.launch_job import EXPLAINED, RayJobLauncher
+from dpnet.training.ray.launch import _waits
+from dpnet.training.ray.launch_job import EXPLAINED, RayJobLauncher, cluster
 from dpnet.training.ray.launch_local import LOCK, _sweep
 from dpnet.training.ray.workers import explained
-from dpnet.training.stage import TrainSettings
+from dpnet.training.settings import LaunchSettings, TrainSettings
 
 
 def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(

@@ -1,0 +1,193 @@
+"""A folder as a store."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from stat import S_ISDIR
+from typing import BinaryIO
+
+from data_prep.core.digest import sha256_bytes
+from data_prep.core.errors import storage_error
+from data_prep.core.process_identity import boot, process_start
+from data_prep.core.storage.store import Entry, checked_key
+
+
+class LocalStore:
+    """A folder. `replace` holds a file lock for its compare-and-swap."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.expanduser().absolute()
+        self.uri = self.folder.as_uri()
+        self.local_folder: Path | None = self.folder
+        self._swept: set[Path] = set()
+
+    @property
+    def label(self) -> str:
+        return str(self.folder)
+
+    def path(self, key: str) -> Path:
+        return self.folder / checked_key(key)
+
+    def open(self, key: str) -> BinaryIO:
+        try:
+            return self.path(key).open("rb")
+        except (IsADirectoryError, NotADirectoryError) as error:  # as on S3: no such object
+            raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
+
+    def read(self, key: str) -> bytes:
+        with self.open(key) as file:
+            return file.read()
+
+    def read_range(self, key: str, offset: int, size: int) -> bytes:
+        with self.open(key) as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def read_tagged(self, key: str) -> tuple[bytes, str]:
+        data = self.read(key)
+        return data, sha256_bytes(data)
+
+    def download(self, key: str, path: Path) -> None:
+        shutil.copyfile(self.path(key), path)
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        yield from self._walk(self.path(prefix) if prefix else self.folder)
+
+    def _walk(self, folder: Path) -> Iterator[Entry]:
+        """Files below `folder` in the order of their keys; what vanishes meanwhile is left out."""
+        for name in _names(folder):
+            path = folder / name
+            if name.endswith("/"):
+                yield from self._walk(path)
+            elif not name.startswith(_TEMPORARY) and name != _LOCK:
+                try:
+                    stat = path.stat()
+                except FileNotFoundError:
+                    continue
+                if not S_ISDIR(stat.st_mode):  # a link to a folder is not followed
+                    key = path.relative_to(self.folder).as_posix()
+                    yield Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+    def folders(self, prefix: str = "") -> Iterator[str]:
+        for name in _names(self.path(prefix) if prefix else self.folder):
+            if name.endswith("/"):
+                yield f"{prefix}/{name}".strip("/")
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._staged(key) as (file, path):
+            file.write(data)
+            _publish(file, path, self.path(key))
+
+    def upload(self, key: str, path: Path) -> None:
+        with path.open("rb") as source, self._staged(key) as (file, staged):
+            shutil.copyfileobj(source, file, 1 << 20)
+            _publish(file, staged, self.path(key))
+
+    def create(self, key: str, data: bytes) -> str | None:
+        with self._staged(key) as (file, path):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            try:
+                os.link(path, self.path(key))  # atomic, and fails where the key exists
+            except FileExistsError:
+                return None
+        return sha256_bytes(data)
+
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
+        with self._locked(key):
+            try:
+                if self.read_tagged(key)[1] != tag:
+                    return None
+            except FileNotFoundError:
+                return None
+            self.write(key, data)
+        return sha256_bytes(data)
+
+    def delete(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    @contextmanager
+    def _staged(self, key: str) -> Iterator[tuple[BinaryIO, Path]]:
+        """A new file beside `key`, removed afterwards unless it was moved into place."""
+        target = self.path(key)
+        staged = target.with_name(_temporary_name())
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.parent not in self._swept:
+                self._swept.add(target.parent)
+                _sweep(target.parent)
+            with staged.open("xb") as file:
+                yield file, staged
+        except OSError as error:
+            raise storage_error(error, str(target)) from error
+        finally:
+            try:
+                staged.unlink(missing_ok=True)
+            except OSError:  # the parent is no folder, which is reported above
+                pass
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        with (self.path(key).parent / _LOCK).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+_TEMPORARY = ".staged-"
+
+
+_LOCK = ".lock"
+
+
+def _names(folder: Path) -> list[str]:
+    """What is right in `folder`, those of folders with a slash, in the order of their keys."""
+    try:
+        with os.scandir(folder) as found:
+            # With its slash a folder sorts among the files as its keys do.
+            return sorted(
+                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                for entry in found
+            )
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise storage_error(error, str(folder)) from error
+
+
+def _temporary_name() -> str:
+    """Says who writes it, so that it can be removed once that process has ended."""
+    pid = os.getpid()
+    writer = f"{_boot_mark()}-{pid}-{process_start(pid)}"
+    return f"{_TEMPORARY}{writer}-{secrets.token_hex(4)}"
+
+
+def _boot_mark() -> str:
+    return sha256_bytes(boot().encode())[:8] if boot() else ""
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine left in `folder` when they were killed in a write."""
+    mark = _boot_mark()
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
+    for name in names:
+        whose, pid, started = [*name.removeprefix(_TEMPORARY).split("-"), "", "", ""][:3]
+        if mark and whose == mark and pid.isdecimal() and process_start(int(pid)) != started:
+            with suppress(OSError):
+                (folder / name).unlink()
+
+
+def _publish(file: BinaryIO, staged: Path, target: Path) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(staged, target)

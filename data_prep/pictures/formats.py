@@ -1,0 +1,36 @@
+"""Picture formats that are read: extensions, magic bytes, Pillow's names."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+_JPEG = ("jpg", "jpeg", "jpe", "jfif")
+_PPM = ("ppm", "pgm", "pbm", "pnm")
+_JPEG2000 = ("jp2", "j2k", "jpx", "jpf")
+EXTENSIONS = frozenset(
+    (*_JPEG, *_PPM, *_JPEG2000, "png", "apng", "webp", "tif", "tiff", "bmp", "gif", "avif")
+)  # lower case
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]"
+    rb"|BM............[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0|P[1-6]\s+[0-9#]"
+    rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51|....ftypavi[fs]",
+    re.DOTALL,
+)
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether the first bytes of a file, 32 or more, are those of a format that is read here."""
+    return _MAGIC.match(head) is not None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that the installed Pillow knows."""
+    from PIL import Image
+
+    Image.init()
+    # Its own limit knows neither ours nor how to say the picture's size. Ours is checked first.
+    Image.MAX_IMAGE_PIXELS = None
+    return tuple(name for name in _FORMATS if name in Image.OPEN)

@@ -1,0 +1,30 @@
+"""Find the model that a reference names."""
+
+from __future__ import annotations
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
+from dpnet.model_store.weights import find_layout
+
+
+def find_model(reference: str, root: str) -> tuple[Store, str, str]:
+    """Where the model that `reference` names lies, store and run's folder, and what to call it."""
+    if not reference or reference.startswith("models:/"):
+        from dpnet.model_store.records import find_record
+
+        store = open_store(root)
+        record = find_record(store, reference)
+        return store, record["run"]["folder"], f"{record['model']} version {record['version']}"
+    reference = reference.rstrip("/")
+    if reference.startswith("runs/") and find_layout(open_store(root), reference):
+        return open_store(root), reference, reference
+    for path in dict.fromkeys((reference, reference.removesuffix("/model"))):
+        top, _, folder = path.rpartition("/")
+        store = open_store(top or ".")
+        if find_layout(store, folder):
+            return store, folder, reference
+    raise PipelineError(
+        f"{reference!r} holds no model: give a run's folder (ROOT/runs/NAME), an exported model's,"
+        " or models:/NAME@champion with the --root it is registered in."
+    )

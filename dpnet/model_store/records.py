@@ -1,0 +1,82 @@
+"""Registry records in storage: which version is where."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.storage.store import Store
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+
+
+RECORD = "record.json"
+
+
+INPUTS = ("run", "evaluation")
+
+
+AGAINST = "against"  # a third input, where a new evaluation of the champion was compared with
+
+
+_REFERENCE = re.compile(r"models:/([A-Za-z0-9][\w.-]*)(?:@(\w+)|/(\d+))")
+
+
+def find_record(store: Store, reference: str = "") -> dict[str, Any]:
+    """The registry record that `reference` names, from storage.
+
+    `reference` is `models:/NAME@champion`, `models:/NAME/VERSION`, or "" for the champion of the
+    only model. Raises PipelineError if there is none.
+    """
+    if not reference:
+        keys = [e.key for e in store.list("registry") if e.key.endswith(f"/{CHAMPION}.json")]
+        if not keys:
+            raise PipelineError(
+                f"{store.uri} has no champion yet: run the pipeline there first, or name the root"
+                " with --root, or a model with --model."
+            )
+        if len(keys) > 1:
+            names = ", ".join(f"models:/{key.split('/')[1]}@{CHAMPION}" for key in keys)
+            raise PipelineError(f"{store.uri} has several champions: choose one of {names}.")
+        return _read_record(store, keys[0])
+    match = _REFERENCE.fullmatch(reference)
+    if match is None or match[2] not in (None, CHAMPION):
+        raise PipelineError(
+            f"{reference!r} is no model reference: write models:/NAME@{CHAMPION} or"
+            " models:/NAME/VERSION."
+        )
+    name = CHAMPION if match[2] else f"v{int(match[3])}"
+    key = f"registry/{match[1]}/{name}.json"
+    if not store.exists(key):
+        known = sorted(_records(store, match[1]))
+        there = f"its versions are {', '.join(map(str, known))}" if known else "no such model"
+        raise PipelineError(f"{store.uri} has no {reference}: {there}; check --root and the name.")
+    return _read_record(store, key)
+
+
+def find_champion(store: Store, model: str) -> dict[str, Any] | None:
+    """The record of the model's champion; None where it has no version yet."""
+    key = f"registry/{model}/{CHAMPION}.json"
+    return _read_record(store, key) if store.exists(key) else None
+
+
+def _read_record(store: Store, key: str) -> dict[str, Any]:
+    try:
+        record = json.loads(store.read(key))
+        folder = record["run"]["folder"]
+        if isinstance(folder, str) and isinstance(record["version"], int):
+            return dict(record)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise PipelineError(
+        f"{store.uri}/{key} was altered: `dpnet verify` tells more; put the file back as it was."
+    )
+
+
+def _records(store: Store, model: str) -> dict[int, dict[str, Any]]:
+    """Every version's record in storage."""
+    keys = [e.key for e in store.list(f"registry/{model}")]
+    found = [re.fullmatch(rf"registry/{re.escape(model)}/v(\d+)\.json", key) for key in keys]
+    return {int(match[1]): _read_record(store, match[0]) for match in found if match}

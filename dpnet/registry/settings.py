@@ -1,0 +1,23 @@
+"""Settings of the registry."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RegisterSettings(BaseModel):
+    """Where and under which name a model is registered."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(
+        "dpnet",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        max_length=80,
+        description="Name in the registry: letters, digits, '_', '.' and '-'.",
+    )
+    tracking_uri: str | None = Field(
+        None,
+        description="MLflow's server or database; by default that of MLFLOW_TRACKING_URI, else"
+        " ROOT/mlflow.db (SQLite).",
+    )
