@@ -430,9 +430,9 @@ def photographs_in(folder: Path) -> list[Path]:
 def prepare(photographs: Sequence[Path], folder: Path, name: str, python: str) -> Data:
     """Shards of images and of as many masks, and the same in the peers' formats, in a folder."""
     from data_prep.core.storage.local import LocalStore
-    from data_prep.images.settings import ImagesConfig
+    from data_prep.images.settings import ImagesSettings
     from data_prep.images.stage import prepare_images
-    from data_prep.masks.settings import MasksConfig
+    from data_prep.masks.settings import MasksSettings
     from data_prep.masks.stage import prepare_masks
 
     source, store = folder / "photographs" / name, LocalStore(folder / "data" / name)
@@ -444,11 +444,11 @@ def prepare(photographs: Sequence[Path], folder: Path, name: str, python: str) -
     config: dict[str, Any] = {"source": str(source), "size": SIZE, "quality": QUALITY}
     config |= {"mode": "center-crop", "dedupe": "off", "near_duplicates": "off"}
     config |= {"shard_samples": math.ceil(len(photographs) / SHARDS), "workers": WORKERS}
-    images = prepare_images(ImagesConfig.model_validate(config), store)
+    images = prepare_images(ImagesSettings.model_validate(config), store)
     count = images.summary["splits"]["train"]["samples"]
     config = {"size": SIZE, "train": count, "eval_per_bin": 1}
     config |= {"shard_samples": math.ceil(count / SHARDS)}
-    masks = prepare_masks(MasksConfig.model_validate(config), store)
+    masks = prepare_masks(MasksSettings.model_validate(config), store)
     data = Data(str(store.folder), images.folder, masks.folder, count)
     in_a_process([python, __file__, "--convert", json.dumps(asdict(data))], environment())
     return data

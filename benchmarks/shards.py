@@ -83,10 +83,10 @@ def with_dpnet(photos: Path, out: Path) -> Callable[[], None]:
     import pyarrow.parquet  # noqa: F401
 
     from data_prep.core.storage.local import LocalStore
-    from data_prep.images.settings import ImagesConfig
+    from data_prep.images.settings import ImagesSettings
     from data_prep.images.stage import prepare_images
 
-    config = ImagesConfig.model_validate(
+    config = ImagesSettings.model_validate(
         {
             "source": str(photos),
             "name": "bench",

@@ -44,9 +44,9 @@ from compare import Row, ratio, report, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_prep.core.storage.open import open_store
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photographs
 from dpnet.tracking.run_log import read_status
@@ -95,14 +95,14 @@ def prepared(arguments: argparse.Namespace, root: Path) -> TrainJob:
     if not arguments.photos:
         write_sample_photographs(root / "photos")
     images = prepare_images(
-        ImagesConfig(
+        ImagesSettings(
             source=photos, name="b", mode="tiles", size=arguments.size, tile=[128, 192],
             tile_stride=0.5, max_tiles=300, val=0.15, test=0.2, max_failure_ratio=0.5,
         ),
         store,
     )  # fmt: skip
     masks = prepare_masks(
-        MasksConfig(name="b", size=arguments.size, train=4000, eval_per_bin=10), store
+        MasksSettings(name="b", size=arguments.size, train=4000, eval_per_bin=10), store
     )
     model, losses = ModelSettings(preset=arguments.preset), LossSettings(adversarial=0.005)
     settings = TrainSettings(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
@@ -59,7 +59,7 @@ def _form(name: str, section: type[BaseModel], options: Sequence[str]) -> type[B
     return made
 
 
-class Images(_form("Images", ImagesConfig, ("source", "name", "size", "mode", "layout"))):  # type: ignore[misc]
+class Images(_form("Images", ImagesSettings, ("source", "name", "size", "mode", "layout"))):  # type: ignore[misc]
     """Which photographs, and how they are cut."""
 
 

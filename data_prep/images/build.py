@@ -44,7 +44,7 @@ from data_prep.shards.shards import Folder, sha256_of, write_file, write_urls
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from data_prep.images.settings import ImagesConfig
+    from data_prep.images.settings import ImagesSettings
 
 _PENDING = -1
 _IGNORED_PROBLEM = "ignored: "  # how a problem starts that is no fault of the item
@@ -142,7 +142,7 @@ class Outcomes:
 
 def build(
     work: Work,
-    config: ImagesConfig,
+    settings: ImagesSettings,
     plan: Plan,
     source: Source,
     parent: Version | None,
@@ -155,20 +155,20 @@ def build(
     if parent is not None:
         outcomes.carry(parent)
     outcomes.ignore_others()
-    tasks = _Tasks(work, config, plan, source, parent)
-    files = _build_shards(config, plan, outcomes, tasks, run, workers)
-    _check_failures(work, config, outcomes)
+    tasks = _Tasks(work, settings, plan, source, parent)
+    files = _build_shards(settings, plan, outcomes, tasks, run, workers)
+    _check_failures(work, settings, outcomes)
     usable = _is(outcomes, SAMPLE, DUPLICATE)
     resolution = resolve(
         outcomes.sha256,
         outcomes.phash,
         usable,
         plan.split,
-        config.dedupe,
-        config.near_duplicates,
+        settings.dedupe,
+        settings.near_duplicates,
     )
     _drop(outcomes, resolution, tasks, files, parent, run, workers)
-    _check_splits(config, outcomes)
+    _check_splits(settings, outcomes)
     _check_accounts(outcomes)
     for kind in (FAILED, IGNORED):
         _tell(outcomes, kind)
@@ -179,7 +179,7 @@ def build(
             own[name] = [_inherited(parent, record) for record in inherited[name]]
     records = [record for shard in own.values() for record in shard]
     records += _write_tables(work, outcomes, resolution)
-    options = json.dumps(config.model_dump(mode="json"), indent=1).encode()
+    options = json.dumps(settings.model_dump(mode="json"), indent=1).encode()
     records.append(write_file(work, "config.json", options, content=False))
     lists, figures = _write_lists(work, outcomes, own)
     summary = {
@@ -213,14 +213,14 @@ class _Tasks:
     def __init__(
         self,
         work: Work,
-        config: ImagesConfig,
+        settings: ImagesSettings,
         plan: Plan,
         source: Source,
         parent: Version | None,
     ) -> None:
         self.work = work
         self.place = Folder(work.store, work.folder)
-        self.config, self.plan, self.source = config, plan, source
+        self.settings, self.plan, self.source = settings, plan, source
         self.old = parent.tars() if parent is not None else {}
         self.planned = {shard.name: shard for shard in plan.shards}
 
@@ -245,8 +245,8 @@ class _Tasks:
             split=shard.split,
             source=self.source,
             items=items,
-            how=self.config.cutting,
-            max_bytes=self.config.max_bytes,
+            how=self.settings.cutting,
+            max_bytes=self.settings.max_bytes,
             unsure=unsure,
             old=self.old[shard.old] if shard.old else "",
             reuse=reuse,
@@ -255,7 +255,7 @@ class _Tasks:
 
 
 def _build_shards(
-    config: ImagesConfig,
+    settings: ImagesSettings,
     plan: Plan,
     outcomes: Outcomes,
     tasks: _Tasks,
@@ -265,7 +265,7 @@ def _build_shards(
     """Build every planned shard; the files of each by name."""
     files: dict[str, list[FileRecord]] = {}
     total = sum(int((plan.before[shard.rows] < 0).sum()) for shard in plan.shards)
-    most = _most_failures(config, int((plan.kind >= UNSURE).sum()))
+    most = _most_failures(settings, int((plan.kind >= UNSURE).sum()))
     done = failed = 0
     with (
         Progress("prepare images", total, "images") as progress,
@@ -276,7 +276,7 @@ def _build_shards(
             done += len(result.findings)
             failed += sum(finding.outcome == FAILED for finding in result.findings)
             if failed > most:
-                _check_failures(tasks.work, config, outcomes, certain=True)
+                _check_failures(tasks.work, settings, outcomes, certain=True)
             progress.update(done)
     return files
 
@@ -356,13 +356,13 @@ def _is(outcomes: Outcomes, *names: str) -> Any:
     return np.isin(outcomes.code, [OUTCOMES.index(name) for name in names])
 
 
-def _most_failures(config: ImagesConfig, items: int) -> float:
+def _most_failures(settings: ImagesSettings, items: int) -> float:
     """Failures that are borne; a single one always is."""
-    return max(1.0, config.max_failure_ratio * items)
+    return max(1.0, settings.max_failure_ratio * items)
 
 
 def _check_failures(
-    work: Work, config: ImagesConfig, outcomes: Outcomes, certain: bool = False
+    work: Work, settings: ImagesSettings, outcomes: Outcomes, certain: bool = False
 ) -> None:
     import numpy as np
 
@@ -373,17 +373,17 @@ def _check_failures(
     number = usable + failed
     if not certain and not usable:
         raise PipelineError(
-            f"none of the {number} image files in {config.source} is usable: {first};"
+            f"none of the {number} image files in {settings.source} is usable: {first};"
             " give whole photographs that are large enough."
         )
-    if certain or failed > _most_failures(config, number):
-        share = f"{failed} of the {number} image files in {config.source}"
+    if certain or failed > _most_failures(settings, number):
+        share = f"{failed} of the {number} image files in {settings.source}"
         tried = " that were tried" if certain else ""
         listed = _list_failures(work, outcomes)
         raise PipelineError(
             f"{share}{tried} cannot be used ({first}; all in {listed}):"
             " mend or remove them, or raise images.max_failure_ratio, which is"
-            f" {config.max_failure_ratio:g}; what is done is kept."
+            f" {settings.max_failure_ratio:g}; what is done is kept."
         )
 
 
@@ -395,11 +395,11 @@ def _list_failures(work: Work, outcomes: Outcomes) -> str:
     return f"{work.store.uri}/{work.key('work/failures.jsonl')}"
 
 
-def _check_splits(config: ImagesConfig, outcomes: Outcomes) -> None:
+def _check_splits(settings: ImagesSettings, outcomes: Outcomes) -> None:
     for code, split in enumerate(SPLITS):
         if not (_is(outcomes, SAMPLE) & (outcomes.plan.split == code)).any():
             raise PipelineError(
-                f"no usable photograph of {config.source} is left for {split}: give more of them,"
+                f"no usable photograph of {settings.source} is left for {split}: give more of them,"
                 " or raise images.val and images.test."
             )
 

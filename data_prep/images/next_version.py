@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from data_prep.images.settings import ImagesConfig
+    from data_prep.images.settings import ImagesSettings
 
 POOL_ITEMS = 512  # below, starting worker processes costs more than it gains
 HASHED_AT_ONCE = 256  # items in one task that only hashes
@@ -87,13 +87,13 @@ class Planned:
     workers: int
 
 
-def look(config: ImagesConfig, store: Store, run: Map = run_tasks) -> Changes:
-    """What has changed in `config.source` since the newest version. Prepares nothing.
+def look(settings: ImagesSettings, store: Store, run: Map = run_tasks) -> Changes:
+    """What has changed in `settings.source` since the newest version. Prepares nothing.
 
     A file that was only touched is no change; its bytes are read to know it. Raises PipelineError
     where the source cannot be listed or could not be prepared.
     """
-    return changes(planned(config, store, run))
+    return changes(planned(settings, store, run))
 
 
 def changes(work: Planned) -> Changes:
@@ -119,7 +119,7 @@ def changes(work: Planned) -> Changes:
 
 
 def planned(
-    config: ImagesConfig,
+    settings: ImagesSettings,
     store: Store,
     run: Map = run_tasks,
     *,
@@ -129,10 +129,10 @@ def planned(
     """List the source and plan its next version; the options are those of `prepare_images`."""
     import numpy as np
 
-    source = open_source(config.source, config.layout)
-    settings = config.settings()
-    earlier = versions(store, config.name)
-    same = [manifest for manifest in earlier if manifest["settings"] == settings]
+    source = open_source(settings.source, settings.layout)
+    requested = settings.request_settings()
+    earlier = versions(store, settings.name)
+    same = [manifest for manifest in earlier if manifest["settings"] == requested]
     parent = load_version(store, same[-1]) if same and not repack else None
     if parent is not None:
         parent.check_shards()
@@ -144,13 +144,13 @@ def planned(
     if parent is not None:
         row = match_keys(hashes, listing.table["key"], parent.hashes(), parent.table["key"])
         before = np.where(row >= 0, parent.splits()[row], -1).astype(np.int8)
-    _refuse_left_out_pictures(config, listing, kind)
-    split, notes = _splits(config, listing, hashes, kind, before)
-    workers = _workers(config, len(listing), run)
+    _refuse_left_out_pictures(settings, listing, kind)
+    split, notes = _splits(settings, listing, hashes, kind, before)
+    workers = _workers(settings, len(listing), run)
     past = None
     if parent is not None and row is not None:
         past = _compare(
-            config, listing, row, kind, split, parent, source, run, workers, retry_failed
+            settings, listing, row, kind, split, parent, source, run, workers, retry_failed
         )
     plan = plan_items(
         listing,
@@ -158,8 +158,8 @@ def planned(
         kind,
         split,
         notes,
-        shard_items=config.shard_items,
-        by_size=config.mode == "keep",
+        shard_items=settings.shard_items,
+        by_size=settings.mode == "keep",
         past=past,
     )
     sources = {"listing": listing_digest(listing)}
@@ -171,9 +171,9 @@ def planned(
         sources["retried"] = sha256_bytes((past.row[plan.before < 0]).tobytes())
     request = Request(
         "images",
-        config.name,
-        f"images/{config.name}",
-        settings,
+        settings.name,
+        f"images/{settings.name}",
+        requested,
         inputs={"parent": parent.reference} if parent is not None else {},
         sources=sources,
     )
@@ -181,11 +181,11 @@ def planned(
     return Planned(source, plan, parent, past, request, number, workers)
 
 
-def _workers(config: ImagesConfig, items: int, run: Map) -> int:
+def _workers(settings: ImagesSettings, items: int, run: Map) -> int:
     """What to pass as the number of workers; 0 is all that a cluster has."""
     if run is not run_tasks:
-        return config.workers
-    return (config.workers or cores()) if items > POOL_ITEMS else 1
+        return settings.workers
+    return (settings.workers or cores()) if items > POOL_ITEMS else 1
 
 
 def listing_digest(listing: Listing) -> str:
@@ -216,7 +216,7 @@ def listing_digest(listing: Listing) -> str:
 
 
 def _compare(
-    config: ImagesConfig,
+    settings: ImagesSettings,
     listing: Listing,
     row: NDArray[np.int64],
     kind: NDArray[np.int8],
@@ -247,7 +247,7 @@ def _compare(
     sha256, hashed = parent.sha256()
     touched = np.flatnonzero(~same & hashed[at])
     if len(touched):
-        now = _hash(config, listing, found[touched], source, run, workers)
+        now = _hash(settings, listing, found[touched], source, run, workers)
         known = [sha256[r].tobytes().hex() for r in at[touched]]
         same[touched] = [a == b for a, b in zip(now, known, strict=True)]
     holds = np.zeros(len(listing), np.bool_)
@@ -256,12 +256,12 @@ def _compare(
         holds[found] &= outcome[at] != OUTCOMES.index(FAILED)
     stored = pc.index_in(old["shard"], pa.array(names, pa.string()))
     past = Past(row, holds, stored.fill_null(-1).to_numpy().astype(np.int32), old_split, names)
-    _take_back(config, past, parent, outcome, sha256)
+    _take_back(settings, past, parent, outcome, sha256)
     return past
 
 
 def _take_back(
-    config: ImagesConfig,
+    settings: ImagesSettings,
     past: Past,
     parent: Version,
     outcome: NDArray[np.int8],
@@ -274,14 +274,14 @@ def _take_back(
     usable = np.zeros(len(outcome), np.bool_)
     usable[rows] = np.isin(outcome[rows], [OUTCOMES.index(o) for o in (SAMPLE, DUPLICATE)])
     phash = parent.table["phash"].to_numpy()
-    still = resolve(sha256, phash, usable, past.split, config.dedupe, config.near_duplicates)
+    still = resolve(sha256, phash, usable, past.split, settings.dedupe, settings.near_duplicates)
     back = usable & (outcome == OUTCOMES.index(DUPLICATE))
     back[still.rows] = False
     past.holds[past.holds] = ~back[rows]
 
 
 def _hash(
-    config: ImagesConfig,
+    settings: ImagesSettings,
     listing: Listing,
     rows: NDArray[np.int64],
     source: Source,
@@ -291,7 +291,7 @@ def _hash(
     """The sha256 of the bytes of these items, empty where they cannot be read."""
     starts = range(0, len(rows), HASHED_AT_ONCE)
     tasks = (
-        (source, list(listing.items(rows[start : start + HASHED_AT_ONCE])), config.max_bytes)
+        (source, list(listing.items(rows[start : start + HASHED_AT_ONCE])), settings.max_bytes)
         for start in starts
     )
     hashes: list[str] = []
@@ -306,7 +306,7 @@ def _hash(
 
 
 def _splits(
-    config: ImagesConfig,
+    settings: ImagesSettings,
     listing: Listing,
     hashes: Hashes,
     kind: NDArray[np.int8],
@@ -321,8 +321,8 @@ def _splits(
     wanted = kind == PICTURE if (kind == PICTURE).any() else kind == UNSURE
     if not wanted.any():
         known = ", ".join(sorted(EXTENSIONS))
-        raise PipelineError(f"{config.source} holds no image file (of type {known}).")
-    split, notes = assign_splits(given, wanted, hashes.draw, config.val, config.test, before)
+        raise PipelineError(f"{settings.source} holds no image file (of type {known}).")
+    split, notes = assign_splits(given, wanted, hashes.draw, settings.val, settings.test, before)
     counts = np.bincount(split[kind >= UNSURE], minlength=len(SPLITS)).tolist()
     how = "as the source says" if (given >= 0).any() else "drawn by hash of the key"
     told = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
@@ -341,7 +341,7 @@ def _refuse_broken_archives(listing: Listing, source: Source) -> None:
 
 
 def _refuse_left_out_pictures(
-    config: ImagesConfig, listing: Listing, kind: NDArray[np.int8]
+    settings: ImagesSettings, listing: Listing, kind: NDArray[np.int8]
 ) -> None:
     """Pictures beside the split folders are ignored, but not a large share of all."""
     endings = tuple(f".{extension}" for extension in EXTENSIONS)
@@ -350,9 +350,9 @@ def _refuse_left_out_pictures(
         for key, problem in listing.problems.items()
         if problem == OUTSIDE and key.lower().endswith(endings)
     ]
-    if len(outside) > max(1.0, config.max_failure_ratio * int((kind >= UNSURE).sum())):
+    if len(outside) > max(1.0, settings.max_failure_ratio * int((kind >= UNSURE).sum())):
         raise PipelineError(
-            f"{len(outside)} pictures of {config.source} lie outside its folders train, val and"
+            f"{len(outside)} pictures of {settings.source} lie outside its folders train, val and"
             f" test (first {min(outside)}): move them into these, or set images.layout=files to"
             " draw all splits by hash."
         )

@@ -22,7 +22,7 @@ def _sides(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
-class ImagesConfig(BaseModel):
+class ImagesSettings(BaseModel):
     """Which photographs, and how they are cut and stored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -154,7 +154,7 @@ class ImagesConfig(BaseModel):
         """Most photographs in a shard."""
         return max(1, self.shard_samples // (self.max_tiles if self.mode == "tiles" else 1))
 
-    def settings(self) -> dict[str, Any]:
+    def request_settings(self) -> dict[str, Any]:
         """The part that changes the output."""
         common = {"mode", "shard_samples", "val", "test", "max_pixels", "max_bytes", "layout"}
         settings = self.model_dump(mode="json", include=common | {"dedupe", "near_duplicates"})

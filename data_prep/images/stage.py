@@ -12,18 +12,18 @@ from data_prep.core.stage import StageRef, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.images.build import build, forget_records
 from data_prep.images.next_version import planned
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 
 
 def prepare_images(
-    config: ImagesConfig,
+    settings: ImagesSettings,
     store: Store,
     run: Map = run_tasks,
     *,
     retry_failed: bool = False,
     repack: bool = False,
 ) -> StageRef:
-    """Shards of the photographs in `config.source`, made now unless they are there.
+    """Shards of the photographs in `settings.source`, made now unless they are there.
 
     Where a version of the dataset was made with the same settings, only what is new, changed or
     gone since is worked on; with `retry_failed` also what failed then, and with `repack` everything
@@ -31,7 +31,7 @@ def prepare_images(
 
     Raises PipelineError when too few photographs can be used, or too many files cannot.
     """
-    work = planned(config, store, run, retry_failed=retry_failed, repack=repack)
+    work = planned(settings, store, run, retry_failed=retry_failed, repack=repack)
     plan, parent = work.plan, work.parent
     if parent is not None and plan.same_as_parent:
         if retry_failed:
@@ -43,7 +43,7 @@ def prepare_images(
         store,
         work.request,
         lambda begun: build(
-            begun, config, plan, work.source, parent, work.number, run, work.workers
+            begun, settings, plan, work.source, parent, work.number, run, work.workers
         ),
         say,
     )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KNOWN = (*RECIPES, EXTERNAL)
 
 
-class MasksConfig(BaseModel):
+class MasksSettings(BaseModel):
     """Which masks to draw, and how many."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -125,7 +125,7 @@ class MasksConfig(BaseModel):
         """The splits that draw from mask files."""
         return [split for split, weights in self.weights.items() if EXTERNAL in weights]
 
-    def settings(self, polarity: Polarity | None) -> dict[str, Any]:
+    def request_settings(self, polarity: Polarity | None) -> dict[str, Any]:
         """The part that changes the output; `polarity` is that of the mask files."""
         common = {"size", "recipes", "train", "eval_per_bin", "max_attempts", "seed"}
         settings = self.model_dump(include={*common, "shard_samples"})

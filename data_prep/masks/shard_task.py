@@ -27,7 +27,7 @@ from data_prep.masks.recipes import draw
 from data_prep.shards.shards import Folder, ShardSample, finished_shard, shard_name, write_shard
 
 if TYPE_CHECKING:
-    from data_prep.masks.settings import MasksConfig
+    from data_prep.masks.settings import MasksSettings
 from data_prep.masks.codec import encode_png
 
 CHUNK = 256  # candidates that a worker draws at a time
@@ -48,32 +48,35 @@ class Shard:
 
 
 def evaluation_masks(
-    config: MasksConfig, files: FilePool | None, run: Map, workers: int
+    settings: MasksSettings, files: FilePool | None, run: Map, workers: int
 ) -> tuple[dict[str, list[Candidate]], list[str]]:
     """The masks of every bin that could be filled, and a sentence on each that could not."""
-    weights = config.weights["eval"]
-    seed = split_seed(config.seed, "eval")
-    survey = partial(_survey, weights, seed, config.size)
+    weights = settings.weights["eval"]
+    seed = split_seed(settings.seed, "eval")
+    survey = partial(_survey, weights, seed, settings.size)
     with closing(run(survey, range(0, 2**62, CHUNK), workers)) as chunks:
         surveyed = (candidate for chunk in chunks for candidate in chunk)
         drawn = (_known_candidate(candidate, seed, files) for candidate in surveyed)
-        filled = fill_bins(drawn, config.eval_per_bin, config.max_attempts, config.eval_border)
-    full = {name: masks for name, masks in filled.items() if len(masks) == config.eval_per_bin}
+        filled = fill_bins(
+            drawn, settings.eval_per_bin, settings.max_attempts, settings.eval_border
+        )
+    full = {name: masks for name, masks in filled.items() if len(masks) == settings.eval_per_bin}
     used = ", ".join(sorted(weights))
     kind = {"any": "", "inside": " clear of the border", "touching": " at the border"}
-    where = kind[config.eval_border]
+    where = kind[settings.eval_border]
     if not full:
         raise ConfigError(
-            f"masks.eval_recipes: {used} cannot fill any ratio bin with {config.eval_per_bin}"
-            f" masks of {config.size} pixels{where} (masks.max_attempts is {config.max_attempts}):"
-            " add strokes or outpaint, raise masks.max_attempts or lower masks.eval_per_bin."
+            f"masks.eval_recipes: {used} cannot fill any ratio bin with {settings.eval_per_bin}"
+            f" masks of {settings.size} pixels{where} (masks.max_attempts is"
+            f" {settings.max_attempts}): add strokes or outpaint, raise masks.max_attempts or lower"
+            " masks.eval_per_bin."
         )
     short = len(full) < len(filled)
-    advice = recipes_by_bin(config.size, config.eval_border) if short else {}
+    advice = recipes_by_bin(settings.size, settings.eval_border) if short else {}
     notes = [
         f"masks: no evaluation masks with {name} hole{where}, {used} drew {len(masks)} of the"
-        f" {config.eval_per_bin} wanted before {config.max_attempts} in a row missed it: to fill"
-        f" it {_advice(advice[name])}."
+        f" {settings.eval_per_bin} wanted before {settings.max_attempts} in a row missed it: to"
+        f" fill it {_advice(advice[name])}."
         for name, masks in filled.items()
         if name not in full
     ]
@@ -102,18 +105,20 @@ def _known_candidate(candidate: Candidate | int, seed: int, files: FilePool | No
 
 
 def shards(
-    config: MasksConfig, bins: Mapping[str, Sequence[Candidate]], pool: Mapping[str, FilePool]
+    settings: MasksSettings, bins: Mapping[str, Sequence[Candidate]], pool: Mapping[str, FilePool]
 ) -> Iterator[Shard]:
     """Every shard, made up when its turn comes: masks of files go with it."""
     chosen: dict[str, Sequence[int | Candidate]] = {
-        "train": range(config.train),
+        "train": range(settings.train),
         "eval": [candidate for masks in bins.values() for candidate in masks],
     }
     for split, masks in chosen.items():
-        files, seed = pool.get(split), split_seed(config.seed, split)
-        weights = config.weights[split]
-        for number, start in enumerate(range(0, len(masks), config.shard_samples)):
-            own: Sequence[int | Candidate | FromFile] = masks[start : start + config.shard_samples]
+        files, seed = pool.get(split), split_seed(settings.seed, split)
+        weights = settings.weights[split]
+        for number, start in enumerate(range(0, len(masks), settings.shard_samples)):
+            own: Sequence[int | Candidate | FromFile] = masks[
+                start : start + settings.shard_samples
+            ]
             if files is not None:
                 own = [_with_file(mask, weights, seed, files) for mask in own]
             yield Shard(split, number, own)
@@ -130,30 +135,32 @@ def _with_file(
     return mask
 
 
-def make_shard(config: MasksConfig, place: Folder, shard: Shard) -> tuple[int, list[FileRecord]]:
+def make_shard(
+    settings: MasksSettings, place: Folder, shard: Shard
+) -> tuple[int, list[FileRecord]]:
     """Draw and write one shard, unless it is there whole; its number of masks and its files."""
     written = finished_shard(place, shard.name)
     if written is None:
-        written = write_shard(place, shard.name, _samples(config, shard))
+        written = write_shard(place, shard.name, _samples(settings, shard))
     return len(shard.masks), written
 
 
-def _samples(config: MasksConfig, shard: Shard) -> Iterator[ShardSample]:
-    seed = split_seed(config.seed, shard.split)
-    for position, wanted in enumerate(shard.masks, start=shard.number * config.shard_samples):
+def _samples(settings: MasksSettings, shard: Shard) -> Iterator[ShardSample]:
+    seed = split_seed(settings.seed, shard.split)
+    for position, wanted in enumerate(shard.masks, start=shard.number * settings.shard_samples):
         file = ""
         if isinstance(wanted, int):
-            candidate, mask = training_mask(config.recipes, seed, wanted, config.size)
+            candidate, mask = training_mask(settings.recipes, seed, wanted, settings.size)
         elif isinstance(wanted, FromFile):
-            candidate, mask, file = wanted.candidate, wanted.mask(config.size), wanted.key
+            candidate, mask, file = wanted.candidate, wanted.mask(settings.size), wanted.key
         else:
             candidate = wanted
-            mask = draw(candidate.recipe, candidate.seed, candidate.index, config.size)
+            mask = draw(candidate.recipe, candidate.seed, candidate.index, settings.size)
         key = f"{shard.split}-{position:08d}"
         columns = {
             "split": shard.split,
-            "width": config.size,
-            "height": config.size,
+            "width": settings.size,
+            "height": settings.size,
             "hole_ratio": candidate.ratio,
             "ratio_bin": ratio_bin(candidate.ratio),
             "recipe": candidate.recipe,
@@ -161,7 +168,7 @@ def _samples(config: MasksConfig, shard: Shard) -> Iterator[ShardSample]:
             "index": candidate.index,
             "touches_border": candidate.touches,
         }
-        if config.file_splits:
+        if settings.file_splits:
             columns["file"] = file  # of the mask files, empty for a mask that was drawn
         sidecar = json.dumps({"key": key, **columns}).encode()
         yield key, {"png": encode_png(mask), "json": sidecar}, columns

@@ -56,28 +56,28 @@ from data_prep.shards.shards import (
 
 if TYPE_CHECKING:
     pass
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 
 POOL_MASKS = 10_000  # fewer are drawn here sooner than worker processes start
 FILES_TABLE = "sources.parquet"  # the mask files: what each became, and what spares reading it
 FAILURES_SAID = 5  # broken mask files that are named; all are in the table
 
 
-def prepare_masks(config: MasksConfig, store: Store, run: Map = run_tasks) -> StageRef:
-    """The committed mask set for `config`, made unless it is there; `run` does the work.
+def prepare_masks(settings: MasksSettings, store: Store, run: Map = run_tasks) -> StageRef:
+    """The committed mask set for `settings`, made unless it is there; `run` does the work.
 
     Raises ConfigError if no ratio bin of the evaluation split can be filled.
     """
-    top = f"masks/{config.name}"
-    files = _mask_files(config, store, top, run) if config.file_splits else None
+    top = f"masks/{settings.name}"
+    files = _mask_files(settings, store, top, run) if settings.file_splits else None
     request = Request(
         "masks",
-        config.name,
+        settings.name,
         top,
-        config.settings(files.polarity if files else None),
+        settings.request_settings(files.polarity if files else None),
         sources={EXTERNAL: files_digest(files.found)} if files else {},
     )
-    return run_stage(store, request, partial(_build, config, files, run), say)
+    return run_stage(store, request, partial(_build, settings, files, run), say)
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,23 @@ class _Files:
     source: Source
     found: Sequence[MaskFile]
     polarity: Polarity
-    sentence: str  # how that is known; empty where the config says it
+    sentence: str  # how that is known; empty where the settings say it
 
 
-def _mask_files(config: MasksConfig, store: Store, top: str, run: Map) -> _Files:
+def _mask_files(settings: MasksSettings, store: Store, top: str, run: Map) -> _Files:
     from data_prep.raw.source import open_source
 
-    assert config.external is not None
-    source = open_source(config.external, "files")
+    assert settings.external is not None
+    source = open_source(settings.external, "files")
     known = _known_files(store, top)
-    found = read_files(source, _making(config), known, run, config.workers or cores())
-    if config.external_polarity != "auto":
-        return _Files(source, found, config.external_polarity, "")
+    found = read_files(source, _making(settings), known, run, settings.workers or cores())
+    if settings.external_polarity != "auto":
+        return _Files(source, found, settings.external_polarity, "")
     return _Files(source, found, *find_polarity(found, source.uri))
 
 
-def _making(config: MasksConfig) -> Making:
-    return Making(config.size, config.external_dilate)
+def _making(settings: MasksSettings) -> Making:
+    return Making(settings.size, settings.external_dilate)
 
 
 def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
@@ -126,33 +126,33 @@ def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows}
 
 
-def _build(config: MasksConfig, files: _Files | None, run: Map, work: Work) -> Produced:
-    wanted = config.train + len(BINS) * config.eval_per_bin
-    workers = (config.workers or cores()) if wanted > POOL_MASKS else 1
+def _build(settings: MasksSettings, files: _Files | None, run: Map, work: Work) -> Produced:
+    wanted = settings.train + len(BINS) * settings.eval_per_bin
+    workers = (settings.workers or cores()) if wanted > POOL_MASKS else 1
     records: list[FileRecord] = []
     summary: dict[str, Any] = {}
     pool: Mapping[str, FilePool] = {}
     if files is not None:
-        pool, summary[EXTERNAL] = _file_pools(config, files, run)
+        pool, summary[EXTERNAL] = _file_pools(settings, files, run)
         rows = [file.row() for file in files.found]
         records.append(write_file(work, FILES_TABLE, encode_table(rows, COLUMNS), content=False))
     if wanted > POOL_MASKS:
-        say(f"masks: drawing until each ratio bin has {config.eval_per_bin} evaluation masks")
-    bins, notes = evaluation_masks(config, pool.get("eval"), run, workers)
+        say(f"masks: drawing until each ratio bin has {settings.eval_per_bin} evaluation masks")
+    bins, notes = evaluation_masks(settings, pool.get("eval"), run, workers)
     for note in notes:
         say(note)
-    totals = {"train": config.train, "eval": sum(len(masks) for masks in bins.values())}
-    make = partial(make_shard, config, Folder(work.store, work.folder))
+    totals = {"train": settings.train, "eval": sum(len(masks) for masks in bins.values())}
+    make = partial(make_shard, settings, Folder(work.store, work.folder))
     done, total = 0, sum(totals.values())
     with (
         Progress("masks", total, "masks") as progress,
-        closing(run(make, shards(config, bins, pool), workers)) as made,
+        closing(run(make, shards(settings, bins, pool), workers)) as made,
     ):
         for masks, written in made:
             records += written
             progress.update(done := done + masks)
     names = {
-        split: [shard_name(split, n) for n in range(math.ceil(count / config.shard_samples))]
+        split: [shard_name(split, n) for n in range(math.ceil(count / settings.shard_samples))]
         for split, count in totals.items()
     }
     records += [write_urls(work, split, names[split]) for split in totals]
@@ -167,12 +167,12 @@ def _build(config: MasksConfig, files: _Files | None, run: Map, work: Work) -> P
 
 
 def _file_pools(
-    config: MasksConfig, files: _Files, run: Map
+    settings: MasksSettings, files: _Files, run: Map
 ) -> tuple[dict[str, FilePool], dict[str, Any]]:
     """The files' masks for each split that draws from them, and how many files became what."""
-    workers = config.workers or cores()
-    made = made_masks(files.source, _making(config), files.found, files.polarity, run, workers)
-    pool = pools(made, config.file_splits, config.external_flips, files.source.uri)
+    workers = settings.workers or cores()
+    made = made_masks(files.source, _making(settings), files.found, files.polarity, run, workers)
+    pool = pools(made, settings.file_splits, settings.external_flips, files.source.uri)
     kinds = Counter(file.kind for file in files.found)
     used = {split: len(own) for split, own in pool.items()}
     outside = len(made) - sum(used.values())

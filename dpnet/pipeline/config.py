@@ -24,8 +24,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data_prep.core.errors import ConfigError
-from data_prep.images.settings import ImagesConfig
-from data_prep.masks.settings import MasksConfig
+from data_prep.images.settings import ImagesSettings
+from data_prep.masks.settings import MasksSettings
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.pipeline.settings import CostSettings
 from dpnet.registry.settings import RegisterSettings
@@ -47,8 +47,8 @@ class Config(BaseModel):
     root: str | None = Field(
         None, description="Where everything is stored: a folder or s3://bucket/prefix."
     )
-    images: ImagesConfig
-    masks: MasksConfig
+    images: ImagesSettings
+    masks: MasksSettings
     model: ModelSettings
     losses: LossSettings
     train: TrainSettings

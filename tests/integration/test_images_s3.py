@@ -31,7 +31,7 @@ from data_prep.core.storage.open import open_store
 from data_prep.core.storage.s3 import S3Store
 from data_prep.core.storage.store import Store
 from data_prep.images import shard_task as image_shards
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.shards.shards import split_shards, write_shard
 from dpnet.pipeline.verify import verify
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def small(source: object) -> ImagesConfig:
+def small(source: object) -> ImagesSettings:
     return crops(source, shard_samples=6, val=0.1, test=0.1)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.stage import StageRef, read_manifest
 from data_prep.core.storage.store import Store
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
 
 SPLITS = ("train", "val", "test")
@@ -39,11 +39,11 @@ def photographs(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def crops(source: object, **options: Any) -> ImagesConfig:
-    return ImagesConfig(source=str(source), **{"size": 32, "workers": 1, **options})
+def crops(source: object, **options: Any) -> ImagesSettings:
+    return ImagesSettings(source=str(source), **{"size": 32, "workers": 1, **options})
 
 
-def tiles(source: object, **options: Any) -> ImagesConfig:
+def tiles(source: object, **options: Any) -> ImagesSettings:
     defaults = {"mode": "tiles", "tile": [32, 48], "tile_stride": 0.5, "max_tiles": 40}
     return crops(source, **{**defaults, "shard_samples": 160, **options})
 

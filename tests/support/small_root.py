@@ -15,9 +15,9 @@ from PIL import Image
 
 from data_prep.core.stage import Produced, Request, StageRef, Work, run_stage
 from data_prep.core.storage.local import LocalStore
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import write_file
 
@@ -82,8 +82,8 @@ def photographs(folder: Path, count: int = 12) -> Path:
 def real_data(store: LocalStore, **masks: Any) -> tuple[StageRef, StageRef]:
     """Real image and mask stages of SIZE pixels, with two evaluation masks of each ratio bin."""
     source = photographs(store.folder / "photos")
-    images = ImagesConfig(source=str(source), name="small", size=SIZE, val=0.1, test=0.4)
-    config = MasksConfig(name="small", size=SIZE, train=4, **({"eval_per_bin": 2} | masks))
+    images = ImagesSettings(source=str(source), name="small", size=SIZE, val=0.1, test=0.4)
+    config = MasksSettings(name="small", size=SIZE, train=4, **({"eval_per_bin": 2} | masks))
     return prepare_images(images, store), prepare_masks(config, store)
 
 

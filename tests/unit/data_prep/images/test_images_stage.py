@@ -42,7 +42,7 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.images import build as image_build
 from data_prep.images import next_version as changes
 from data_prep.images import shard_task as image_shards
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.pictures.cutting import prepare
 from data_prep.raw.files import LocalFiles
@@ -280,7 +280,9 @@ def test_a_run_broken_off_while_duplicates_are_dropped_is_taken_up(
         assert table(again, ref, "sources") == table(whole, expected, "sources")
 
 
-def note_all(monkeypatch: pytest.MonkeyPatch, config: ImagesConfig, store: LocalStore) -> list[str]:
+def note_all(
+    monkeypatch: pytest.MonkeyPatch, config: ImagesSettings, store: LocalStore
+) -> list[str]:
     written = note_writes(monkeypatch)
     prepare_images(config, store)
     return written
@@ -596,7 +598,7 @@ def test_files_that_tell_of_this_machine_are_no_content(folder: Path, store: Loc
     tables = ("sources", "failures", "duplicates", "near_duplicates")
     assert {"config.json", "train.urls", *(f"{name}.parquet" for name in tables)} <= every
     saved = json.loads(store.read(f"{ref.folder}/config.json"))
-    assert ImagesConfig(**saved) == crops(folder)
+    assert ImagesSettings(**saved) == crops(folder)
 
 
 @pytest.mark.parametrize(
@@ -677,7 +679,7 @@ def test_a_picture_of_a_tar_is_one_range_read(folder: Path, store: LocalStore) -
 
 
 def test_only_options_that_change_the_output_are_in_the_digest(folder: Path) -> None:
-    plain = crops(folder).settings()
+    plain = crops(folder).request_settings()
     same: dict[str, Any] = {
         "workers": 2,
         "max_failure_ratio": 0.5,
@@ -687,8 +689,8 @@ def test_only_options_that_change_the_output_are_in_the_digest(folder: Path) -> 
         "min_side": 32,
         "near_duplicates": "off",
     }
-    assert crops(folder, **same).settings() == plain
-    assert crops("elsewhere").settings() == plain
+    assert crops(folder, **same).request_settings() == plain
+    assert crops("elsewhere").request_settings() == plain
     other: list[dict[str, Any]] = [
         {"size": 64},
         {"quality": 80},
@@ -704,14 +706,18 @@ def test_only_options_that_change_the_output_are_in_the_digest(folder: Path) -> 
         {"layout": "files"},
         {"shard_samples": 7},
     ]
-    changed = [json.dumps(crops(folder, **option).settings(), sort_keys=True) for option in other]
+    changed = [
+        json.dumps(crops(folder, **option).request_settings(), sort_keys=True) for option in other
+    ]
     assert len({json.dumps(plain, sort_keys=True), *changed}) == 1 + len(other)
     png = crops(folder, format="png")
-    assert crops(folder, format="png", quality=3).settings() == png.settings()
+    assert crops(folder, format="png", quality=3).request_settings() == png.request_settings()
     keep = crops(folder, mode="keep")
-    assert crops(folder, mode="keep", size=64, quality=3).settings() == keep.settings()
-    assert tiles(folder, tile=[48, 32, 48]).settings() == tiles(folder).settings()
-    assert tiles(folder, max_tiles=3).settings() != tiles(folder).settings()
+    assert (
+        crops(folder, mode="keep", size=64, quality=3).request_settings() == keep.request_settings()
+    )
+    assert tiles(folder, tile=[48, 32, 48]).request_settings() == tiles(folder).request_settings()
+    assert tiles(folder, max_tiles=3).request_settings() != tiles(folder).request_settings()
 
 
 @pytest.mark.parametrize(
@@ -729,8 +735,8 @@ def test_only_options_that_change_the_output_are_in_the_digest(folder: Path) -> 
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        ImagesConfig(**{"source": "photos", **options})
+        ImagesSettings(**{"source": "photos", **options})
 
 
 def test_one_tile_side_may_be_given_as_a_number() -> None:
-    assert ImagesConfig(source="photos", tile=128).tile == (128,)  # type: ignore[arg-type]
+    assert ImagesSettings(source="photos", tile=128).tile == (128,)  # type: ignore[arg-type]

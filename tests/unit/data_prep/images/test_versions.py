@@ -33,7 +33,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.stage import StageRef, read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.images.versions import versions
 from data_prep.pictures.cutting import PictureError, prepare
@@ -53,7 +53,7 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "root")
 
 
-def small(source: object, **options: Any) -> ImagesConfig:
+def small(source: object, **options: Any) -> ImagesSettings:
     return crops(source, **{"shard_samples": 4, "val": 0.2, "test": 0.2, **options})
 
 
@@ -171,7 +171,7 @@ def test_a_shard_whose_photographs_are_all_removed_is_gone(folder: Path, store: 
 
 @pytest.mark.parametrize("make", [small, lambda f: tiles(f, val=0.2, test=0.2)])
 def test_a_changed_photograph_rewrites_its_shard_in_place(
-    folder: Path, store: LocalStore, tmp_path: Path, make: Callable[[Path], ImagesConfig]
+    folder: Path, store: LocalStore, tmp_path: Path, make: Callable[[Path], ImagesSettings]
 ) -> None:
     first = prepare_images(make(folder), store)
     photograph(folder / "trip 1/4.png", 99)
@@ -576,7 +576,7 @@ def test_a_child_that_is_broken_off_is_taken_up(
 
 
 def break_at(
-    monkeypatch: pytest.MonkeyPatch, config: ImagesConfig, store: LocalStore, most: int
+    monkeypatch: pytest.MonkeyPatch, config: ImagesSettings, store: LocalStore, most: int
 ) -> None:
     """Begin a build that a Ctrl-C ends when it has written `most` shards."""
     from data_prep.images import shard_task as image_shards
@@ -599,7 +599,7 @@ def break_at(
 # What a version must hold, worked out in the plainest way.
 
 
-def usable(folder: Path, config: ImagesConfig) -> dict[str, tuple[str, list[bytes]]]:
+def usable(folder: Path, config: ImagesSettings) -> dict[str, tuple[str, list[bytes]]]:
     """Every item that can be used: its sha256 and samples, made by themselves."""
     found = {}
     for path in folder.rglob("*"):
@@ -613,7 +613,7 @@ def usable(folder: Path, config: ImagesConfig) -> dict[str, tuple[str, list[byte
     return found
 
 
-def check(store: Store, ref: StageRef, config: ImagesConfig, folder: Path) -> None:
+def check(store: Store, ref: StageRef, config: ImagesSettings, folder: Path) -> None:
     """The version holds just what the folder does now, each picture once, and verifies clean."""
     items = usable(folder, config)
     split = {row["key"]: row["split"] for row in table(store, ref, "sources")}
@@ -780,7 +780,7 @@ def test_a_manifest_tells_of_its_parent_and_what_was_asked(folder: Path, store: 
         "request_digest": first.request_digest,
         "content_digest": first.content_digest,
     }
-    assert manifest["settings"] == small(folder).settings()
+    assert manifest["settings"] == small(folder).request_settings()
     found = versions(store, "photographs")
     assert [v["folder"] for v in found] == [first.folder, second.folder]
 

@@ -7,7 +7,7 @@ from PIL import Image
 from data_prep.core.storage.local import LocalStore
 from data_prep.inspection.contact_sheet import CELL, GAP, PAPER, contact_sheet, mask_sheet
 from data_prep.masks.plan import BINS
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -72,14 +72,16 @@ def test_no_rows_give_an_empty_sheet() -> None:
 
 
 @pytest.fixture(scope="module")
-def masks(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, MasksConfig]:
-    config = MasksConfig(name="m", size=64, train=9, eval_per_bin=5, recipes={"box": 1, "half": 1})
+def masks(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, MasksSettings]:
+    config = MasksSettings(
+        name="m", size=64, train=9, eval_per_bin=5, recipes={"box": 1, "half": 1}
+    )
     config = config.model_copy(update={"max_attempts": 50})
     return LocalStore(tmp_path_factory.mktemp("root")), config
 
 
 def test_a_mask_set_has_a_row_for_each_bin_and_one_of_training_masks(
-    masks: tuple[LocalStore, MasksConfig],
+    masks: tuple[LocalStore, MasksSettings],
 ) -> None:
     store, config = masks
     ref = prepare_masks(config, store)
@@ -97,7 +99,7 @@ def test_a_mask_set_has_a_row_for_each_bin_and_one_of_training_masks(
 
 
 def test_the_sheet_says_what_touches_the_border(
-    masks: tuple[LocalStore, MasksConfig], monkeypatch: pytest.MonkeyPatch
+    masks: tuple[LocalStore, MasksSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, config = masks
     said: list[str] = []
@@ -119,7 +121,7 @@ def test_the_sheet_says_what_touches_the_border(
     assert len(said) == 7
 
 
-def test_a_sheet_is_saved_as_a_png(tmp_path: Path, masks: tuple[LocalStore, MasksConfig]) -> None:
+def test_a_sheet_is_saved_as_a_png(tmp_path: Path, masks: tuple[LocalStore, MasksSettings]) -> None:
     store, config = masks
     mask_sheet(store, prepare_masks(config, store).folder).save(tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").format == "PNG"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.inspection import inspect as inspection
 from data_prep.inspection.inspect import (
@@ -28,7 +28,7 @@ from data_prep.inspection.inspect import (
     masks_text,
     tars_for,
 )
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 
 
@@ -43,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, list[st
     (photos / "empty.png").write_bytes(b"")
     shutil.copyfile(photos / "01.png", photos / "copy.png")
     Image.new("RGB", (700, 520), (200, 30, 30)).save(photos / "red.jpg")
-    config = ImagesConfig(
+    config = ImagesSettings(
         source=str(photos), name="small", size=32, shard_samples=4, val=0.2, test=0.2
     )
     config = config.model_copy(update={"max_failure_ratio": 0.2})
@@ -53,7 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, list[st
     (photos / "02.png").unlink()
     folders.append(prepare_images(config, store).folder)
     folders.append(prepare_images(config.model_copy(update={"size": 40}), store).folder)
-    masks = MasksConfig(name="small", size=32, train=10, eval_per_bin=3, shard_samples=5)
+    masks = MasksSettings(name="small", size=32, train=10, eval_per_bin=3, shard_samples=5)
     return store, folders, prepare_masks(masks, store).folder
 
 

@@ -24,13 +24,13 @@ from data_prep.masks.external import (
 from data_prep.masks.mask_file import Made, Making, hole_mask, white_pixels
 from data_prep.masks.plan import BINS, split_seed
 from data_prep.masks.recipes import draw, hole_ratio
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.source import open_source
 from data_prep.shards.shards import iterate_shard, read_index, split_shards
 
 SIZE = 32
-CONFIG = MasksConfig(
+CONFIG = MasksSettings(
     name="files",
     size=SIZE,
     recipes={"box": 1.0},
@@ -77,7 +77,7 @@ def encoded(image: Image.Image, format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def with_files(folder: Path, **changes: object) -> MasksConfig:
+def with_files(folder: Path, **changes: object) -> MasksSettings:
     return CONFIG.model_copy(update={"external": str(folder), **changes})
 
 
@@ -463,4 +463,4 @@ def test_files_that_leave_no_mask_to_use_are_an_error(store: LocalStore, folder:
 )
 def test_files_and_their_recipe_go_together(options: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        MasksConfig(**options)
+        MasksSettings(**options)

@@ -32,11 +32,11 @@ from data_prep.masks.plan import (
     training_mask,
 )
 from data_prep.masks.recipes import RECIPES, draw, hole_ratio
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import iterate_shard, read_index, split_shards
 
-SMALL = MasksConfig(name="small", size=32, train=50, eval_per_bin=4, shard_samples=20)
+SMALL = MasksSettings(name="small", size=32, train=50, eval_per_bin=4, shard_samples=20)
 
 
 @pytest.fixture
@@ -63,18 +63,18 @@ def contents(store: LocalStore, ref: StageRef) -> dict[str, bytes]:
 @pytest.mark.parametrize("field", ["recipes", "eval_recipes"])
 def test_an_unknown_recipe_is_an_error_that_lists_the_known_ones(field: str) -> None:
     with pytest.raises(ConfigError, match=f"masks.{field}: 'squiggle'.*free-form.*outpaint"):
-        MasksConfig(**{field: {"free-form": 1, "squiggle": 1}})
+        MasksSettings(**{field: {"free-form": 1, "squiggle": 1}})
 
 
 @pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
 def test_a_weight_that_is_not_above_0_is_an_error(weight: float) -> None:
     with pytest.raises(ConfigError, match=r"masks\.recipes\.box is"):
-        MasksConfig(recipes={"box": weight})
+        MasksSettings(recipes={"box": weight})
 
 
 def test_no_recipe_at_all_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"masks\.recipes is empty"):
-        MasksConfig(recipes={})
+        MasksSettings(recipes={})
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_no_recipe_at_all_is_an_error() -> None:
 )
 def test_a_misspelt_key_or_a_value_out_of_range_is_an_error(wrong: dict) -> None:
     with pytest.raises(ValidationError):
-        MasksConfig(**wrong)
+        MasksSettings(**wrong)
 
 
 # Encoding and measures
@@ -419,7 +419,7 @@ def test_evaluation_masks_can_be_asked_to_keep_clear_of_the_border_or_to_touch_i
 
 def test_what_is_asked_for_without_new_options_has_the_digest_that_it_had() -> None:
     # Of the version before `eval_border` and mask files: sets that are there are not made again.
-    request = Request("masks", "mixed", "masks/mixed", MasksConfig().settings(None))
+    request = Request("masks", "mixed", "masks/mixed", MasksSettings().request_settings(None))
     assert request.digest.startswith("f88754fb0bb6")
 
 

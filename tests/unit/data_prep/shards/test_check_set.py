@@ -20,9 +20,9 @@ from data_prep.core.digest import sha256_bytes
 from data_prep.core.stage import FileRecord, Produced, Request, content_digest, run_stage
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.check_set import Depth, chosen, shards_of
 from data_prep.shards.shards import write_file
@@ -41,7 +41,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str, str
     (photos / "notes.txt").write_text("no picture")
     (photos / "broken.png").write_bytes((photos / "00.png").read_bytes()[:300])
     shutil.copyfile(photos / "01.png", photos / "copy.png")
-    config = ImagesConfig(
+    config = ImagesSettings(
         source=str(photos), name="small", size=32, shard_samples=4, val=0.2, test=0.2
     )
     first = prepare_images(config, store)
@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str, str
         with (photos / f"new{number}.png").open("ab") as file:
             file.write(b"other bytes")
     second = prepare_images(config, store)
-    masks = MasksConfig(name="small", size=32, train=10, eval_per_bin=3, shard_samples=5)
+    masks = MasksSettings(name="small", size=32, train=10, eval_per_bin=3, shard_samples=5)
     return store.folder, first.folder, second.folder, prepare_masks(masks, store).folder
 
 

@@ -229,11 +229,11 @@ def test_a_damaged_picture_stops_with_advice(fresh):
 
 
 def test_masks_larger_than_the_pictures_are_refused(fresh):
-    from data_prep.masks.settings import MasksConfig
+    from data_prep.masks.settings import MasksSettings
     from data_prep.masks.stage import prepare_masks
 
     store, images, _, run = fresh
-    config = MasksConfig(name="other", size=48, train=2, eval_per_bin=1, recipes={"outpaint": 1})
+    config = MasksSettings(name="other", size=48, train=2, eval_per_bin=1, recipes={"outpaint": 1})
     masks = prepare_masks(config, store)
     with pytest.raises(PipelineError, match=r"32 x 32 pixels but the masks 48 x 48"):
         evaluated((store, images, masks, run))

@@ -19,9 +19,9 @@ from torch._dynamo.utils import counters
 
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.storage.open import open_store
-from data_prep.images.settings import ImagesConfig
+from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
-from data_prep.masks.settings import MasksConfig
+from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from dpnet.loading.samples import Samples, validation_pairs
 from dpnet.model import losses as L
@@ -49,10 +49,10 @@ def prepared(tmp_path_factory):
         Image.fromarray(small).resize((40, 40)).save(photos / f"{i}.png")
     store = open_store(str(root))
     images = prepare_images(
-        ImagesConfig(source=str(photos), name="t", size=32, val=0.2, test=0.2, workers=1), store
+        ImagesSettings(source=str(photos), name="t", size=32, val=0.2, test=0.2, workers=1), store
     )
     masks = prepare_masks(
-        MasksConfig(
+        MasksSettings(
             name="t", size=32, recipes={"box-random": 1.0}, train=10, eval_per_bin=2, workers=1
         ),
         store,
