@@ -8,6 +8,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from policy import (  # noqa: F401 - hooks of pytest
+    pytest_collection_modifyitems,
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+)
 from servers import Server, ceph_server, moto_server
 
 from data_prep.core.logs import PACKAGES

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 import pytest
 
 BUCKET = "dpnet-test"
-CEPH_SCRIPT = Path(__file__).parents[3] / "shared/tools/s3-ceph.sh"
+_BESIDE = Path(__file__).parents[3] / "shared/tools/s3-ceph.sh"
+CEPH_SCRIPT = Path(os.environ.get("DPNET_S3_SCRIPT") or _BESIDE)  # start DIR PORT, stop DIR
 CEPH_ATTEMPTS = 6
 CEPH_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-mgr")
 
@@ -88,7 +89,7 @@ def moto_server() -> Iterator[Server]:
 def ceph_server() -> Iterator[Server]:
     """A real server: one-node Ceph, about 20 s to start. Skips the test where it is not there."""
     if not CEPH_SCRIPT.exists():
-        pytest.skip(f"there is no {CEPH_SCRIPT.name} to start Ceph with")
+        pytest.skip(f"no S3 server script at {CEPH_SCRIPT}: name one in DPNET_S3_SCRIPT")
     missing = [name for name in CEPH_PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"Ceph is not installed ({', '.join(missing)}): .ci/run does it")

@@ -760,7 +760,7 @@ def test_what_is_no_image_does_not_look_like_one(head: bytes) -> None:
 def photographs() -> list[np.ndarray]:
     paths = sorted(PHOTOS.rglob("*.jpg"))[::43]
     if not paths:
-        pytest.skip(f"needs photographs in {PHOTOS}")
+        pytest.skip(f"no photos at {PHOTOS}")
     return [pixels(path.read_bytes()) for path in paths]
 
 

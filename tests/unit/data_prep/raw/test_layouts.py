@@ -194,7 +194,7 @@ def test_bsds500_without_the_ground_truth(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"{PHOTOS} is missing")
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photos at {PHOTOS}")
 def test_the_photographs_at_hand_are_laid_out_as_they_should() -> None:
     found = list(listed(str(PHOTOS / "bsds500"), "bsds500").values())
     assert {split: found.count(split) for split in set(found)} == {

@@ -1,0 +1,75 @@
+"""Rules for every test: a time limit, and no silent skip of a real part in CI.
+
+`tests/conftest.py` imports these hooks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+SKIPS = Path(__file__).parents[1] / "allowed_skips.txt"
+FAST_S, REAL_S, SLOW_S = 120, 300, 900  # on a loaded machine; a test takes a fraction of it
+
+
+def allowed_skips(text: str) -> list[re.Pattern[str]]:
+    """Return the patterns of the reasons for which a test may be skipped in CI.
+
+    A line is `PATTERN  # why`, a regular expression for the whole reason. A line without a why is
+    refused.
+    """
+    patterns = []
+    for line in text.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        pattern, mark, why = line.partition("  # ")
+        if not mark or not why.strip():
+            raise ValueError(f"{SKIPS.name}: {line!r} gives no reason: write PATTERN  # why.")
+        patterns.append(re.compile(pattern.strip()))
+    return patterns
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test a time limit: more for tests with real parts, most for slow ones."""
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            slow = item.get_closest_marker("slow") or item.get_closest_marker("e2e")
+            real = item.get_closest_marker("integration")
+            seconds = SLOW_S if slow else REAL_S if real else FAST_S
+            item.add_marker(pytest.mark.timeout(seconds))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test that is skipped in CI for a reason that is not on the list."""
+    return _checked((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Fail a file that is skipped whole in CI for a reason that is not on the list."""
+    return _checked((yield))
+
+
+_Report = TypeVar("_Report", pytest.TestReport, pytest.CollectReport)
+
+
+def _checked(report: _Report) -> _Report:
+    expected = hasattr(report, "wasxfail")
+    if os.environ.get("CI") != "true" or not report.skipped or expected:
+        return report
+    assert isinstance(report.longrepr, tuple)
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    allowed = allowed_skips(SKIPS.read_text("utf-8"))
+    if not any(pattern.fullmatch(reason) for pattern in allowed):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{report.nodeid} was skipped in CI ({reason}): install the missing part in .ci/run,"
+            f" or add the reason to tests/{SKIPS.name}."
+        )
+    return report
