@@ -26,6 +26,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.logs import has_started, start_logging
 from data_prep.core.progress import say
 
 T = TypeVar("T")
@@ -218,7 +219,7 @@ def _started(function: Callable[[Any], Any], team: list[_Worker]) -> _Worker:
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     ours, theirs = multiprocessing.Pipe()
-    process = _Process(target=_work, args=(function, theirs), daemon=True)
+    process = _Process(target=_work, args=(function, theirs, has_started()), daemon=True)
     try:
         process.start()
     except OSError as error:
@@ -258,9 +259,11 @@ def _dismiss(team: Iterable[_Worker]) -> None:
         worker.process.join()
 
 
-def _work(function: Callable[[Any], Any], connection: Connection) -> None:
+def _work(function: Callable[[Any], Any], connection: Connection, logs: bool) -> None:
     """A worker process: answer each task with (value, error, traceback), pickled."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if logs:
+        start_logging()
     tasks: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, tasks), daemon=True).start()
     while data := tasks.get():
