@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.hashing import splitmix64
 from data_prep.raw.listing import ROWS, SPLITS, Listing
 from data_prep.shards.shards import shard_name
 
@@ -243,7 +244,7 @@ def storage_order(listing: Listing, order: NDArray[np.uint64], rows: Rows) -> Ro
     blocked = block >= 0
     names = np.array([int(_sha256(name)[:16], 16) for name in listing.containers], np.uint64)
     number = names[container] + block.astype(np.uint64)
-    first = np.where(blocked, _mixed(number), first)
+    first = np.where(blocked, splitmix64(number), first)
     return rows[np.lexsort((np.where(blocked, offset, 0), first))]
 
 
@@ -338,16 +339,6 @@ def _rewritten(
 def _bound(share: float) -> int:
     """`share` of the 64-bit numbers."""
     return min(int(share * 2**64), 2**64 - 1)
-
-
-def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A bijective hash of 64-bit numbers (the finaliser of SplitMix64, Steele et al. 2014)."""
-    import numpy as np
-
-    z = numbers + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _sha256(text: str) -> str:

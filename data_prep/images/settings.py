@@ -9,9 +9,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from data_prep.pictures import cutting as pictures
 from data_prep.raw.source import LAYOUTS
 
-MAX_PIXELS = 64_000_000  # so that one worker stays under 700 MB
-
-
 _FORMAT = 1  # raise it when the same items would give other bytes
 
 
@@ -91,7 +88,7 @@ class ImagesSettings(BaseModel):
         " `size` for center-crop and short-side. Tiles always need their own side.",
     )
     max_pixels: int = Field(
-        default=MAX_PIXELS,
+        default=pictures.MAX_PIXELS,
         ge=1,
         le=178_000_000,
         description="Most pixels of a photograph. More than the default may take a worker process"

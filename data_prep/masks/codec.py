@@ -12,12 +12,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
 
 def valid_from_png(data: bytes) -> NDArray[np.uint8]:
     """A stored mask (255 = hole) as the code uses it: uint8 [H, W], 1 = known, 0 = hole.

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.core.digest import sha256_json
+from data_prep.core.hashing import GAMMA, splitmix64
 
 Cursors = NDArray[np.int64]
 
@@ -133,12 +134,7 @@ def uniform(seed: int, name: str, cursors: Cursors) -> NDArray[np.float64]:
     The splitmix64 generator (Steele, Lea and Flood 2014) at the state that it has after `cursor`
     steps: unlike a generator object for each sample it costs next to nothing.
     """
-    mixed = _key(name, seed) + (cursors.astype(np.uint64) + np.uint64(1)) * np.uint64(
-        0x9E3779B97F4A7C15
-    )
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
+    mixed = splitmix64(_key(name, seed) + cursors.astype(np.uint64) * np.uint64(GAMMA))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

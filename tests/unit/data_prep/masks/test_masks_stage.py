@@ -1,37 +1,25 @@
-import io
-import itertools
 import json
-import struct
 import subprocess
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 from pydantic import ValidationError
 
-from data_prep.core.errors import ConfigError, PipelineError, StorageError
+from data_prep.core.errors import ConfigError, StorageError
 from data_prep.core.stage import MANIFEST, Request, StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.masks import stage as masks_module
-from data_prep.masks.codec import _unpacked, encode_png, valid_from_png
+from data_prep.masks.codec import valid_from_png
 from data_prep.masks.plan import (
     BINS,
-    Candidate,
-    border_counts,
-    fill_bins,
-    pick_recipe,
     ratio_bin,
-    recipes_by_bin,
     split_seed,
     touches_border,
-    training_mask,
 )
-from data_prep.masks.recipes import RECIPES, draw, hole_ratio
+from data_prep.masks.recipes import RECIPES, draw
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import iterate_shard, read_index, split_shards
@@ -83,250 +71,6 @@ def test_no_recipe_at_all_is_an_error() -> None:
 def test_a_misspelt_key_or_a_value_out_of_range_is_an_error(wrong: dict) -> None:
     with pytest.raises(ValidationError):
         MasksSettings(**wrong)
-
-
-# Encoding and measures
-
-
-def test_a_mask_is_stored_with_white_holes_and_read_as_1_for_known() -> None:
-    hole = np.zeros((17, 17), np.uint8)
-    hole[2:5, 3:11] = 255
-    png = encode_png(hole)
-    picture = Image.open(io.BytesIO(png))
-    assert picture.mode == "1"
-    assert (np.asarray(picture.convert("L")) == hole).all()
-    valid = valid_from_png(png)
-    assert valid.dtype == np.uint8
-    assert (valid == (hole == 0)).all()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-ADAM7 = [
-    (0, 0, 8, 8),
-    (0, 4, 8, 8),
-    (4, 0, 8, 4),
-    (0, 2, 4, 4),
-    (2, 0, 4, 2),
-    (0, 1, 2, 2),
-    (1, 0, 2, 1),
-]
-
-
-def png_of(
-    hole: np.ndarray, *, filtered: bool = False, interlaced: bool = False, parts: int = 1
-) -> bytes:
-    """A 1-bit PNG as another program may write it."""
-    lines = b""
-    for top, left, down, right in ADAM7 if interlaced else [(0, 0, 1, 1)]:
-        part = hole[top::down, left::right]
-        for row in np.packbits(part > 0, axis=1) if part.size else []:
-            if filtered:  # each byte less the one before
-                row = np.diff(row, prepend=np.uint8(0))
-            lines += bytes([filtered]) + row.tobytes()
-    packed = zlib.compress(lines)
-    header = struct.pack(">IIBBBBB", hole.shape[1], hole.shape[0], 1, 0, 0, 0, interlaced)
-    cuts = [len(packed) * number // parts for number in range(parts + 1)]
-    pixels = b"".join(chunk(b"IDAT", packed[a:b]) for a, b in itertools.pairwise(cuts))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
-
-
-def with_pillow(data: bytes) -> np.ndarray:
-    return (np.asarray(Image.open(io.BytesIO(data)).convert("L")) < 128).astype(np.uint8)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_mask_of_our_own_is_unpacked_as_a_general_reader_reads_it(recipe: str) -> None:
-    for index, size in enumerate([*range(16, 34), 63, 64, 65, 100, 256]):
-        hole = draw(recipe, 0, index, size)
-        png = encode_png(hole)
-        unpacked = _unpacked(png)
-        assert unpacked is not None
-        assert unpacked.dtype == np.uint8
-        assert (unpacked == (hole == 0)).all()
-        assert (unpacked == with_pillow(png)).all()
-        assert (valid_from_png(png) == unpacked).all()
-
-
-@pytest.mark.parametrize(
-    ("how", "unpacked"),
-    [
-        ({}, True),
-        ({"filtered": True}, False),
-        ({"interlaced": True}, False),
-        ({"parts": 2}, False),
-        ({"parts": 5}, False),
-    ],
-)
-@pytest.mark.parametrize("size", [17, 64])
-def test_a_png_that_another_program_wrote_is_read_too(how: dict, unpacked: bool, size: int) -> None:
-    hole = draw("free-form", 1, 2, size)
-    png = png_of(hole, **how)
-    assert (_unpacked(png) is not None) == unpacked
-    assert (valid_from_png(png) == (hole == 0)).all()
-    assert (with_pillow(png) == (hole == 0)).all()
-
-
-def test_gray_values_from_128_up_are_holes() -> None:
-    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    file = io.BytesIO()
-    Image.fromarray(gray).save(file, "PNG")
-    assert (valid_from_png(file.getvalue()) == (gray < 128)).all()
-
-
-def test_a_mask_with_any_bit_flipped_is_the_same_mask_or_an_error() -> None:
-    hole = draw("strokes", 0, 0, 32)
-    png = encode_png(hole)
-    refused = 0
-    for at in range(8 * len(png)):
-        if at // 8 in (33, 34):
-            continue  # a length of gigabytes, for which the general reader takes memory: slow
-        altered = bytearray(png)
-        altered[at // 8] ^= 1 << at % 8
-        try:
-            valid = valid_from_png(bytes(altered))
-        except PipelineError:
-            refused += 1
-        else:
-            assert (valid == (hole == 0)).all()
-    assert refused > 8 * (len(png) - 30)  # what is not: check sums, the end mark
-
-
-def test_a_mask_that_was_cut_short_is_an_error() -> None:
-    png = encode_png(draw("strokes", 0, 0, 32))
-    for length in range(len(png) - 12):  # the end mark has nothing to say
-        with pytest.raises(PipelineError, match="not a readable PNG"):
-            valid_from_png(png[:length])
-    short = png_of(np.zeros((15, 16), np.uint8))
-    longer = short.replace(struct.pack(">II", 16, 15), struct.pack(">II", 16, 16))
-    assert _unpacked(longer) is None  # fewer pixels than it says
-
-
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
-def test_bytes_that_are_no_picture_are_an_error(data: bytes) -> None:
-    with pytest.raises(PipelineError, match="not a readable PNG"):
-        valid_from_png(data)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "expected"),
-    [
-        (0.0, None),
-        (0.01, None),
-        (0.0101, "0.01-0.10"),
-        (0.1, "0.01-0.10"),
-        (0.1001, "0.10-0.20"),
-        (0.25, "0.20-0.30"),
-        (0.5, "0.40-0.50"),
-        (0.6, "0.50-0.60"),
-        (0.6001, None),
-        (1.0, None),
-    ],
-)
-def test_a_bin_holds_its_upper_end_and_not_its_lower(ratio: float, expected: str | None) -> None:
-    assert ratio_bin(ratio) == expected
-
-
-@pytest.mark.parametrize(
-    ("size", "y", "x", "expected"),
-    [
-        (512, 50, 50, False),
-        (512, 49, 256, True),
-        (512, 256, 462, True),
-        (512, 461, 461, False),
-        (256, 25, 25, False),
-        (256, 24, 128, True),
-        (256, 128, 231, True),
-    ],
-)
-def test_the_border_is_50_pixels_wide_at_512(size: int, y: int, x: int, expected: bool) -> None:
-    mask = np.zeros((size, size), np.uint8)
-    mask[y, x] = 255
-    assert touches_border(mask) is expected
-
-
-# Plans
-
-
-def candidates(ratios: list[float]) -> list[Candidate]:
-    return [Candidate("box", 0, index, ratio, False) for index, ratio in enumerate(ratios)]
-
-
-@pytest.mark.parametrize(
-    ("ratios", "per_bin", "max_attempts", "kept", "used"),
-    [
-        ([0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.05], 1, 9, [[0], [1], [2], [3], [4], [5]], 6),
-        ([0.25, 0.25, 0.25, 0.25, 0.25], 2, 3, [[], [], [0, 1], [], [], []], 3),
-        ([0.0, 0.7, 0.0], 1, 2, [[], [], [], [], [], []], 2),
-        ([0.05, 0.25, 0.05, 0.25, 0.05, 0.05], 2, 3, [[0, 2], [], [1, 3], [], [], []], 4),
-        ([0.05, 0.25, 0.25, 0.25, 0.05], 2, 3, [[0], [], [1, 2], [], [], []], 4),
-    ],
-)
-def test_bins_are_filled_in_order_until_full_or_given_up(
-    ratios: list[float], per_bin: int, max_attempts: int, kept: list[list[int]], used: int
-) -> None:
-    stream = iter(candidates(ratios))
-    filled = fill_bins(stream, per_bin, max_attempts)
-    assert [[c.index for c in found] for found in filled.values()] == kept
-    assert len(list(stream)) == len(ratios) - used
-
-
-@pytest.mark.parametrize(
-    ("border", "kept"), [("any", [0, 1]), ("inside", [0, 2]), ("touching", [1, 3])]
-)
-def test_bins_can_hold_masks_clear_of_the_border_alone_or_at_it_alone(
-    border: str, kept: list[int]
-) -> None:
-    drawn = [Candidate("box", 0, index, 0.25, index % 2 == 1) for index in range(6)]
-    filled = fill_bins(drawn, 2, 9, border)  # type: ignore[arg-type]
-    assert [candidate.index for candidate in filled["0.20-0.30"]] == kept
-    counts = {"inside": sum(i % 2 == 0 for i in kept), "touching": sum(i % 2 for i in kept)}
-    assert border_counts(filled)["0.20-0.30"] == counts
-
-
-def test_advice_on_a_bin_heeds_the_border() -> None:
-    inside = recipes_by_bin(64, "inside")
-    assert "box" in inside["0.20-0.30"]
-    assert not {"half", "outpaint"} & {recipe for found in inside.values() for recipe in found}
-    assert "half" in recipes_by_bin(64, "touching")["0.40-0.50"]
-
-
-def test_recipes_are_picked_by_weight_whatever_their_order() -> None:
-    weights = {"strokes": 3.0, "box": 1.0}
-    picks = [pick_recipe(weights, 1, n) for n in range(2000)]
-    assert 0.72 < Counter(picks)["strokes"] / 2000 < 0.78
-    assert picks == [pick_recipe({"box": 1.0, "strokes": 3.0}, 1, n) for n in range(2000)]
-    assert picks != [pick_recipe(weights, 2, n) for n in range(2000)]
-
-
-def test_a_training_mask_is_redrawn_with_the_same_recipe_until_it_lies_in_a_bin() -> None:
-    weights = {"strokes": 1.0, "box": 1.0}
-    redrawn = 0
-    for number in range(60):
-        candidate, mask = training_mask(weights, 3, number, 32)
-        assert candidate.recipe == pick_recipe(weights, 3, number)
-        assert ratio_bin(hole_ratio(mask)) == ratio_bin(candidate.ratio) is not None
-        assert candidate.index % 2**32 == number
-        redrawn += candidate.index != number
-    assert redrawn > 5
-
-
-def test_train_and_eval_draw_from_different_streams() -> None:
-    assert split_seed(0, "train") != split_seed(0, "eval")
-    assert split_seed(0, "train") != split_seed(1, "train")
-    assert max(split_seed(s, "eval") for s in range(100)) < 2**52
-
-
-@pytest.mark.parametrize("size", [16, 64, 256])
-def test_every_bin_has_a_recipe_that_fills_it(size: int) -> None:
-    advice = recipes_by_bin(size)
-    assert list(advice) == list(BINS)
-    assert all(advice.values())
-    assert "box" in advice["0.20-0.30"]
-    assert "half" in advice["0.40-0.50"]
-    assert not {"box", "half", "lama-thin", "lama-medium"} & set(advice["0.50-0.60"])
 
 
 # The stage

@@ -1,0 +1,153 @@
+"""Masks as PNG files."""
+
+import io
+import itertools
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.core.errors import PipelineError
+from data_prep.masks.codec import _unpacked, encode_png, valid_from_png
+from data_prep.masks.recipes import RECIPES, draw
+
+
+def test_a_mask_is_stored_with_white_holes_and_read_as_1_for_known() -> None:
+    hole = np.zeros((17, 17), np.uint8)
+    hole[2:5, 3:11] = 255
+    png = encode_png(hole)
+    picture = Image.open(io.BytesIO(png))
+    assert picture.mode == "1"
+    assert (np.asarray(picture.convert("L")) == hole).all()
+    valid = valid_from_png(png)
+    assert valid.dtype == np.uint8
+    assert (valid == (hole == 0)).all()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+ADAM7 = [
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+]
+
+
+def png_of(
+    hole: np.ndarray, *, filtered: bool = False, interlaced: bool = False, parts: int = 1
+) -> bytes:
+    """A 1-bit PNG as another program may write it."""
+    lines = b""
+    for top, left, down, right in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        part = hole[top::down, left::right]
+        for row in np.packbits(part > 0, axis=1) if part.size else []:
+            if filtered:  # each byte less the one before
+                row = np.diff(row, prepend=np.uint8(0))
+            lines += bytes([filtered]) + row.tobytes()
+    packed = zlib.compress(lines)
+    header = struct.pack(">IIBBBBB", hole.shape[1], hole.shape[0], 1, 0, 0, 0, interlaced)
+    cuts = [len(packed) * number // parts for number in range(parts + 1)]
+    pixels = b"".join(chunk(b"IDAT", packed[a:b]) for a, b in itertools.pairwise(cuts))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def with_pillow(data: bytes) -> np.ndarray:
+    return (np.asarray(Image.open(io.BytesIO(data)).convert("L")) < 128).astype(np.uint8)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_mask_of_our_own_is_unpacked_as_a_general_reader_reads_it(recipe: str) -> None:
+    for index, size in enumerate([*range(16, 34), 63, 64, 65, 100, 256]):
+        hole = draw(recipe, 0, index, size)
+        png = encode_png(hole)
+        unpacked = _unpacked(png)
+        assert unpacked is not None
+        assert unpacked.dtype == np.uint8
+        assert (unpacked == (hole == 0)).all()
+        assert (unpacked == with_pillow(png)).all()
+        assert (valid_from_png(png) == unpacked).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "unpacked"),
+    [
+        ({}, True),
+        ({"filtered": True}, False),
+        ({"interlaced": True}, False),
+        ({"parts": 2}, False),
+        ({"parts": 5}, False),
+    ],
+)
+@pytest.mark.parametrize("size", [17, 64])
+def test_a_png_that_another_program_wrote_is_read_too(how: dict, unpacked: bool, size: int) -> None:
+    hole = draw("free-form", 1, 2, size)
+    png = png_of(hole, **how)
+    assert (_unpacked(png) is not None) == unpacked
+    assert (valid_from_png(png) == (hole == 0)).all()
+    assert (with_pillow(png) == (hole == 0)).all()
+
+
+def test_gray_values_from_128_up_are_holes() -> None:
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    file = io.BytesIO()
+    Image.fromarray(gray).save(file, "PNG")
+    assert (valid_from_png(file.getvalue()) == (gray < 128)).all()
+
+
+def test_a_mask_with_any_bit_flipped_is_the_same_mask_or_an_error() -> None:
+    hole = draw("strokes", 0, 0, 32)
+    png = encode_png(hole)
+    refused = 0
+    for at in range(8 * len(png)):
+        if at // 8 in (33, 34):
+            continue  # a length of gigabytes, for which the general reader takes memory: slow
+        altered = bytearray(png)
+        altered[at // 8] ^= 1 << at % 8
+        try:
+            valid = valid_from_png(bytes(altered))
+        except PipelineError:
+            refused += 1
+        else:
+            assert (valid == (hole == 0)).all()
+    assert refused > 8 * (len(png) - 30)  # what is not: check sums, the end mark
+
+
+def test_a_mask_that_was_cut_short_is_an_error() -> None:
+    png = encode_png(draw("strokes", 0, 0, 32))
+    for length in range(len(png) - 12):  # the end mark has nothing to say
+        with pytest.raises(PipelineError, match="not a readable PNG"):
+            valid_from_png(png[:length])
+    short = png_of(np.zeros((15, 16), np.uint8))
+    longer = short.replace(struct.pack(">II", 16, 15), struct.pack(">II", 16, 16))
+    assert _unpacked(longer) is None  # fewer pixels than it says
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
+def test_bytes_that_are_no_picture_are_an_error(data: bytes) -> None:
+    with pytest.raises(PipelineError, match="not a readable PNG"):
+        valid_from_png(data)
+
+
+@pytest.mark.parametrize("module", ["data_prep.masks.codec", "dpnet.loading.loader"])
+def test_reading_masks_needs_neither_settings_nor_the_stage_nor_processes(module: str) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(found.stdout.split())
+    assert module in loaded
+    assert not loaded & {"pydantic", "data_prep.core.pool"}
+    ours = {name for name in loaded if name.startswith("data_prep.masks.")}
+    assert ours == {"data_prep.masks.codec"}
