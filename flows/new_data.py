@@ -32,7 +32,6 @@ from dpnet.pipeline.chain import check_config, with_photographs
 from dpnet.pipeline.config import Config, load_config, resolve_root
 from dpnet.pipeline.retrain import NothingToDo
 from dpnet.pipeline.retrain import retrain as retrain_stage
-from dpnet.pipeline.summary import place
 from dpnet.training.ray.launch import leaves_job
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
 from flows.run_page import (
@@ -123,7 +122,7 @@ def watch(
 
     def announce(changes: Changes) -> None:
         counts = {key: getattr(changes, key) for key in ("new", "changed", "removed", "version")}
-        about = {"dataset": images.name, "digest": changes.digest, **counts, "root": place(store)}
+        about = {"dataset": images.name, "digest": changes.digest, **counts, "root": store.label}
         send(CHANGED, f"dpnet.dataset.{images.name}", images.name, about)
 
     changes, decision = watch_once(
@@ -159,7 +158,7 @@ def retrain_once(
         return _skipped(text[0].upper() + text[1:])
     summary = {**ref.summary, "folder": ref.folder, "content_digest": ref.content_digest}
     create_markdown_artifact(
-        as_markdown(summary), key="retrain", description=f"Retrain of {ref.name} in {place(store)}"
+        as_markdown(summary), key="retrain", description=f"Retrain of {ref.name} in {store.label}"
     )
     if ref.skipped:
         done = f"version {summary['version']} came of them"
@@ -236,7 +235,7 @@ def _cause(error: Exception) -> str:
 
 def _tell_of_promotion(summary: Mapping[str, Any], store: Store) -> None:
     names = ("model", "version", "hole_psnr", "champion", "reason", "images")
-    about = {**{name: summary[name] for name in names}, "root": place(store)}
+    about = {**{name: summary[name] for name in names}, "root": store.label}
     try:
         send(PROMOTED, f"dpnet.model.{summary['model']}", summary["model"], about)
     except PipelineError as error:  # it is the champion all the same

@@ -37,7 +37,7 @@ from data_prep.core.progress import Moment, say
 from data_prep.core.stage import StageRef
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.config import Config
-from dpnet.pipeline.summary import as_markdown, holds, place
+from dpnet.pipeline.summary import as_markdown, holds
 from flows.deployments import PROGRESS, TAG
 from flows.local_server.process_tree import outlive_reader
 
@@ -168,7 +168,7 @@ class Story:
         from dpnet.pipeline.cost import cost_text, estimated
 
         cost = estimated(self.config, self.store)
-        lines = [f"**{self.config.name}** in `{place(self.store)}`", ""]
+        lines = [f"**{self.config.name}** in `{self.store.label}`", ""]
         if cost is None:
             lines.append("Cost of training: not known before a first run of such a model here.")
         else:
@@ -186,7 +186,7 @@ class Story:
                 links(self.config, self.store, refs),
             ),
             "summary",
-            f"Run of {self.config.name} in {place(self.store)}",
+            f"Run of {self.config.name} in {self.store.label}",
         )
         strips = list(pictures(self.store, refs))
         if strips:

@@ -19,7 +19,6 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.pool import Map
 from data_prep.core.progress import Progress, say
 from data_prep.core.stage import FileRecord, Produced, Work
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from data_prep.images.plan import OTHER, PROBLEM, UNSURE, Plan, PlannedShard
 from data_prep.images.resolution import Resolution, resolve
@@ -203,8 +202,8 @@ def forget_records(store: Store, folder: str) -> None:
     keys = [entry.key for entry in store.list(f"{folder}/work")]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(store.delete, keys))
-    if isinstance(store, LocalStore) and keys:
-        store.path(f"{folder}/work").rmdir()
+    if store.local_folder and keys:
+        (store.local_folder / folder / "work").rmdir()
 
 
 class _Tasks:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.errors import ConfigError, PipelineError, StorageError, storage_error
-from data_prep.core.paths import DEMO_ROOT
+from data_prep.core.paths import DEMO_ROOT, cache_folder
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.chain import check_config, run_chain, with_photographs
 from dpnet.pipeline.config import config_of_source, is_config, load_config, resolve_root
-from dpnet.pipeline.summary import as_text, place, stages_text
+from dpnet.pipeline.summary import as_text, stages_text
 
 Outcome = tuple[dict[str, Any], str]
 
@@ -34,12 +34,13 @@ def demo(args: Namespace) -> Outcome:
         overrides.append(f"images.source={json.dumps(str(Path(args.photos).absolute()))}")
     resolved = load_config("demo", overrides)
     check_config(resolved)
-    store = open_store(resolve_root(args.root, resolved))
-    if not isinstance(store, LocalStore):
+    root = open_store(resolve_root(args.root, resolved))
+    if root.local_folder is None:
         raise PipelineError(
-            f"the demo needs a local folder, not {store.uri}: use"
-            f" `dpnet pipeline run demo --root {store.uri}`."
+            f"the demo needs a local folder, not {root.label}: use"
+            f" `dpnet pipeline run demo --root {root.label}`."
         )
+    store = LocalStore(root.local_folder)
     check_root(store)
     if args.fresh:
         clear_root(store)
@@ -71,9 +72,9 @@ def _run_flow(
 
     start = time.monotonic()
     check_root(store)
-    top = store.folder if isinstance(store, LocalStore) else Path.home() / ".cache" / "dpnet"
+    top = store.local_folder or cache_folder()
     summary = run_pipeline(
-        config, place(store), overrides, top / PREFECT_HOME, embedded=embedded, debug=args.debug
+        config, store.label, overrides, top / PREFECT_HOME, embedded=embedded, debug=args.debug
     )
     # The flow's own time leaves out the server's start, which its user waits for too.
     summary["seconds"] = round(time.monotonic() - start, 1)
@@ -145,7 +146,7 @@ def images_build(args: Namespace) -> Outcome:
     splits = ", ".join(f"{split} {figures['samples']}" for split, figures in s["splits"].items())
     text = (
         f"{ref.name} version {s['version']}, {'there already' if ref.skipped else 'made now'}:"
-        f" {place(store)}/{ref.folder}\n"
+        f" {store.label}/{ref.folder}\n"
         f"{s['listed']} files: {s['photographs']} photographs, {s['failed']} failed, {s['ignored']}"
         f" ignored, {s['duplicates']} duplicates, {s['near_duplicates']} nearly the same in two"
         f" splits; samples: {splits}"
@@ -321,7 +322,7 @@ def up(args: Namespace) -> Outcome:
     if args.database:
         os.environ[DATABASE] = args.database  # where no list of processes shows it
     store = open_store(_root_to_read(args))
-    check_secrets(Place(place(store), home_of(store), os.environ))
+    check_secrets(Place(store.label, home_of(store), os.environ))
     check_root(store)
 
     def announce(running: Running) -> None:
@@ -351,10 +352,10 @@ def check_root(store: Store) -> None:
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError):  # as under /proc
             raise StorageError(
-                f"the root {place(store)} cannot be created: choose another --root."
+                f"the root {store.label} cannot be created: choose another --root."
             ) from error
         if isinstance(error.__cause__, OSError):
-            raise storage_error(error.__cause__, f"the root {place(store)}") from error
+            raise storage_error(error.__cause__, f"the root {store.label}") from error
         raise
 
 

@@ -24,8 +24,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.stage import StageRef, read_manifest
-from data_prep.core.storage.local import LocalStore
-from data_prep.core.storage.store import Store
+from data_prep.core.storage.store import Store, checked_key
 from data_prep.shards.shards import UNTHREADED
 from dpnet.loading.shard_cache import ShardCache
 
@@ -175,8 +174,8 @@ class ShardFiles:
 
     def _file(self, shard: Shard) -> int:
         """A descriptor of the tar."""
-        if isinstance(self.store, LocalStore):
-            return os.open(self.store.path(shard.key), os.O_RDONLY | os.O_CLOEXEC)
+        if folder := self.store.local_folder:
+            return os.open(folder / checked_key(shard.key), os.O_RDONLY | os.O_CLOEXEC)
         if self.cache is not None:
             kept = self.cache.open(self.store, shard.key, shard.sha256, shard.size)
             if kept is not None:

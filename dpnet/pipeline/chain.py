@@ -7,13 +7,12 @@ skipped by itself, so running the chain up to a stage builds only what is missin
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.paths import cache_folder
 from data_prep.core.progress import say
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
@@ -87,7 +86,7 @@ def with_photographs(config: Config, store: Store) -> Config:
     """`config` with the sample photographs written out as files, if it asks for them."""
     if config.images.source != SAMPLE:
         return config
-    top = store.folder if isinstance(store, LocalStore) else Path.home() / ".cache" / "dpnet"
+    top = store.local_folder or cache_folder()
     write_sample_photographs(top / PHOTOS)
     images = config.images.model_copy(update={"source": str(top / PHOTOS)})
     return config.model_copy(update={"images": images})

@@ -26,7 +26,6 @@ from prometheus_client.registry import Collector
 
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.stage import MANIFEST, read_manifest
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.model_store.records import CHAMPION
@@ -81,8 +80,9 @@ class Reader:
 
     def read(self, now: float) -> list[Sample]:
         """At the time `now`, seconds since 1970. Raises StorageError or OSError."""
-        if isinstance(self.store, LocalStore) and not self.store.folder.is_dir():
-            raise StorageError(f"{self.store.folder} is no folder: check the root.")
+        top = self.store.local_folder
+        if top is not None and not top.is_dir():
+            raise StorageError(f"{top} is no folder: check the root.")
         samples: list[Sample] = []
         for folder in self.store.folders("runs"):
             samples += self._training(folder, now)

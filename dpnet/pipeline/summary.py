@@ -12,7 +12,6 @@ from typing import Any
 
 from data_prep.core.digest import SHORT
 from data_prep.core.stage import StageRef
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.cost import hours_text
 
@@ -30,7 +29,7 @@ def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float)
     figures = report["figures"]
     return {
         "name": name,
-        "root": place(store),
+        "root": store.label,
         "stages": [ref.to_json() for ref in refs],
         "pairs": report["pairs"],
         "bins": {
@@ -44,15 +43,10 @@ def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float)
             m: {k: figures["mean_over_bins"][m][k] for k in METRICS} for m in METHODS
         },
         "smooth_fill_psnr": figures["mean_over_bins"]["smooth_fill"]["hole_psnr"],
-        "report": f"{place(store)}/{evaluation}/report.html",
+        "report": f"{store.label}/{evaluation}/report.html",
         "registered": by_stage["register"].summary,
         "seconds": round(seconds, 1),
     }
-
-
-def place(store: Store) -> str:
-    """The root as one types it."""
-    return str(store.folder) if isinstance(store, LocalStore) else store.uri
 
 
 def as_text(summary: Summary, again: str) -> str:
@@ -82,7 +76,7 @@ def as_markdown(
     name: str, store: Store, refs: Sequence[StageRef], cost: str, links: Mapping[str, str]
 ) -> str:
     """What came of a run of some stages, for the Prefect UI: tables, cost and links."""
-    lines = [f"**{name}** in `{place(store)}`", ""]
+    lines = [f"**{name}** in `{store.label}`", ""]
     lines += _markdown_table(
         ["stage", "state", "time", "digest", "holds", "output"],
         [

@@ -29,7 +29,6 @@ from data_prep.core.stage import (
     content_digest,
     read_manifest,
 )
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store, checked_key
 from data_prep.shards.check_set import STAGES, Coverage, Depth, check_set
@@ -106,10 +105,11 @@ def verify_uri(uri: str, root: str = "", depth: Depth = EVERYTHING) -> Verificat
     if uri.startswith("models:/"):
         return verify(open_store(root), uri, depth)
     store = open_store(uri.removesuffix(MANIFEST).rstrip("/") or ".")
-    if isinstance(store, LocalStore) and not store.folder.is_dir():
-        what = "is a file" if store.folder.exists() else "does not exist"
+    top = store.local_folder
+    if top is not None and not top.is_dir():
+        what = "is a file" if top.exists() else "does not exist"
         raise PipelineError(
-            f"{store.folder} {what}: name a root, a stage's folder in it or models:/NAME@champion."
+            f"{top} {what}: name a root, a stage's folder in it or models:/NAME@champion."
         )
     try:
         folder = str(json.loads(store.read(MANIFEST))["folder"])

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from dpnet.tracking.mlflow_runs import Course, leaves, log_figures, training_run
 from dpnet.tracking.run_log import read_log
@@ -95,8 +94,9 @@ def _source(client: Any, store: Store, folder: str) -> str:
     another machine too: so it is told in a scheme that it does not know.
     """
     uri = store.uri
-    if isinstance(store, LocalStore) and client.tracking_uri.startswith("http"):
-        uri = f"dpnet-{store.folder.resolve().as_uri()}"  # nor does it take a way through a link
+    if store.local_folder and client.tracking_uri.startswith("http"):
+        real = store.local_folder.resolve()  # MLflow's server refuses a path through a link
+        uri = f"dpnet-{real.as_uri()}"
     return f"{uri}/{folder}/model"
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease
+from data_prep.core.paths import MLFLOW_DATABASE
 from data_prep.core.progress import say
 from data_prep.core.stage import Produced, Request, StageRef, Work, read_manifest, run_stage
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
 from dpnet.model_store.records import (
@@ -66,8 +66,8 @@ def tracking_uri(settings: RegisterSettings, store: Store) -> str:
     """MLflow's address. Raises ConfigError where the root cannot hold the database."""
     if given := settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return given
-    if isinstance(store, LocalStore):
-        return f"sqlite:///{store.folder}/mlflow.db"
+    if store.local_folder:
+        return f"sqlite:///{store.local_folder}/{MLFLOW_DATABASE}"
     raise ConfigError(
         f"register.tracking_uri is not set and {store.uri} cannot hold MLflow's database: set it,"
         " or MLFLOW_TRACKING_URI, to an MLflow server (http://…) or a database"

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import StorageError
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 
 if TYPE_CHECKING:  # the config is composed of this module's settings
@@ -28,7 +27,7 @@ class Journal:
 
     def __init__(self, store: Store, run: str) -> None:
         self.store, self.run = store, run
-        self._every = LOCAL_S if isinstance(store, LocalStore) else REMOTE_S
+        self._every = LOCAL_S if store.local_folder else REMOTE_S
         self._new: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._wake, self._closed = threading.Event(), False

@@ -25,7 +25,6 @@ import torch
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.progress import say
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 
 FORMAT = 1
@@ -305,9 +304,9 @@ class Writer:
             self.store.delete(f"{folder}/{MARK}")  # first, so that it is never half there
             for entry in list(self.store.list(folder)):
                 self.store.delete(entry.key)
-            if isinstance(self.store, LocalStore):
+            if top := self.store.local_folder:
                 with suppress(OSError):
-                    self.store.path(folder).rmdir()
+                    (top / folder).rmdir()
 
 
 def _rank(mark: Mark) -> tuple[float, int]:

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.paths import MLFLOW_ARTIFACTS, MLFLOW_DATABASE
 from data_prep.core.progress import say
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from flows.local_server import children
 from flows.local_server import process_tree as processes
@@ -154,9 +154,8 @@ def supervise(plan: Plan) -> None:
         supervisor.start(children.server(place, listener))
         mlflow_port = free_port(5000)
         mlflow_url = children.address(mlflow_port)
-        local = isinstance(store, LocalStore)
-        database = (store.folder if isinstance(store, LocalStore) else home) / "mlflow.db"
-        artifacts = f"{store.uri if local else home.as_uri()}/mlflow-artifacts"
+        database = (store.local_folder or home) / MLFLOW_DATABASE
+        artifacts = f"{(store.local_folder or home).as_uri()}/{MLFLOW_ARTIFACTS}"
         _create_mlflow_database(database)
         supervisor.start(children.mlflow(place, database, artifacts, mlflow_port))
         ray_url = None

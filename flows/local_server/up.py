@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.paths import cache_folder
 from data_prep.core.progress import say
-from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.demo import UP_HOME
-from dpnet.pipeline.summary import place
 from flows.local_server import process_tree as processes
 
 HOME, LOCK, STATE = UP_HOME, "lock", "up.json"
@@ -79,10 +78,10 @@ def running(root: str) -> Running | None:
 
 def home_of(store: Store) -> Path:
     """Where the `dpnet up` of a root keeps its database, logs and state."""
-    if isinstance(store, LocalStore):
-        return store.folder / HOME
+    if store.local_folder is not None:
+        return store.local_folder / HOME
     name = f"{HOME}-{hashlib.sha256(store.uri.encode()).hexdigest()[:12]}"
-    return Path.home() / ".cache" / "dpnet" / name
+    return cache_folder() / name
 
 
 def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], None]) -> Running:
@@ -91,7 +90,7 @@ def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], 
     `announce` is called once all is ready. Raises PipelineError where something does not start, or
     dies again and again.
     """
-    root = place(store)
+    root = store.label
     home = home_of(store)
     waiting = False
     deadline = time.monotonic() + _WAIT_S

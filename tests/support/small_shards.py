@@ -42,7 +42,7 @@ class Far:
     """
 
     def __init__(self, near: LocalStore, seconds: float = 0.0) -> None:
-        self.near, self.seconds, self.uri = near, seconds, near.uri
+        self.near, self.seconds, self.uri, self.local_folder = near, seconds, near.uri, None
         self.log = near.folder / "downloads"
 
     @property

@@ -24,8 +24,11 @@ class LocalStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().absolute()
         self.uri = self.folder.as_uri()
-        self.local_folder: Path | None = self.folder
         self._swept: set[Path] = set()
+
+    @property
+    def local_folder(self) -> Path:
+        return self.folder
 
     @property
     def label(self) -> str:

@@ -82,7 +82,9 @@ class S3Store:
         self._client: Any = None
         self._lock = threading.RLock()
 
-    local_folder: Path | None = None
+    @property
+    def local_folder(self) -> None:
+        return None
 
     @property
     def label(self) -> str:

@@ -32,11 +32,14 @@ class Store(Protocol):
     """
 
     uri: str
-    local_folder: Path | None  # of a store that is a folder of this machine
+
+    @property
+    def local_folder(self) -> Path | None:
+        """Return the folder of this machine that the store is, or None for S3."""
 
     @property
     def label(self) -> str:
-        """The store as people write it: a path, or an S3 URI."""
+        """Return the store as people write it: a path or an S3 URI."""
 
     def read(self, key: str) -> bytes: ...
     def read_range(self, key: str, offset: int, size: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,14 @@ def test_the_training_loop_needs_neither_ray_nor_prefect_nor_mlflow(module: str)
         f" import {module}"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+ASKS_FOR_A_LOCAL_STORE = re.compile(r"isinstance\([^()]*\bLocalStore\b")
+
+
+@pytest.mark.parametrize("folder", OURS)
+def test_only_storage_asks_which_kind_of_store_it_has(folder: str) -> None:
+    storage = REPOSITORY / "data_prep" / "core" / "storage"
+    outside = [path for path in modules(folder) if not path.is_relative_to(storage)]
+    asking = [path for path in outside if ASKS_FOR_A_LOCAL_STORE.search(path.read_text("utf-8"))]
+    assert asking == [], "use store.local_folder or store.label"

@@ -24,6 +24,20 @@ def store(request, tmp_path):
     return open_store(request.getfixturevalue("moto_root"))
 
 
+def test_a_folder_store_names_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in ("root", str(tmp_path / "root"), (tmp_path / "root").as_uri()):
+        store = open_store(uri)
+        assert store.local_folder == tmp_path / "root"
+        assert store.label == str(tmp_path / "root")
+
+
+def test_an_s3_store_has_no_folder_and_is_labelled_by_its_uri():
+    store = open_store("s3://bucket/a/prefix/")
+    assert store.local_folder is None
+    assert store.label == store.uri == "s3://bucket/a/prefix"
+
+
 def test_what_is_written_is_read(store, tmp_path):
     store.write("a/b.bin", b"0123456789")
     assert store.read("a/b.bin") == b"0123456789"
