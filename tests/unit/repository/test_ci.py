@@ -49,6 +49,7 @@ def test_pre_commit_runs_every_check_of_make_lint() -> None:
 
 def test_every_test_belongs_to_one_of_the_two_test_commands() -> None:
     fast, slow = (re.search(r'-m "(.*?)"', " ".join(commands_of(t))) for t in ("test", "test-all"))
-    assert fast is not None and slow is not None
+    assert fast is not None
+    assert slow is not None
     assert fast[1] == "not slow and not e2e and not gpu"
     assert slow[1] == "slow or e2e"
