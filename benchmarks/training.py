@@ -50,7 +50,7 @@ from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photographs
 from dpnet.tracking.run_log import read_status
-from dpnet.training.job import TrainJob, asked, train_request
+from dpnet.training.job import TrainJob, TrainRequest, requested, stage_request
 from dpnet.training.loop import initial_state, open_loader, train_loop
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 from dpnet.training.step import Step
@@ -109,9 +109,9 @@ def prepared(arguments: argparse.Namespace, root: Path) -> TrainJob:
         steps=STEPS, batch_size=arguments.batch, warmup_steps=2, workers=WORKERS,
         validate_every=10**6, validation_pairs=4, checkpoint_every=10**6, finetune_share=0,
     )  # fmt: skip
-    request = train_request(model, losses, settings, "b", images, masks)
-    rest = (images, masks, model, losses, settings, asked(request))
-    return TrainJob(store.uri, "runs/b-000000000000", *rest)
+    what = (images, masks, model, losses, settings)
+    asked = requested(stage_request(TrainRequest("b", *what)))
+    return TrainJob(store.uri, "runs/b-000000000000", *what, asked)
 
 
 def loader_or_device(job: TrainJob, repeats: int) -> dict[str, list[float]]:

@@ -71,7 +71,7 @@ def watch_raw_data(
     """
     tell_errors_in_a_sentence()
     resolved = load_config(config, [*overrides_of(images=images), *overrides])
-    check_config(resolved)
+    check_config(resolved, "images")
     store = open_store(resolve_root(root, resolved))
     found = watch(resolved, store, min_new, quiet_minutes * 60, again=again)
     if found["announced"]:

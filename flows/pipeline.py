@@ -16,7 +16,7 @@ from prefect import flow
 
 from data_prep.core.storage.open import open_store
 from dpnet.pipeline.chain import StageName, check_config, run_chain
-from dpnet.pipeline.config import load_config, resolve_root
+from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
 from dpnet.pipeline.summary import summarize
 from dpnet.training.ray.launch import leaves_job
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
@@ -168,14 +168,33 @@ def register_model(
     return run_stages("register", config, root, [*given, *overrides])
 
 
+def run_checked(checked: CheckedConfig, root: str) -> dict[str, Any]:
+    """Run the whole pipeline with a config that a command has loaded and checked.
+
+    The run's page shows the config's name and the overrides. Its file is not read again.
+    """
+
+    @flow(name=dpnet_pipeline.name, **_FLOW)
+    def run(config: str, root: str, overrides: list[str]) -> dict[str, Any]:
+        tell_errors_in_a_sentence()
+        return _run("register", checked.resolved, root)
+
+    return run(checked.name, root, list(checked.overrides))
+
+
 def run_stages(
     wanted: StageName, config: str, root: str, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """Run the chain up to `wanted` and tell it on the run's page; its summary."""
+    """Load and check a config, then run the chain up to `wanted`. Return the summary."""
     tell_errors_in_a_sentence()
-    start = time.monotonic()
     resolved = load_config(config, overrides)
-    check_config(resolved)
+    check_config(resolved, wanted)
+    return _run(wanted, resolved, root)
+
+
+def _run(wanted: StageName, resolved: Config, root: str) -> dict[str, Any]:
+    """Run the chain up to `wanted` and show it on the run's page. Return the summary."""
+    start = time.monotonic()
     store = open_store(resolve_root(root, resolved))
     leaves_job.set(is_left_running)
     with Story(resolved, store) as story:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
-from dpnet.pipeline.config import Config
+from dpnet.pipeline.config import CheckedConfig, Config
 from flows.local_server.server import embedded_server
 
 QUIET = {
@@ -23,9 +23,8 @@ QUIET = {
 
 
 def run_pipeline(
-    config: str,
+    config: CheckedConfig,
     root: str,
-    overrides: Sequence[str],
     home: Path,
     *,
     embedded: bool = False,
@@ -39,9 +38,9 @@ def run_pipeline(
     os.environ.update({} if debug else QUIET)  # before Prefect's import, which sets logging up
     if not embedded and (url := _configured_api()):
         _check_reachable(url)
-        return _run(config, root, overrides)
+        return _run(config, root)
     with _embedded(home):
-        return _run(config, root, overrides)
+        return _run(config, root)
 
 
 def watch_now(
@@ -63,10 +62,10 @@ def watch_now(
     return watch(config, store, min_new, quiet_s, again=again)
 
 
-def _run(config: str, root: str, overrides: Sequence[str]) -> dict[str, Any]:
-    from flows.pipeline import dpnet_pipeline
+def _run(config: CheckedConfig, root: str) -> dict[str, Any]:
+    from flows.pipeline import run_checked
 
-    return dpnet_pipeline(config=config, root=root, overrides=list(overrides))
+    return run_checked(config, root)
 
 
 def _configured_api() -> str | None:

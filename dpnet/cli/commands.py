@@ -19,7 +19,14 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.chain import check_config, run_chain, with_photographs
-from dpnet.pipeline.config import config_of_source, is_config, load_config, resolve_root
+from dpnet.pipeline.config import (
+    CheckedConfig,
+    Config,
+    config_of_source,
+    is_config,
+    load_config,
+    resolve_root,
+)
 from dpnet.pipeline.summary import as_text, stages_text
 
 Outcome = tuple[dict[str, Any], str]
@@ -46,7 +53,7 @@ def demo(args: Namespace) -> Outcome:
         clear_root(store)
     claim_root(store)
     again = _typed("demo", root=args.root, photos=args.photos, sets=args.set)
-    return _run_flow("demo", store, overrides, args, again, embedded=True)
+    return _run_flow(resolved, store, overrides, args, again, embedded=True)
 
 
 def pipeline_run(args: Namespace) -> Outcome:
@@ -55,11 +62,11 @@ def pipeline_run(args: Namespace) -> Outcome:
     check_config(resolved)
     store = open_store(resolve_root(args.root, resolved))
     again = _typed("pipeline", "run", args.config, root=args.root, sets=overrides)
-    return _run_flow(args.config, store, overrides, args, again, embedded=False)
+    return _run_flow(resolved, store, overrides, args, again, embedded=False)
 
 
 def _run_flow(
-    config: str,
+    resolved: Config,
     store: Store,
     overrides: Sequence[str],
     args: Namespace,
@@ -73,8 +80,10 @@ def _run_flow(
     start = time.monotonic()
     check_root(store)
     top = store.local_folder or cache_folder()
+    # The flow runs the config that was checked here, even if its file changes now.
+    checked = CheckedConfig(getattr(args, "config", "demo"), overrides, resolved)
     summary = run_pipeline(
-        config, store.label, overrides, top / PREFECT_HOME, embedded=embedded, debug=args.debug
+        checked, store.label, top / PREFECT_HOME, embedded=embedded, debug=args.debug
     )
     # The flow's own time leaves out the server's start, which its user waits for too.
     summary["seconds"] = round(time.monotonic() - start, 1)
@@ -91,16 +100,13 @@ def _typed(*words: str, root: str | None, photos: str | None = None, sets: Seque
 
 
 def stage(args: Namespace) -> Outcome:
-    from dpnet.training.job import check_settings, check_vgg_file
-
     config = load_config(args.config, _with_launch(args))
     if getattr(args, "address", None) and config.launch.launcher == "local":
         raise ConfigError(
             "--address names a Ray cluster, but training runs on this machine: add"
             " --launcher ray-job."
         )
-    check_settings(config.train)
-    check_vgg_file(config.losses)
+    check_config(config, args.stage)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
@@ -127,7 +133,7 @@ def images_build(args: Namespace) -> Outcome:
         config = load_config(args.source, overrides)
     else:
         config = config_of_source(args.source, overrides)
-    check_config(config)
+    check_config(config, "images")
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     run: Map = run_tasks
@@ -174,7 +180,7 @@ def notify(args: Namespace) -> Outcome:
     if args.event is not None and not below(notified(_event_text(args.event)), source):
         reason = f"the event is of no object in {source}, so nothing is done."
         return {"ok": True, "announced": False, "reason": reason}, reason
-    check_config(config)
+    check_config(config, "images")
     root = resolve_root(args.root, config)
     store = open_store(root)
     check_root(store)

@@ -52,9 +52,8 @@ def run_chain(
         masks = run("prepare masks", prepare_masks, config.masks)
     if wanted in ("images", "masks"):
         return refs
-    of_training = (config.model, config.losses, config.train, config.launch)
-    tracked = _tracking(config, store)
-    trained = run("train", train, *of_training, tracked, config.name, images, masks)
+    training = config.training(images, masks)
+    trained = run("train", train, training, config.launch, _tracking(config, store))
     if wanted == "train":
         return refs
     evaluation = run("evaluate", evaluate, config.evaluate, images, masks, trained)
@@ -71,14 +70,17 @@ def _tracking(config: Config, store: Store) -> str | None:
         return None
 
 
-def check_config(config: Config) -> None:
-    """Raise PipelineError where a file or folder is missing, or settings do not go together, before
-    hours are spent on the rest."""
+def check_config(config: Config, wanted: StageName = "register") -> None:
+    """Check what the stages up to `wanted` need, before hours are spent on the first of them.
+
+    Raises PipelineError if a file or folder is missing, or if settings contradict each other.
+    """
     from data_prep.raw.source import check_source
 
-    check_settings(config.train)
-    check_vgg_file(config.losses)
-    if config.images.source != SAMPLE:
+    if wanted not in ("images", "masks"):
+        check_settings(config.train)
+        check_vgg_file(config.losses)
+    if wanted != "masks" and config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
 
 

@@ -12,7 +12,8 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -24,11 +25,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.stage import StageRef
 from data_prep.images.settings import ImagesSettings
 from data_prep.masks.settings import MasksSettings
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.pipeline.settings import CostSettings
 from dpnet.registry.settings import RegisterSettings
+from dpnet.training.job import TrainRequest
 from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -74,6 +77,25 @@ class Config(BaseModel):
                 " give both the same number of pixels."
             )
         return self
+
+    def training(self, images: StageRef, masks: StageRef) -> TrainRequest:
+        """Return the training that this config describes, on the given shards."""
+        return TrainRequest(self.name, images, masks, self.model, self.losses, self.train)
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """A config that a command has checked, for the flow that runs it.
+
+    Attributes:
+        name: Packaged name or path that was given. It is shown; it is not read again.
+        overrides: Options that were given, each like train.steps=10. They are shown.
+        resolved: The content that was checked.
+    """
+
+    name: str
+    overrides: Sequence[str]
+    resolved: Config
 
 
 _SECTIONS = (

@@ -125,10 +125,9 @@ def _log(store: Store, folder: str) -> list[dict[str, Any]]:
 
 
 def _steps_there(config: Config, store: Store, images: StageRef, masks: StageRef) -> int:
-    from dpnet.training.job import planned
+    from dpnet.training.job import plan_training
 
-    of_training = (config.model, config.losses, config.train, config.name)
-    request, job = planned(*of_training, images, masks, store)
+    request, job = plan_training(config.training(images, masks), store)
     if store.exists(f"{request.folder}/{MANIFEST}"):
         return config.train.steps
     from dpnet.training.extend import first_step  # needs torch

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from data_prep.core.errors import PipelineError
@@ -32,7 +33,7 @@ from dpnet.model_store.records import CHAMPION, find_champion
 from dpnet.pipeline.chain import Call, call_plainly, with_photographs
 from dpnet.pipeline.config import Config
 from dpnet.registry.stage import register, tracking_uri
-from dpnet.training.job import check_settings, train_request
+from dpnet.training.job import check_settings, stage_request
 from dpnet.training.settings import ModelSettings
 from dpnet.training.stage import train
 
@@ -62,7 +63,7 @@ def retrain(config: Config, store: Store, call: Call = call_plainly) -> StageRef
 
 def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Request:
     """What is asked: the data and the settings. Not the champion, which one retrain may change."""
-    training = train_request(config.model, config.losses, config.train, config.name, images, masks)
+    training = stage_request(config.training(images, masks))
     model = config.registry.model
     return Request(
         stage="retrain",
@@ -87,19 +88,9 @@ def _build(work: Work, config: Config, call: Call) -> Produced:
         reference = f"models:/{model}/{start['version']}"
         say(f"retrain: starts from {model} version {start['version']}")
         settings = settings.model_copy(update={"init_from": reference})
-    trained = call(
-        "train",
-        train,
-        config.model,
-        config.losses,
-        settings,
-        config.launch,
-        tracking_uri(config.registry, store),
-        config.name,
-        images,
-        masks,
-        store,
-    )
+    training = replace(config.training(images, masks), settings=settings)
+    tracking = tracking_uri(config.registry, store)
+    trained = call("train", train, training, config.launch, tracking, store)
     evaluation = call("evaluate", evaluate, config.evaluate, images, masks, trained, store)
     # Whoever is champion now: another may have been registered in the hours since the start.
     rivals = _once(work, RIVAL, lambda: {"champion": _named(find_champion(store, model))})

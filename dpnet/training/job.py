@@ -1,10 +1,10 @@
-"""What a training worker needs, and the request of a run."""
+"""What a training is asked to do, and what its workers receive."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ from data_prep.core.stage import (
 from data_prep.core.storage.store import Store
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 
-# How it is computed, kept and read, not what comes out of it. The initial weights count by hash.
-_NOT_ASKED = {
+# These settings do not change the trained weights, so they are not part of the request. (The
+# weights that `init_from` names are part of it: by their hash.)
+_NOT_REQUESTED = {
     "accumulate", "max_skipped", "init_from", "checkpoint_every", "keep_checkpoints", "keep_best",
     "on_bad_sample", "loader_threads", "cache", "cache_gb", "workers", "min_workers",
     "max_failures", "gpus", "compile",
@@ -27,14 +28,32 @@ _NOT_ASKED = {
 
 
 @dataclass(frozen=True)
-class TrainJob:
-    """All that a training worker needs, on whatever machine it runs.
+class TrainRequest:
+    """The network, losses, settings and data of one training.
 
     Attributes:
-        folder: the run's, a key under the root.
-        asked: settings and digests that the run's request is made of; every checkpoint has them.
-        init: store and folder of the generator to begin with, or None.
-        extends: key of another run's checkpoint to begin with, or None.
+        name: Name of the experiment. The run's folder begins with it.
+        images: The committed image shards to train on.
+        masks: The committed mask shards to train on.
+    """
+
+    name: str
+    images: StageRef
+    masks: StageRef
+    model: ModelSettings
+    losses: LossSettings
+    settings: TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Everything that a training worker needs, on any machine.
+
+    Attributes:
+        folder: Key of the run's folder under the root.
+        asked: The requested settings and digests. Every checkpoint stores them.
+        init: Store and folder of the generator to start from, or None.
+        extends: Key of another run's checkpoint to start from, or None.
     """
 
     root: str
@@ -72,31 +91,24 @@ class TrainJob:
         )
 
 
-def planned(
-    model: ModelSettings,
-    losses: LossSettings,
-    settings: TrainSettings,
-    name: str,
-    images: StageRef,
-    masks: StageRef,
-    store: Store,
-) -> tuple[Request, TrainJob]:
-    """What is asked of the stage, and what its workers are told."""
+def plan_training(training: TrainRequest, store: Store) -> tuple[Request, TrainJob]:
+    """Return the request of the train stage and the job of its workers."""
+    losses = training.losses
     if losses.vgg_weights is not None:  # the workers run in other folders
         path = str(Path(losses.vgg_weights).expanduser().absolute())
         losses = losses.model_copy(update={"vgg_weights": path})
-    init = _initial(settings.init_from, store)
-    request = train_request(model, losses, settings, name, images, masks, init)
+    init = find_initial(training.settings.init_from, store)
+    request = stage_request(replace(training, losses=losses), init)
     job = TrainJob(
-        store.uri,
-        request.folder,
-        images,
-        masks,
-        model,
-        losses,
-        settings,
-        asked(request),
-        (init.store, init.folder) if init else None,
+        root=store.uri,
+        folder=request.folder,
+        images=training.images,
+        masks=training.masks,
+        model=training.model,
+        losses=losses,
+        settings=training.settings,
+        asked=requested(request),
+        init=(init.store, init.folder) if init else None,
     )
     return request, job
 
@@ -118,15 +130,16 @@ def check_settings(settings: TrainSettings) -> None:
 
 
 class Initial(NamedTuple):
-    """The generator that a run begins with."""
+    """The generator that a run starts from."""
 
     store: str  # URI
     folder: str
     sha256: str  # of its weights
-    run: StageRef | None  # the run of this root that it is the result of
+    run: StageRef | None  # the run that made it, if that run is in this root
 
 
-def _initial(reference: str | None, store: Store) -> Initial | None:
+def find_initial(reference: str | None, store: Store) -> Initial | None:
+    """Find the generator that `train.init_from` names. Return None without a reference."""
     if reference is None:
         return None
     from dpnet.model_store.find_model import find_model
@@ -140,44 +153,37 @@ def _initial(reference: str | None, store: Store) -> Initial | None:
     return Initial(place.uri, folder, record["weights_sha256"], ref)
 
 
-def train_request(
-    model: ModelSettings,
-    losses: LossSettings,
-    settings: TrainSettings,
-    name: str,
-    images: StageRef,
-    masks: StageRef,
-    init: Initial | None = None,
-) -> Request:
+def stage_request(training: TrainRequest, init: Initial | None = None) -> Request:
+    """Return the request of the train stage. Its digest names the run's folder."""
     sources = {}
-    inputs = {"images": images, "masks": masks}
-    loss_settings = losses.model_dump(exclude={"vgg_weights"})
-    if losses.vgg_weights is None:
-        loss_settings |= {"perceptual": 0.0, "style": 0.0}
+    inputs = {"images": training.images, "masks": training.masks}
+    losses = training.losses.model_dump(exclude={"vgg_weights"})
+    if training.losses.vgg_weights is None:
+        losses |= {"perceptual": 0.0, "style": 0.0}
     else:
-        check_vgg_file(losses)
-        sources["vgg"] = sha256_file(Path(losses.vgg_weights).expanduser())
+        check_vgg_file(training.losses)
+        sources["vgg"] = sha256_file(Path(training.losses.vgg_weights).expanduser())
     if init is not None:
         sources["init"] = init.sha256
         if init.run is not None:
             inputs["init"] = init.run
     return Request(
         stage="train",
-        name=name,
+        name=training.name,
         top="runs",
-        slug=f"{name}-",
+        slug=f"{training.name}-",
         settings={
-            "model": model.model_dump(),
-            "losses": loss_settings,
-            "train": settings.model_dump(exclude=_NOT_ASKED),
+            "model": training.model.model_dump(),
+            "losses": losses,
+            "train": training.settings.model_dump(exclude=_NOT_REQUESTED),
         },
         inputs=inputs,
         sources=sources,
     )
 
 
-def asked(request: Request) -> dict[str, Any]:
-    """What the run's request is made of, as its checkpoints keep it."""
+def requested(request: Request) -> dict[str, Any]:
+    """Return the settings and digests of a run's request, as its checkpoints store them."""
     return {
         **request.settings,
         "content digest": {role: ref.content_digest for role, ref in request.inputs.items()},

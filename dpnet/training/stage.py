@@ -13,30 +13,27 @@ from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
 from dpnet.training.job import (
     TrainJob,
+    TrainRequest,
     check_settings,
-    planned,
+    plan_training,
     vgg_command,
 )
-from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
+from dpnet.training.settings import LaunchSettings
 
 
 def train(
-    model: ModelSettings,
-    losses: LossSettings,
-    settings: TrainSettings,
-    launch: LaunchSettings,
-    tracking_uri: str | None,
-    name: str,
-    images: StageRef,
-    masks: StageRef,
-    store: Store,
+    training: TrainRequest, launch: LaunchSettings, tracking_uri: str | None, store: Store
 ) -> StageRef:
-    """Train, or take up training, and commit the averaged generator's weights.
+    """Train, or resume training, and commit the averaged generator's weights.
 
-    `tracking_uri` is the MLflow that is told how it goes; None: none is.
+    Args:
+        training: What to train, on which data.
+        launch: Where training runs.
+        tracking_uri: MLflow server or database that receives the progress; None for no tracking.
+        store: The root.
     """
-    check_settings(settings)
-    request, job = planned(model, losses, settings, name, images, masks, store)
+    check_settings(training.settings)
+    request, job = plan_training(training, store)
     return run_stage(store, request, lambda work: _build(job, launch, tracking_uri, work), say)
 
 

@@ -19,7 +19,7 @@ SLEEPER = """
 import sys, time, types
 from pathlib import Path
 
-def dpnet_pipeline(config, root, overrides):
+def run_checked(config, root):
     from prefect import flow
 
     @flow(name="sleeper")
@@ -31,9 +31,9 @@ def dpnet_pipeline(config, root, overrides):
     return sleeper()
 
 sys.modules["flows.pipeline"] = types.ModuleType("flows.pipeline")
-sys.modules["flows.pipeline"].dpnet_pipeline = dpnet_pipeline
+sys.modules["flows.pipeline"].run_checked = run_checked
 from flows.run_from_command import run_pipeline
-run_pipeline("demo", sys.argv[2], [], Path(sys.argv[1]), embedded=True)
+run_pipeline(None, sys.argv[2], Path(sys.argv[1]), embedded=True)
 """
 # What a user may have set for a Prefect of theirs. Nothing listens there.
 ENVIRONMENT = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}

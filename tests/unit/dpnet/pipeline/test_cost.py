@@ -17,7 +17,7 @@ from dpnet.pipeline.config import Config, load_config
 from dpnet.pipeline.cost import Cost, cost_text, estimated, hours_text, measured
 from dpnet.pipeline.settings import CostSettings
 from dpnet.training.checkpoints import FORMAT
-from dpnet.training.job import asked, planned
+from dpnet.training.job import plan_training, requested
 
 PRICES = CostSettings(gpu_hour=2.5, cpu_hour=0.1, currency="EUR")
 
@@ -125,9 +125,8 @@ def test_a_run_that_resumes_costs_only_the_steps_left_and_one_that_is_done_nothi
 ) -> None:
     config = config_of()
     ran(store, "runs/a-1", config, [record(10)])
-    of_training = (config.model, config.losses, config.train, config.name)
-    request, _ = planned(*of_training, *data, store)
-    has_checkpoint(store, request.folder, 225, asked(request))
+    request, _ = plan_training(config.training(*data), store)
+    has_checkpoint(store, request.folder, 225, requested(request))
     cost = estimated(config, store, *data)
     assert cost is not None
     assert cost.cpu_hours == pytest.approx(0.25)
@@ -140,9 +139,8 @@ def test_a_run_that_extends_another_costs_the_steps_that_the_other_has_not(
 ) -> None:
     config, shorter = config_of("train.steps=500"), config_of()
     ran(store, "runs/a-1", config, [record(10)])
-    of_training = (shorter.model, shorter.losses, shorter.train, shorter.name)
-    request, _ = planned(*of_training, *data, store)
-    has_checkpoint(store, request.folder, 200, asked(request))
+    request, _ = plan_training(shorter.training(*data), store)
+    has_checkpoint(store, request.folder, 200, requested(request))
     cost = estimated(config, store, *data)
     assert cost is not None
     assert cost.cpu_hours == pytest.approx((500 - 200) * 10 / 100 * 120 / 3600)
@@ -189,6 +187,5 @@ def test_prices_change_nothing_that_is_asked_for(
 ) -> None:
     digests = set()
     for config in (config_of(), config_of("cost.gpu_hour=3")):
-        of_training = (config.model, config.losses, config.train, config.name)
-        digests.add(planned(*of_training, *data, store)[0].digest)
+        digests.add(plan_training(config.training(*data), store)[0].digest)
     assert len(digests) == 1

@@ -51,17 +51,20 @@ class Stages:
             return self._evaluate(*arguments)
         return stage(*arguments)
 
-    def _train(self, *arguments: Any) -> StageRef:
-        model, _, settings, _, _, name, images, masks, store = arguments
+    def _train(self, training: Any, launch: Any, tracking: Any, store: Any) -> StageRef:
         assert store is self.store
-        self.trained.append(settings.init_from)
+        self.trained.append(training.settings.init_from)
         return small_root.commit(
             store,
             "train",
             "runs",
             {"model/generator.safetensors": f"{self.psnr}".encode(), "model/model.json": b"{}"},
-            settings={"model": model.model_dump(), "init": settings.init_from, "name": name},
-            inputs={"images": images, "masks": masks},
+            settings={
+                "model": training.model.model_dump(),
+                "init": training.settings.init_from,
+                "name": training.name,
+            },
+            inputs={"images": training.images, "masks": training.masks},
         )
 
     def _evaluate(self, settings: Any, images: Any, masks: Any, run: Any, store: Any) -> StageRef:

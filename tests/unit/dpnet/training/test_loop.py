@@ -26,12 +26,18 @@ from data_prep.masks.stage import prepare_masks
 from dpnet.loading.samples import Samples, validation_pairs
 from dpnet.model import losses as L
 from dpnet.model_store.weights import load_generator, save_generator
-from dpnet.training import job as job_module
 from dpnet.training import loop
 from dpnet.training import stage as training
 from dpnet.training.checkpoints import load, marks
 from dpnet.training.extend import find_start, first_step
-from dpnet.training.job import TrainJob, asked, train_request, vgg_command
+from dpnet.training.job import (
+    TrainJob,
+    TrainRequest,
+    find_initial,
+    requested,
+    stage_request,
+    vgg_command,
+)
 from dpnet.training.loop import Meter, choose_backend, note, resume, train_loop
 from dpnet.training.ray import launch
 from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
@@ -78,10 +84,15 @@ def make_job(prepared, losses=None, folder=None, **settings):
     }
     model, losses = ModelSettings(preset="tiny"), losses or LossSettings(adversarial=0.01)
     settings = TrainSettings(**{**defaults, **settings})
-    request = train_request(model, losses, settings, "t", images, masks)
+    what = (images, masks, model, losses, settings)
     folder = folder or f"runs/t-{next(RUNS):012x}"
-    rest = (images, masks, model, losses, settings, asked(request))
-    return TrainJob(store.uri, folder, *rest)
+    return TrainJob(store.uri, folder, *what, requested(stage_request(TrainRequest("t", *what))))
+
+
+def training_of(job, **changes):
+    """The request that a job is made of."""
+    what = (job.images, job.masks, job.model, job.losses, job.settings)
+    return replace(TrainRequest("t", *what), **changes)
 
 
 class Session:
@@ -275,16 +286,14 @@ def test_the_generator_that_a_run_begins_with_is_part_of_its_request_and_of_the_
     job = make_job(prepared)
 
     def request(reference):
-        init = job_module._initial(reference, store)
-        rest = (images, masks, init)
-        return train_request(job.model, job.losses, job.settings, "t", *rest)
+        return stage_request(training_of(job), find_initial(reference, store))
 
-    assert job_module._initial(None, store) is None
+    assert find_initial(None, store) is None
     run = trained(store, images=images, masks=masks)
     of_run = request(run.folder)
     assert of_run.inputs["init"].content_digest == run.content_digest
     assert of_run.digest != request(None).digest
-    assert asked(of_run)["content digest"]["init"] == run.content_digest
+    assert requested(of_run)["content digest"]["init"] == run.content_digest
     # Elsewhere it is known by the hash of its weights alone.
     (tmp_path / "elsewhere").symlink_to(store.folder / run.folder)
     elsewhere = request(str(tmp_path / "elsewhere"))
@@ -367,10 +376,7 @@ def test_fewer_samples_than_a_batch_are_refused_before_workers_are_started_and_b
     job = make_job(prepared, batch_size=11)
     few = "samples to train on, fewer than a batch of 11"
     with pytest.raises(PipelineError, match=few):
-        training.train(
-            *(job.model, job.losses, job.settings, LaunchSettings(), None, "t"),
-            *(job.images, job.masks, open_store(job.root)),
-        )
+        training.train(training_of(job), LaunchSettings(), None, open_store(job.root))
     with pytest.raises(PipelineError, match=few):
         train_loop(job, Session())
 
@@ -401,9 +407,7 @@ def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp
     (record,) = [r for r in records if r["kind"] == "train"]
     assert set(record["losses"]) == {"hole", "valid", "perceptual", "style", "total_variation"}
     assert all(value > 0 for value in record["losses"].values())
-    assert (
-        "vgg" in train_request(job.model, losses, job.settings, "t", job.images, job.masks).sources
-    )
+    assert "vgg" in stage_request(training_of(job)).sources
 
 
 def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepared, tmp_path):
@@ -419,12 +423,8 @@ def test_workers_are_given_the_whole_path_of_the_vgg_file(prepared, tmp_path, mo
     monkeypatch.setattr(training, "run_stage", lambda store, request, build, say: build(None))
     monkeypatch.setattr(training, "_build", lambda job, *rest: jobs.append(job))
     job = make_job(prepared)
-    training.train(
-        job.model,
-        LossSettings(vgg_weights="vgg.pth"),
-        *(job.settings, LaunchSettings(), None, "t", job.images, job.masks),
-        open_store(job.root),
-    )
+    request = training_of(job, losses=LossSettings(vgg_weights="vgg.pth"))
+    training.train(request, LaunchSettings(), None, open_store(job.root))
     assert jobs[0].losses.vgg_weights == str(tmp_path / "vgg.pth")
 
 
@@ -606,7 +606,7 @@ def test_hole_psnr_is_over_the_hole_and_capped():
 def test_the_request_ignores_what_does_not_change_the_weights(prepared):
     def digest(**settings):
         job = make_job(prepared, **settings)
-        return train_request(job.model, job.losses, job.settings, "t", job.images, job.masks).digest
+        return stage_request(training_of(job)).digest
 
     how = {"workers": 2, "min_workers": 1, "compile": True, "accumulate": 2, "max_failures": 9}
     kept = {"checkpoint_every": 5, "keep_checkpoints": 9, "keep_best": 3}
