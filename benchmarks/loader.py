@@ -143,7 +143,7 @@ def check_order(data: Data) -> int:
 
     from data_prep.core.storage.open import open_store
     from data_prep.shards.shards import iterate_shard
-    from dpnet.loading.loader import Lanes
+    from dpnet.loading.lanes import Lanes
     from dpnet.loading.order import ShardOrder, rank_cursors
     from dpnet.loading.shard_files import ShardFiles
 

@@ -51,7 +51,12 @@ def psnr(composite: Image, truth: Image) -> float:
 
 
 def hole_psnr(composite: Image, truth: Image, valid: Image) -> float | None:
-    """PSNR over the hole's pixels, all channels; None for an empty hole."""
+    """Return the PSNR over the hole's pixels, all channels, or None for an empty hole.
+
+    Training measures the same with `dpnet.training.validation.hole_psnr`, on batches of tensors
+    that stay on the GPU. This one is exact in float64, since its figures are content. A test
+    compares both.
+    """
     hole = valid == 0
     return _psnr(_difference(composite, truth)[hole]) if hole.any() else None
 

@@ -105,9 +105,9 @@ class _Bench:
         ]
 
     def keys(self, pair: Pair) -> dict[str, Any]:
-        image, mask = self.images.rows[pair[0]], self.masks.rows[pair[1]]
-        names = {"image": image["key"], "mask": mask["key"]}
-        return {**names, "ratio_bin": mask["ratio_bin"], "hole_ratio": mask["hole_ratio"]}
+        image, mask = pair
+        names = {"image": self.images.key(image), "mask": self.masks.key(mask)}
+        return names | {name: self.masks.value(name, mask) for name in ("ratio_bin", "hole_ratio")}
 
 
 def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
@@ -125,13 +125,14 @@ def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
 def _build(work: Work, settings: EvaluateSettings) -> Produced:
     from dpnet.evaluation.report import render_report
     from dpnet.inpainting.tiles import on_fastest_device
-    from dpnet.loading.samples import Samples, validation_pairs
+    from dpnet.loading.pairs import validation_pairs
+    from dpnet.loading.samples import Samples
     from dpnet.model_store.weights import load_generator
 
     store, inputs = work.store, work.request.inputs
-    masks = Samples(store, inputs["masks"].folder, "eval")
-    side = masks.rows[0]["width"]
-    images = Samples(store, inputs["images"].folder, settings.split, side)
+    masks = Samples(store, inputs["masks"], "eval", columns=("width", "ratio_bin", "hole_ratio"))
+    side = masks.value("width", 0)
+    images = Samples(store, inputs["images"], settings.split, side, ("width", "height"))
     _check_sizes(images, side)
     digests = (inputs["images"].content_digest, inputs["masks"].content_digest)
     pairs = validation_pairs(images, masks, digests, seed=settings.seed, count=settings.max_pairs)
@@ -167,10 +168,11 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
 
 def _check_sizes(images: Samples, side: int) -> None:
     """Raise PipelineError where a picture is smaller than the masks; larger ones are cropped."""
-    for row in images.rows:
-        if min(row["width"], row["height"]) < side:
+    widths, heights = images.column("width"), images.column("height")
+    for position, (width, height) in enumerate(zip(widths, heights, strict=True)):
+        if min(width, height) < side:
             raise PipelineError(
-                f"the picture {row['key']} is {row['width']} x {row['height']} pixels but the masks"
+                f"the image {images.key(position)} is {width} x {height} pixels but the masks"
                 f" {side} x {side}: give images.size and masks.size the same value, and use"
                 " images.mode center-crop, short-side or tiles."
             )
@@ -180,7 +182,7 @@ def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
     """Rows of all pairs, each mask shard's kept as soon as they are measured."""
     rows: Rows = []
     with Progress("evaluate", len(pairs), "pairs") as progress:
-        for shard, group in groupby(pairs, key=lambda pair: bench.masks.rows[pair[1]]["shard"]):
+        for shard, group in groupby(pairs, key=lambda pair: bench.masks.shard_key(pair[1])):
             wanted = list(group)
             key = work.key(f"parts/{PurePosixPath(shard).stem}.json")
             part = _kept(work.store, key, [bench.keys(pair) for pair in wanted])

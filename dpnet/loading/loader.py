@@ -1,26 +1,22 @@
-"""Training batches from image shards and mask shards, read whole and decoded by threads.
+"""Training batches from image shards and mask shards, decoded by threads.
 
-`dpnet.loading.order` says which sample stands at which cursor; everything here only fetches it in
-time. A
-thread opens the shards that come next, another plans batches, a pool decodes straight into their
-memory. The order of samples does not depend on any of it, nor on the number of threads.
+`dpnet.loading.order` decides which sample is at which cursor. The threads here only fetch it in
+time: some open the next shards, one plans batches, and a pool decodes straight into the memory of
+the batches. The order of the samples does not depend on the threads or their number.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
-import re
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from math import gcd, prod
-from typing import NamedTuple
+from math import prod
 
 import cv2
 import numpy as np
@@ -28,117 +24,43 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.core.errors import ItemError, PipelineError
-from data_prep.core.progress import say
 from data_prep.masks.codec import valid_from_png
-from dpnet.loading.order import Augmentation, ShardOrder, Visit, augmentation, rank_cursors
-from dpnet.loading.samples import decode_image, plain_jpeg
-from dpnet.loading.shard_files import OpenShard, ShardFiles, ShardSet
+from dpnet.loading.batch import Batch
+from dpnet.loading.decoding import TooSmallError, decode_image, is_plain_jpeg, reason_of, unusable
+from dpnet.loading.lanes import Lanes, Sample
+from dpnet.loading.order import Augmentation, ShardOrder, augmentation, rank_cursors
+from dpnet.loading.shard_files import ShardFiles, ShardSet
 
-AHEAD = 4  # batches that are decoded or being decoded
-CHUNK = 8  # samples that a thread decodes at a time
-FETCHERS = 4  # shards of each dataset that are fetched at a time
+log = logging.getLogger(__name__)
+
+AHEAD = 4  # batches that wait for the consumer, decoded or being decoded
+CHUNK = 8  # samples that one thread decodes in one job
+FETCHERS = 4  # shards of each dataset that are fetched at the same time
 
 Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`image` N H W 3 uint8; `valid` N H W uint8 in {0, 1}, 1 = known pixel."""
-
-    image: torch.Tensor
-    valid: torch.Tensor
-
-
-class Sample(NamedTuple):
-    """Where a sample lies."""
-
-    shard: OpenShard
-    position: int
-
-
-class _SmallError(ValueError):
-    """An image is smaller than the masks."""
-
-
-class Lanes:
-    """The samples of one dataset for one rank at the cursors [start, stop), one after the other.
-
-    The shards that the rank's lanes are in at `start` are opened at once, no earlier ones, and
-    whenever a lane is done with one, the next of all that `stop` leaves. So at most two for each
-    lane are open.
-    """
-
-    def __init__(
-        self,
-        order: ShardOrder,
-        shards: ShardSet,
-        files: ShardFiles,
-        pool: ThreadPoolExecutor,
-        start: int,
-        stop: int,
-        *,
-        rank: int,
-        world: int,
-    ) -> None:
-        self.order, self.shards, self.files, self.pool = order, shards, files, pool
-        # Cursors are r modulo the world, lanes are cursors modulo their number.
-        step = gcd(order.lanes, world)
-        self.mine = frozenset(range(rank % step, order.lanes, step))
-        self._visits = self._needed(start, stop)
-        self._waiting: dict[int, deque[tuple[Visit, Future[OpenShard]]]] = {
-            lane: deque() for lane in self.mine
-        }
-        self._now: dict[int, tuple[Visit, OpenShard, NDArray[np.int64]]] = {}
-        # In the order in which the first batches need them, so that these need not wait for all.
-        started = list(islice(self._visits, len(self.mine)))
-        for visit in sorted(started, key=lambda visit: (visit.lane - start) % order.lanes):
-            self._open(visit)
-
-    def at(self, cursor: int) -> Sample:
-        """The sample at a cursor of this rank; cursors only grow."""
-        row, lane = divmod(cursor, self.order.lanes)
-        if lane not in self._now or row >= self._now[lane][0].stop:
-            visit, opening = self._next(row, lane)
-            self._now[lane] = visit, opening.result(), self.order.within(visit)
-        visit, shard, within = self._now[lane]
-        return Sample(shard, int(within[row - visit.start]))
-
-    def _needed(self, start: int, stop: int) -> Iterator[Visit]:
-        """The rank's visits with a cursor in [start, stop)."""
-        lanes = self.order.lanes
-        for visit in self.order.visits(start // lanes):
-            if visit.start * lanes + visit.lane >= stop:  # and so do all that begin later
-                return
-            if visit.lane in self.mine and (visit.stop - 1) * lanes + visit.lane >= start:
-                yield visit
-
-    def _next(self, row: int, lane: int) -> tuple[Visit, Future[OpenShard]]:
-        """The lane's visit at `row`; each that is left behind makes room for another."""
-        while True:
-            while not self._waiting[lane]:
-                self._open(next(self._visits))
-            visit, opening = self._waiting[lane].popleft()
-            if (following := next(self._visits, None)) is not None:
-                self._open(following)
-            if row < visit.stop:
-                return visit, opening
-
-    def _open(self, visit: Visit) -> None:
-        opening = self.pool.submit(self.files.open, self.shards.shards[visit.shard])
-        self._waiting[visit.lane].append((visit, opening))
 
 
 class Loader:
     """The batches of one rank.
 
     Args:
-        size: side of a training sample in pixels; larger images are cropped at random.
-        threads: that decode. pin: whether batches lie in page-locked memory.
+        images: image shards.
+        masks: mask shards.
+        files: opens shards.
+        size: side of a training sample in pixels. Larger images are cropped at random.
+        seed: decides on the order and on the augmentation.
+        batch: samples in a batch, counted over all ranks.
+        lanes: most lanes of a dataset, see `dpnet.loading.order`.
+        rank: number of this rank, from 0.
+        world: number of ranks.
+        threads: number of threads that decode.
+        pin: put batches into page-locked memory.
+        skip: replace a sample that cannot be used with the next good one of its batch. Without
+            it such a sample is an error.
 
     Attributes:
-        waited: seconds that the consumer has waited for a batch.
-        skipped: samples that could not be used; with `skip` their places are taken by the next
-            sample of the batch, otherwise the first one is an error.
+        waited: seconds that the consumer has waited for batches.
+        skipped: number of samples that could not be used.
     """
 
     def __init__(
@@ -165,17 +87,17 @@ class Loader:
         self.size, self.seed, self.batch = size, seed, batch
         self.rank, self.world, self.threads, self.pin = rank, world, threads, pin
         self.skip = skip
-        self._told = False
-        self._pieces: list[Pixels] = []  # memory of batches
+        self._warned = False
+        self._pieces: list[Pixels] = []  # memory of batches, used again
         self.waited, self.skipped = 0.0, 0
 
     def batches(self, start: int, stop: int) -> Generator[tuple[int, Batch], None, None]:
-        """(step, batch) for steps [start, stop). Close it to stop the threads."""
+        """Yield (step, batch) for the steps [start, stop). Close it to stop its threads."""
         if start >= stop:
             return
         ready: queue.Queue[_Filling | BaseException] = queue.Queue(AHEAD)
         stopped = threading.Event()
-        # Of each dataset its own, so that the first mask need not wait for every lane's images.
+        # One pool for each dataset: the first mask must not wait for the images of every lane.
         fetchers = [ThreadPoolExecutor(FETCHERS, "dpnet-fetch") for _ in self.sets]
         decoders = ThreadPoolExecutor(self.threads, "dpnet-decode")
 
@@ -188,9 +110,9 @@ class Loader:
         def plan() -> None:
             try:
                 ends = start * self.batch, stop * self.batch
-                whose = {"rank": self.rank, "world": self.world}
+                place = {"rank": self.rank, "world": self.world}
                 images, masks = (
-                    Lanes(order, shards, self.files, pool, *ends, **whose)
+                    Lanes(order, shards, self.files, pool, *ends, **place)
                     for order, shards, pool in zip(self.orders, self.sets, fetchers, strict=True)
                 )
                 for step in range(start, stop):
@@ -199,7 +121,7 @@ class Loader:
                     put(self._fill(step, np.asarray(cursors), pairs, decoders))
                     if stopped.is_set():
                         return
-            except BaseException as error:  # handed to the consumer, which raises it
+            except BaseException as error:  # the consumer raises it
                 put(error)
 
         planner = threading.Thread(target=plan, name="dpnet-plan", daemon=True)
@@ -225,7 +147,7 @@ class Loader:
         pairs: Sequence[tuple[Sample, Sample]],
         decoders: ThreadPoolExecutor,
     ) -> _Filling:
-        """A batch that threads are decoding into."""
+        """Start to decode a batch."""
         batch = self._memory(len(cursors))
         changes = augmentation(self.seed, cursors)
         into = batch.image.numpy(), batch.valid.numpy()
@@ -234,14 +156,13 @@ class Loader:
         return _Filling(step, batch, jobs)
 
     def _memory(self, samples: int) -> Batch:
-        """A batch of whatever its memory holds."""
+        """Return a batch of uninitialised memory."""
         shape = (samples, self.size, self.size)
-        if self.pin:  # torch keeps it for the next batch, once the copy from it is done
+        if self.pin:  # torch uses it again for a later batch, after the copy from it is done
             image = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=True)
             return Batch(image, torch.empty(shape, dtype=torch.uint8, pin_memory=True))
-        # Fresh memory comes zeroed, page by page, which takes a tenth of the time that it takes to
-        # decode into it. So a piece is used again once nothing else refers to it: two references
-        # are then left, that of the list and that of the call.
+        # The system sets fresh memory to zero page by page, which costs a tenth of the decoding
+        # time. So a piece is used again when only this list and this call refer to it.
         pixels = prod(shape)
         size = 4 * pixels
         for number in range(len(self._pieces)):
@@ -261,7 +182,18 @@ class Loader:
         valids: Pixels,
         chunk: range,
     ) -> dict[int, str]:
-        """Decode the samples of `chunk` into their places; which could not be used, and why."""
+        """Decode the samples of a chunk into their places in the batch.
+
+        Args:
+            pairs: image and mask of each sample of the batch.
+            changes: the augmentation of the batch.
+            images: uint8 [N, H, W, 3], to be filled.
+            valids: uint8 [N, H, W], to be filled.
+            chunk: numbers of the samples to decode.
+
+        Returns:
+            The reason for each sample that could not be used.
+        """
         bad = {}
         for i in chunk:
             image, mask = pairs[i]
@@ -271,61 +203,45 @@ class Loader:
                 sample = mask
                 self._mask(mask, int(changes.turns[i]), bool(changes.mask_flip[i]), valids[i])
             except (OSError, ValueError, ItemError, PipelineError) as error:
-                # In one line, without the address of an object, which Pillow's sentences may hold.
-                text = re.sub(r" <.*>", "", str(error)).strip() or "unreadable"
-                reason = text.splitlines()[0].rstrip(".")
+                name = sample.shard.name_of(sample.position)
                 if not self.skip:
-                    raise self._unusable(sample, reason, error) from error
-                bad[i] = reason
-                if not self._told:
-                    self._told = True
-                    where = f"{self.files.store.uri}/{sample.shard.shard.key}"
-                    say(
-                        f"warning: sample {sample.shard.keys[sample.position]} of {where} is"
-                        f" skipped ({reason}); how many are is counted in the run's log"
+                    raise unusable(name, error, ", or set train.on_bad_sample to skip") from error
+                bad[i] = reason_of(error)
+                if not self._warned:
+                    self._warned = True
+                    log.warning(
+                        "%s is skipped (%s): the run's log counts skipped samples", name, bad[i]
                     )
         return bad
 
     def _image(self, sample: Sample, flip: bool, crop: NDArray[np.float64], out: Pixels) -> None:
         data = sample.shard.read(sample.position)
-        if plain_jpeg(data):
+        if is_plain_jpeg(data):
             import simplejpeg
 
-            # Refused where it is larger than its place, or of a kind that needs Pillow.
+            # simplejpeg refuses an image that is larger than `out`, or that only Pillow reads.
             with contextlib.suppress(ValueError):
                 if simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out).shape == out.shape:
                     if flip:
                         cv2.flip(out, 1, dst=out)
                     return
-        picture = decode_image(data)
-        height, width = picture.shape[:2]
+        image = decode_image(data)
+        height, width = image.shape[:2]
         if min(height, width) < self.size:
-            raise _SmallError(
-                f"it is {width} x {height} pixels, smaller than the masks' {self.size}"
-            )
+            raise TooSmallError(height, width, self.size)
         top, left = (crop * (height - self.size + 1, width - self.size + 1)).astype(int)
-        picture = picture[top : top + self.size, left : left + self.size]
-        out[:] = picture[:, ::-1] if flip else picture
+        image = image[top : top + self.size, left : left + self.size]
+        out[:] = image[:, ::-1] if flip else image
 
     def _mask(self, sample: Sample, turns: int, flip: bool, out: Pixels) -> None:
         valid = valid_from_png(sample.shard.read(sample.position))
         if valid.shape != out.shape:
             height, width = valid.shape
             raise ValueError(f"it is {width} x {height} pixels, not {self.size} x {self.size}")
-        _turned(valid, turns, flip, out)
-
-    def _unusable(self, sample: Sample, reason: str, error: Exception) -> PipelineError:
-        shard = sample.shard
-        advice = "run `dpnet verify` on the root"
-        if isinstance(error, _SmallError):
-            advice = f"build images of at least {self.size} pixels, or smaller masks"
-        return PipelineError(
-            f"sample {shard.keys[sample.position]} of {self.files.store.uri}/{shard.shard.key}"
-            f" cannot be used ({reason}): {advice}, or set train.on_bad_sample to skip."
-        )
+        _turn(valid, turns, flip, out)
 
     def _finished(self, filling: _Filling) -> Batch:
-        """The batch once it is decoded, with the places of skipped samples filled."""
+        """Wait until the batch is decoded, and fill the places of skipped samples."""
         bad = {i: reason for job in filling.jobs for i, reason in job.result().items()}
         batch = filling.batch
         self.skipped += len(bad)
@@ -343,16 +259,18 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Filling:
+    """A batch that is being decoded."""
+
     step: int
     batch: Batch
     jobs: Sequence[Future[dict[int, str]]]
 
 
-def _turned(valid: Pixels, turns: int, flip: bool, out: Pixels) -> None:
-    """`out` = `valid` turned counterclockwise by quarters, as numpy.rot90 does, then mirrored.
+def _turn(valid: Pixels, turns: int, flip: bool, out: Pixels) -> None:
+    """Write `valid`, rotated by quarters as numpy.rot90 does and then mirrored, to `out`.
 
-    In one pass, as threads wait for each other at every call: a turn and a mirroring make a
-    reflection.
+    A rotation and a mirroring together are one reflection. So most cases take one call, which
+    matters because threads wait for each other at every call.
     """
     if turns % 2 == 0:
         if turns or flip:

@@ -1,121 +1,112 @@
-"""Single samples by position, for validation and evaluation: each is one range read through its
-shard's index. Training reads whole shards (`dpnet.loading.loader`)."""
+"""Single samples by position, for validation and evaluation.
+
+Training reads whole shards in order (`dpnet.loading.loader`). Both use `ShardFiles`, so both check
+every sample with its hash.
+"""
 
 from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.core.errors import ItemError, PipelineError
+from data_prep.core.stage import StageRef
 from data_prep.core.storage.store import Store
 from data_prep.masks.codec import valid_from_png
-from data_prep.pictures.decoding import Limits, decode_rgb
-from data_prep.shards.shards import read_index, split_shards
-from dpnet.loading.pairs import frozen_pairs
+from dpnet.loading.decoding import TooSmallError, decode_image, unusable
+from dpnet.loading.shard_files import OpenShard, ShardFiles, find_shards
 
-_ANY = Limits(max_pixels=1 << 40)  # the images stage has refused what is too large
-_HEAD = 4096  # bytes in which a JPEG's tags and profile begin
-_MARKS = (b"Exif\0", b"ICC_PROFILE\0", b"Adobe\0")
+Pixels = NDArray[np.uint8]
 
 
 class Samples:
-    """The payloads of one split of a committed images or masks stage, by position.
+    """The samples of one split of a committed images or masks stage, by position.
 
-    Images larger than `size` pixels are cut to the square in their middle.
+    All indexes are read and checked at once, so a damaged one is refused before the work starts.
+    Samples are read one by one. Several threads may read.
+
+    Args:
+        store: the root.
+        ref: the images or masks stage.
+        split: name of the split.
+        size: side in pixels. Larger images are cut to the square in their middle.
+        columns: further columns of the index that `column` and `value` can return.
+
+    Raises:
+        PipelineError: the stage is missing or not the one in `ref`, the split is empty, or an
+            index is missing or damaged.
     """
 
-    def __init__(self, store: Store, folder: str, split: str, size: int | None = None) -> None:
-        self.store, self.size = store, size
-        self.shards = split_shards(store, folder, split)
-        self.rows = [
-            {**row, "shard": shard} for shard in self.shards for row in read_index(store, shard)
-        ]
-        if not self.rows:
-            raise PipelineError(
-                f"the split {split!r} of {store.uri}/{folder} is empty: build it from more data."
-            )
+    def __init__(
+        self,
+        store: Store,
+        ref: StageRef,
+        split: str,
+        size: int | None = None,
+        columns: Sequence[str] = (),
+    ) -> None:
+        self.size = size
+        files = ShardFiles(store, None)
+        found = find_shards(store, ref, split)
+        self._shards = [files.open_in_place(shard, columns) for shard in found.shards]
+        self._ends = list(accumulate(shard.samples for shard in found.shards))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._ends[-1]
 
-    def payload(self, position: int) -> bytes:
-        row = self.rows[position]
+    def image(self, position: int) -> Pixels:
+        """Return an image as RGB, uint8 [H, W, 3]."""
+        return self._decode(position, lambda data: self._cut(decode_image(data)))
+
+    def valid(self, position: int) -> Pixels:
+        """Return a mask, uint8 [H, W] in {0, 1}, 1 = known."""
+        return self._decode(position, valid_from_png)
+
+    def shard_key(self, position: int) -> str:
+        """Return the key of the sample's tar under the root."""
+        return self._find(position)[0].shard.key
+
+    def key(self, position: int) -> str:
+        """Return the sample's key."""
+        shard, at = self._find(position)
+        return str(shard.keys[at])
+
+    def value(self, column: str, position: int) -> Any:
+        """Return the sample's value in a column of the index."""
+        shard, at = self._find(position)
+        return shard.columns[column][at].as_py()
+
+    def column(self, name: str) -> NDArray[Any]:
+        """Return a column of the index for all samples, by position."""
+        return np.concatenate([shard.columns[name].to_numpy() for shard in self._shards])
+
+    def _find(self, position: int) -> tuple[OpenShard, int]:
+        """Return the sample's shard and its position in it."""
+        number = bisect_right(self._ends, position)
+        shard = self._shards[number]
+        return shard, position - self._ends[number] + shard.shard.samples
+
+    def _decode(self, position: int, decode: Callable[[bytes], Pixels]) -> Pixels:
+        shard, at = self._find(position)
         try:
-            data = self.store.read_range(row["shard"], row["offset"], row["size"])
-        except FileNotFoundError:
-            raise PipelineError(
-                f"{self.store.uri}/{row['shard']} is missing: run `dpnet verify` on the root."
-            ) from None
-        if len(data) != row["size"]:
-            raise PipelineError(
-                f"{self.store.uri}/{row['shard']} is shorter than its index says:"
-                " run `dpnet verify` on the root."
-            )
-        return data
-
-    def image(self, position: int) -> NDArray[np.uint8]:
-        """H W 3 uint8."""
+            data = shard.read(at)  # a missing shard is a PipelineError, which passes
+        except ValueError as error:
+            raise unusable(shard.name_of(at), error) from error
         try:
-            return self._cut(decode_image(self.payload(position)))
-        except (OSError, ValueError, ItemError) as error:
-            row = self.rows[position]
-            raise PipelineError(
-                f"sample {row['key']} of {self.store.uri}/{row['shard']} cannot be decoded"
-                f" ({error}): run `dpnet verify` on the root."
-            ) from error
+            return decode(data)
+        except (OSError, ValueError, ItemError, PipelineError) as error:
+            raise unusable(shard.name_of(at), error) from error
 
-    def _cut(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _cut(self, image: Pixels) -> Pixels:
         if self.size is None:
             return image
         height, width = image.shape[:2]
         if min(height, width) < self.size:
-            raise ValueError(
-                f"it is {width} x {height} pixels, smaller than the masks' {self.size}"
-            )
+            raise TooSmallError(height, width, self.size)
         top, left = (height - self.size) // 2, (width - self.size) // 2
         return image[top : top + self.size, left : left + self.size]
-
-    def valid(self, position: int) -> NDArray[np.uint8]:
-        """H W uint8 in {0, 1}, 1 = known."""
-        try:
-            return valid_from_png(self.payload(position))
-        except PipelineError as error:
-            row = self.rows[position]
-            raise PipelineError(
-                f"sample {row['key']} of {self.store.uri}/{row['shard']}: {error}"
-            ) from error
-
-
-def plain_jpeg(data: bytes) -> bool:
-    """Whether it is a JPEG whose pixels are what it shows, as those that the images stage encodes:
-    neither turned by a tag nor in another colour space than sRGB."""
-    # They all come before the scan.
-    scan = data.find(b"\xff\xda", 0, _HEAD)
-    head = data[: scan if scan > 0 else _HEAD]
-    return head[:2] == b"\xff\xd8" and not any(mark in head for mark in _MARKS)
-
-
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """H W 3 uint8 of a stored sample, as the images stage sees it. Raises ValueError or ItemError.
-
-    With images.mode `keep` it may be any file that a camera has written.
-    """
-    if plain_jpeg(data):
-        import simplejpeg
-
-        try:
-            decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
-            return decoded
-        except ValueError:
-            pass  # perhaps of a kind that needs Pillow
-    return decode_rgb(data, _ANY).rgb
-
-
-def validation_pairs(
-    images: Samples, masks: Samples, digests: tuple[str, str], *, seed: int, count: int
-) -> list[tuple[int, int]]:
-    """At most `count` frozen (image, mask) pairs, spread evenly over the ratio bins."""
-    pairs = frozen_pairs(*digests, seed, len(images), len(masks))
-    if count >= len(pairs):
-        return pairs
-    return [pairs[i * len(pairs) // count] for i in range(count)]

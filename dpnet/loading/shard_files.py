@@ -1,8 +1,13 @@
-"""Shards as open local files: where a shard's bytes come from, and whether they are the right ones.
+"""Shards as files that can be read: where their bytes are, and whether they are the right ones.
 
-A shard in a folder is read in place. One on S3 is fetched whole, into the cache if there is one,
-else into a file without a name that lasts as long as it is open. So what is held in memory is the
-page cache's affair alone, and another process that evicts or deletes a file takes nothing away.
+A shard in a folder is read in place. A shard on S3 is read in one of two ways:
+
+* Training reads all of it. It downloads the shard into the cache, or into a file without a name
+  that exists while it is open. So memory holds only the system's page cache, and no other process
+  can delete an open shard.
+* Validation and evaluation read single samples by range requests.
+
+Each sample is checked: the manifest holds the hash of each index, the index that of each sample.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ import re
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +37,16 @@ from dpnet.loading.shard_cache import ShardCache
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_COLUMNS = ["key", "offset", "size", "sha256"]  # of the index, needed to read a sample
 _PIECE = 256 << 10  # bytes hashed at a time: they stay in the processor's cache
 _ADVICE = "run `dpnet verify` on the root, and put the file back from a copy"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard as its manifest names it; `key` is the tar's under the root."""
+    """A shard as it is in its stage's manifest."""
 
-    key: str
+    key: str  # of the tar, under the root
     size: int  # bytes of the tar
     sha256: str
     index_sha256: str
@@ -60,18 +67,19 @@ class ShardSet:
 
 
 def find_shards(store: Store, ref: StageRef, split: str) -> ShardSet:
-    """The shards of `split`, from one read of the manifest.
+    """Return the shards of a split, sorted by name, from one read of the manifest.
 
-    Raises PipelineError where the stage is not committed, has no such split, or is no longer what
-    `ref` names.
+    Raises:
+        PipelineError: the stage is not committed, is not the one in `ref` any more, or has no such
+            split.
     """
     uri = f"{store.uri}/{ref.folder}"
     manifest = read_manifest(store, ref.folder)
     if manifest["content_digest"] != ref.content_digest:
         raise PipelineError(
-            f"{uri} is another dataset than the one that training began with (content"
+            f"{uri} is another dataset than the one at the start of this run (content"
             f" {manifest['content_digest'][:12]}, not {ref.content_digest[:12]}): put the old one"
-            " back, or run the same command again to start a new run on this one."
+            " back, or run the same command again to use this one."
         )
     pattern = re.compile(rf"(?:\.\./[^/]+/)?({re.escape(split)}-\d+)\.(tar|parquet)")
     files: dict[tuple[str, str], dict[str, Any]] = {}
@@ -90,7 +98,7 @@ def find_shards(store: Store, ref: StageRef, split: str) -> ShardSet:
 
 
 def check_enough(shards: ShardSet, batch: int) -> None:
-    """Raise PipelineError where there is not even one batch."""
+    """Raise PipelineError if there are fewer samples than in one batch."""
     if shards.samples < batch:
         raise PipelineError(
             f"{shards.uri} has {shards.samples} samples to train on, fewer than a batch of {batch}:"
@@ -99,7 +107,7 @@ def check_enough(shards: ShardSet, batch: int) -> None:
 
 
 def _count(store: Store, key: str, index_sha256: str) -> int:
-    """Samples of a shard whose manifest, an older one, does not say it."""
+    """Count the samples of a shard with its index, as older manifests do not hold the number."""
     import pyarrow.parquet as pq
 
     index = _read_index(store, key, index_sha256)
@@ -112,6 +120,8 @@ def _read_index(store: Store, key: str, sha256: str) -> bytes:
         data = store.read(index)
     except FileNotFoundError:
         raise _missing(store, index) from None
+    except OSError as error:
+        raise _cannot_open(error, f"{store.uri}/{index}") from error
     if sha256_bytes(data) != sha256:
         raise PipelineError(f"{store.uri}/{index} was altered or cut short: {_ADVICE}.")
     return data
@@ -121,31 +131,62 @@ def _missing(store: Store, key: str) -> PipelineError:
     return PipelineError(f"{store.uri}/{key} is missing: {_ADVICE}.")
 
 
-class OpenShard:
-    """A shard's tar, open, with the place of every sample in it."""
+def _cannot_open(error: OSError, uri: str) -> PipelineError:
+    if error.errno == errno.EMFILE:
+        return PipelineError(
+            f"{uri} cannot be opened, this process has too many files open: lower train.lanes, or"
+            " raise the limit with `ulimit -n`."
+        )
+    return storage_error(error, uri)
 
-    def __init__(self, shard: Shard, file: int, index: pa.Table) -> None:
-        self.shard = shard
-        # As Arrow has them: many shards are open, and a Python string takes twice its bytes.
+
+class OpenShard:
+    """A shard that can be read, with the place and the hash of every sample in its tar.
+
+    Args:
+        shard: the shard.
+        uri: URI of the tar, for messages.
+        index: the checked index.
+        fetch: reads the tar; takes an offset and a size in bytes, and returns fewer bytes only at
+            the end of the tar.
+    """
+
+    def __init__(
+        self, shard: Shard, uri: str, index: pa.Table, fetch: Callable[[int, int], bytes]
+    ) -> None:
+        self.shard, self.uri = shard, uri
+        # Arrow's strings stay: many shards are open, and Python's take twice the memory.
         self.keys, self.sha256 = index["key"], index["sha256"]
         self.offset, self.size = index["offset"].to_numpy(), index["size"].to_numpy()
-        self._file = file
-        weakref.finalize(self, os.close, file)  # when nothing is left to decode from it
+        self.columns = index.drop_columns(_COLUMNS)
+        self._fetch = fetch
 
     def read(self, position: int) -> bytes:
-        """The payload of a sample. Raises ValueError where it is not the one that was stored."""
-        data = os.pread(self._file, int(self.size[position]), int(self.offset[position]))
+        """Return the payload of a sample.
+
+        Raises:
+            ValueError: the bytes are not those that were stored.
+        """
+        data = self._fetch(int(self.offset[position]), int(self.size[position]))
         if len(data) != self.size[position]:
             raise ValueError("the shard is shorter than its index says")
-        # Now that its bytes are at hand this takes a twentieth of what decoding them does.
+        # The bytes are in the processor's cache now: this takes a twentieth of the decoding time.
         if sha256_bytes(data) != self.sha256[position].as_py():
             raise ValueError("its bytes are not those that were stored")
         return data
 
+    def name_of(self, position: int) -> str:
+        """Return the sample's key and its shard, for messages."""
+        return f"sample {self.keys[position]} of {self.uri}"
+
 
 class ShardFiles:
-    """Opens shards. What comes out of them is checked sample by sample: the manifest has the hash
-    of the index, and the index that of each sample."""
+    """Opens shards, and checks each sample that is read from them.
+
+    Args:
+        store: the root.
+        cache: keeps shards of a store that is not a folder, or None.
+    """
 
     def __init__(self, store: Store, cache: ShardCache | None) -> None:
         self.store, self.cache = store, cache
@@ -154,26 +195,43 @@ class ShardFiles:
         self._lock = threading.Lock()
 
     def open(self, shard: Shard) -> OpenShard:
-        """Raises PipelineError for a shard that is missing, or whose index is damaged."""
-        where = f"{self.store.uri}/{shard.key}"
+        """Open a shard to read most of it: its tar is an open local file.
+
+        Raises:
+            PipelineError: a file is missing or cannot be opened, or the index is damaged.
+        """
+        index, uri = self._index(shard), f"{self.store.uri}/{shard.key}"
         try:
-            index = self._index(shard)
-            opened = OpenShard(shard, self._file(shard), index)
+            file = self._file(shard)
         except FileNotFoundError:
             raise _missing(self.store, shard.key) from None
         except OSError as error:
-            if error.errno == errno.EMFILE:
-                raise PipelineError(
-                    f"{where} cannot be opened, this process has too many files open: lower"
-                    " train.lanes, or raise the limit with `ulimit -n`."
-                ) from error
-            raise storage_error(error, where) from error
+            raise _cannot_open(error, uri) from error
+        opened = OpenShard(shard, uri, index, partial(_read_file, file))
+        weakref.finalize(opened, os.close, file)  # when no decoder holds the shard any more
         with self._lock:
             self.opened += 1
         return opened
 
+    def open_in_place(self, shard: Shard, columns: Sequence[str] = ()) -> OpenShard:
+        """Open a shard to read a few of its samples: each is one range read, on S3 one request.
+
+        Validation reads a few pairs out of many shards. Evaluation reads images in random order,
+        so it would have to keep every shard of the split on disk. Range reads need no disk and no
+        file that stays open, and in memory only the index and the samples in use.
+
+        Args:
+            shard: the shard.
+            columns: further columns of the index to keep.
+
+        Raises:
+            PipelineError: the index is missing or damaged. Reading raises it for a missing tar.
+        """
+        fetch = partial(_read_range, self.store, shard.key)
+        return OpenShard(shard, f"{self.store.uri}/{shard.key}", self._index(shard, columns), fetch)
+
     def _file(self, shard: Shard) -> int:
-        """A descriptor of the tar."""
+        """Return a descriptor of the tar."""
         if folder := self.store.local_folder:
             return os.open(folder / checked_key(shard.key), os.O_RDONLY | os.O_CLOEXEC)
         if self.cache is not None:
@@ -182,13 +240,13 @@ class ShardFiles:
                 if self._is_sound(kept, shard):
                     return kept
                 os.close(kept)
-                self.cache.drop(shard.sha256)  # this disk has altered it, the store has not
+                self.cache.drop(shard.sha256)  # this disk has altered the file, not the store
         with tempfile.NamedTemporaryFile(prefix="dpnet-shard-") as named:
             self.store.download(shard.key, Path(named.name))
             return os.open(named.name, os.O_RDONLY | os.O_CLOEXEC)
 
     def _is_sound(self, file: int, shard: Shard) -> bool:
-        """Whether a cached file has the right bytes; asked once in this process's life."""
+        """Return whether a cached file has the right bytes. Each file is hashed once a process."""
         if shard.sha256 in self._sound:
             return os.fstat(file).st_size == shard.size
         if not _has_hash(file, shard):
@@ -197,11 +255,11 @@ class ShardFiles:
             self._sound.add(shard.sha256)
         return True
 
-    def _index(self, shard: Shard) -> pa.Table:
+    def _index(self, shard: Shard, columns: Sequence[str] = ()) -> pa.Table:
         import pyarrow.parquet as pq
 
         data = _read_index(self.store, shard.key, shard.index_sha256)
-        names = ["key", "offset", "size", "sha256"]
+        names = [*_COLUMNS, *columns]
         table = pq.read_table(io.BytesIO(data), columns=names, **UNTHREADED)
         if table.num_rows != shard.samples:
             raise PipelineError(
@@ -211,8 +269,21 @@ class ShardFiles:
         return table
 
 
+def _read_file(file: int, offset: int, size: int) -> bytes:
+    return os.pread(file, size, offset)
+
+
+def _read_range(store: Store, key: str, offset: int, size: int) -> bytes:
+    try:
+        return store.read_range(key, offset, size)
+    except FileNotFoundError:
+        raise _missing(store, key) from None
+    except OSError as error:
+        raise storage_error(error, f"{store.uri}/{key}") from error
+
+
 def _has_hash(file: int, shard: Shard) -> bool:
-    """Whether these are the shard's bytes; not where the disk cannot read them."""
+    """Return whether a file has the shard's bytes: no, if the disk cannot read them."""
     sha256, at, piece = hashlib.sha256(), 0, memoryview(bytearray(_PIECE))
     try:
         if os.fstat(file).st_size != shard.size:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from dpnet.loading.batch import to_device
 from dpnet.loading.loader import Loader
 from dpnet.loading.order import rank_cursors
 from dpnet.loading.shard_cache import ShardCache
@@ -42,7 +43,7 @@ from dpnet.training.checkpoints import (
 from dpnet.training.job import TrainJob, is_finished
 from dpnet.training.settings import TrainSettings
 from dpnet.training.step import Measured, Step, TrainState, compiler_problem, load_vgg
-from dpnet.training.validation import Validation, mask_size, to_device
+from dpnet.training.validation import Validation, mask_size
 
 LOG_EVERY = 25  # steps that one record of the log averages, at most
 NOTICE_EVERY = 10  # steps between two looks whether this machine is about to be taken away

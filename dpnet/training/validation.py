@@ -12,8 +12,9 @@ from torch import Tensor
 
 from data_prep.core.stage import read_manifest
 from data_prep.core.storage.store import Store
-from dpnet.loading.loader import Batch
-from dpnet.loading.samples import Samples, validation_pairs
+from dpnet.loading.batch import Batch, to_device
+from dpnet.loading.pairs import validation_pairs
+from dpnet.loading.samples import Samples
 from dpnet.model import Generator
 from dpnet.model.generator import known_mean
 from dpnet.training.job import TrainJob
@@ -29,8 +30,8 @@ class Validation:
 
     def __init__(self, store: Store, job: TrainJob) -> None:
         size = mask_size(store, job.masks.folder)
-        self.images = images = Samples(store, job.images.folder, "val", size)
-        self.masks = masks = Samples(store, job.masks.folder, "eval")
+        self.images = images = Samples(store, job.images, "val", size)
+        self.masks = masks = Samples(store, job.masks, "eval")
         digests = (job.images.content_digest, job.masks.content_digest)
         self.pairs = validation_pairs(
             images, masks, digests, seed=job.settings.seed, count=job.settings.validation_pairs
@@ -101,9 +102,10 @@ def mask_size(store: Store, folder: str) -> int:
 
 
 def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """PSNR in dB over the hole's pixels after rounding to 8 bits, one value per sample.
+    """Return the PSNR in dB over the hole's pixels after rounding to 8 bits, for each sample.
 
-    A sample without a hole has a perfect prediction; perfect is capped at 100 dB.
+    It is the figure of `dpnet.evaluation.metrics.hole_psnr` for tensors on the training device; a
+    test compares both. A sample without a hole counts as perfect, and perfect is capped at 100 dB.
     """
     hole = 1 - valid
     levels = (predicted.float() * 255).round() - (truth.float() * 255).round()
@@ -112,11 +114,3 @@ def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     )
     psnr: Tensor = 10 * torch.log10(255**2 / squared)
     return psnr.clamp(max=PSNR_CAP)
-
-
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """N3HW in [0, 1] (channels_last) and N1HW in {0, 1}, both float32."""
-    # From page-locked memory, as training batches are, the copy does not wait for the device.
-    image = batch.image.to(device, non_blocking=True)
-    valid = batch.valid.to(device, non_blocking=True)
-    return image.permute(0, 3, 1, 2).float() / 255, valid[:, None].float()

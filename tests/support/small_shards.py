@@ -50,8 +50,17 @@ class Far:
         """Keys, in the order in which their downloads began."""
         return self.log.read_text().split() if self.log.exists() else []
 
+    local_folder: Path | None = None
+
+    @property
+    def label(self) -> str:
+        return self.uri
+
     def read(self, key: str) -> bytes:
         return self.near.read(key)
+
+    def read_range(self, key: str, offset: int, size: int) -> bytes:
+        return self.near.read_range(key, offset, size)
 
     def download(self, key: str, path: Path) -> None:
         with self.log.open("a") as log:

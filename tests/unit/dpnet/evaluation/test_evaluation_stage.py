@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import small_root
+from small_shards import flip_byte
 
 from data_prep.core.digest import sha256_json
 from data_prep.core.errors import PipelineError
@@ -11,7 +12,7 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.masks.codec import valid_from_png
 from data_prep.masks.plan import BINS
 from data_prep.pictures.cutting import decode
-from data_prep.shards.shards import decode_table, iterate_shard, split_shards
+from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
 from dpnet.evaluation.baselines import mean_fill
 from dpnet.evaluation.metrics import hole_psnr
 from dpnet.evaluation.protocol import METHODS, figures
@@ -220,11 +221,28 @@ def test_what_was_kept_is_measured_again_if_it_was_altered(fresh, done, monkeypa
     assert evaluated(fresh).content_digest == done.content_digest
 
 
-def test_a_damaged_picture_stops_with_advice(fresh):
-    store, images, _, _ = fresh
-    tar = split_shards(store, images.folder, "test")[0]
-    store.write(tar, bytes(len(store.read(tar))))
-    with pytest.raises(PipelineError, match="dpnet verify"):
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_a_flipped_byte_is_refused_with_shard_and_sample(fresh, kind):
+    store, images, masks, _ = fresh
+    ref, split = (images, "test") if kind == "image" else (masks, "eval")
+    tar = split_shards(store, ref.folder, split)[0]
+    row = read_index(store, tar)[0]
+    flip_byte(store.path(tar), row["offset"] + row["size"] // 2)
+    with pytest.raises(PipelineError) as raised:
+        evaluated(fresh)
+    assert f"sample {row['key']} of {store.uri}/{tar} cannot be used (its bytes" in str(
+        raised.value
+    )
+    assert "run `dpnet verify` on the root" in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_a_damaged_index_is_refused_with_its_name(fresh, kind):
+    store, images, masks, _ = fresh
+    ref, split = (images, "test") if kind == "image" else (masks, "eval")
+    index = split_shards(store, ref.folder, split)[0].replace(".tar", ".parquet")
+    flip_byte(store.path(index), 20)
+    with pytest.raises(PipelineError, match=f"{index} was altered or cut short: run `dpnet verify"):
         evaluated(fresh)
 
 

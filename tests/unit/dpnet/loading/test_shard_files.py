@@ -112,7 +112,7 @@ def test_a_stage_that_was_not_committed_is_named(store: LocalStore, ref: StageRe
 
 def test_another_dataset_in_the_same_place_is_refused(store: LocalStore, ref: StageRef) -> None:
     change_manifest(store, ref, content_digest="f" * 64)
-    with pytest.raises(PipelineError, match=f"{ref.folder} is another dataset than the one that"):
+    with pytest.raises(PipelineError, match=f"{ref.folder} is another dataset than the one at"):
         find_shards(store, ref, "train")
 
 

@@ -23,7 +23,8 @@ from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
-from dpnet.loading.samples import Samples, validation_pairs
+from dpnet.loading.pairs import validation_pairs
+from dpnet.loading.samples import Samples
 from dpnet.model import losses as L
 from dpnet.model_store.weights import load_generator, save_generator
 from dpnet.training import loop
@@ -586,7 +587,7 @@ assert problem and "\\n" not in problem, problem
 
 def test_validation_pairs_are_spread_over_the_masks(prepared):
     store, images, masks = prepared
-    val, evaluation = Samples(store, images.folder, "val"), Samples(store, masks.folder, "eval")
+    val, evaluation = Samples(store, images, "val"), Samples(store, masks, "eval")
     pairs = validation_pairs(val, evaluation, ("a", "b"), seed=0, count=3)
     assert len(pairs) == 3
     assert [m for _, m in pairs] == [i * len(evaluation) // 3 for i in range(3)]
