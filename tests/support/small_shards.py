@@ -50,8 +50,6 @@ class Far:
         """Keys, in the order in which their downloads began."""
         return self.log.read_text().split() if self.log.exists() else []
 
-    local_folder: Path | None = None
-
     @property
     def label(self) -> str:
         return self.uri
