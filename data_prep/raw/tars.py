@@ -17,11 +17,11 @@ from threading import Lock
 from typing import BinaryIO
 
 from data_prep.core.errors import ItemError
+from data_prep.core.tar_format import BLOCK, padded
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.members import Member, named
 
-_BLOCK = 512
 _LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is an attack or damage
 CUT = "the archive is cut off within it"
 UNENDED = "it may be cut off: the mark of its end is missing"
@@ -38,7 +38,7 @@ class Tar:
     def __init__(self, blob: Blob, compressed: bool, samples: bool | None) -> None:
         self._blob, self._samples = blob, samples
         self._unpacked = _Forward(blob) if compressed else None
-        self.weight = 2 * _WINDOW if compressed else _BLOCK  # bytes held
+        self.weight = 2 * _WINDOW if compressed else BLOCK  # bytes held
 
     def members(self) -> Iterator[Member]:
         found = self._files()
@@ -87,8 +87,8 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
     """Every file that is not hidden. `reaches(end)` says whether the archive has so many bytes."""
     at, longer = 0, {}  # type: int, dict[str, bytes]
     while True:
-        block = read_at(at, _BLOCK)
-        if len(block) == _BLOCK and not any(block):
+        block = read_at(at, BLOCK)
+        if len(block) == BLOCK and not any(block):
             return  # the mark of the end
         if not block and at:
             raise ItemError(UNENDED)
@@ -96,10 +96,10 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
             raise ItemError(_broken_header(at, len(block))) from None
-        at += _BLOCK
+        at += BLOCK
         if header.type in _EXTENDED:
             if not 0 <= header.size <= _LONGEST_NAME:
-                raise ItemError(_broken_header(at - _BLOCK, _BLOCK))
+                raise ItemError(_broken_header(at - BLOCK, BLOCK))
             data = read_at(at, header.size)
             if len(data) < header.size:
                 raise ItemError("it is cut off")
@@ -107,7 +107,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
                 longer["path"] = data.rstrip(b"\0")
             elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
                 longer.update(_pax(data))
-            at += _padded(header.size)
+            at += padded(header.size)
             continue
         name = (
             longer["path"].decode("utf-8", "surrogateescape") if "path" in longer else header.name
@@ -116,11 +116,11 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
         is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any("GNU.sparse" in k for k in longer)
         longer = {}
         if size < 0:
-            raise ItemError(_broken_header(at - _BLOCK, _BLOCK))
+            raise ItemError(_broken_header(at - BLOCK, BLOCK))
         if header.type == tarfile.GNUTYPE_SPARSE and block[482]:  # its map goes on
-            while (block := read_at(at, _BLOCK)) and block[504:505] > b"\0":
-                at += _BLOCK
-            at += _BLOCK
+            while (block := read_at(at, BLOCK)) and block[504:505] > b"\0":
+                at += BLOCK
+            at += BLOCK
         if header.isreg():
             try:
                 whole = reaches(at + size)
@@ -137,7 +137,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
                     raise ItemError("it is cut off")
                 return
         if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:
-            at += _padded(size)
+            at += padded(size)
 
 
 _EXTENDED = (
@@ -149,14 +149,10 @@ _EXTENDED = (
 )
 
 
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
-
-
 def _broken_header(at: int, length: int) -> str:
     if not at:
         return "it is no tar archive" if length else "it is empty"
-    if length < _BLOCK:
+    if length < BLOCK:
         return "it is cut off"
     return f"it is broken at byte {at}: what stands behind is not listed"
 

@@ -14,13 +14,13 @@ from typing import Any
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.stage import FileRecord
 from data_prep.core.storage.store import Store
+from data_prep.core.tar_format import BLOCK
 from data_prep.shards import ledger as accounts
 from data_prep.shards.check_tar import Index, check_mark, check_tar, read_marked_index
 from data_prep.shards.ledger import Ledger, OldTableError, TableError
 
 STAGES = ("images", "masks")  # those that make shards
 THREADS = 4  # hashing frees the interpreter lock, and S3 answers several reads at once
-_BLOCK = 512
 
 Manifest = Mapping[str, Any]
 Say = Callable[[str, str], None]  # where (a key under the root), and what is wrong there
@@ -188,7 +188,7 @@ def _check_index(index: Index, tar: FileRecord) -> list[str]:
     found = check_mark(index, tar.size, tar.sha256)
     end = 0
     for key, row in index.rows.items():
-        if row["offset"] % _BLOCK or row["offset"] < end + _BLOCK:
+        if row["offset"] % BLOCK or row["offset"] < end + BLOCK:
             found.append(f"sample {key}: its index has an offset that no sample can have")
             break
         end = row["offset"] + row["size"]

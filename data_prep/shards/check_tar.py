@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -19,16 +18,25 @@ from typing import Any, BinaryIO
 from data_prep.core.digest import canonical_json, sha256_bytes
 from data_prep.core.stage import FileRecord
 from data_prep.core.storage.store import Store
+from data_prep.core.tar_format import (
+    BLOCK,
+    MAGIC,
+    MAGIC_AT,
+    NAME,
+    PLAIN_HEADER,
+    SIZE,
+    checksum_fits,
+    padded,
+    padding,
+)
 
 Originals = Callable[[str], tuple[int, int] | None]  # a relative key's width and height, if known
 
 MOST = 20  # problems that are told of one shard; one damage may have many consequences
-_BLOCK = 512
 _CHUNK = 1 << 20  # bytes read at once
 _MOST_SIDECAR = 1 << 20  # bytes of a sidecar; ours have some hundred
 _MOST_ROWS = 1_000_000  # of an index; a forged one could hold billions in a few bytes
-_ZEROS = bytes(_BLOCK)
-_MAGIC, _MAGIC_AT = b"ustar\x0000", 257
+_ZEROS = bytes(BLOCK)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,80}\.[A-Za-z0-9.]{1,18}")
 _INDEX_ONLY = ("offset", "size", "sha256")  # columns that are not in a sidecar
 _MARKS = (b"tar_sha256", b"tar_size")  # in an index's metadata
@@ -50,8 +58,8 @@ class Index:
         """The member whose header is at a byte of the tar; "KEY" alone for a payload's."""
         found = {}
         for key, row in self.rows.items():
-            found[row["offset"] - _BLOCK] = key
-            found[row["offset"] + row["size"] + -row["size"] % _BLOCK] = f"{key}.json"
+            found[row["offset"] - BLOCK] = key
+            found[row["offset"] + padded(row["size"])] = f"{key}.json"
         return found
 
 
@@ -208,13 +216,13 @@ class _Tar:
 
     def find_header(self) -> bool:
         """Pass to the next whole header, wherever it begins; to the end if there is none."""
-        while self._fill(_BLOCK) >= _BLOCK:
+        while self._fill(BLOCK) >= BLOCK:
             start = self._next
-            mark = self._buffer.find(_MAGIC, start + _MAGIC_AT)
-            header = len(self._buffer) - _BLOCK + 1 if mark < 0 else mark - _MAGIC_AT
+            mark = self._buffer.find(MAGIC, start + MAGIC_AT)
+            header = len(self._buffer) - BLOCK + 1 if mark < 0 else mark - MAGIC_AT
             self.take(header - start)
-            if mark >= 0 and self._fill(_BLOCK) >= _BLOCK:
-                if _checksum_fits(self._buffer[self._next : self._next + _BLOCK]):
+            if mark >= 0 and self._fill(BLOCK) >= BLOCK:
+                if checksum_fits(self._buffer[self._next : self._next + BLOCK]):
                     return True
                 self.take(1)
         self.drain()
@@ -225,33 +233,25 @@ class _Tar:
             pass
 
 
-def _checksum_fits(block: bytes) -> bool:
-    total = sum(block[:148]) + sum(block[156:]) + 8 * 32
-    return block[148:156] == b"%06o\0 " % total
-
-
-_PLAIN = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-
-
 def _as_written(block: bytes) -> bool:
     """Whether a header has no owner, no time and the mode and type that ours have."""
-    parts = slice(100, 124), slice(136, 148), slice(156, _BLOCK)
-    return all(block[part] == _PLAIN[part] for part in parts)
+    parts = slice(100, 124), slice(136, 148), slice(156, BLOCK)
+    return all(block[part] == PLAIN_HEADER[part] for part in parts)
 
 
 def _members(tar: _Tar, places: Mapping[int, str], say: Say) -> Iterator[_Member]:
     """The members of `tar` in order; what is wrong with its make is told to `say`."""
     while True:
         at = tar.at
-        block = tar.take(_BLOCK)
-        if len(block) < _BLOCK:
+        block = tar.take(BLOCK)
+        if len(block) < BLOCK:
             say(f"is truncated: it ends at byte {tar.at}, without the mark of its end")
             return
-        if block == _ZEROS and (at not in places or not any(tar.peek(_BLOCK))):
+        if block == _ZEROS and (at not in places or not any(tar.peek(BLOCK))):
             if _at_end(tar, at, say):
                 return
             continue
-        if not _checksum_fits(block):
+        if not checksum_fits(block):
             place = places.get(at, "")
             if place:
                 key = place.removesuffix(".json")
@@ -265,16 +265,16 @@ def _members(tar: _Tar, places: Mapping[int, str], say: Say) -> Iterator[_Member
             if not place:
                 say(f"what stands at byte {at} is no header; the next one is at byte {tar.at}")
             continue
-        name = block[:100].rstrip(b"\0").decode("ascii", "backslashreplace")
+        name = block[NAME].rstrip(b"\0").decode("ascii", "backslashreplace")
         key = name.partition(".")[0]
         try:
-            size = int(block[124:135], 8)
+            size = int(block[SIZE], 8)
         except ValueError:
             size = -1
         if size < 0 or not _NAME.fullmatch(name) or not _as_written(block):
             say(f"member {name!r}, at byte {at}: no shard has such a header")
             if size < 0 or not _NAME.fullmatch(name):
-                tar.pour(max(0, size + -size % _BLOCK))
+                tar.pour(max(0, padded(size)))
                 continue
         yield _member(tar, key, name, size, say)
 
@@ -290,15 +290,15 @@ def _member(tar: _Tar, key: str, name: str, size: int, say: Say) -> _Member:
     if there < size:
         say(f"is truncated: it ends at byte {tar.at}, inside {name} of sample {key}")
         member.damaged = True
-    elif any(tar.take(-size % _BLOCK)):
+    elif any(tar.take(padding(size))):
         say(f"sample {key}: what fills up the block after {name} is not empty")
     return member
 
 
 def _at_end(tar: _Tar, at: int, say: Say) -> bool:
     """After one block of zeros, at byte `at`: whether it is the end."""
-    second = tar.take(_BLOCK)
-    if len(second) < _BLOCK:
+    second = tar.take(BLOCK)
+    if len(second) < BLOCK:
         say("is truncated: the mark of its end is cut short")
         return True
     after = tar.at

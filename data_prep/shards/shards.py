@@ -23,9 +23,9 @@ from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import FileRecord
 from data_prep.core.storage.store import Store
+from data_prep.core.tar_format import BLOCK, END, file_header, padding
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
-_BLOCK = 512
 # For reading small tables: a command that ends while Arrow's threads are being started is aborted.
 UNTHREADED = {"use_threads": False, "pre_buffer": False}
 _PIECE = 8 << 20  # bytes read at a time
@@ -70,38 +70,22 @@ class TarWriter:
         """Append a sample; the offset of its first file's data."""
         assert _KEY.fullmatch(key), f"bad sample key {key!r}"
         assert len(key) <= 80, f"sample key {key!r} is too long for a tar header"
-        first = self.size + _BLOCK
+        first = self.size + BLOCK
         for extension, data in files.items():
-            self._write(_header(f"{key}.{extension}", len(data)))
+            self._write(file_header(f"{key}.{extension}", len(data)))
             self._write(data)
-            self._write(bytes(-len(data) % _BLOCK))
+            self._write(bytes(padding(len(data))))
         return first
 
     def close(self) -> str:
         """Write the end mark; the tar's sha256."""
-        self._write(bytes(2 * _BLOCK))
+        self._write(END)
         return self._hash.hexdigest()
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._hash.update(data)
         self.size += len(data)
-
-
-# A header with an empty name and no size; `_header` fills in both and the sum of its bytes.
-_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-
-
-def _header(name: str, size: int) -> bytes:
-    """The header of a regular file: what `tarfile` writes, at a tenth of its cost."""
-    assert len(name) < 100, f"{name!r} is too long for a tar header"
-    assert size < 8**11, f"{name} has {size} bytes, too many for a tar header"
-    header = bytearray(_HEADER)
-    header[: len(name)] = name.encode("ascii")
-    header[124:135] = b"%011o" % size
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    return bytes(header)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -224,10 +208,14 @@ def read_index(store: Store, tar_key: str) -> list[dict[str, Any]]:
 
 
 def iterate_shard(store: Store, tar_key: str) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of a shard in tar order: (key, {extension: data})."""
+    """Yield the samples of a shard in tar order: (key, {extension: data}).
+
+    The tar is read in place, so one sample at a time is in memory.
+    """
     current, files = "", dict[str, bytes]()
-    with tarfile.open(fileobj=io.BytesIO(store.read(tar_key))) as tar:
-        for info in tar:
+    with store.open(tar_key) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # a kilobyte for each file
             key, _, extension = info.name.partition(".")
             member = tar.extractfile(info)
             assert member is not None, f"{tar_key}: {info.name} is not a file"

@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 
@@ -17,7 +18,6 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.shards.shards import (
     Folder,
     TarWriter,
-    _header,
     decode_table,
     encode_table,
     finished_shard,
@@ -60,13 +60,6 @@ def test_the_same_samples_give_the_same_tar_without_time_or_owner() -> None:
         (0, 0, 0, "", 0o644)
     }
     assert [info.name for info in infos][:3] == ["b_1.png", "b_1.json", "a-2.png"]
-
-
-@pytest.mark.parametrize("size", [0, 1, 511, 512, 8**8 + 3])
-def test_a_header_is_the_one_that_tarfile_writes(size: int) -> None:
-    info = tarfile.TarInfo("some-name_1.jpg")
-    info.size = size
-    assert _header(info.name, size) == info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
 
 
 def test_offsets_point_at_the_payloads_in_the_tar() -> None:
@@ -122,6 +115,58 @@ def test_with_the_index_any_sample_is_one_range_read(place: Folder) -> None:
 def test_iterating_gives_the_samples_in_order(place: Folder) -> None:
     write_shard(place, "train-000000", ROWED)
     assert list(iterate_shard(place.store, place.key("train-000000.tar"))) == SAMPLES
+
+
+class CountingFile(io.RawIOBase):
+    """A file that notes the size of each read."""
+
+    def __init__(self, file: BinaryIO, sizes: list[int]) -> None:
+        self._file, self._sizes = file, sizes
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._file.read(size)
+        self._sizes.append(len(data))
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class CountingStore(LocalStore):
+    """A folder store that notes how many bytes each read returns."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sizes: list[int] = []
+
+    def open(self, key: str) -> BinaryIO:
+        return cast(BinaryIO, CountingFile(super().open(key), self.sizes))
+
+
+def test_iterating_a_shard_holds_one_sample_at_a_time_and_no_whole_tar(tmp_path: Path) -> None:
+    store = CountingStore(tmp_path)
+    place, largest = Folder(store, "images/x/0123"), 50_000
+    samples = [(f"s{n}", {"png": bytes(largest), "json": b"{}"}, {}) for n in range(40)]
+    write_shard(place, "train-000000", samples)
+    store.sizes.clear()
+    iterated = iterate_shard(store, place.key("train-000000.tar"))
+    assert next(iterated) == samples[0][:2]
+    assert sum(store.sizes) < 3 * largest  # the tar is read while it is iterated
+    assert [key for key, _ in iterated] == [key for key, _, _ in samples[1:]]
+    assert max(store.sizes) == largest
 
 
 def test_two_samples_of_one_key_are_refused(place: Folder) -> None:
