@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from data_prep.pictures import cutting as pictures
-from data_prep.raw.source import LAYOUTS
+from data_prep.pictures.cutting import Cutting, Format
+from data_prep.pictures.limits import MAX_PIXELS
+from data_prep.raw.layouts import LAYOUTS
 
 _FORMAT = 1  # raise it when the same items would give other bytes
 
@@ -64,7 +65,7 @@ class ImagesSettings(BaseModel):
     max_tiles: int = Field(
         default=64, ge=1, le=10_000, description="Most tiles of one photograph, drawn by hash."
     )
-    format: pictures.Format = Field(default="jpeg", description="File format of the samples.")
+    format: Format = Field(default="jpeg", description="File format of the samples.")
     quality: int = Field(default=95, ge=1, le=100, description="Of jpeg and webp.")
     shard_samples: int = Field(
         default=1000, ge=1, le=100_000, description="Most samples in a shard."
@@ -88,7 +89,7 @@ class ImagesSettings(BaseModel):
         " `size` for center-crop and short-side. Tiles always need their own side.",
     )
     max_pixels: int = Field(
-        default=pictures.MAX_PIXELS,
+        default=MAX_PIXELS,
         ge=1,
         le=178_000_000,
         description="Most pixels of a photograph. More than the default may take a worker process"
@@ -132,8 +133,8 @@ class ImagesSettings(BaseModel):
         return self.min_side or (1 if self.mode == "keep" else self.size)
 
     @property
-    def cutting(self) -> pictures.Cutting:
-        return pictures.Cutting(
+    def cutting(self) -> Cutting:
+        return Cutting(
             mode=self.mode,
             size=self.size,
             format=self.format,

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.digest import canonical_json, sha256_bytes, sha256_json
 from data_prep.core.errors import ItemError
 from data_prep.core.stage import FileRecord
-from data_prep.pictures import cutting as pictures
+from data_prep.pictures.cutting import Cutting
+from data_prep.pictures.formats import looks_like_image
+from data_prep.pictures.limits import PhotoError
+from data_prep.pictures.prepare import Piece, prepare
 from data_prep.pictures.tiling import sample_key
 from data_prep.raw.listing import Item
 from data_prep.shards.shards import (
@@ -85,7 +88,7 @@ class ShardTask:
     split: str
     source: Source
     items: Sequence[Item]
-    how: pictures.Cutting
+    how: Cutting
     max_bytes: int
     unsure: frozenset[int] = frozenset()
     old: str = ""
@@ -254,12 +257,12 @@ def _prepared(
     except ItemError as error:
         return Finding(outcome=FAILED, reason=str(error)), []
     sha256 = sha256_bytes(data)
-    if unsure and not pictures.looks_like_image(data[:32]):
+    if unsure and not looks_like_image(data[:32]):
         reason = "not an image: no extension, and not the content of one"
         return Finding(sha256, len(data), outcome=IGNORED, reason=reason), []
     try:
-        picture = pictures.prepare(data, task.how, item.key)
-    except pictures.PictureError as error:
+        picture = prepare(data, task.how, item.key)
+    except PhotoError as error:
         return Finding(sha256, len(data), outcome=FAILED, reason=str(error)), []
     size = (picture.width, picture.height)
     samples = [_sample(task.split, item, sha256, size, piece) for piece in picture.pieces]
@@ -268,7 +271,7 @@ def _prepared(
 
 
 def _sample(
-    split: str, item: Item, sha256: str, size: tuple[int, int], piece: pictures.Piece
+    split: str, item: Item, sha256: str, size: tuple[int, int], piece: Piece
 ) -> ShardSample:
     key = sample_key(item.key, piece.box)
     columns = {

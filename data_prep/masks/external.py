@@ -303,7 +303,7 @@ def _bytes_of(reader: Reader, item: Item) -> bytes | ItemError:
 
 
 def _examined(item: Item, data: bytes | ItemError, making: Making) -> MaskFile:
-    from data_prep.pictures.cutting import looks_like_image
+    from data_prep.pictures.formats import looks_like_image
 
     file = MaskFile(item.key, item.size, item.fingerprint, "failed")
     if isinstance(data, ItemError):

@@ -1,4 +1,4 @@
-"""Colour profiles (ICC) to sRGB, by Little CMS in Pillow."""
+"""Convert pixels with a colour profile (ICC) to sRGB, with Little CMS in Pillow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BAND = 1 << 20  # pixels converted at a time, so that no second copy of a large picture is made
+BAND = 1 << 20  # pixels converted at a time, so that a large image needs no second copy
 
 
 def colours_of(mode: str) -> str:
-    """The colours that a profile for pixels of `mode` is about."""
+    """Return the colour space that a profile for pixels of Pillow's `mode` must describe."""
     if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
         return "L"
     return mode if mode in ("CMYK", "LAB") else "RGB"
@@ -22,8 +22,10 @@ def colours_of(mode: str) -> str:
 
 @lru_cache(maxsize=16)
 def srgb_transform(profile: bytes, colours: str) -> Any:
-    """Pillow's transform to sRGB; None where there is none to be done: no profile, a broken one,
-    one for other colours, or sRGB itself by whatever name.
+    """Return Pillow's transform from a profile to sRGB, or None if there is nothing to convert.
+
+    There is nothing to convert without a profile, and with a profile that is broken, describes
+    other colours, or is sRGB under any name.
     """
     import numpy as np
     from PIL import Image, ImageCms
@@ -38,6 +40,7 @@ def srgb_transform(profile: bytes, colours: str) -> Any:
         )
         transform = ImageCms.buildTransform(source, _srgb(), colours, "RGB")
         if colours == "RGB":
+            # A profile that moves no colour of an 18 x 18 x 18 lattice by more than 2 is sRGB.
             lattice = np.indices((18, 18, 18)).reshape(3, 18 * 18, 18).transpose(1, 2, 0) * 15
             sample = Image.fromarray(lattice.astype(np.uint8))
             changed = np.asarray(ImageCms.applyTransform(sample, transform))
@@ -56,7 +59,7 @@ def _srgb() -> Any:
 
 
 def convert(rgb: NDArray[np.uint8], colours: str, to_srgb: Any) -> None:
-    """Convert to sRGB in place."""
+    """Convert pixels uint8 [H, W, 3] to sRGB in place; gray ones have three equal channels."""
     import numpy as np
     from PIL import Image, ImageCms
 

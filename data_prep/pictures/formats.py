@@ -1,4 +1,4 @@
-"""Picture formats that are read: extensions, magic bytes, Pillow's names."""
+"""Image formats that the pipeline reads: extensions, first bytes, Pillow's names."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _MAGIC = re.compile(
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether the first bytes of a file, 32 or more, are those of a format that is read here."""
+    """Return whether a file's first bytes (32 or more) are those of a known image format."""
     return _MAGIC.match(head) is not None
 
 
 @cache
-def _formats() -> tuple[str, ...]:
-    """Those that the installed Pillow knows."""
+def pillow_formats() -> tuple[str, ...]:
+    """Return the formats that the installed Pillow can read, under Pillow's names."""
     from PIL import Image
 
     Image.init()
-    # Its own limit knows neither ours nor how to say the picture's size. Ours is checked first.
+    # `Limits` replaces Pillow's own limit, which cannot be set per call and does not name the size.
     Image.MAX_IMAGE_PIXELS = None
     return tuple(name for name in _FORMATS if name in Image.OPEN)

@@ -1,4 +1,4 @@
-"""Perceptual hash: 64 bits that stay nearly the same when a picture is encoded again or resized."""
+"""Perceptual hash: 64 bits that change little when an image is encoded again or resized."""
 
 from __future__ import annotations
 
@@ -10,43 +10,45 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pixels = NDArray[np.uint8]
-    Whole = NDArray[np.float64]
+    Floats = NDArray[np.float64]
 
-SIDE = 32  # of the gray picture that is transformed
-SAMPLED = 4 * SIDE  # of the picture sampled for it
+SIDE = 32  # pixels of the gray image that is transformed
+SAMPLED = 4 * SIDE  # pixels of the image that is sampled to make the gray one
 
 
 def phash(rgb: Pixels) -> int:
-    """The hash of an upright RGB picture, uint8 [height, width, 3]: an unsigned 64-bit number.
+    """Return the hash of an upright image, uint8 [H, W, 3], as an unsigned 64-bit number.
 
-    The method is the one of C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash
-    Functions" (2010): a gray picture of 32x32 pixels, its discrete cosine transform, one bit for
-    each of the lowest 8x8 frequencies: whether it is above their median. As in the ImageHash
-    library these include frequency zero. The transform is done in whole numbers (ours), which
-    floats of 64 bits hold exactly, so that all machines agree and a picture of one colour has no
-    noise for a hash. Bits go from the most significant down, row by row.
+    The method is from C. Zauner, "Implementation and Benchmarking of Perceptual Image Hash
+    Functions" (2010). A gray image of 32 x 32 pixels goes through a discrete cosine transform. Each
+    of the lowest 8 x 8 frequencies gives one bit: whether it is above their median. As in the
+    library ImageHash these include frequency zero. Bits go from the most significant down, row by
+    row.
+
+    Our change: the transform uses whole numbers, which 64-bit floats hold exactly. So all machines
+    agree, and an image of one colour has a hash without noise.
     """
     import cv2
     import numpy as np
 
-    # Not by NumPy: the wide instructions of its matrix product, sort and comparison make some
-    # processors slow down for longer than all of this takes.
+    # OpenCV and lists instead of NumPy: the wide instructions of NumPy's matrix product, sort and
+    # comparison slow some processors down for longer than this whole function takes.
     cosines, gray = _cosines(), _gray(rgb).astype(np.float64)
     half = cv2.gemm(cosines, gray, 1, None, 0)
     low = cv2.gemm(half, cosines, 1, None, 0, flags=cv2.GEMM_2_T).ravel().tolist()
     ordered = sorted(low)
-    middle, bits = (ordered[31] + ordered[32]) / 2, 0
+    median, bits = (ordered[31] + ordered[32]) / 2, 0
     for frequency in low:
-        bits = bits << 1 | (frequency > middle)
+        bits = bits << 1 | (frequency > median)
     return bits
 
 
 def _gray(rgb: Pixels) -> Pixels:
-    """The picture in gray, 32x32.
+    """Reduce an image to gray, uint8 [32, 32].
 
-    Averaging every pixel would take longer than the rest of a small photograph's preparation. So
-    four bilinear samples stand for each of 16 parts of a pixel, and only what is so large that
-    these would miss most of it is averaged first.
+    Averaging every pixel would take longer than the rest of a small photo's preparation. So four
+    bilinear samples stand for each of 16 parts of a result pixel. Only a large image, of which they
+    would miss most pixels, is averaged first.
     """
     import cv2
 
@@ -63,10 +65,10 @@ def _gray(rgb: Pixels) -> Pixels:
 
 
 @cache
-def _cosines() -> Whole:
-    """The first 8 rows of the 32-point DCT-II, times 1024, rounded: float64 [8, 32]."""
+def _cosines() -> Floats:
+    """Return the first 8 rows of the 32-point DCT-II, times 1024, rounded: float64 [8, 32]."""
     import numpy as np
 
     angles = np.pi / (2 * SIDE) * np.arange(8)[:, None] * (2 * np.arange(SIDE) + 1)
-    rows: Whole = np.rint(1024 * np.cos(angles))
+    rows: Floats = np.rint(1024 * np.cos(angles))
     return rows

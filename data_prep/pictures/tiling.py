@@ -1,4 +1,4 @@
-"""Square tiles of a picture: where they are, and which are drawn."""
+"""Square tiles of a photo: all positions, the chosen ones, and the keys of their samples."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import os
 import re
 from collections.abc import Sequence
 
-Box = tuple[int, int, int]  # left, top, side of a square tile, in pixels of the upright photograph
+Box = tuple[int, int, int]  # left, top, side of a square tile, in pixels of the upright photo
 
 
-def tile_boxes(width: int, height: int, sides: Sequence[int], stride: float) -> list[Box]:
-    """Square tiles of each side that fits, covering the photograph.
+def square_tiles(width: int, height: int, sides: Sequence[int], stride: float) -> list[Box]:
+    """Return the square tiles that cover a photo, for each side that fits.
 
-    Tiles of one side are `stride` x side apart; the last of a row or column lies at the edge.
+    Tiles of one side are `stride` x side apart. The last tile of a row or column ends at the edge,
+    so it may overlap its neighbour more than the others do.
+
+    Args:
+        width: of the photo, in pixels.
+        height: of the photo, in pixels.
+        sides: of the tiles, in pixels.
+        stride: in (0, 1].
     """
     return [
         (left, top, side)
@@ -23,8 +30,8 @@ def tile_boxes(width: int, height: int, sides: Sequence[int], stride: float) -> 
     ]
 
 
-def draw_boxes(key: str, boxes: Sequence[Box], most: int) -> list[Box]:
-    """At most `most` of a photograph's tiles, those whose sample keys have the lowest hashes."""
+def choose_tiles(key: str, boxes: Sequence[Box], most: int) -> list[Box]:
+    """Choose at most `most` tiles of a photo: those whose sample keys have the lowest hashes."""
     return sorted(boxes, key=lambda box: _sha256(sample_key(key, box)))[:most]
 
 
@@ -36,7 +43,10 @@ def _starts(length: int, side: int, stride: float) -> list[int]:
 
 
 def sample_key(key: str, box: Box | None = None) -> str:
-    """Key of a sample in the tar: the item's key made plain, 16 digits of its hash, the tile."""
+    """Return a sample's key in the tar.
+
+    It has the end of the item's key in plain characters, 16 digits of the key's hash, and the tile.
+    """
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", os.path.splitext(key)[0])[-40:]
     tile = "" if box is None else "_{}_{}_{}".format(*box)
     return f"{plain}_{_sha256(key)[:16]}{tile}"

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.core.errors import PipelineError
-from data_prep.pictures.decoding import Limits, decode_rgb
+from data_prep.pictures.decoding import decode_rgb
+from data_prep.pictures.limits import Limits
 
 _NO_LIMIT = Limits(max_pixels=1 << 40)  # the images stage refuses images that are too large
 _HEAD = 4096  # bytes; the tags and the profile of a JPEG begin inside of them

@@ -24,7 +24,7 @@ from data_prep.images.plan import (
     plan_items,
     storage_order,
 )
-from data_prep.pictures.tiling import draw_boxes, sample_key, tile_boxes
+from data_prep.pictures.tiling import choose_tiles, sample_key, square_tiles
 from data_prep.raw.listing import SPLITS, Item, Listing, collect
 
 MANY = [f"trip {n // 40}/photo {n}.jpg" for n in range(2000)]
@@ -285,7 +285,7 @@ def test_pictures_that_cannot_be_tried_any_more_are_a_change() -> None:
 
 
 def test_tiles_lie_inside_cover_the_photograph_and_differ() -> None:
-    boxes = tile_boxes(100, 70, [32, 64], 0.5)
+    boxes = square_tiles(100, 70, [32, 64], 0.5)
     assert len(set(boxes)) == len(boxes)
     covered = {
         (x, y)
@@ -301,17 +301,17 @@ def test_tiles_lie_inside_cover_the_photograph_and_differ() -> None:
 
 
 def test_a_photograph_of_the_tiles_size_is_one_tile_and_a_smaller_one_none() -> None:
-    assert tile_boxes(64, 64, [64], 0.25) == [(0, 0, 64)]
-    assert tile_boxes(64, 63, [64], 0.25) == []
+    assert square_tiles(64, 64, [64], 0.25) == [(0, 0, 64)]
+    assert square_tiles(64, 63, [64], 0.25) == []
 
 
 def test_of_many_tiles_some_are_drawn_the_same_each_time() -> None:
-    boxes = tile_boxes(640, 640, [64], 0.5)
-    drawn = draw_boxes("a.jpg", boxes, 20)
+    boxes = square_tiles(640, 640, [64], 0.5)
+    drawn = choose_tiles("a.jpg", boxes, 20)
     assert len(set(drawn)) == 20
     assert set(drawn) <= set(boxes)
-    assert draw_boxes("a.jpg", boxes[::-1], 20) == drawn
-    assert draw_boxes("b.jpg", boxes, 20) != drawn
+    assert choose_tiles("a.jpg", boxes[::-1], 20) == drawn
+    assert choose_tiles("b.jpg", boxes, 20) != drawn
 
 
 @pytest.mark.parametrize("key", ["Ferien/Übung 1.jpeg", "a.b/c..d.png", "x" * 200 + ".png", "..a"])

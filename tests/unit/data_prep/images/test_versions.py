@@ -36,8 +36,9 @@ from data_prep.core.storage.store import Store
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.images.versions import versions
-from data_prep.pictures.cutting import PictureError, prepare
 from data_prep.pictures.formats import EXTENSIONS
+from data_prep.pictures.limits import PhotoError
+from data_prep.pictures.prepare import prepare
 from data_prep.raw.files import LocalFiles
 from data_prep.shards.shards import split_shards
 from dpnet.pipeline.verify import verify
@@ -607,7 +608,7 @@ def usable(folder: Path, config: ImagesSettings) -> dict[str, tuple[str, list[by
             key, data = str(path.relative_to(folder)), path.read_bytes()
             try:
                 pieces = prepare(data, config.cutting, key).pieces
-            except PictureError:
+            except PhotoError:
                 continue
             found[key] = (sha256_bytes(data), [piece.data for piece in pieces])
     return found

@@ -19,18 +19,13 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageCms, ImageOps, features
 
-from data_prep.pictures.cutting import (
-    MAX_PIXELS,
-    Cutting,
-    PictureError,
-    _resized,
-    looks_like_image,
-    prepare,
-)
-from data_prep.pictures.decoding import Limits, decode_rgb
-from data_prep.pictures.formats import EXTENSIONS
+from data_prep.pictures.cutting import Cutting
+from data_prep.pictures.decoding import decode_rgb
+from data_prep.pictures.formats import EXTENSIONS, looks_like_image
+from data_prep.pictures.limits import MAX_PIXELS, Limits, PhotoError
 from data_prep.pictures.perceptual import phash
-from data_prep.pictures.tiling import draw_boxes, tile_boxes
+from data_prep.pictures.prepare import _resized, prepare
+from data_prep.pictures.tiling import choose_tiles, square_tiles
 
 REPOSITORY = Path(__file__).parents[4]
 PHOTOS = REPOSITORY.parent / "shared" / "data" / "photos"
@@ -201,7 +196,7 @@ def test_a_jpeg_of_rgb_without_a_colour_transform_keeps_its_colours() -> None:
 
 
 def test_floating_point_numbers_are_refused() -> None:
-    with pytest.raises(PictureError, match=r"^its pixels are floating-point numbers$"):
+    with pytest.raises(PhotoError, match=r"^its pixels are floating-point numbers$"):
         pixels(file(np.zeros((8, 8), np.float32), "TIFF"))
 
 
@@ -414,7 +409,7 @@ def test_a_small_picture_is_enlarged_unless_a_side_is_asked_for(mode: str, resam
     whole = image[:, 10:50] if mode == "center-crop" else image
     expected = Image.fromarray(whole).resize((out.shape[1], 80), Image.Resampling.BICUBIC)
     assert psnr(out, np.asarray(expected)) > 38
-    with pytest.raises(PictureError, match=r"^it has 60x40 pixels, its shorter side needs 41$"):
+    with pytest.raises(PhotoError, match=r"^it has 60x40 pixels, its shorter side needs 41$"):
         sample(file(image, "PNG"), mode=mode, size=80, min_side=41)
 
 
@@ -429,11 +424,11 @@ def test_short_side_keeps_the_aspect(width: int, height: int) -> None:
 
 def test_a_thread_of_a_picture_is_refused_and_not_made_huge() -> None:
     thread = file(np.zeros((2, 60_000, 3), np.uint8), "PNG")
-    with pytest.raises(PictureError, match="60000x2 pixels, too long and narrow"):
+    with pytest.raises(PhotoError, match="60000x2 pixels, too long and narrow"):
         sample(thread, mode="short-side", size=256)
     assert sample(thread, mode="center-crop", size=16).shape == (16, 16, 3)
     wide = file(np.zeros((16, 17_000, 3), np.uint8), "PNG")
-    with pytest.raises(PictureError, match="too long and narrow"):
+    with pytest.raises(PhotoError, match="too long and narrow"):
         prepare(wide, Cutting("short-side", size=16, format="webp"), "key")
     assert prepare(wide, Cutting("short-side", size=16), "key").pieces[0].width == 17_000
 
@@ -456,14 +451,14 @@ def test_keep_keeps_the_bytes_and_names_the_true_format(format: str) -> None:
 
 def test_keep_refuses_what_cannot_be_decoded() -> None:
     data = file(smooth(400, 600), "JPEG")
-    with pytest.raises(PictureError, match="it is truncated"):
+    with pytest.raises(PhotoError, match="it is truncated"):
         prepare(data[:-900], Cutting("keep"), "key")
 
 
 def test_tiles_are_the_pixels_of_their_squares() -> None:
     how = Cutting("tiles", size=16, format="png", tile=(16, 24), tile_stride=0.5)
     prepared = prepare(file(RGB, "PNG"), how, "key")
-    assert [piece.box for piece in prepared.pieces] == tile_boxes(60, 40, (16, 24), 0.5)
+    assert [piece.box for piece in prepared.pieces] == square_tiles(60, 40, (16, 24), 0.5)
     for piece in prepared.pieces:
         assert piece.box is not None
         left, top, side = piece.box
@@ -473,18 +468,18 @@ def test_tiles_are_the_pixels_of_their_squares() -> None:
 
 
 def test_at_most_max_tiles_are_drawn_by_the_key() -> None:
-    boxes = tile_boxes(60, 40, (16,), 0.5)
+    boxes = square_tiles(60, 40, (16,), 0.5)
     drawn = set()
     for key in ("a.png", "b.png"):
         how = Cutting("tiles", size=16, tile=(16,), tile_stride=0.5, max_tiles=5)
         pieces = prepare(file(RGB, "PNG"), how, key).pieces
-        assert [piece.box for piece in pieces] == draw_boxes(key, boxes, 5)
+        assert [piece.box for piece in pieces] == choose_tiles(key, boxes, 5)
         drawn.add(tuple(piece.box for piece in pieces))
     assert len(drawn) == 2
 
 
 def test_a_picture_without_room_for_a_tile_is_refused() -> None:
-    with pytest.raises(PictureError, match="it has 60x40 pixels, its shorter side needs 48"):
+    with pytest.raises(PhotoError, match="it has 60x40 pixels, its shorter side needs 48"):
         prepare(file(RGB, "PNG"), Cutting("tiles", tile=(48, 64)), "key")
 
 
@@ -600,19 +595,17 @@ def test_a_picture_above_the_pixel_limit_is_refused_at_once(
 ) -> None:
     pixels(file(RGB, "PNG"))  # what is imported once
     started = time.perf_counter()
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(PhotoError) as caught:
         prepare(bomb(50_000, 50_000), Cutting(), "key")
     assert time.perf_counter() - started < 0.1
     assert str(caught.value) == "it has 50000x50000 pixels, images.max_pixels is 64000000"
     jpeg = bytearray(file(RGB, "JPEG"))
     at = jpeg.index(b"\xff\xc0") + 5
     jpeg[at : at + 4] = struct.pack(">HH", 50_000, 60_000)
-    with pytest.raises(PictureError, match="it has 60000x50000 pixels"):
+    with pytest.raises(PhotoError, match="it has 60000x50000 pixels"):
         prepare(bytes(jpeg), Cutting(), "key")
     for format in ALL:
-        with pytest.raises(
-            PictureError, match=r"^it has 60x40 pixels, images\.max_pixels is 2399$"
-        ):
+        with pytest.raises(PhotoError, match=r"^it has 60x40 pixels, images\.max_pixels is 2399$"):
             prepare(file(RGB, format), Cutting(max_pixels=2399), "key")
     assert not recwarn.list
 
@@ -620,7 +613,7 @@ def test_a_picture_above_the_pixel_limit_is_refused_at_once(
 @pytest.mark.parametrize("format", [name for name in ALL if name in ("WEBP", "JPEG2000", "AVIF")])
 def test_a_format_whose_reader_holds_copies_may_have_fewer_pixels(format: str) -> None:
     data = file(RGB, format)
-    with pytest.raises(PictureError, match=f"^it has 60x40 pixels, for {format} the most is"):
+    with pytest.raises(PhotoError, match=f"^it has 60x40 pixels, the limit for {format} is"):
         prepare(data, Cutting(size=20, max_pixels=2400), "key")
     assert prepare(data, Cutting(size=20, max_pixels=9600), "key").pieces
 
@@ -637,7 +630,7 @@ def test_a_bomb_in_a_comment_does_no_harm(chunk: bytes) -> None:
     data = file(RGB, "PNG")
     at = data.index(b"IDAT") - 4
     started = time.perf_counter()
-    with contextlib.suppress(PictureError):
+    with contextlib.suppress(PhotoError):
         assert (pixels(data[:at] + chunk + data[at:]) == NOISE).all()
     assert time.perf_counter() - started < 1
 
@@ -651,7 +644,8 @@ def test_a_large_picture_with_alpha_needs_no_second_copy_of_itself(tmp_path: Pat
         "import resource, sys\n"
         "import cv2, simplejpeg\n"
         "from PIL import Image, ImageCms\n"
-        "from data_prep.pictures.cutting import Cutting, prepare\n"
+        "from data_prep.pictures.cutting import Cutting\n"
+        "from data_prep.pictures.prepare import prepare\n"
         "data = open(sys.argv[1], 'rb').read()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for mode in ('center-crop', 'short-side', 'keep'):\n"
@@ -679,7 +673,7 @@ def test_a_truncated_file_is_an_error_and_not_a_gray_half(
     format: str, share: float, how: Cutting
 ) -> None:
     data = file(RGB, format)
-    with pytest.raises(PictureError, match="it is "):
+    with pytest.raises(PhotoError, match="it is "):
         prepare(data[: int(len(data) * share)], how, "key")
 
 
@@ -691,14 +685,14 @@ def test_a_truncated_jpeg_is_told_even_where_its_end_was_put_back(
     progressive: bool, mode: str, end: bytes, how: Cutting
 ) -> None:
     data = file(RGB.convert(mode), "JPEG", progressive=progressive)
-    with pytest.raises(PictureError, match="it is truncated"):
+    with pytest.raises(PhotoError, match="it is truncated"):
         prepare(data[: len(data) * 3 // 4] + end, how, "key")
 
 
 def test_a_flipped_bit_in_a_png_is_found() -> None:
     data = bytearray(file(RGB, "PNG", compress_level=0))
     data[len(data) // 2] ^= 1
-    with pytest.raises(PictureError, match="it is broken: a checksum does not fit"):
+    with pytest.raises(PhotoError, match="it is broken: a checksum does not fit"):
         pixels(bytes(data))
 
 
@@ -715,7 +709,7 @@ def test_a_flipped_bit_in_a_png_is_found() -> None:
     ],
 )
 def test_what_is_no_image_is_an_error_with_a_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(PictureError) as caught:
+    with pytest.raises(PhotoError) as caught:
         prepare(data, Cutting(), "key")
     assert str(caught.value) == reason
 
@@ -729,7 +723,7 @@ def test_random_damage_never_raises_anything_but_a_picture_error(format: str) ->
         for _ in range(60):
             data = whole.copy()
             data[random.integers(0, part, 6)] = random.integers(0, 256, 6)
-            with contextlib.suppress(PictureError):
+            with contextlib.suppress(PhotoError):
                 prepare(data.tobytes(), how, "key")
 
 

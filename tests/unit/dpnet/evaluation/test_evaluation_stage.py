@@ -11,7 +11,8 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
 from data_prep.masks.codec import valid_from_png
 from data_prep.masks.plan import BINS
-from data_prep.pictures.cutting import decode
+from data_prep.pictures.decoding import decode_rgb
+from data_prep.pictures.limits import MAX_PIXELS, Limits
 from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
 from dpnet.evaluation.baselines import mean_fill
 from dpnet.evaluation.metrics import hole_psnr
@@ -83,7 +84,7 @@ def test_a_row_holds_the_metric_of_its_pair(data, done):
     photographs, holes = samples(store, images, "test"), samples(store, masks, "eval")
     for row in rows_of(store, done)[:12]:
         truth, valid = (
-            np.asarray(decode(photographs[row["image"]])),
+            decode_rgb(photographs[row["image"]], Limits(MAX_PIXELS)).rgb,
             valid_from_png(holes[row["mask"]]),
         )
         assert row["hole_ratio"] == pytest.approx(1 - valid.mean())
@@ -160,7 +161,8 @@ def test_the_pictures_asked_for_are_written_for_each_bin(fresh, data, done):
     names = [e.key.rsplit("/")[-1] for e in data[0].list(f"{done.folder}/pictures")]
     assert len(names) == 12
     assert {name[:9] for name in names} == set(BINS)
-    strip = decode(data[0].read(f"{done.folder}/pictures/{names[0]}"))
+    data_of_strip = data[0].read(f"{done.folder}/pictures/{names[0]}")
+    strip = decode_rgb(data_of_strip, Limits(MAX_PIXELS))
     assert strip.height == small_root.SIZE
     assert strip.width > 5 * small_root.SIZE
     assert not list(fresh[0].list(f"{evaluated(fresh, pictures=0).folder}/pictures"))

@@ -4,7 +4,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from data_prep.pictures.cutting import decode
+from data_prep.pictures.decoding import decode_rgb
+from data_prep.pictures.limits import MAX_PIXELS, Limits
 from dpnet.evaluation.protocol import METHODS, NOT_COMPUTED, PROTOCOL
 from dpnet.evaluation.report import PictureRow, render_report, strip, training_curves
 
@@ -200,7 +201,8 @@ def test_a_strip_has_the_pictures_side_by_side(side):
     valid[: side // 2] = 0
     shades = {"dpnet": 20, "smooth_fill": 25, "telea": 30, "mean_fill": 40}
     methods = {name: np.full((side, side, 3), shade, np.uint8) for name, shade in shades.items()}
-    sheet = np.asarray(decode(strip(np.full((side, side, 3), 10, np.uint8), valid, methods)))
+    png = strip(np.full((side, side, 3), 10, np.uint8), valid, methods)
+    sheet = decode_rgb(png, Limits(MAX_PIXELS)).rgb
     step = side + max(2, side // 32)
     middle = [tuple(sheet[side - 1, step * i + side // 2]) for i in range(6)]
     assert [shade[0] for shade in middle] == [10, 10, 20, 25, 30, 40]
