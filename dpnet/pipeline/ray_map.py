@@ -6,16 +6,12 @@ the work into blocks of its own choice. Ray itself sets OMP_NUM_THREADS to the o
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
-import signal
 import socket
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +19,7 @@ from urllib.parse import urlsplit
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.pool import Map, called, cores, died_again
+from dpnet.training.ray.start import connect, prepare_start
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -117,40 +114,26 @@ def _find(address: str) -> None:
 
 @contextmanager
 def _connected(address: str, workers: int) -> Iterator[Any]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # For ever is Ray's own choice for a task that wants more memory than there is.
+    """Connect this process to the cluster at `address` while in the block."""
+    # By default Ray retries a task that wants more memory than there is without end.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
     import ray
 
     if ray.is_initialized():
         yield ray
         return
-    scratch = ""
-    options: dict[str, Any] = {"address": address}
-    if address == "local":
-        # Sockets under a deep folder would exceed the system's limit of 107 bytes.
-        scratch = tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp")
-        options |= {"num_cpus": workers or cores(), "include_dashboard": False}
-        options |= {"object_store_memory": 128 << 20}  # nothing large passes through it
-        options |= {"_temp_dir": scratch}
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"address": address}
+        if address == "local":
+            options = stack.enter_context(prepare_start()).init_options(workers or cores())
+        stack.callback(ray.shutdown)
         try:
             _find(address)
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+            connect(**options)
         except (OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error).strip().split(". ")[0]
             raise PipelineError(
-                f"cannot reach a Ray cluster at {address!r} ({reason}):"
-                ' start one, or give its address, or "local" for this machine alone.'
+                f"cannot reach a Ray cluster at {address!r} ({reason}): start one, or give its"
+                ' address, or "local" for this machine only.'
             ) from error
-        if threading.current_thread() is threading.main_thread():
-            for each, handler in handlers.items():  # Ray's own of SIGTERM aborts the process
-                signal.signal(each, handler)
         yield ray
-    finally:
-        ray.shutdown()
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)

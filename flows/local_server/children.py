@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from data_prep.core.errors import ConfigError
+from dpnet.training.ray.start import RayStart
 from flows.local_server.server import SETTINGS, server_command
 
 POOL = "dpnet"
@@ -141,17 +142,17 @@ def mlflow(place: Place, database: Path, artifacts: str, port: int) -> Child:
     )
 
 
-def ray_head(place: Place, port: int, agent_port: int, scratch: Path) -> Child:
+def ray_head(place: Place, port: int, agent_port: int, start: RayStart) -> Child:
     """A Ray cluster of this machine, whose dashboard takes jobs."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    command += ["--node-ip-address=127.0.0.1", "--port=0", f"--temp-dir={scratch}"]
-    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
-    command += [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent_port}"]
-    env = {"RAY_AUTH_MODE": "disabled", **place.base("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
+    env = {
+        "RAY_AUTH_MODE": "disabled",
+        **start.environment,
+        **place.base("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"),
+    }
     return Child(
         "Ray",
         place.home / "ray.log",
-        command,
+        start.head_command(port, agent_port),
         _own_python_first(env),
         lambda: answers(f"{address(port)}/api/jobs/"),
         5.0,

@@ -15,14 +15,11 @@ import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -31,6 +28,7 @@ from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.paths import MLFLOW_ARTIFACTS, MLFLOW_DATABASE
 from data_prep.core.progress import say
 from data_prep.core.storage.open import open_store
+from dpnet.training.ray.start import prepare_start
 from flows.local_server import children
 from flows.local_server import process_tree as processes
 from flows.local_server.children import Child, Place
@@ -145,7 +143,7 @@ def supervise(plan: Plan) -> None:
     supervisor = Supervisor(place)
     with ExitStack() as stack:
         listener = stack.enter_context(bind(plan.port))
-        scratch = stack.enter_context(_scratch()) if plan.ray else None
+        ray = stack.enter_context(prepare_start("up-")) if plan.ray else None
         stack.callback(supervisor.stop)
         stack.callback((home / STATE).unlink, missing_ok=True)
         api_url = f"{children.address(listener.getsockname()[1])}/api"
@@ -159,10 +157,10 @@ def supervise(plan: Plan) -> None:
         _create_mlflow_database(database)
         supervisor.start(children.mlflow(place, database, artifacts, mlflow_port))
         ray_url = None
-        if scratch is not None:
+        if ray is not None:
             ray_port = free_port(8265)
             ray_url = children.address(ray_port)
-            supervisor.start(children.ray_head(place, ray_port, free_port(), scratch))
+            supervisor.start(children.ray_head(place, ray_port, free_port(), ray))
         exporter_port = free_port(9808)
         reports_url = children.address(exporter_port)
         supervisor.start(children.exporter(place, exporter_port))
@@ -196,16 +194,6 @@ def _create_mlflow_database(path: Path) -> None:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         why = lines[-1][:300] if lines else f"exit status {done.returncode}"
         raise PipelineError(f"MLflow's database {path} cannot be made ({why}).")
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """Ray's folder: its sockets' paths may not be longer than 107 bytes."""
-    folder = Path(tempfile.mkdtemp(prefix="dpnet-up-ray-", dir="/tmp"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(path: Path, value: Any) -> None:

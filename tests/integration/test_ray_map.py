@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,6 +19,7 @@ import pytest
 from data_prep.core.errors import PipelineError
 from data_prep.core.pool import run_tasks
 from dpnet.pipeline.ray_map import ray_map
+from dpnet.training.ray.start import scratch_folder
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -73,9 +72,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
+def scratch() -> Iterator[Path]:
+    with scratch_folder("test-") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def cluster(scratch: Path) -> Iterator[str]:
     """The address of a Ray cluster of two nodes with one core each."""
-    scratch = tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp")  # sockets: at most 107 bytes
     port = free_port()
     address = f"127.0.0.1:{port}"
     common = ["--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
@@ -89,7 +93,7 @@ def cluster() -> Iterator[str]:
     environment.pop("OMP_NUM_THREADS", None)
     ray = [str(Path(sys.executable).parent / "ray"), "start"]
     nodes: list[subprocess.Popen[bytes]] = []
-    log = Path(scratch) / "nodes.log"
+    log = scratch / "nodes.log"
     before = os.environ.get("RAY_AUTH_MODE")
     os.environ["RAY_AUTH_MODE"] = "disabled"
     try:
@@ -109,7 +113,6 @@ def cluster() -> Iterator[str]:
             node.terminate()
         for node in nodes:
             node.wait(30)
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def wait_for_lines(log: Path, line: str, times: int, node: subprocess.Popen[bytes]) -> None:

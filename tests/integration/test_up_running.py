@@ -273,7 +273,7 @@ def test_killed_it_leaves_nothing_behind(up: Platform, tmp_path: Path) -> None:
 
 def test_ctrl_c_stops_everything_and_what_was_done_is_kept(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    scratch = set(Path("/tmp").glob("dpnet-up-ray-*"))
+    scratch = set(Path("/tmp").glob("dpnet-ray-up-*"))
     with started(root, "--ray") as up:
         assert "<html" in ask(str(up.told.ray_url))
         assert ask(f"{up.told.ray_url}/api/jobs/") == []
@@ -284,7 +284,7 @@ def test_ctrl_c_stops_everything_and_what_was_done_is_kept(tmp_path: Path) -> No
         assert up.process.wait(60) == 130
         assert time.monotonic() - begun < 45
         assert not [pid for pid in mine if alive(pid)]
-    assert not set(Path("/tmp").glob("dpnet-up-ray-*")) - scratch
+    assert not set(Path("/tmp").glob("dpnet-ray-up-*")) - scratch
     assert not (root / "up" / "up.json").exists()
     with sqlite3.connect(root / "up" / "prefect.db") as database:
         assert database.execute("select name from deployment").fetchall() == [("test",)]

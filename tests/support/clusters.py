@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dpnet.training.ray.start import scratch_folder
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_S = 120.0  # a busy machine is slow
@@ -149,21 +149,20 @@ def _starts(log: Path) -> int:
 @contextmanager
 def ray_cluster(nodes: int, token: str | None = None) -> Iterator[Cluster]:
     """A cluster with a head, whose dashboard takes jobs, and `nodes` nodes of one core each."""
-    scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-", dir="/tmp"))  # sockets: 107 bytes at most
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     if token is None:
         environment["RAY_AUTH_MODE"] = "disabled"
     else:
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    cluster = Cluster(scratch, environment)
-    try:
-        cluster.start_head()
-        for _ in range(nodes):
-            cluster.add_node()
-        yield cluster
-    finally:
-        cluster.kill()
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_folder("test-") as scratch:
+        cluster = Cluster(scratch, environment)
+        try:
+            cluster.start_head()
+            for _ in range(nodes):
+                cluster.add_node()
+            yield cluster
+        finally:
+            cluster.kill()
 
 
 def family(ancestor: int) -> list[int]:

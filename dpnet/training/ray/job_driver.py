@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import say
 from data_prep.core.storage.open import open_store
 from dpnet.training.job import TrainJob
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
+from dpnet.training.ray.start import scratch_folder
 from dpnet.training.ray.workers import Training
 
 
@@ -48,19 +46,18 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
             " choose a root that all machines share, S3 or a shared disk."
         ) from None
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    scratch = Path(tempfile.mkdtemp(prefix="dpnet-ray-"))
-    training = Training(TrainJob.from_json(spec["job"]), scratch, attempt, spec["deadline"])
-    try:
-        if only_stacks:
-            training.print_stacks()
-            return
-        signal.signal(
-            signal.SIGUSR1,
-            lambda *_: threading.Thread(target=training.print_stacks, daemon=True).start(),
-        )
-        training.start()
-        while training.goes_on():
-            time.sleep(0.3)
-    finally:
-        training.stop(shared=True)
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_folder() as scratch:
+        training = Training(TrainJob.from_json(spec["job"]), scratch, attempt, spec["deadline"])
+        try:
+            if only_stacks:
+                training.print_stacks()
+                return
+            signal.signal(
+                signal.SIGUSR1,
+                lambda *_: threading.Thread(target=training.print_stacks, daemon=True).start(),
+            )
+            training.start()
+            while training.goes_on():
+                time.sleep(0.3)
+        finally:
+            training.stop(shared=True)

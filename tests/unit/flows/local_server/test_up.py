@@ -18,6 +18,7 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from dpnet.cli import main as cli
 from dpnet.pipeline.demo import MARKER, claim_root, clear_root
+from dpnet.training.ray.start import RayStart
 from flows.local_server import children
 from flows.local_server import process_tree as processes
 from flows.local_server.children import Child, Place
@@ -88,7 +89,7 @@ def test_each_process_gets_the_secrets_that_it_needs_and_no_argument_holds_one(
     place: Place, server: Child, worker: Child, tmp_path: Path
 ) -> None:
     mlflow = children.mlflow(place, tmp_path / "mlflow.db", "file:///a", 5000)
-    ray = children.ray_head(place, 1, 2, tmp_path)
+    ray = children.ray_head(place, 1, 2, RayStart(tmp_path))
     has: dict[str, list[str]] = {name: [] for name in ("secret1", "hunter2")}
     for child in (server, worker, mlflow, ray):
         for secret, who in has.items():

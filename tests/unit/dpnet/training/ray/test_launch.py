@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import sys
 import time
@@ -16,7 +15,6 @@ from data_prep.core.errors import ConfigError, PipelineError, StorageError
 from dpnet.training.ray import launch_job as launch_ray_job
 from dpnet.training.ray.launch import _waits
 from dpnet.training.ray.launch_job import EXPLAINED, RayJobLauncher, cluster
-from dpnet.training.ray.launch_local import LOCK, _sweep
 from dpnet.training.ray.workers import explained
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
@@ -269,18 +267,6 @@ def test_gpus_that_this_machine_does_not_have_are_told_before_ray_starts(
     with pytest.raises(PipelineError, match=told or "Ray did not start"):
         LocalLauncher(job, LaunchSettings()).start()
     assert asked.get("num_gpus") == (None if told else found)
-
-
-def test_folders_that_killed_trainings_left_are_swept_and_no_others(tmp_path: Path) -> None:
-    for name in ("dpnet-ray-killed", "dpnet-ray-at-work", "dpnet-ray-begins", "others"):
-        (tmp_path / name / "session").mkdir(parents=True)
-        if name != "dpnet-ray-begins":
-            (tmp_path / name / LOCK).touch()
-    with (tmp_path / "dpnet-ray-at-work" / LOCK).open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        _sweep(tmp_path)
-    left = {each.name for each in tmp_path.iterdir()}
-    assert left == {"dpnet-ray-at-work", "dpnet-ray-begins", "others"}
 
 
 def test_a_ray_that_does_not_start_is_told_of_in_a_sentence(
