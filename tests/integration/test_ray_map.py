@@ -22,6 +22,8 @@ from dpnet.pipeline.ray_map import ray_map
 from dpnet.training.ray.start import scratch_folder
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
+# Other processes import this file and the packages next to it.
+PYTHONPATH = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
 
 
 def square(number: int) -> int:
@@ -86,9 +88,7 @@ def cluster(scratch: Path) -> Iterator[str]:
     common += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
     common += ["--metrics-export-port=0", "--dashboard-agent-listen-port=0"]
     head = ["--head", f"--port={port}", f"--temp-dir={scratch}", "--include-dashboard=false"]
-    tests = str(Path(__file__).parent)
-    paths = [tests, str(Path(tests).parents[1])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_AUTH_MODE": "disabled"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RAY_AUTH_MODE": "disabled"}
     environment.pop("RAY_ADDRESS", None)
     environment.pop("OMP_NUM_THREADS", None)
     ray = [str(Path(sys.executable).parent / "ray"), "start"]
@@ -257,7 +257,7 @@ with closing(ray_map("local")(visit, tasks, 2)) as results:
 def test_a_ray_of_its_own_ends_with_a_ctrl_c_and_leaves_nothing(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     before = set(Path("/tmp").glob("dpnet-ray-*"))
     pipe = subprocess.PIPE
     command = [sys.executable, str(script), str(tmp_path / "book")]
