@@ -1,4 +1,4 @@
-"""The command `dpnet`: signals, results and how failures are told.
+"""The command `dpnet`: its signals, results and errors.
 
 Exit status: 0 done, 1 failed (one sentence on standard error), 2 wrong usage, 130 stopped.
 """
@@ -11,40 +11,46 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from types import FrameType
+from typing import Any
 
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.logs import start_logging
-from dpnet.cli.arguments import build_parser
+from dpnet.cli.parser import build_parser
 
 STOPPED = 130
 _STOPPED = "stopped; the same command resumes."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out the command in `argv` and return its exit status."""
+    """Run the command in `argv` and return its exit status."""
     _stop_on_signals()
     start_logging()
     try:
         args = build_parser().parse_args(argv)
     except KeyboardInterrupt:
         print(f"dpnet: {_STOPPED}", file=sys.stderr, flush=True)
-        return 130
+        return STOPPED
     try:
-        from dpnet.cli import commands
-
-        result, text = getattr(commands, args.command)(args)
+        result, text = function_of(args.command)(args)
         print(json.dumps(result) if args.json else text, flush=True)
         return 0 if result["ok"] else 1
-    except BrokenPipeError:  # its reader, `head` perhaps, has seen enough
+    except BrokenPipeError:  # the reader, for example `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except BaseException as error:
-        return _tell(error, args)
+        return _report(error, args)
 
 
-def _tell(error: BaseException, args: argparse.Namespace) -> int:
-    """Say on standard error why it ended; the exit status."""
+def function_of(command: str) -> Any:
+    """Import the function "file.function" of `dpnet/cli/commands`; `--help` needs none of them."""
+    file, _, function = command.partition(".")
+    return getattr(import_module(f"dpnet.cli.commands.{file}"), function)
+
+
+def _report(error: BaseException, args: argparse.Namespace) -> int:
+    """Print on standard error why the command ended, and return the exit status."""
     if args.debug:
         import traceback
 
@@ -57,8 +63,9 @@ def _tell(error: BaseException, args: argparse.Namespace) -> int:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
+    """Return one sentence about an error, and the exit status."""
     if signal.getsignal(signal.SIGINT) is _end:
-        # It was told to stop, whatever Prefect has made of that: a cancelled future, perhaps.
+        # A signal came. Prefect may turn it into another error, for example a cancelled future.
         return _STOPPED, STOPPED
     match error:
         case PipelineError():
@@ -73,12 +80,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
                 " run again with --debug for the traceback.",
                 1,
             )
-    # KeyboardInterrupt, and what Prefect and Ray make of SIGTERM while they are at work.
+    # KeyboardInterrupt, or the error that Prefect or Ray raises on SIGTERM.
     return _STOPPED, STOPPED
 
 
 def _stop_on_signals() -> None:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt once; after that they end the process at once."""
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt once, and then end the process at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGINT, signal.SIGTERM):

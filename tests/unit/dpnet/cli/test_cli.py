@@ -13,18 +13,23 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_root
 
+import dpnet
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
-from dpnet.cli import commands
 from dpnet.cli import main as cli
-from dpnet.cli.arguments import build_parser
+from dpnet.cli.commands import data, pipeline
+from dpnet.cli.commands.roots import Outcome
+from dpnet.cli.parser import build_parser
 from dpnet.pipeline.demo import MARKER, claim_root, clear_root
+
+REPOSITORY = Path(__file__).parents[4]
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +70,35 @@ def test_help_answers_in_less_than_a_second() -> None:
     assert "dpnet demo" in done.stdout
 
 
+def test_the_version_is_that_of_the_installed_package() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpnet", "--version"], capture_output=True, text=True, check=True
+    )
+    assert dpnet.__version__ == version("dpnet-pipeline")
+    assert done.stdout == f"dpnet {dpnet.__version__}\n"
+
+
+def test_a_source_tree_that_is_not_installed_says_so_as_its_version(tmp_path: Path) -> None:
+    for package in ("dpnet", "data_prep"):
+        (tmp_path / package).symlink_to(REPOSITORY / package)
+    code = "import dpnet; print(dpnet.__version__); from dpnet.cli.main import main;"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"{code} main(['--version'])"],  # -S: without site-packages
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "0+not.installed\ndpnet 0+not.installed\n"
+
+
+def test_the_version_is_looked_up_only_when_it_is_used() -> None:
+    code = "import sys, dpnet.cli.main; print('importlib.metadata' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize("parser", list(parsers(build_parser())), ids=lambda p: p.prog)
 def test_every_command_has_help_with_an_example(parser: argparse.ArgumentParser) -> None:
     _, _, example = parser.format_help().partition("example:\n")
@@ -74,7 +108,7 @@ def test_every_command_has_help_with_an_example(parser: argparse.ArgumentParser)
 @pytest.mark.parametrize("parser", list(parsers(build_parser())), ids=lambda p: p.prog)
 def test_every_command_is_carried_out_by_a_function(parser: argparse.ArgumentParser) -> None:
     command = parser.get_default("command")
-    assert command is None or callable(getattr(commands, command))
+    assert command is None or callable(cli.function_of(command))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +191,10 @@ def test_a_share_of_nothing_or_of_more_than_all_is_wrong_usage(
     with pytest.raises(SystemExit) as caught:
         cli.main(["verify", "x", f"--sample={share}"])
     assert caught.value.code == 2
-    assert f"{share!r} is no share: give one as 0.01, at most 1" in capsys.readouterr().err
+    assert (
+        f"{share!r} is not a share: give a number such as 0.01, at most 1"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +221,8 @@ def test_verify_says_what_it_read_and_what_not(
     assert found["depth"] == {"share": 1.0, "index_only": True}
     assert cli.main(["verify", root, "--sample", "0.01"]) == 0
     text = capsys.readouterr().out
-    assert "2 of 5 tars and 2 indexes among them; of 6 more files presence and size alone" in text
-    assert text.rstrip().endswith(": all as they were made")
+    assert "2 of 5 tars and 2 indexes; checked only presence and size of 6 more files" in text
+    assert text.rstrip().endswith(": no problems")
 
 
 def test_verify_lists_what_is_wrong_and_exits_1(
@@ -277,10 +314,10 @@ def test_an_address_without_the_launcher_that_goes_there_is_refused(
 def test_an_operating_system_error_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(args: argparse.Namespace) -> commands.Outcome:
+    def full(args: argparse.Namespace) -> Outcome:
         raise OSError(28, "No space left on device", "/data/x")
 
-    monkeypatch.setattr(commands, "stage", full)
+    monkeypatch.setattr(pipeline, "stage", full)
     sentence = fails(capsys, "train", "demo")
     assert "cannot use /data/x: the disk is full" in sentence
 
@@ -288,10 +325,10 @@ def test_an_operating_system_error_is_one_sentence(
 def test_a_bug_names_the_error_and_debug_shows_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(args: argparse.Namespace) -> commands.Outcome:
+    def broken(args: argparse.Namespace) -> Outcome:
         raise ValueError("of a kind\nnobody foresaw")
 
-    monkeypatch.setattr(commands, "stage", broken)
+    monkeypatch.setattr(pipeline, "stage", broken)
     sentence = fails(capsys, "train", "demo")
     assert "internal error: ValueError: of a kind nobody foresaw" in sentence
     assert cli.main(["train", "demo", "--debug"]) == 1
@@ -301,7 +338,7 @@ def test_a_bug_names_the_error_and_debug_shows_the_traceback(
 def test_a_result_that_is_not_ok_exits_1_and_is_the_last_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "verify", lambda args: ({"ok": False, "files": 3}, "text"))
+    monkeypatch.setattr(data, "verify", lambda args: ({"ok": False, "files": 3}, "text"))
     assert cli.main(["verify", "x", "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {"ok": False, "files": 3}
     assert cli.main(["verify", "x"]) == 1
@@ -310,14 +347,15 @@ def test_a_result_that_is_not_ok_exits_1_and_is_the_last_line(
 
 STOPPABLE = """
 import sys, time
-from dpnet.cli import commands, main as cli
+from dpnet.cli import main as cli
+from dpnet.cli.commands import pipeline
 def slow(args):
     print("working", flush=True)
     try:
         time.sleep(60)
     finally:
         time.sleep({cleaning})
-commands.stage = slow
+pipeline.stage = slow
 sys.exit(cli.main(["train", "demo"]))
 """
 
@@ -354,8 +392,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_cleaning_up() -> None:
 
 def test_a_reader_that_has_gone_is_no_error_of_ours() -> None:
     code = (
-        "import sys; from dpnet.cli import commands, main as cli;"
-        "commands.verify = lambda args: ({'ok': True}, 'x' * 1_000_000);"
+        "import sys; from dpnet.cli import main as cli; from dpnet.cli.commands import data;"
+        "data.verify = lambda args: ({'ok': True}, 'x' * 1_000_000);"
         "sys.exit(cli.main(['verify', 'x']))"
     )
     line = f'set -o pipefail; {sys.executable} -c "{code}" | head -c 1 > /dev/null'
@@ -452,6 +490,6 @@ def test_what_a_stop_becomes_on_its_way_is_still_a_stop(
         except KeyboardInterrupt:
             raise CancelledError from None  # as Prefect's futures do it
 
-    monkeypatch.setattr(commands, "verify", told_to_stop)
+    monkeypatch.setattr(data, "verify", told_to_stop)
     assert cli.main(["verify", "somewhere"]) == 130
     assert capsys.readouterr().err == "dpnet: stopped; the same command resumes.\n"

@@ -19,8 +19,8 @@ from prefect.context import refresh_global_settings_context
 
 from data_prep.core.errors import PipelineError
 from data_prep.raw.bucket_events import below, notified
-from dpnet.cli import commands
-from dpnet.cli.arguments import build_parser
+from dpnet.cli.commands import pipeline
+from dpnet.cli.parser import build_parser
 from flows.run_from_command import QUIET
 
 
@@ -62,7 +62,7 @@ def use_api(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 
 def notify(*argv: str) -> tuple[dict[str, Any], str]:
-    return commands.notify(build_parser().parse_args(["notify", *argv]))
+    return pipeline.notify(build_parser().parse_args(["notify", *argv]))
 
 
 def test_keys_of_a_notification_are_decoded() -> None:
@@ -126,7 +126,7 @@ def test_an_event_of_other_objects_does_nothing(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(event)))
     result, text = notify(config, "--event", "-")
     assert (result["ok"], result["announced"]) == (True, False)
-    assert "the event is of no object in" in text
+    assert "no object of the event is in" in text
     assert not (tmp_path / "root").exists()
 
 
@@ -149,7 +149,7 @@ def test_an_option_out_of_range_is_wrong_usage(
 ) -> None:
     with pytest.raises(SystemExit):
         notify("demo", *option)
-    assert "is no number of" in capsys.readouterr().err
+    assert "is not a number of" in capsys.readouterr().err
 
 
 class Api(BaseHTTPRequestHandler):
@@ -188,10 +188,10 @@ def test_a_change_is_told_once_and_again_only_if_it_could_not_be(
         with pytest.raises(PipelineError, match=r"dpnet\.raw-data\.changed \(status 403\)"):
             notify(config)
         Api.refuses = 0
-        assert "nothing to tell. 6 of 7 new images" in notify(config, "--min-new", "7")[1]
+        assert "no event sent. 6 of 7 new images" in notify(config, "--min-new", "7")[1]
         assert Api.events == []
         told, text = notify(config)
-        assert text == "own: told Prefect. 6 new, 0 changed and 0 removed images in all."
+        assert text == "own: event sent to Prefect. 6 new, 0 changed and 0 removed images in all."
         assert "It was announced before." in notify(config)[1]
         notify(config, "--again")
         server.shutdown()

@@ -277,7 +277,7 @@ def test_what_must_be_installed_for_onnx_is_told_before_any_work(
 
 
 def test_every_format_has_a_file_and_a_maker() -> None:
-    from dpnet.cli.arguments import build_parser
+    from dpnet.cli.parser import build_parser
 
     assert FILES.keys() == export.MAKERS.keys()
     formats = [word for name in FILES for word in ("--format", name)]

@@ -123,7 +123,7 @@ def test_an_input_that_is_gone_is_noticed(store, chain):
     store.delete(f"{chain[0].folder}/manifest.json")
     (problem,) = problems(verify(store))
     assert problem[0] == f"{chain[1].folder}/manifest.json"
-    assert "its input 'images' is not there" in problem[1]
+    assert "its input 'images' does not exist" in problem[1]
 
 
 def test_a_stage_is_verified_with_everything_it_was_made_from_and_nothing_else(store, chain):
@@ -138,11 +138,13 @@ def test_a_path_that_leads_out_of_the_root_is_not_followed(store, chain):
     record = {"path": "../../../outside", "size": 1, "sha256": "0" * 64, "content": False}
     manifest = json.loads(store.read(where))
     edit(store, where, files=[*manifest["files"], record])
-    assert problems(verify(store)) == [(where, "was altered: ../../../outside is not inside")]
+    assert problems(verify(store)) == [
+        (where, "was altered: ../../../outside is not inside the root")
+    ]
 
 
 def test_a_folder_without_a_finished_stage_is_refused_with_advice(tmp_path):
-    with pytest.raises(PipelineError, match="holds no finished stage: name a root"):
+    with pytest.raises(PipelineError, match="contains no finished stage: name a root"):
         verify_uri(str(tmp_path))
 
 
@@ -190,7 +192,7 @@ def test_a_changed_registry_record_is_named(registered, name):
     edit(store, key, hole_psnr=99.0)
     (problem,) = problems(verify(store))
     assert problem[0] == key
-    assert "differs from what was registered" in problem[1]
+    assert "differs from the registered record" in problem[1]
 
 
 def test_a_record_that_names_another_run_is_named(registered):
@@ -226,7 +228,7 @@ def test_the_result_is_json(store, chain):
 
 
 def test_a_large_file_is_hashed_in_pieces(store, monkeypatch):
-    monkeypatch.setattr("dpnet.pipeline.verify.CHUNK", 7)
+    monkeypatch.setattr("dpnet.pipeline.verify_files.CHUNK", 7)
     stage = small_root.commit(store, "data", "data/a", {"big": bytes(range(100))})
     assert verify(store).ok
     store.write(f"{stage.folder}/big", bytes(range(99)) + b"\0")

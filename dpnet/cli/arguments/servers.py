@@ -1,0 +1,62 @@
+"""Options of the commands for Prefect's server: deploy, up."""
+
+from __future__ import annotations
+
+from dpnet.cli.arguments.options import Parsers, add_command, add_root, add_set, port
+
+
+def add_deploy(parsers: Parsers) -> None:
+    """Add `dpnet deploy`."""
+    parser = add_command(
+        parsers,
+        "deploy",
+        "servers.deploy",
+        "create or update the deployments, schedules and alerts on the Prefect server",
+        "dpnet deploy deploy.yaml --set parameters.images.source=/data/photos",
+        "Everything that is up to date stays as it is. The server is that of PREFECT_API_URL, else"
+        " that of `dpnet up`. If DPNET_ALERT_URL is set (an Apprise URL: a webhook, Slack or"
+        " mailto://), alerts are sent to it.",
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        help="YAML file that lists what to deploy (default: the demo)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show what would change, and change nothing"
+    )
+    add_root(parser, "root whose `dpnet up` is used")
+    add_set(parser, "parameters.train.steps=100", "the file")
+
+
+def add_up(parsers: Parsers) -> None:
+    """Add `dpnet up`."""
+    parser = add_command(
+        parsers,
+        "up",
+        "servers.up",
+        "start a local Prefect server with its UI, a worker and MLflow, until Ctrl-C",
+        "dpnet up --root /data/dpnet --ray",
+        "Runs and deployments are kept for the next time. Everything listens on 127.0.0.1 only. If"
+        " it is running for this root already, the command prints the addresses. If"
+        " PREFECT_API_AUTH_STRING=user:password is set in the environment, Prefect asks for that"
+        " password.",
+    )
+    add_root(parser, "folder or s3:// URI where everything is stored")
+    parser.add_argument(
+        "--port",
+        type=port,
+        metavar="N",
+        help="port of the Prefect server (default: 4200, else any free port)",
+    )
+    parser.add_argument(
+        "--database",
+        metavar="URL",
+        help="database of the Prefect server, postgresql+asyncpg://USER:PASSWORD@HOST/NAME"
+        " (default: PREFECT_SERVER_DATABASE_CONNECTION_URL, which keeps the password out of the"
+        " list of processes, else SQLite in the root's folder)",
+    )
+    parser.add_argument(
+        "--ray", action="store_true", help="also start a Ray cluster of this machine, for ray-job"
+    )

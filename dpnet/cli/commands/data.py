@@ -1,0 +1,102 @@
+"""Commands for prepared data: images build, log and inspect, masks inspect, verify."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from data_prep.core.storage.open import open_store
+from dpnet.cli.commands.roots import Outcome, check_root, root_to_read
+
+
+def images_build(args: Namespace) -> Outcome:
+    """Prepare the photos of a source or a config as a new version of a dataset."""
+    from data_prep.core.pool import Map, run_tasks
+    from data_prep.images.stage import prepare_images
+    from dpnet.pipeline.chain import check_config, with_photographs
+    from dpnet.pipeline.config import config_of_source, is_config, load_config, resolve_root
+
+    given = {"name": args.name and json.dumps(args.name), "size": args.size}
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None] + args.set
+    # In this command `mode=keep` means images.mode. The config demands one size for images and
+    # masks; the masks are not built here.
+    overrides = [o if "." in o.partition("=")[0] else f"images.{o}" for o in overrides]
+    overrides += [f"masks.{o[7:]}" for o in overrides if o.startswith("images.size=")]
+    if is_config(args.source):
+        config = load_config(args.source, overrides)
+    else:
+        config = config_of_source(args.source, overrides)
+    check_config(config, "images")
+    store = open_store(resolve_root(args.root, config))
+    check_root(store)
+    run: Map = run_tasks
+    if args.ray:
+        from dpnet.pipeline.ray_map import ray_map
+
+        run = ray_map(args.ray)
+    ref = prepare_images(
+        with_photographs(config, store).images,
+        store,
+        run,
+        retry_failed=args.retry_failed,
+        repack=args.repack,
+    )
+    s = ref.summary
+    splits = ", ".join(f"{split} {figures['samples']}" for split, figures in s["splits"].items())
+    text = (
+        f"{ref.name} version {s['version']}, {'already there' if ref.skipped else 'new'}:"
+        f" {store.label}/{ref.folder}\n"
+        f"{s['listed']} files: {s['photographs']} photos, {s['failed']} failed, {s['ignored']}"
+        f" ignored, {s['duplicates']} duplicates, {s['near_duplicates']} almost the same in two"
+        f" splits; samples: {splits}"
+    )
+    return {"ok": True, "root": store.uri, **ref.to_json()}, text
+
+
+def images_log(args: Namespace) -> Outcome:
+    """List the versions of a dataset."""
+    from data_prep.inspection.inspect import log_images, log_text
+
+    store = open_store(root_to_read(args))
+    found = log_images(store, args.name)
+    result = {"ok": True, "root": store.uri, "name": args.name, "versions": found}
+    return result, log_text(found)
+
+
+def images_inspect(args: Namespace) -> Outcome:
+    """Show what a version of a dataset contains."""
+    from data_prep.inspection.inspect import (
+        find_set,
+        image_sheet,
+        images_text,
+        inspect_images,
+        save_sheet,
+    )
+
+    store, folder = find_set("images", args.uri, root_to_read(args))
+    found = inspect_images(store, folder)
+    if args.out:
+        save_sheet(lambda: image_sheet(store, folder), Path(args.out))
+    return {"ok": True, "root": store.uri, "sheet": args.out, **found}, images_text(found)
+
+
+def masks_inspect(args: Namespace) -> Outcome:
+    """Show what a version of masks contains."""
+    from data_prep.inspection.contact_sheet import mask_sheet
+    from data_prep.inspection.inspect import find_set, inspect_masks, masks_text, save_sheet
+
+    store, folder = find_set("masks", args.uri, root_to_read(args))
+    found = inspect_masks(store, folder)
+    if args.out:
+        save_sheet(lambda: mask_sheet(store, folder), Path(args.out))
+    return {"ok": True, "root": store.uri, "sheet": args.out, **found}, masks_text(found)
+
+
+def verify(args: Namespace) -> Outcome:
+    """Check the files of a root, of a stage or of a registered model."""
+    from data_prep.shards.check_set import Depth
+    from dpnet.pipeline.verify import verify_uri
+
+    found = verify_uri(args.uri, root_to_read(args), Depth(args.sample, args.index_only))
+    return found.to_json(), found.as_text()

@@ -1,0 +1,158 @@
+"""Commands that run stages: demo, pipeline run, train, evaluate, register, masks build, notify."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.paths import cache_folder
+from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
+from dpnet.cli.commands.roots import Outcome, check_root, use_server_of_up
+from dpnet.pipeline.chain import check_config, run_chain
+from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
+from dpnet.pipeline.summary import as_text, stages_text
+
+
+def demo(args: Namespace) -> Outcome:
+    """Run the whole pipeline, small, on sample photos or those of --photos."""
+    from dpnet.pipeline.demo import claim_root, clear_root
+
+    overrides = list(args.set)
+    if args.photos is not None:
+        # A JSON string is a YAML string, whatever characters the path has.
+        overrides.append(f"images.source={json.dumps(str(Path(args.photos).absolute()))}")
+    resolved = load_config("demo", overrides)
+    check_config(resolved)
+    root = open_store(resolve_root(args.root, resolved))
+    if root.local_folder is None:
+        raise PipelineError(
+            f"the demo needs a local folder, but --root is {root.label}: use"
+            f" `dpnet pipeline run demo --root {root.label}`."
+        )
+    store = LocalStore(root.local_folder)
+    check_root(store)
+    if args.fresh:
+        clear_root(store)
+    claim_root(store)
+    again = _without_steps("demo", root=args.root, photos=args.photos, sets=args.set)
+    return _run_flow(resolved, store, overrides, args, again, embedded=True)
+
+
+def run(args: Namespace) -> Outcome:
+    """Run all stages of a config in one flow run."""
+    overrides = _with_launch(args)
+    resolved = load_config(args.config, overrides)
+    check_config(resolved)
+    store = open_store(resolve_root(args.root, resolved))
+    again = _without_steps("pipeline", "run", args.config, root=args.root, sets=overrides)
+    return _run_flow(resolved, store, overrides, args, again, embedded=False)
+
+
+def _run_flow(
+    resolved: Config,
+    store: Store,
+    overrides: Sequence[str],
+    args: Namespace,
+    again: str,
+    *,
+    embedded: bool,
+) -> Outcome:
+    """Run the flow, and return its summary.
+
+    Args:
+        resolved: the config, loaded and checked.
+        store: the root.
+        overrides: OPTION=VALUE strings for the config.
+        args: the arguments of the command.
+        again: the command that repeats this run, for the summary.
+        embedded: use a Prefect server inside this process, even if another is configured.
+    """
+    from dpnet.pipeline.demo import PREFECT_HOME
+    from flows.run_from_command import run_pipeline
+
+    start = time.monotonic()
+    check_root(store)
+    top = store.local_folder or cache_folder()
+    # The flow runs the config that was checked here, even if its file changes now.
+    checked = CheckedConfig(getattr(args, "config", "demo"), overrides, resolved)
+    summary = run_pipeline(
+        checked, store.label, top / PREFECT_HOME, embedded=embedded, debug=args.debug
+    )
+    # The flow's own time does not include the start of the server, for which people wait too.
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    return {"ok": True, **summary}, as_text(summary, again)
+
+
+def _without_steps(
+    *words: str, root: str | None, photos: str | None = None, sets: Sequence[str]
+) -> str:
+    """Return the command that was typed, without train.steps: the summary adds more steps."""
+    options = {"--root": root, "--photos": photos}
+    typed = ["dpnet", *words]
+    typed += [word for option, value in options.items() if value for word in (option, value)]
+    typed += [word for each in sets if "train.steps" not in each for word in ("--set", each)]
+    return shlex.join(typed)
+
+
+def stage(args: Namespace) -> Outcome:
+    """Run one stage of a config and the unfinished stages before it."""
+    config = load_config(args.config, _with_launch(args))
+    if getattr(args, "address", None) and config.launch.launcher == "local":
+        raise ConfigError(
+            "--address names a Ray cluster, but training runs on this machine: add"
+            " --launcher ray-job."
+        )
+    check_config(config, args.stage)
+    store = open_store(resolve_root(args.root, config))
+    check_root(store)
+    stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
+    return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
+
+
+def _with_launch(args: Namespace) -> list[str]:
+    """Return the values of --set, with --launcher and --address added as such values."""
+    own = {"launcher": getattr(args, "launcher", None), "address": getattr(args, "address", None)}
+    given = [f"launch.{name}={json.dumps(value)}" for name, value in own.items() if value]
+    return [*args.set, *given]
+
+
+def notify(args: Namespace) -> Outcome:
+    """Compare a config's source with its last version, and send Prefect an event."""
+    from data_prep.raw.bucket_events import below, notified
+
+    config = load_config(args.config, args.set)
+    source = config.images.source
+    if args.event is not None and not below(notified(_read_event(args.event)), source):
+        reason = f"no object of the event is in {source}, so nothing is done."
+        return {"ok": True, "announced": False, "reason": reason}, reason
+    check_config(config, "images")
+    root = resolve_root(args.root, config)
+    store = open_store(root)
+    check_root(store)
+    use_server_of_up(root)
+    from flows.run_from_command import watch_now
+
+    seen = watch_now(
+        config, store, args.min_new, args.quiet_minutes * 60, again=args.again, debug=args.debug
+    )
+    sent = "event sent to Prefect" if seen["announced"] else "no event sent"
+    return {"ok": True, "root": store.uri, **seen}, f"{seen['dataset']}: {sent}. {seen['reason']}"
+
+
+def _read_event(file: str) -> bytes:
+    if file == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(file).expanduser().read_bytes()
+    except OSError as error:
+        raise PipelineError(
+            f"--event {file} cannot be read: {error.strerror}. Check the path."
+        ) from None

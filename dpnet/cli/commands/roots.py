@@ -1,0 +1,50 @@
+"""The root that a command reads or writes, and the Prefect server that belongs to it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from argparse import Namespace
+from typing import Any
+
+from data_prep.core.errors import StorageError, storage_error
+from data_prep.core.paths import DEMO_ROOT
+from data_prep.core.storage.store import Store
+
+Outcome = tuple[dict[str, Any], str]  # what a command returns: JSON values with "ok", and a text
+
+
+def root_to_read(args: Namespace) -> str:
+    """Return --root, else DPNET_ROOT, else the demo's root."""
+    return str(args.root or os.environ.get("DPNET_ROOT") or DEMO_ROOT)
+
+
+def check_root(store: Store) -> None:
+    """Write and delete an empty object, so that a bad root is reported before hours of work.
+
+    Raises:
+        StorageError: the root cannot be written.
+    """
+    probe = f".probe-{secrets.token_hex(4)}"
+    try:
+        store.write(probe, b"")
+        store.delete(probe)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # for example under /proc
+            raise StorageError(
+                f"the root {store.label} cannot be created: choose another --root."
+            ) from error
+        if isinstance(error.__cause__, OSError):
+            raise storage_error(error.__cause__, f"the root {store.label}") from error
+        raise
+
+
+def use_server_of_up(root: str) -> None:
+    """Set PREFECT_API_URL to the server of `dpnet up`, unless another server is configured.
+
+    Call it before Prefect is imported, because Prefect reads the variable at its import.
+    """
+    from flows.local_server.up import running
+
+    if "PREFECT_API_URL" not in os.environ and (up := running(root)):
+        os.environ["PREFECT_API_URL"] = up.api_url

@@ -1,0 +1,59 @@
+"""Commands for Prefect's server: deploy, up."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from data_prep.core.storage.open import open_store
+from dpnet.cli.commands.roots import Outcome, check_root, root_to_read, use_server_of_up
+
+
+def deploy(args: Namespace) -> Outcome:
+    """Create or update the deployments, schedules and alerts on the Prefect server."""
+    from dpnet.pipeline.config import load_settings
+
+    use_server_of_up(root_to_read(args))
+    from flows.deploy import deploy as put
+    from flows.deployments import DeploySettings
+
+    file = Path(args.file).expanduser() if args.file else None
+    lines = put(load_settings(DeploySettings, file, args.set), dry_run=args.dry_run)
+    if not lines:
+        text = "nothing to do: everything is deployed and up to date"
+    else:
+        text = "\n".join(["would change:", *lines] if args.dry_run else lines)
+    return {"ok": True, "dry_run": args.dry_run, "changes": lines}, text
+
+
+def up(args: Namespace) -> Outcome:
+    """Start a local Prefect server, a worker and MLflow, and wait for Ctrl-C."""
+    from flows.local_server.children import DATABASE, Place, check_secrets
+    from flows.local_server.up import Running, home_of
+    from flows.local_server.up import up as run_up
+
+    if args.database:
+        os.environ[DATABASE] = args.database  # the children read it: no list of processes shows it
+    store = open_store(root_to_read(args))
+    check_secrets(Place(store.label, home_of(store), os.environ))
+    check_root(store)
+
+    def announce(running: Running) -> None:
+        shown = {"ok": True, "attached": False, **running.to_json()}
+        text = f"{_addresses(running.to_json())}\n\nCtrl-C stops everything."
+        print(json.dumps(shown) if args.json else text, flush=True)
+
+    running = run_up(store, args.port, args.ray, announce)
+    text = f"{_addresses(running.to_json())}\n\nIt is already running: process {running.pid}."
+    return {"ok": True, "attached": True, **running.to_json()}, text
+
+
+def _addresses(running: dict[str, Any]) -> str:
+    rows = {"Prefect": "ui_url", "MLflow": "mlflow_url", "Ray": "ray_url"}
+    rows |= {"metrics": "metrics_url", "root": "root"}
+    lines = [f"{name:<9}{running[key]}" for name, key in rows.items() if running[key]]
+    export = f"export PREFECT_API_URL={running['api_url']}"
+    return "\n".join([*lines, "", "In other shells:", f"  {export}"])

@@ -1,0 +1,60 @@
+"""The parser of the command `dpnet`: its help, its version and its commands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from dpnet.cli.arguments import data, models, pipeline, servers
+
+_DESCRIPTION = "Turn raw photos into a registered DPNet inpainting model. Every command resumes."
+_EPILOG = """\
+first steps:
+  dpnet demo                                    the whole pipeline, small, in ./dpnet-demo
+  dpnet inpaint photo.png mask.png -o out.png   fill the white part of the mask
+  dpnet COMMAND --help                          the options of a command, with an example
+
+exit status: 0 done, 1 failed (one sentence says why), 2 wrong usage, 130 stopped
+"""
+
+
+class _Version(argparse.Action):
+    """Print the version; it is looked up only then."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        import dpnet
+
+        print(f"dpnet {dpnet.__version__}", flush=True)
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser. `args.command` is the "file.function" that does the command's work."""
+    parser = argparse.ArgumentParser(
+        prog="dpnet",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    pipeline.add_demo(commands)
+    pipeline.add_pipeline(commands)
+    data.add_images(commands)
+    data.add_masks(commands)
+    pipeline.add_stages(commands)
+    pipeline.add_notify(commands)
+    data.add_verify(commands)
+    models.add_inpaint(commands)
+    models.add_model(commands)
+    models.add_export(commands)
+    servers.add_deploy(commands)
+    servers.add_up(commands)
+    return parser

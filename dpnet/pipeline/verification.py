@@ -1,0 +1,84 @@
+"""The result of `verify`: what was read, and what is missing or altered."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data_prep.shards.check_set import Depth
+
+EVERYTHING = Depth()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something missing or altered; `where` is a key under the root."""
+
+    where: str
+    problem: str
+
+
+@dataclass
+class Verification:
+    """What was checked, and the problems that were found.
+
+    Attributes:
+        root: URI of the root.
+        target: the checked folder or model; "" for the whole root.
+        depth: how much of the shards was read.
+        stages: stages whose manifests are sound.
+        records: records of the registry.
+        files: files that were read completely.
+        bytes: bytes of those files.
+        shards: shards of images and masks.
+        tars: shards whose tar was read.
+        indexes: shards whose index was read.
+        unread: files of which only presence and size were checked.
+        notes: sentences about what could not be checked.
+        problems: the problems, sorted by `where`.
+    """
+
+    root: str
+    target: str
+    depth: Depth = EVERYTHING
+    stages: int = 0
+    records: int = 0
+    files: int = 0
+    bytes: int = 0
+    shards: int = 0
+    tars: int = 0
+    indexes: int = 0
+    unread: int = 0
+    notes: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Return whether there is no problem."""
+        return not self.problems
+
+    def add(self, where: str, problem: str) -> None:
+        """Add a problem."""
+        self.problems.append(Problem(where, problem))
+
+    def as_text(self) -> str:
+        """Return notes and problems, one a line, and a last line that sums them up."""
+        lines = [*self.notes, *(f"{each.where}: {each.problem}" for each in self.problems)]
+        number = len(self.problems)
+        found = f"{number} problem{'s'[: number > 1]}" if number else "no problems"
+        return "\n".join([*lines, f"{self._covered()}: {found}"])
+
+    def _covered(self) -> str:
+        """Return in words what was read and what was not."""
+        stages = f"{self.stages} stage{'s'[: self.stages != 1]}"
+        text = f"read {self.files} files ({self.bytes / 1e6:.1f} MB) of {stages}"
+        if self.depth.everything:
+            return text
+        return (
+            f"{text}, among them {self.tars} of {self.shards} tars and {self.indexes} indexes;"
+            f" checked only presence and size of {self.unread} more files"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values, and `ok`."""
+        return {"ok": self.ok, **asdict(self)}
