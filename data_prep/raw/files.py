@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
 
-from data_prep.core.errors import ConfigError, ItemError, PipelineError, StorageError
+from data_prep.core.errors import ItemError, PipelineError, StorageError
 from data_prep.core.storage.store import Entry, checked_key
+from data_prep.core.storage.uri import S3Address, parse_uri
 from data_prep.raw.listing import fingerprint
 
 if TYPE_CHECKING:
@@ -80,23 +80,10 @@ class Files(Protocol):
 
 def open_folder(uri: str) -> LocalFiles | S3Files:
     """The files below a path, a file:// URI or an s3:// URI. Asks nothing of the storage."""
-    parts = urlsplit(uri)
-    if parts.scheme == "s3":
-        if not parts.netloc or "@" in parts.netloc:
-            raise ConfigError("the s3:// source names no bucket: write s3://bucket/prefix.")
-        # Not the parsed path: a key may have a `?` or `#`.
-        return s3_files(parts.netloc, uri[len("s3://") + len(parts.netloc) :].strip("/"))
-    if parts.scheme == "file" and "://" in uri:
-        if parts.netloc not in ("", "localhost"):
-            raise ConfigError(f"{uri!r} is not a local path: write file:///absolute/path.")
-        return LocalFiles(Path(unquote(parts.path)))
-    if "://" in uri:
-        # The rest of such an address may hold a password, so it is not repeated.
-        raise ConfigError(
-            f"a source at {uri.partition('://')[0]}:// cannot be read: give a path, file:// or"
-            " s3://, and download first what lies on the web (img2dataset does)."
-        )
-    return LocalFiles(Path(uri).expanduser())
+    address = parse_uri(uri)
+    if isinstance(address, S3Address):
+        return s3_files(address.bucket, address.prefix)
+    return LocalFiles(address)
 
 
 def s3_files(bucket: str, prefix: str) -> S3Files:

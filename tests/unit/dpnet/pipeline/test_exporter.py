@@ -239,7 +239,7 @@ def test_the_command_prints_its_address_and_ends_on_sigterm(store):
 
 def test_a_root_that_is_none_is_told_by_the_command(capsys):
     assert exporter.main(["ftp://here"]) == 1
-    assert "unknown scheme" in capsys.readouterr().err
+    assert "addresses cannot be used" in capsys.readouterr().err
 
 
 def test_reports_are_shown_and_nothing_else_of_the_root(tmp_path: Path) -> None:

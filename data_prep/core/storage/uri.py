@@ -1,0 +1,51 @@
+"""Read the address of a folder: a path, `file:///path` or `s3://bucket/prefix`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from data_prep.core.errors import ConfigError
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FILE_WITHOUT_HOST = re.compile(r"file:(?=/)", re.IGNORECASE)  # RFC 8089: file:/path
+
+
+class S3Address(NamedTuple):
+    """A bucket and a prefix without slashes at its ends; the empty prefix is the whole bucket."""
+
+    bucket: str
+    prefix: str
+
+
+def parse_uri(uri: str) -> Path | S3Address:
+    """Return the folder or the S3 address that `uri` names; ask nothing of a server.
+
+    Raises:
+        ConfigError: It names neither. The message never repeats a password.
+    """
+    found = _SCHEME.match(uri)
+    if found is None:
+        without_host = _FILE_WITHOUT_HOST.match(uri)
+        return Path(unquote(uri[5:]) if without_host else uri).expanduser()
+    scheme, rest = found[1].lower(), uri[found.end() :]
+    host, slash, path = rest.partition("/")  # `urlsplit` would cut a key at its "?" or "#"
+    if scheme == "s3":
+        if "@" in host or ":" in host:
+            raise ConfigError(
+                "an s3:// address holds no credentials, host or port: write s3://bucket/prefix. Set"
+                " AWS_ENDPOINT_URL and the other AWS variables for the rest."
+            )
+        if not host:
+            raise ConfigError(f"the address {uri!r} names no bucket: write s3://bucket/prefix.")
+        return S3Address(host, path.strip("/"))
+    if scheme == "file":
+        if host not in ("", "localhost"):
+            raise ConfigError("a file:// address names no host: write file:///absolute/path.")
+        return Path(unquote(slash + path))
+    raise ConfigError(
+        f"{scheme}:// addresses cannot be used: give a path, file:///path or s3://bucket/prefix."
+        " Download photos from the web first, for example with img2dataset."
+    )
