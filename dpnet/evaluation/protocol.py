@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.core.digest import sha256_bytes
 
@@ -18,7 +18,23 @@ METHODS = {
     "telea": "Telea",
     "mean_fill": "Mean fill",
 }
-METRICS = ("hole_psnr", "psnr", "ssim", "l1")  # those that get a mean and an interval
+
+
+class Metric(NamedTuple):
+    """How a metric is shown."""
+
+    label: str
+    digits: int  # after the point
+    higher_is_better: bool
+
+
+METRICS = {  # those that get a mean and an interval
+    "hole_psnr": Metric("hole PSNR, dB", 2, True),
+    "psnr": Metric("PSNR, dB", 2, True),
+    "ssim": Metric("SSIM", 4, True),
+    "l1": Metric("L1, %", 2, False),
+}
+BRIEF = ("hole_psnr", "ssim", "l1")  # the metrics of short tables
 
 PROTOCOL_VERSION = 2  # counts up when a definition below changes, so that all is measured again
 PROTOCOL = {

@@ -11,20 +11,13 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from dpnet.evaluation.charts import Points, bins_chart, losses_chart, validation_chart
-from dpnet.evaluation.protocol import METHODS
+from dpnet.evaluation.protocol import METHODS, METRICS
 from dpnet.evaluation.report_style import CSS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# Metric, its heading, decimals, and whether more is better.
-TABLES = (
-    ("hole_psnr", "Hole PSNR, dB", 2, True),
-    ("psnr", "PSNR, dB", 2, True),
-    ("ssim", "SSIM", 4, True),
-    ("l1", "L1, %", 3, False),
-)
 STRIP = (
     "truth",
     "masked",
@@ -151,7 +144,7 @@ def _bins_section(report: Mapping[str, Any]) -> str:
     names = {_percent(name): group for name, group in bins.items()}
     groups = {**names, "All pairs": report["figures"]["all"]}
     chart = bins_chart(list(names), values, "hole PSNR, dB")
-    tables = "\n".join(_table(groups, *metric) for metric in TABLES)
+    tables = "\n".join(_table(groups, metric) for metric in METRICS)
     return (
         f'<figure class="chart">{chart}</figure>\n<div class="tables">{tables}</div>\n'
         '<p class="note">Mean and 95 % bootstrap interval; the best mean of a row is bold.'
@@ -172,7 +165,9 @@ def _perfect(report: Mapping[str, Any]) -> str:
     return f" Holes filled perfectly, counted as 100 dB: {', '.join(counts)}." if counts else ""
 
 
-def _table(groups: Mapping[str, Any], metric: str, heading: str, decimals: int, more: bool) -> str:
+def _table(groups: Mapping[str, Any], metric: str) -> str:
+    label, decimals, more = METRICS[metric]
+    heading = label[0].upper() + label[1:]
     rows = []
     for name, group in groups.items():
         figures = {method: group["methods"][method][metric] for method in METHODS}

@@ -8,6 +8,7 @@ masks: until the commit, parts/ holds what is measured.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_json
 from data_prep.core.errors import PipelineError
-from data_prep.core.progress import Progress, say
+from data_prep.core.progress import Progress
 from data_prep.core.stage import Produced, Request, StageRef, Work, read_manifest, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import encode_table, write_file
@@ -32,6 +33,8 @@ from dpnet.evaluation.protocol import (
     figures,
     summarise,
 )
+from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.tracking.run_log import read_log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
     from dpnet.model import Generator
 
     Array = NDArray[np.uint8]
-from dpnet.evaluation.settings import EvaluateSettings
+
+log = logging.getLogger(__name__)
 
 Pair = tuple[int, int]  # positions of the image and of the mask
 
@@ -63,7 +67,7 @@ def evaluate(
         settings=settings.model_dump(exclude={"threads"}) | {"protocol": PROTOCOL_VERSION},
         inputs={"images": images, "masks": masks, "run": run},
     )
-    return run_stage(store, request, lambda work: _build(work, settings), say)
+    return run_stage(store, request, lambda work: _build(work, settings), log.info)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
         "protocol": PROTOCOL,
         "not_computed": NOT_COMPUTED,
     }
-    page = render_report(report, pictures, _log(store, inputs["run"].folder), _chain(work))
+    page = render_report(report, pictures, read_log(store, inputs["run"].folder), _chain(work))
     files = [
         write_file(work, "metrics.parquet", encode_table(rows, _COLUMNS)),
         write_file(work, "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode()),
@@ -226,14 +230,6 @@ def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureR
         psnr = {name: hole_psnr(image, truth, valid) or 0.0 for name, image in methods.items()}
         made.append(PictureRow(strip(truth, valid, methods), **keys, hole_psnr=psnr))
     return made
-
-
-def _log(store: Store, folder: str) -> list[dict[str, Any]]:
-    """The training's log; empty where a run has none."""
-    key = f"{folder}/log.jsonl"
-    if not store.exists(key):
-        return []
-    return [json.loads(line) for line in store.read(key).splitlines() if line.strip()]
 
 
 def _chain(work: Work) -> list[Mapping[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpnet.evaluation.protocol import METHODS
+from dpnet.evaluation.protocol import BRIEF, METHODS, METRICS
 from dpnet.model import ModelConfig
 
 FILES = {
@@ -13,7 +13,7 @@ FILES = {
     "onnx": "generator.onnx",
     "torchscript": "generator.ts",
 }
-_METRICS = {"hole_psnr": ("hole PSNR, dB", 2), "ssim": ("SSIM", 4), "l1": ("L1, %", 2)}
+_METRICS = {name: METRICS[name] for name in BRIEF}
 
 _PREPARE = """\
 Everything below goes on from these lines:
@@ -138,12 +138,12 @@ def _evaluation(facts: Mapping[str, Any]) -> str:
     if means := evaluation["figures"].get("mean_over_bins"):
         lines += [
             "",
-            "| method | " + " | ".join(label for label, _ in _METRICS.values()) + " |",
+            "| method | " + " | ".join(m.label for m in _METRICS.values()) + " |",
             "|---|" + "---|" * len(_METRICS),
         ]
         for method, label in METHODS.items():
             if method in means:
-                cells = [_figure(means[method].get(key), n) for key, (_, n) in _METRICS.items()]
+                cells = [_figure(means[method].get(key), m.digits) for key, m in _METRICS.items()]
                 lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

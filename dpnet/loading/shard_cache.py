@@ -8,6 +8,7 @@ evicted: who has it open reads on.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 import threading
@@ -17,8 +18,9 @@ from pathlib import Path
 
 from data_prep.core.digest import sha256_file
 from data_prep.core.errors import StorageError, storage_error
-from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
+
+log = logging.getLogger(__name__)
 
 _NEW = ".new-"  # with a shard's hash: one that is being fetched, its whole size reserved
 _SHARD = re.compile(r"[0-9a-f]{64}\.tar")  # nothing else in the folder is ever deleted
@@ -73,9 +75,9 @@ class ShardCache:
         with self._telling:
             told, self._told = self._told, True
         if not told:
-            say(
-                f"warning: {storage_error(error, f'train.cache {self.folder}')}"
-                " Until then shards are fetched each time."
+            log.warning(
+                "%s Until then shards are fetched each time.",
+                storage_error(error, f"train.cache {self.folder}"),
             )
 
     def _fetch(self, store: Store, key: str, sha256: str, size: int) -> bool:

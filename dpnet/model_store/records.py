@@ -40,7 +40,7 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
         if len(keys) > 1:
             names = ", ".join(f"models:/{key.split('/')[1]}@{CHAMPION}" for key in keys)
             raise PipelineError(f"{store.uri} has several champions: choose one of {names}.")
-        return _read_record(store, keys[0])
+        return read_record(store, keys[0])
     match = _REFERENCE.fullmatch(reference)
     if match is None or match[2] not in (None, CHAMPION):
         raise PipelineError(
@@ -50,19 +50,19 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     name = CHAMPION if match[2] else f"v{int(match[3])}"
     key = f"registry/{match[1]}/{name}.json"
     if not store.exists(key):
-        known = sorted(_records(store, match[1]))
+        known = sorted(read_records(store, match[1]))
         there = f"its versions are {', '.join(map(str, known))}" if known else "no such model"
         raise PipelineError(f"{store.uri} has no {reference}: {there}; check --root and the name.")
-    return _read_record(store, key)
+    return read_record(store, key)
 
 
 def find_champion(store: Store, model: str) -> dict[str, Any] | None:
     """The record of the model's champion; None where it has no version yet."""
     key = f"registry/{model}/{CHAMPION}.json"
-    return _read_record(store, key) if store.exists(key) else None
+    return read_record(store, key) if store.exists(key) else None
 
 
-def _read_record(store: Store, key: str) -> dict[str, Any]:
+def read_record(store: Store, key: str) -> dict[str, Any]:
     try:
         record = json.loads(store.read(key))
         folder = record["run"]["folder"]
@@ -75,8 +75,8 @@ def _read_record(store: Store, key: str) -> dict[str, Any]:
     )
 
 
-def _records(store: Store, model: str) -> dict[int, dict[str, Any]]:
+def read_records(store: Store, model: str) -> dict[int, dict[str, Any]]:
     """Every version's record in storage."""
     keys = [e.key for e in store.list(f"registry/{model}")]
     found = [re.fullmatch(rf"registry/{re.escape(model)}/v(\d+)\.json", key) for key in keys]
-    return {int(match[1]): _read_record(store, match[0]) for match in found if match}
+    return {int(match[1]): read_record(store, match[0]) for match in found if match}

@@ -15,7 +15,7 @@ from dpnet.tracking.run_log import read_log, read_status
 if TYPE_CHECKING:  # the config is composed of this module's settings
     from dpnet.pipeline.config import Config
 from dpnet.pipeline.settings import CostSettings
-from dpnet.tracking.run_log import worked
+from dpnet.tracking.run_log import hours_worked
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def measured(store: Store, folder: str, prices: CostSettings) -> Cost:
     and checkpoints in between. So it leaves out the start of the workers, and steps that were lost
     with a worker and made again count once.
     """
-    return Cost(*worked(_log(store, folder)), prices)
+    return Cost(*hours_worked(_log(store, folder)), prices)
 
 
 def estimated(
@@ -99,7 +99,7 @@ def _known_speed(store: Store, config: Config) -> float | None:
     for _, folder in sorted(alike, reverse=True):
         if _network(store, folder) == config.model.model_dump():
             log = [r for r in _log(store, folder) if r.get("kind") == "train"]
-            worker_hours = sum(worked(log))
+            worker_hours = sum(hours_worked(log))
             if worker_hours > 0:
                 return float(sum(record["images"] for record in log) / worker_hours / 3600)
     return None

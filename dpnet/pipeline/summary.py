@@ -13,10 +13,11 @@ from typing import Any
 from data_prep.core.digest import SHORT
 from data_prep.core.stage import StageRef
 from data_prep.core.storage.store import Store
+from dpnet.evaluation import protocol
 from dpnet.pipeline.cost import hours_text
 
-METHODS = {"dpnet": "DPNet", "mean_fill": "mean fill", "telea": "Telea"}
-METRICS = {"hole_psnr": ("hole PSNR, dB", 2), "ssim": ("SSIM", 4), "l1": ("L1, %", 2)}
+METHODS = {name: protocol.METHODS[name] for name in ("dpnet", "mean_fill", "telea")}
+METRICS = {name: protocol.METRICS[name] for name in protocol.BRIEF}
 
 Summary = dict[str, Any]
 
@@ -108,7 +109,7 @@ def as_markdown(
 def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
     """For each metric a row for each bin of hole share, a column for each method."""
     lines: list[str] = []
-    for metric, (title, digits) in METRICS.items():
+    for metric, (title, digits, _) in METRICS.items():
         rows = [
             [hole, str(group["pairs"])]
             + [f"{group['methods'][m][metric]['mean']:.{digits}f}" for m in METHODS]
@@ -175,7 +176,7 @@ def figures_text(summary: Summary) -> str:
     names = [*METHODS.values()]
     widths = [max(len(name), 6) for name in names]
     group = sum(widths) + 2 * (len(widths) - 1)
-    heading = "   ".join(f"{title:^{group}}" for title, _ in METRICS.values())
+    heading = "   ".join(f"{title:^{group}}" for title, _, _ in METRICS.values())
     columns = "   ".join(
         "  ".join(f"{n:>{w}}" for n, w in zip(names, widths, strict=True)) for _ in METRICS
     )
@@ -185,7 +186,7 @@ def figures_text(summary: Summary) -> str:
     for hole, pairs, row in rows:
         cells = "   ".join(
             "  ".join(f"{row[m][k]:>{w}.{digits}f}" for m, w in zip(METHODS, widths, strict=True))
-            for k, (_, digits) in METRICS.items()
+            for k, (_, digits, _) in METRICS.items()
         )
         lines.append(f"{hole:<9}  {pairs:>5}   {cells}")
     return "\n".join(lines)

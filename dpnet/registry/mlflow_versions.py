@@ -7,15 +7,17 @@ found again by its request digest. Of runs, `dpnet.tracking.mlflow_runs` knows.
 from __future__ import annotations
 
 import calendar
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
-from dpnet.tracking.mlflow_runs import Course, leaves, log_figures, training_run
+from dpnet.tracking.mlflow_runs import LogUploader, flatten, log_figures, training_run
 from dpnet.tracking.run_log import read_log
+
+log = logging.getLogger(__name__)
 
 
 def restore_versions(
@@ -46,7 +48,7 @@ def restore_versions(
             _refuse(model, number)
         client.set_registered_model_alias(model, record["alias"], made.version)
     if lost:
-        say(f"MLflow did not know {len(lost)} version(s) of {model}: made again from storage.")
+        log.info("MLflow had lost %d version(s) of %s: restored from storage.", len(lost), model)
 
 
 def _refuse(model: str, number: int) -> NoReturn:
@@ -118,11 +120,11 @@ def _log_run(
     not be reached while it went on.
     """
     run_id = training_run(client, store, training)
-    Course(client, run_id).add(read_log(store, training["folder"]))
+    LogUploader(client, run_id).add(read_log(store, training["folder"]))
     client.set_tag(run_id, evaluation["stage"], f"{store.uri}/{evaluation['folder']}")
     # A fixed time, so that repeating the call adds no second point.
     at = calendar.timegm(time.strptime(evaluation["created"], "%Y-%m-%dT%H:%M:%SZ")) * 1000
-    figures = leaves(evaluation["summary"]["figures"])
+    figures = flatten(evaluation["summary"]["figures"])
     log_figures(client, run_id, {k: v for k, v in figures.items() if v is not None}, at)
     if client.get_run(run_id).info.status != "FINISHED":  # would take now for the training's end
         client.set_terminated(run_id)

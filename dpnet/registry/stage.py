@@ -11,6 +11,7 @@ that is killed between any two of them goes on where it stopped and never makes 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease
 from data_prep.core.paths import MLFLOW_DATABASE
-from data_prep.core.progress import say
 from data_prep.core.stage import Produced, Request, StageRef, Work, read_manifest, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
@@ -28,10 +28,12 @@ from dpnet.model_store.records import (
     CHAMPION,
     INPUTS,
     RECORD,
-    _records,
     find_champion,
+    read_records,
 )
 from dpnet.registry.settings import RegisterSettings
+
+log = logging.getLogger(__name__)
 
 
 def register(
@@ -59,7 +61,7 @@ def register(
             **({AGAINST: against} if against is not None else {}),
         },
     )
-    return run_stage(store, request, lambda work: _build(work, settings.model, uri), say)
+    return run_stage(store, request, lambda work: _build(work, settings.model, uri), log.info)
 
 
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
@@ -80,8 +82,8 @@ def _build(work: Work, model: str, uri: str) -> Produced:
     from dpnet.tracking.mlflow_client import connect
 
     store, top = work.store, work.request.top
-    with Lease(store, f"{top}/lease.json", waiting=say) as lease, connect(uri) as client:
-        records = _records(store, model)
+    with Lease(store, f"{top}/lease.json", waiting=log.info) as lease, connect(uri) as client:
+        records = read_records(store, model)
         mlflow.restore_versions(client, store, model, records)
         crown = f"{top}/{CHAMPION}.json"
         champion = find_champion(store, model)

@@ -31,8 +31,8 @@ def connect(uri: str) -> Iterator[Any]:
         yield new_client(uri)
     except (MlflowException, SQLAlchemyError) as error:
         raise PipelineError(
-            f"MLflow at {public(uri)} refused the registration ({reason(error)}): check"
-            " register.tracking_uri and that it can be written, then run the same command again."
+            f"MLflow at {without_credentials(uri)} refused the registration ({reason_of(error)}):"
+            " check register.tracking_uri and that it can be written, then run the same command again."
         ) from error
 
 
@@ -52,7 +52,7 @@ def new_client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """What an error of MLflow's says, in one line and without credentials."""
     # SQLAlchemy may begin with advice to programmers, in a line of its own.
     lines = [line for line in str(error).splitlines() if not line.startswith("(raised as")]
@@ -60,7 +60,7 @@ def reason(error: BaseException) -> str:
         return type(error).__name__
     # Of a server that is not reached, the last of several errors within one another.
     cause = re.search(r"Caused by .*?: ([^\"]*)", lines[0])
-    return public(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
+    return without_credentials(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
 
 
 def _create_database(path: Path) -> None:
@@ -79,6 +79,6 @@ def _create_database(path: Path) -> None:
         LocalStore(path.parent).create(path.name, new.read_bytes())
 
 
-def public(text: str) -> str:
+def without_credentials(text: str) -> str:
     """A URI, or a text with URIs in it, without users and passwords."""
     return re.sub(r"://\S*@", "://", text)

@@ -9,6 +9,7 @@ the next look it is tried again.
 
 from __future__ import annotations
 
+import logging
 import os
 import posixpath
 import tempfile
@@ -16,11 +17,12 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from data_prep.core.progress import say
 from data_prep.core.stage import Work
-from dpnet.tracking.mlflow_client import new_client, public, reason
-from dpnet.tracking.mlflow_runs import Course, training_run
+from dpnet.tracking.mlflow_client import new_client, reason_of, without_credentials
+from dpnet.tracking.mlflow_runs import LogUploader, training_run
 from dpnet.tracking.run_log import read_log, read_status
+
+log = logging.getLogger(__name__)
 
 EVERY_S = 5.0  # between two looks at what training tells
 FLUSH_S = 60.0  # for which the last of it is waited for
@@ -30,7 +32,7 @@ PICTURES = "pictures"
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
-class Tracker:
+class MlflowFollower:
     """Keeps MLflow at `uri` up to date on the training of `work` while in the `with` block.
 
     Without `uri` nothing is tracked. The MLflow run is the training's, whoever began it, and is
@@ -47,7 +49,7 @@ class Tracker:
         self._told: set[str] = set()
         self._thread = threading.Thread(target=self._follow, name="dpnet-mlflow", daemon=True)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> MlflowFollower:
         if self._uri is not None:
             self._environment = [name for name in _PATIENCE if name not in os.environ]
             os.environ.update({name: _PATIENCE[name] for name in self._environment})
@@ -70,7 +72,7 @@ class Tracker:
         seconds = FLUSH_S if kind is None else ABORT_S
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._warn_of_course(f"it needs more than {seconds:.0f} s for the last of it")
+            self._warn_not_logged(f"it needs more than {seconds:.0f} s for the last of it")
         for name in self._environment:
             os.environ.pop(name, None)
 
@@ -90,7 +92,7 @@ class Tracker:
                     self._look()
             except Exception as error:
                 self._run = None  # what of it has come through is asked anew
-                self._warn_of_course(reason(error))
+                self._warn_not_logged(reason_of(error))
 
     def _look(self, status: str | None = None) -> None:
         """Add what is new, and how training ended. Raises whatever MLflow raises."""
@@ -105,24 +107,24 @@ class Tracker:
             self._run.add_pictures()
         except Exception as error:
             self._warn(
-                f"MLflow does not take the validation pictures ({reason(error)}): they are in"
+                f"MLflow does not take the validation pictures ({reason_of(error)}): they are in"
                 f" {self._work.store.uri}/{self._work.folder}/{PICTURES}",
-                "pictures",
+                PICTURES,
             )
 
-    def _warn_of_course(self, why: str) -> None:
+    def _warn_not_logged(self, why: str) -> None:
         self._warn(
-            f"MLflow at {public(str(self._uri))} does not take the course of training ({why}):"
-            " training is not held up, and what is missing is added when it is registered at the"
-            " latest",
-            "course",
+            f"MLflow at {without_credentials(str(self._uri))} does not take the log of training"
+            f" ({why}): training continues, and the missing records are added at the latest when"
+            " the model is registered",
+            "log",
         )
 
     def _warn(self, sentence: str, about: str) -> None:
         """Once about the same."""
         if about not in self._told:
             self._told.add(about)
-            say(f"warning: {sentence}")
+            log.warning("%s", sentence)
 
 
 class _Run:
@@ -141,7 +143,7 @@ class _Run:
         self.client = new_client(uri)
         self.id = training_run(self.client, work.store, training)
         self.client.update_run(self.id, "RUNNING")
-        self.course = Course(self.client, self.id)
+        self.course = LogUploader(self.client, self.id)
         self._pictures: set[str] | None = None  # names of those that MLflow has
 
     def add_pictures(self) -> None:

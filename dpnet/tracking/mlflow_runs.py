@@ -40,7 +40,7 @@ def training_run(client: Any, store: Store, training: Mapping[str, Any]) -> str:
         tags |= {"train_digest": digest, "train": place}
         name = f"{training['name']}-{digest[:SHORT]}"
         run_id = str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
-    params = [Param(k, str(v)[:6000]) for k, v in leaves(training["settings"]).items()]
+    params = [Param(k, str(v)[:6000]) for k, v in flatten(training["settings"]).items()]
     for start in range(0, len(params), _CALL_PARAMS):
         client.log_batch(run_id, params=params[start : start + _CALL_PARAMS])
     return run_id
@@ -72,7 +72,7 @@ def _experiment(client: Any, store: Store, name: str) -> str:
     return str(client.create_experiment(name, artifact_location=f"{store.uri}/mlflow-artifacts"))
 
 
-class Course:
+class LogUploader:
     """The course of a training in its MLflow run: adds of the log what is not there yet.
 
     A training that is taken up from a checkpoint does some of its steps again, and the same comes
@@ -115,7 +115,7 @@ def _figures(record: Mapping[str, Any], steps: int) -> dict[str, float]:
     if record["kind"] == "validation":
         return {f"validation.{name}": record[name] for name in ("hole_psnr", "mean_fill_psnr")}
     seconds = record["seconds"]
-    figures = leaves({name: record.get(name, {}) for name in ("losses", "gradients")})
+    figures = flatten({name: record.get(name, {}) for name in ("losses", "gradients")})
     figures["throughput.images_per_second"] = record["images"] / max(seconds, 1e-9)
     if "data_seconds" in record:  # not in logs of earlier versions
         data = record["data_seconds"]
@@ -141,13 +141,13 @@ def log_figures(client: Any, run_id: str, figures: Mapping[str, float], at: int)
         client.log_batch(run_id, metrics=metrics[start : start + _CALL_METRICS])
 
 
-def leaves(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """The leaves of nested mappings under dotted names, with the characters MLflow allows."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         name = before + re.sub(r"[^\w. /-]", "_", str(key))
         if isinstance(value, Mapping):
-            found |= leaves(value, f"{name}.")
+            found |= flatten(value, f"{name}.")
         else:
             found[name] = value
     return found

@@ -10,13 +10,10 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.core.errors import StorageError
 from data_prep.core.storage.store import Store
-
-if TYPE_CHECKING:  # the config is composed of this module's settings
-    pass
 
 STATUS, LOG = "status.json", "log.jsonl"
 LOCAL_S, REMOTE_S = 0.5, 5.0  # least time between two writes of the same object
@@ -39,7 +36,7 @@ class Journal:
         self._put(STATUS, json.dumps({**record, "time": round(time.time(), 3)}).encode())
 
     def log(self, records: Sequence[Mapping[str, Any]]) -> None:
-        self._put(LOG, "".join(json.dumps(record) + "\n" for record in records).encode())
+        self._put(LOG, encode_log(records))
 
     def picture(self, step: int, png: bytes) -> None:
         """The strip of validation pictures at a step."""
@@ -86,13 +83,27 @@ def read_status(store: Store, run: str) -> dict[str, Any]:
 def read_log(store: Store, folder: str) -> list[dict[str, Any]]:
     """The records of a run's log so far; none where there is no log."""
     try:
-        lines = store.read(f"{folder}/{LOG}").splitlines()
+        data = store.read(f"{folder}/{LOG}")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    return decode_log(data)
 
 
-def worked(log: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+def encode_log(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return a log's file: one record of JSON a line."""
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def decode_log(data: bytes) -> list[dict[str, Any]]:
+    """Return the records of a log's file.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
+    return [json.loads(line) for line in data.splitlines() if line.strip()]
+
+
+def hours_worked(log: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     """Hours of workers with a GPU and without, of a log; where it does not tell their number, as
     those of earlier versions, it was one."""
     gpu = cpu = 0.0

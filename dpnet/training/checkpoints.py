@@ -26,6 +26,7 @@ from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
+from dpnet.tracking.run_log import decode_log, encode_log
 
 FORMAT = 1
 MARK, STATE, LOG = "checkpoint.json", "state.pt", "log.jsonl"
@@ -98,7 +99,7 @@ def load(store: Store, mark: Mark) -> Loaded:
             raise PipelineError(f"{name} was altered or cut short")
     try:
         state = torch.load(io.BytesIO(data[STATE]), map_location="cpu", weights_only=True)
-        log = [json.loads(line) for line in data[LOG].splitlines()]
+        log = decode_log(data[LOG])
     except Exception as error:
         raise PipelineError(f"it cannot be read ({type(error).__name__})") from error
     return Loaded(mark, state, log)
@@ -213,7 +214,7 @@ class Writer:
     ) -> None:
         """Begin to write; waits for the checkpoint before this one, and raises what it raised."""
         self.wait()
-        lines = "".join(json.dumps(record) + "\n" for record in log).encode()
+        lines = encode_log(log)
         self._pending = self._pool.submit(self._write, step, state, lines, score, finished)
 
     def wait(self) -> None:

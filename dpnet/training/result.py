@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import FileRecord, Work
 from data_prep.shards.shards import write_file
-from dpnet.tracking.run_log import worked
+from dpnet.tracking.run_log import encode_log, hours_worked
 from dpnet.training.checkpoints import newest
 from dpnet.training.job import TrainJob, is_finished
 
@@ -40,7 +39,7 @@ def collect(job: TrainJob, work: Work) -> tuple[list[FileRecord], dict[str, Any]
         "images": job.images.content_digest,
         "masks": job.masks.content_digest,
     }
-    text = "".join(json.dumps(record) + "\n" for record in loaded.log).encode()
+    text = encode_log(loaded.log)
     files = [
         *save_generator(work.store, work.folder, state.ema, facts),
         write_file(work, "log.jsonl", text, content=False),
@@ -58,7 +57,7 @@ def _summary(job: TrainJob, log: list[dict[str, Any]], result: int) -> dict[str,
     (kept,) = [record for record in validations if record["step"] == result]
     seconds = sum(record["seconds"] for record in training)
     steps = training[-1]["step"]
-    gpu_hours, cpu_hours = worked(training)
+    gpu_hours, cpu_hours = hours_worked(training)
     return {
         "steps": steps,
         "samples": steps * job.settings.batch_size,

@@ -20,7 +20,7 @@ from typing import Any
 
 from data_prep.core.progress import Progress, say
 from data_prep.core.stage import Work
-from dpnet.tracking.mlflow_follower import Tracker
+from dpnet.tracking.mlflow_follower import MlflowFollower
 from dpnet.tracking.run_log import read_status
 from dpnet.training.ray.launchers import Launcher, choose_launcher
 from dpnet.training.settings import LaunchSettings
@@ -35,7 +35,7 @@ def launched(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: W
     launcher = choose_launcher(job, launch, work)
     resumed_from: int | None = None
     with (
-        Tracker(tracking_uri, work),
+        MlflowFollower(tracking_uri, work),
         Progress("train", job.settings.steps, "steps") as progress,
         _stacks_on_signal(launcher),
         _waits() as wait,

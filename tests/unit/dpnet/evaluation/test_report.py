@@ -126,7 +126,7 @@ def test_it_says_plainly_where_a_peer_is_better():
 def test_the_best_figure_of_a_row_is_bold_where_less_is_better_too():
     page = render()
     assert "<b>19.50</b>" in page  # Telea's hole PSNR
-    assert "<b>10.500</b>" in page  # Telea's L1, the lowest
+    assert "<b>10.50</b>" in page  # Telea's L1, the lowest
     assert "<b>18.25</b>" not in page.partition("<table>")[2]
 
 

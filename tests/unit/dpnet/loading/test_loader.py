@@ -524,11 +524,11 @@ def test_from_s3_come_the_same_batches_with_and_without_a_cache(
 
 
 def test_without_the_folder_of_its_cache_it_goes_on(
-    data: Data, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(tmp_path / "cache", 10**9)
     (tmp_path / "cache").rmdir()
     (tmp_path / "cache").write_bytes(b"")
     whole = batches(loader_of(data), 0, 10)
     assert same(batches(loader_of(data, Far(data.store), cache=cache), 0, 10), whole)
-    assert capsys.readouterr().err.count("warning:") == 1
+    assert caplog.text.count("WARNING") == 1

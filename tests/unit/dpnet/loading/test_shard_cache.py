@@ -122,12 +122,12 @@ def test_bytes_of_another_hash_are_not_kept(far: Far, folder: Path) -> None:
 
 
 def test_a_shard_that_the_store_does_not_have_is_no_affair_of_the_cache(
-    far: Far, folder: Path, capsys: pytest.CaptureFixture[str]
+    far: Far, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     far.near.delete("a")
     with pytest.raises(FileNotFoundError):
         taken(ShardCache(folder, 10 * SIZE), far, "a")
-    assert not capsys.readouterr().err
+    assert not caplog.text
 
 
 def test_a_dropped_shard_is_fetched_again(far: Far, folder: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_file_in_place_of_the_folder_is_told_at_once(far: Far, folder: Path) -
 
 @pytest.mark.parametrize("instead", ["a file", "nothing"])
 def test_a_folder_that_goes_is_told_once_and_done_without(
-    far: Far, folder: Path, instead: str, capsys: pytest.CaptureFixture[str]
+    far: Far, folder: Path, instead: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(folder, 10 * SIZE)
     shutil.rmtree(folder)
@@ -265,8 +265,8 @@ def test_a_folder_that_goes_is_told_once_and_done_without(
     assert taken(cache, far, "a") is None
     assert taken(cache, far, "b") is None
     cache.drop(HASHES["a"])
-    said = capsys.readouterr().err
-    assert said.count("warning: cannot use train.cache") == 1
+    said = caplog.text
+    assert said.count("cannot use train.cache") == 1
     assert "shards are fetched each time" in said
 
 
@@ -283,7 +283,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_told_once_and_what_is_there_is_still_used(
-    far: Far, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    far: Far, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(small_disk, 10**9)
     taken(cache, far, "a")
@@ -292,7 +292,7 @@ def test_a_full_disk_is_told_once_and_what_is_there_is_still_used(
     assert taken(cache, far, "b") is None
     assert taken(cache, far, "c") is None
     assert taken(cache, far, "a") == b"a" * SIZE
-    assert capsys.readouterr().err.count("the disk is full: free some space") == 1
+    assert caplog.text.count("the disk is full: free some space") == 1
     (small_disk / "other").unlink()
     assert taken(cache, far, "b") == b"b" * SIZE
     assert far.downloads.count("a") == 1
@@ -300,23 +300,23 @@ def test_a_full_disk_is_told_once_and_what_is_there_is_still_used(
 
 
 def test_of_a_read_only_disk_what_is_there_is_used(
-    far: Far, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    far: Far, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(small_disk, 10**9)
     taken(cache, far, "a")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert taken(cache, far, "a") == b"a" * SIZE
-    assert not capsys.readouterr().err
+    assert not caplog.text
     assert taken(cache, far, "b") is None
     cache.drop(HASHES["a"])
-    assert "read-only file system" in capsys.readouterr().err
+    assert "read-only file system" in caplog.text
 
 
 def test_a_full_disk_is_told_of_a_store_on_s3_too(
-    small_disk: Path, moto_root: str, capsys: pytest.CaptureFixture[str]
+    small_disk: Path, moto_root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, data = open_store(moto_root), bytes(128 << 10)
     store.write("a", data)
     assert ShardCache(small_disk, 10**9).open(store, "a", sha256_bytes(data), len(data)) is None
-    assert "the disk is full" in capsys.readouterr().err
+    assert "the disk is full" in caplog.text
     assert not list(small_disk.glob(".new-*"))

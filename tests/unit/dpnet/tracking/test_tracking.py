@@ -15,7 +15,7 @@ from dpnet.registry.settings import RegisterSettings
 from dpnet.registry.stage import register
 from dpnet.tracking import mlflow_client
 from dpnet.tracking import mlflow_follower as tracking
-from dpnet.tracking.mlflow_follower import Tracker
+from dpnet.tracking.mlflow_follower import MlflowFollower
 from dpnet.tracking.run_log import Journal
 
 SETTINGS = {"train": {"steps": 75, "batch_size": 2}}
@@ -73,7 +73,7 @@ def tell(work, log, pictures=()):
 
 def track(uri, work, log, error=None, **told):
     """A training that tells `log` and ends, with `error` where there is one."""
-    with Tracker(uri, work):
+    with MlflowFollower(uri, work):
         tell(work, log, **told)
         if error:
             raise error
@@ -97,6 +97,11 @@ def points(uri, name):
     return [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)]
 
 
+def logged(caplog):
+    """What our own modules have logged."""
+    return [each.getMessage() for each in caplog.records if each.name.startswith("dpnet")]
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 10
     while not condition():
@@ -106,7 +111,7 @@ def wait_for(condition):
 
 def test_training_shows_while_it_goes_on(store, uri):
     work = work_in(store)
-    with Tracker(uri, work):
+    with MlflowFollower(uri, work):
         tell(work, COURSE[:2])
         wait_for(lambda: runs(uri) and points(uri, "losses.hole") == [(25, 0.3)])
         assert only_run(uri).info.status == "RUNNING"
@@ -146,7 +151,7 @@ def test_a_resumed_training_goes_on_in_the_same_run_without_a_point_twice(store,
     work = work_in(store)
     with pytest.raises(KeyboardInterrupt):
         track(uri, work, COURSE[:4], KeyboardInterrupt())
-    with Tracker(uri, work):
+    with MlflowFollower(uri, work):
         tell(work, COURSE[:2])  # the checkpoint's log: what came after it is done again
         tell(work, [*COURSE[:2], trained(30), trained(50, 0.2)])
         tell(work, [*COURSE[:2], trained(30), *COURSE[2:]])
@@ -155,7 +160,7 @@ def test_a_resumed_training_goes_on_in_the_same_run_without_a_point_twice(store,
     assert only_run(uri).info.status == "FINISHED"
 
 
-def test_a_point_whose_answer_was_lost_is_not_logged_again(store, uri, monkeypatch, capsys):
+def test_a_point_whose_answer_was_lost_is_not_logged_again(store, uri, monkeypatch, caplog):
     client_of = mlflow_client.new_client
     lost = []
 
@@ -174,12 +179,12 @@ def test_a_point_whose_answer_was_lost_is_not_logged_again(store, uri, monkeypat
 
     monkeypatch.setattr(tracking, "new_client", new_client)
     work = work_in(store)
-    with Tracker(uri, work):
+    with MlflowFollower(uri, work):
         tell(work, COURSE)
         wait_for(lambda: lost)
     assert len(points(uri, "losses.hole")) == 3
     assert only_run(uri).info.status == "FINISHED"
-    assert capsys.readouterr().err.count("the answer got lost") == 1
+    assert caplog.text.count("the answer got lost") == 1
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,7 @@ def test_the_status_says_how_training_ended(store, uri, error, status):
 
 
 def test_a_training_that_does_not_begin_makes_no_run(store, uri):
-    with pytest.raises(PipelineError), Tracker(uri, work_in(store)):
+    with pytest.raises(PipelineError), MlflowFollower(uri, work_in(store)):
         raise PipelineError("no cluster")
     assert runs(uri) == []
 
@@ -213,24 +218,27 @@ def test_pictures_become_artifacts(store, uri, tmp_path, monkeypatch):
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_pictures_of_a_root_on_s3_are_stored_where_aws_endpoint_url_leads(moto_root, uri, capsys):
+def test_pictures_of_a_root_on_s3_are_stored_where_aws_endpoint_url_leads(
+    moto_root, uri, caplog, capsys
+):
     work = work_in(open_store(moto_root))
     track(uri, work, COURSE, pictures=[75])
     artifacts = only_run(uri).info.artifact_uri.removeprefix(f"{moto_root}/")
     assert work.store.read(f"{artifacts}/pictures/step-00000075.png") == b"png of step 75"
+    assert logged(caplog) == []
     assert capsys.readouterr().err == ""
 
 
-def test_pictures_that_cannot_be_stored_are_told_once_and_stop_nothing(store, uri, capsys):
+def test_pictures_that_cannot_be_stored_are_told_once_and_stop_nothing(store, uri, caplog):
     store.write("mlflow-artifacts", b"a file in the way")
     work = work_in(store)
-    with Tracker(uri, work):
+    with MlflowFollower(uri, work):
         tell(work, COURSE[:4], pictures=[50])
         wait_for(lambda: runs(uri) and len(points(uri, "losses.hole")) == 2)
         tell(work, COURSE, pictures=[75])
     assert only_run(uri).info.status == "FINISHED"
     assert len(points(uri, "losses.hole")) == 3
-    assert capsys.readouterr().err.count("does not take the validation pictures") == 1
+    assert caplog.text.count("does not take the validation pictures") == 1
 
 
 @contextmanager
@@ -242,32 +250,32 @@ def mute_server():
         yield server.getsockname()[1]
 
 
-def test_a_server_that_is_not_there_is_told_once_and_delays_nothing(store, capsys):
+def test_a_server_that_is_not_there_is_told_once_and_delays_nothing(store, caplog):
     work = work_in(store)
-    with Tracker("http://me:secret@127.0.0.1:9", work):
+    with MlflowFollower("http://me:secret@127.0.0.1:9", work):
         tell(work, COURSE[:2])
         time.sleep(0.5)
         tell(work, COURSE)
         ended = time.monotonic()
     assert time.monotonic() - ended < 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: MLflow at http://127.0.0.1:9 does not take the course")
+    (line,) = logged(caplog)
+    assert line.startswith("MLflow at http://127.0.0.1:9 does not take the log")
     assert "secret" not in line
 
 
-def test_a_server_that_never_answers_is_not_waited_for(store, monkeypatch, capsys):
+def test_a_server_that_never_answers_is_not_waited_for(store, monkeypatch, caplog):
     monkeypatch.setattr(tracking, "FLUSH_S", 0.2)
     monkeypatch.setitem(tracking._PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with mute_server() as port:
-        with Tracker(f"http://127.0.0.1:{port}", work_in(store)) as tracker:
+        with MlflowFollower(f"http://127.0.0.1:{port}", work_in(store)) as tracker:
             tell(tracker._work, COURSE)
             ended = time.monotonic()
         assert time.monotonic() - ended < 1
-        assert "needs more than" in capsys.readouterr().err
+        assert "needs more than" in caplog.text
         tracker._thread.join(10)
 
 
-def test_what_a_server_missed_is_added_when_it_is_there(store, uri, monkeypatch, capsys):
+def test_what_a_server_missed_is_added_when_it_is_there(store, uri, monkeypatch, caplog):
     client_of = mlflow_client.new_client
     away = [True, True]
 
@@ -279,11 +287,11 @@ def test_what_a_server_missed_is_added_when_it_is_there(store, uri, monkeypatch,
 
     monkeypatch.setattr(tracking, "new_client", new_client)
     work = work_in(store)
-    with Tracker(uri, work):
+    with MlflowFollower(uri, work):
         tell(work, COURSE)
         wait_for(lambda: runs(uri))
     assert len(points(uri, "losses.hole")) == 3
-    assert capsys.readouterr().err.count("nobody there") == 1
+    assert caplog.text.count("nobody there") == 1
 
 
 def test_without_mlflow_nothing_is_tracked(store, uri):
