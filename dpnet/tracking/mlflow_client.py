@@ -32,7 +32,7 @@ def connect(uri: str) -> Iterator[Any]:
     except (MlflowException, SQLAlchemyError) as error:
         raise PipelineError(
             f"MLflow at {without_credentials(uri)} refused the registration ({reason_of(error)}):"
-            " check register.tracking_uri and that it can be written, then run the same command again."
+            " check register.tracking_uri and its permissions, then run the same command again."
         ) from error
 
 
