@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from data_prep.core.storage.store import Store
-from dpnet.cli import commands
+from dpnet.cli.commands import pipeline as commands
 from dpnet.pipeline.config import Config
 from flows import pipeline, run_from_command
 
@@ -64,7 +64,7 @@ def test_a_config_file_that_changes_after_the_check_has_no_effect(
     )
     root = str(tmp_path / "root")
     args = Namespace(config=str(file), set=["train.batch_size=3"], root=root, debug=False)
-    commands.pipeline_run(args)
+    commands.run(args)
     parameters, config = ran
     assert (config.train.steps, config.train.batch_size) == (10, 3)
     assert parameters == (str(file), root, ["train.batch_size=3"])  # the run is named after them

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from data_prep.core.errors import PipelineError
-from dpnet.cli import commands
+from dpnet.cli.commands.data import images_build
 from dpnet.pipeline.chain import StageName, check_config
 from dpnet.pipeline.config import load_config
 
@@ -52,10 +52,10 @@ def test_images_are_built_on_a_machine_without_the_vgg_file(
         raise Built
 
     monkeypatch.setattr("data_prep.images.stage.prepare_images", build)
-    monkeypatch.setattr("dpnet.cli.commands.with_photographs", lambda config, store: config)
+    monkeypatch.setattr("dpnet.pipeline.chain.with_photographs", lambda config, store: config)
     args = Namespace(
         source="demo", name=None, size=None, set=[VGG_FILE_MISSING],
         root=str(tmp_path), ray=None, retry_failed=False, repack=False,
     )  # fmt: skip
     with pytest.raises(Built):
-        commands.images_build(args)
+        images_build(args)
