@@ -109,7 +109,7 @@ class Data:
 
 def sets_of(data: Data) -> list[Any]:
     """Our shards of images and of masks."""
-    from data_prep.core.stage import load_reference
+    from data_prep.core.manifest import load_reference
     from data_prep.core.storage.open import open_store
     from dpnet.loading.shard_files import find_shards
 

@@ -78,7 +78,8 @@ def plan(count: int) -> dict[str, float]:
 
 def manifest(count: int) -> dict[str, float]:
     """Commit and read the manifest of `count` shards: seconds of each, MB of the file."""
-    from data_prep.core.stage import FileRecord, Produced, Request, load_reference, run_stage
+    from data_prep.core.manifest import FileRecord, load_reference
+    from data_prep.core.stage import Produced, Request, run_stage
     from data_prep.core.storage.local import LocalStore
 
     names = [f"train-{number:06d}" for number in range(count)]

@@ -33,8 +33,8 @@ from prefect.states import Completed
 
 from data_prep.core import progress
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment, say
-from data_prep.core.stage import StageRef
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown, holds

@@ -6,58 +6,26 @@ folder. `manifest.json` is written last: without it the stage did not happen, wh
 
 from __future__ import annotations
 
-import json
-import posixpath
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import Lease
+from data_prep.core.manifest import (
+    FORMAT,
+    FileRecord,
+    InputRef,
+    Manifest,
+    StageRef,
+    content_digest,
+    read_manifest,
+    reference,
+)
+from data_prep.core.paths import LEASE, MANIFEST
 from data_prep.core.storage.store import Store
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file that a stage made, its path relative to the stage's folder (`../` leads to one of an
-    earlier version).
-
-    `content` says whether it counts in the content digest: files that hold times or fingerprints
-    do not. `samples` is how many samples a tar has: the order of training is made of these counts
-    before any shard is opened.
-    """
-
-    path: str
-    size: int
-    sha256: str
-    content: bool = True
-    samples: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Without what is not known."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True)
-class StageRef:
-    """Reference to a committed stage: small, JSON, and all that the next stage needs."""
-
-    stage: str
-    name: str
-    folder: str  # key of the stage's folder under the root
-    request_digest: str
-    content_digest: str
-    seconds: float  # this call's own time
-    skipped: bool  # whether it was there already
-    summary: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -92,6 +60,26 @@ class Request:
     @property
     def folder(self) -> str:
         return f"{self.top}/{self.slug}{self.digest[: digest.SHORT]}"
+
+    def draft(self) -> Manifest:
+        """Return the manifest before the commit: without files, summary, digest of the content."""
+        return Manifest(
+            stage=self.stage,
+            name=self.name,
+            folder=self.folder,
+            request_digest=self.digest,
+            content_digest="",
+            settings=dict(self.settings),
+            inputs={
+                role: InputRef(ref.stage, ref.folder, ref.request_digest, ref.content_digest)
+                for role, ref in self.inputs.items()
+            },
+            sources=dict(self.sources),
+            files=[],
+            summary={},
+            created="",
+            seconds=0.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -134,93 +122,31 @@ def run_stage(
 
     if done():
         return _skipped(store, request, start)
-    with Lease(store, f"{request.folder}/lease.json", done=done, waiting=say) as lease:
+    with Lease(store, f"{request.folder}/{LEASE}", done=done, waiting=say) as lease:
         if not lease.held or done():
             return _skipped(store, request, start)
         produced = build(Work(store, request.folder, request, lease))
         files = sorted(produced.files, key=lambda f: f.path)
         seconds = time.monotonic() - start
-        manifest = {
-            "format": FORMAT,
-            "stage": request.stage,
-            "name": request.name,
-            "folder": request.folder,
-            "request_digest": request.digest,
-            "content_digest": content_digest(files),
-            "settings": dict(request.settings),
-            "inputs": {
-                role: {
-                    "stage": ref.stage,
-                    "folder": ref.folder,
-                    "request_digest": ref.request_digest,
-                    "content_digest": ref.content_digest,
-                }
-                for role, ref in request.inputs.items()
-            },
-            "sources": dict(request.sources),
-            "files": [f.to_json() for f in files],
-            "summary": produced.summary,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "seconds": round(seconds, 3),
-        }
-        lease.check()
-        if store.create(manifest_key, json.dumps(manifest, indent=1).encode()) is None:
-            return _skipped(store, request, start)
-    return _reference(manifest, seconds, skipped=False)
-
-
-def content_digest(files: Iterable[FileRecord]) -> str:
-    """Digest of what a stage made. A file of an earlier version that it refers to counts by its
-    name alone: the same shards are the same content whichever version holds them."""
-    return digest.content_digest(
-        (posixpath.basename(f.path) if f.path.startswith("../") else f.path, f.sha256)
-        for f in files
-        if f.content
-    )
-
-
-def read_manifest(store: Store, folder: str) -> dict[str, Any]:
-    """The manifest of a committed stage. Raises PipelineError if absent or unreadable."""
-    where = f"{store.uri}/{folder}/{MANIFEST}"
-    try:
-        manifest = json.loads(store.read(f"{folder}/{MANIFEST}"))
-    except FileNotFoundError:
-        raise PipelineError(f"{where} is missing: that stage was never finished.") from None
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict) or manifest.get("folder") != folder:
-        raise PipelineError(f"{where} was altered: delete its folder and run the stage again.")
-    if manifest.get("format") != FORMAT:
-        raise PipelineError(
-            f"{where} has format {manifest.get('format')!r}, this version reads {FORMAT}:"
-            " use the version of dpnet that wrote it, or build the stage again."
+        manifest = replace(
+            request.draft(),
+            content_digest=content_digest(files),
+            files=files,
+            summary=produced.summary,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            seconds=round(seconds, 3),
         )
-    return manifest
-
-
-def load_reference(store: Store, folder: str) -> StageRef:
-    """Reference to the stage committed in `folder`."""
-    return _reference(read_manifest(store, folder), 0.0, skipped=True)
+        lease.check()
+        if store.create(manifest_key, manifest.to_bytes()) is None:
+            return _skipped(store, request, start)
+    return reference(manifest, seconds, skipped=False)
 
 
 def _skipped(store: Store, request: Request, start: float) -> StageRef:
     manifest = read_manifest(store, request.folder)
-    if manifest["request_digest"] != request.digest:
+    if manifest.request_digest != request.digest:
         raise PipelineError(
             f"{store.uri}/{request.folder}/{MANIFEST} answers another request: it was altered;"
             " delete its folder and run the stage again."
         )
-    return _reference(manifest, time.monotonic() - start, skipped=True)
-
-
-def _reference(manifest: Mapping[str, Any], seconds: float, *, skipped: bool) -> StageRef:
-    return StageRef(
-        stage=manifest["stage"],
-        name=manifest["name"],
-        folder=manifest["folder"],
-        request_digest=manifest["request_digest"],
-        content_digest=manifest["content_digest"],
-        seconds=seconds,
-        skipped=skipped,
-        summary=manifest["summary"],
-    )
+    return reference(manifest, time.monotonic() - start, skipped=True)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import FileRecord
 from data_prep.core.pool import Map
 from data_prep.core.progress import Progress, say
-from data_prep.core.stage import FileRecord, Produced, Work
+from data_prep.core.stage import Produced, Work
 from data_prep.core.storage.store import Store
 from data_prep.images.plan import OTHER, PROBLEM, UNSURE, Plan, PlannedShard
 from data_prep.images.resolution import Resolution, resolve

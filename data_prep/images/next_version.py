@@ -132,7 +132,7 @@ def planned(
     source = open_source(settings.source, settings.layout)
     requested = settings.request_settings()
     earlier = versions(store, settings.name)
-    same = [manifest for manifest in earlier if manifest["settings"] == requested]
+    same = [manifest for manifest in earlier if manifest.settings == requested]
     parent = load_version(store, same[-1]) if same and not repack else None
     if parent is not None:
         parent.check_shards()
@@ -166,7 +166,7 @@ def planned(
     if same:
         # A listing says nothing of what is in a file. So that no earlier version that was asked for
         # with the same one is taken for this, each is asked for as what comes after the newest.
-        sources["after"] = str(same[-1]["request_digest"])
+        sources["after"] = same[-1].request_digest
     if retry_failed and past is not None:
         sources["retried"] = sha256_bytes((past.row[plan.before < 0]).tobytes())
     request = Request(
@@ -177,7 +177,7 @@ def planned(
         inputs={"parent": parent.reference} if parent is not None else {},
         sources=sources,
     )
-    number = 1 + max((manifest["summary"]["version"] for manifest in earlier), default=0)
+    number = 1 + max((manifest.summary["version"] for manifest in earlier), default=0)
     return Planned(source, plan, parent, past, request, number, workers)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import canonical_json, sha256_bytes, sha256_json
 from data_prep.core.errors import ItemError
-from data_prep.core.stage import FileRecord
+from data_prep.core.manifest import FileRecord
 from data_prep.pictures.cutting import Cutting
 from data_prep.pictures.formats import looks_like_image
 from data_prep.pictures.limits import PhotoError

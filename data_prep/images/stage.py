@@ -6,9 +6,10 @@ their hashes, commit. What an earlier version of the dataset holds already is no
 
 from __future__ import annotations
 
+from data_prep.core.manifest import StageRef
 from data_prep.core.pool import Map, run_tasks
 from data_prep.core.progress import say
-from data_prep.core.stage import StageRef, run_stage
+from data_prep.core.stage import run_stage
 from data_prep.core.storage.store import Store
 from data_prep.images.build import build, forget_records
 from data_prep.images.next_version import planned

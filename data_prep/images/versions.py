@@ -9,11 +9,12 @@ import posixpath
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import FileRecord, Manifest, StageRef, load_reference, read_manifest
+from data_prep.core.paths import MANIFEST
 from data_prep.core.progress import say
-from data_prep.core.stage import MANIFEST, FileRecord, StageRef, load_reference, read_manifest
 from data_prep.core.storage.store import Store
 from data_prep.images.plan import Hashes, key_hashes
 from data_prep.raw.listing import SPLITS, Item
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 SOURCES = "sources.parquet"
 OUTCOMES = ("sample", "duplicate", "failed", "ignored")  # of a listed item
 _SHARD = re.compile(rf"(?:\.\./[^/]+/)?((?:{'|'.join(SPLITS)})-\d{{6,}})\.(?:tar|parquet)")
-Manifest = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Version:
 
     @property
     def folder(self) -> str:
-        return str(self.manifest["folder"])
+        return self.manifest.folder
 
     @property
     def number(self) -> int:
-        return int(self.manifest["summary"]["version"])
+        return int(self.manifest.summary["version"])
 
     @property
     def reference(self) -> StageRef:
@@ -54,10 +54,10 @@ class Version:
         """The records of each shard's tar and index by the shard's name; paths are relative to this
         version's folder."""
         found: dict[str, list[FileRecord]] = {}
-        for record in self.manifest["files"]:
-            match = _SHARD.fullmatch(record["path"])
+        for record in self.manifest.files:
+            match = _SHARD.fullmatch(record.path)
             if match:
-                found.setdefault(match[1], []).append(FileRecord(**record))
+                found.setdefault(match[1], []).append(record)
         return found
 
     def tars(self) -> dict[str, str]:
@@ -146,25 +146,25 @@ def versions(store: Store, name: str) -> list[Manifest]:
             continue
         try:
             manifest = read_manifest(store, folder)
-            int(manifest["summary"]["version"])
+            int(manifest.summary["version"])
         except (PipelineError, KeyError, TypeError, ValueError):
             say(f"images: {folder} is damaged or of an older format: it is not looked at.")
             continue
         found.append(manifest)
-    return sorted(found, key=lambda m: (m["summary"]["version"], m["created"], m["folder"]))
+    return sorted(found, key=lambda m: (m.summary["version"], m.created, m.folder))
 
 
 def load_version(store: Store, manifest: Manifest) -> Version:
     import pyarrow.parquet as pq
 
-    key = f"{manifest['folder']}/{SOURCES}"
+    key = f"{manifest.folder}/{SOURCES}"
     try:
         with store.open(key) as file:
             table = pq.read_table(file, **UNTHREADED)
     except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
         raise PipelineError(
             f"{store.uri}/{key} is missing or damaged: restore it, or delete"
-            f" {manifest['folder']} and run the same command again."
+            f" {manifest.folder} and run the same command again."
         ) from None
     return Version(store, manifest, table)
 

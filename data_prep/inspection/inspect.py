@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import MANIFEST, read_manifest
+from data_prep.core.manifest import Manifest, read_manifest
+from data_prep.core.paths import MANIFEST
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.images.versions import versions
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Kind = Literal["images", "masks"]
-Manifest = dict[str, Any]
 
 EDGES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 CELL = 96  # side of a picture on a contact sheet, in pixels
@@ -45,7 +45,7 @@ def find_set(kind: Kind, what: str, root: str) -> tuple[Store, str]:
             )
         return top, folder
     store = open_store(root)
-    return store, committed(store, kind, what)[-1]["folder"]
+    return store, committed(store, kind, what)[-1].folder
 
 
 def committed(store: Store, kind: Kind, name: str) -> list[Manifest]:
@@ -68,17 +68,15 @@ def _manifests(store: Store, folder: str) -> Iterator[str]:
 
 def _by_date(store: Store, top: str) -> list[Manifest]:
     found = [read_manifest(store, posixpath.dirname(key)) for key in _manifests(store, top)]
-    return sorted(found, key=lambda manifest: (str(manifest.get("created")), manifest["folder"]))
+    return sorted(found, key=lambda manifest: (manifest.created, manifest.folder))
 
 
 def _looked_at(store: Store, folder: str) -> Manifest:
     """The manifest, with the parts that are shown. Raises PipelineError if it lacks one."""
     manifest = read_manifest(store, folder)
     try:
-        for numbers in manifest["summary"]["splits"].values():
+        for numbers in manifest.summary["splits"].values():
             int(numbers["samples"]), int(numbers["shards"])
-        for file in manifest["files"]:
-            str(file["path"]), int(file["size"])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise PipelineError(
             f"{store.uri}/{folder}/{MANIFEST} was altered: `dpnet verify` says what is wrong."
@@ -89,18 +87,18 @@ def _looked_at(store: Store, folder: str) -> Manifest:
 def _described(manifest: Manifest) -> dict[str, Any]:
     """What is told of images and masks alike."""
     splits = {}
-    for split, numbers in manifest["summary"]["splits"].items():
-        own = [f for f in manifest["files"] if _split_of(f["path"]) == split]
+    for split, numbers in manifest.summary["splits"].items():
+        own = [f for f in manifest.files if _split_of(f.path) == split]
         splits[split] = {
             "samples": numbers["samples"],
             "shards": numbers["shards"],
-            "bytes": sum(file["size"] for file in own if file["path"].endswith(".tar")),
+            "bytes": sum(file.size for file in own if file.path.endswith(".tar")),
         }
     return {
-        "folder": manifest["folder"],
-        "name": manifest["name"],
-        "created": manifest["created"],
-        "content_digest": manifest["content_digest"],
+        "folder": manifest.folder,
+        "name": manifest.name,
+        "created": manifest.created,
+        "content_digest": manifest.content_digest,
         "splits": splits,
     }
 
@@ -116,7 +114,7 @@ def inspect_images(store: Store, folder: str) -> dict[str, Any]:
     is None for the last. Raises PipelineError if a table is damaged.
     """
     manifest = _looked_at(store, folder)
-    summary = manifest["summary"]
+    summary = manifest.summary
     counted = ("listed", "photographs", "failed", "ignored", "duplicates", "near_duplicates")
     sides, formats = _originals(store, folder)
     return {
@@ -131,8 +129,8 @@ def inspect_images(store: Store, folder: str) -> dict[str, Any]:
 
 
 def _parent(manifest: Manifest) -> str | None:
-    parent = manifest["inputs"].get("parent")
-    return posixpath.basename(parent["folder"]) if parent else None
+    parent = manifest.inputs.get("parent")
+    return posixpath.basename(parent.folder) if parent else None
 
 
 def _table(store: Store, folder: str, name: str, columns: Sequence[str]) -> Iterator[Any]:
@@ -185,7 +183,7 @@ def inspect_masks(store: Store, folder: str) -> dict[str, Any]:
 
     manifest = _looked_at(store, folder)
     counts: dict[str, Counter[tuple[str, str]]] = {}
-    for split in manifest["summary"]["splits"]:
+    for split in manifest.summary["splits"]:
         own = counts.setdefault(split, Counter())
         for tar in split_shards(store, folder, split):
             key = f"{tar.removesuffix('.tar')}.parquet"
@@ -200,7 +198,7 @@ def inspect_masks(store: Store, folder: str) -> dict[str, Any]:
     return {
         **_described(manifest),
         "bins": {split: _nested(own) for split, own in counts.items()},
-        "unreachable": manifest["summary"].get("unreachable", []),
+        "unreachable": manifest.summary.get("unreachable", []),
     }
 
 
@@ -218,7 +216,7 @@ def image_sheet(store: Store, folder: str) -> Image.Image:
     from data_prep.inspection.contact_sheet import contact_sheet
 
     rows = []
-    for split, numbers in _looked_at(store, folder)["summary"]["splits"].items():
+    for split, numbers in _looked_at(store, folder).summary["splits"].items():
         tars = split_shards(store, folder, split)
         pictures = [picture for tar in tars_for(tars) for picture in _some(store, *tar)]
         samples, shards = int(numbers["samples"]), int(numbers["shards"])
@@ -269,10 +267,10 @@ def log_images(store: Store, name: str) -> list[dict[str, Any]]:
     """
     found, before = [], None
     for manifest in committed(store, "images", name):
-        summary, parent = manifest["summary"], _parent(manifest)
-        tars = [file["path"] for file in manifest["files"] if file["path"].endswith(".tar")]
+        summary, parent = manifest.summary, _parent(manifest)
+        tars = [file.path for file in manifest.files if file.path.endswith(".tar")]
         inherited = sum(path.startswith("../") for path in tars)
-        settings = manifest["settings"]
+        settings = manifest.settings
         other = [
             option
             for option in sorted(settings.keys() | (before or {}).keys())
@@ -280,9 +278,9 @@ def log_images(store: Store, name: str) -> list[dict[str, Any]]:
         ]
         found.append(
             {
-                "digest": posixpath.basename(manifest["folder"]),
+                "digest": posixpath.basename(manifest.folder),
                 "version": summary["version"],
-                "created": manifest["created"],
+                "created": manifest.created,
                 "parent": parent,
                 "splits": {s: n["samples"] for s, n in summary["splits"].items()},
                 **{what: summary.get(what) for what in ("listed", "added", "removed", "changed")},

@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.manifest import FileRecord
 from data_prep.core.pool import Map
-from data_prep.core.stage import FileRecord
 from data_prep.masks.external import EXTERNAL, FilePool, FromFile
 from data_prep.masks.plan import (
     Candidate,

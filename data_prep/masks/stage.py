@@ -17,18 +17,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import FileRecord, StageRef, read_manifest
+from data_prep.core.paths import MANIFEST
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress, say
-from data_prep.core.stage import (
-    MANIFEST,
-    FileRecord,
-    Produced,
-    Request,
-    StageRef,
-    Work,
-    read_manifest,
-    run_stage,
-)
+from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.masks.external import (
     COLUMNS,
@@ -114,7 +107,7 @@ def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
         folder, _, file = key.rpartition("/")
         if file == MANIFEST and f"{folder}/{FILES_TABLE}" in keys:
             try:
-                made.append((read_manifest(store, folder)["created"], folder))
+                made.append((read_manifest(store, folder).created, folder))
             except PipelineError:
                 continue
     if not made:

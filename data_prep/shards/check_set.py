@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from data_prep.core.digest import sha256_bytes
-from data_prep.core.stage import FileRecord
+from data_prep.core.manifest import FileRecord, Manifest
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import BLOCK
 from data_prep.shards import ledger as accounts
@@ -22,7 +22,6 @@ from data_prep.shards.ledger import Ledger, OldTableError, TableError
 STAGES = ("images", "masks")  # those that make shards
 THREADS = 4  # hashing frees the interpreter lock, and S3 answers several reads at once
 
-Manifest = Mapping[str, Any]
 Say = Callable[[str, str], None]  # where (a key under the root), and what is wrong there
 
 
@@ -104,7 +103,7 @@ def check_set(
     read again; what is read now is added to it. `step` is told how many shards are done. Raises
     StorageError where storage fails.
     """
-    folder = manifest["folder"]
+    folder = manifest.folder
     shards = shards_of(records)
     read = shards if depth.index_only else chosen(shards, depth.share)
     unread = frozenset(shard.name for shard in shards) - {shard.name for shard in read}
@@ -228,9 +227,9 @@ def _check_lists(
 
 
 def _open_ledger(store: Store, manifest: Manifest, say: Say, coverage: Coverage) -> Ledger | None:
-    if manifest["stage"] != "images":
+    if manifest.stage != "images":
         return None
-    folder = manifest["folder"]
+    folder = manifest.folder
     where = f"{folder}/{accounts.SOURCES}"
     try:
         ledger = Ledger(store, folder)
@@ -250,7 +249,7 @@ def _open_ledger(store: Store, manifest: Manifest, say: Say, coverage: Coverage)
 
 def _settle(ledger: Ledger, manifest: Manifest, unread: frozenset[str], say: Say) -> None:
     """Hold the tables against each other and against the manifest's summary."""
-    folder, summary = manifest["folder"], _summary(manifest)
+    folder, summary = manifest.folder, manifest.summary
     where = f"{folder}/manifest.json"
     counts = {outcome: ledger.count(outcome) for outcome in accounts.OUTCOMES}
     for table, kinds in {
@@ -280,14 +279,9 @@ def _settle(ledger: Ledger, manifest: Manifest, unread: frozenset[str], say: Say
             say(where, f"its summary has {name} {summary.get(name)}, its tables {number}")
 
 
-def _summary(manifest: Manifest) -> dict[str, Any]:
-    summary = manifest.get("summary")
-    return summary if isinstance(summary, dict) else {}
-
-
 def _splits(manifest: Manifest) -> dict[str, Any]:
     """The numbers of each split in the summary."""
-    splits = _summary(manifest).get("splits")
+    splits = manifest.summary.get("splits")
     return splits if isinstance(splits, dict) else {}
 
 
@@ -298,7 +292,7 @@ def _check_numbers(
     say: Say,
 ) -> None:
     """The summary's numbers against the manifest's shards and, if all were read, the indexes'."""
-    where = f"{manifest['folder']}/manifest.json"
+    where = f"{manifest.folder}/manifest.json"
     splits = _splits(manifest)
     if not splits:
         say(where, "its summary does not say which splits there are")
@@ -311,8 +305,8 @@ def _check_numbers(
             told = said.get(name) if isinstance(said, dict) else None
             if told != number:
                 say(where, f"its summary has {told} {name} of {split}, it is {number}")
-    if manifest["stage"] == "masks" and counted is not None:
-        _check_bins(_summary(manifest).get("bins"), counted[1], partial(say, where))
+    if manifest.stage == "masks" and counted is not None:
+        _check_bins(manifest.summary.get("bins"), counted[1], partial(say, where))
 
 
 def _check_bins(bins: Any, counted: Mapping[str, int], say: Callable[[str], None]) -> None:

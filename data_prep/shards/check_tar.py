@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from data_prep.core.digest import canonical_json, sha256_bytes
-from data_prep.core.stage import FileRecord
+from data_prep.core.manifest import FileRecord
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import (
     BLOCK,

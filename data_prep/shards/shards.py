@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import FileRecord
+from data_prep.core.manifest import FileRecord
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import BLOCK, END, file_header, padding
 

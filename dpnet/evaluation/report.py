@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from data_prep.core.manifest import Manifest
 from dpnet.evaluation.charts import Points, bins_chart, losses_chart, validation_chart
 from dpnet.evaluation.protocol import METHODS, METRICS
 from dpnet.evaluation.report_style import CSS
@@ -66,11 +67,11 @@ def render_report(
     report: Mapping[str, Any],
     pictures: Sequence[PictureRow],
     log: Sequence[Mapping[str, Any]],
-    chain: Sequence[Mapping[str, Any]],
+    chain: Sequence[Manifest],
 ) -> str:
     """The page. `report` is report.json's content, `log` the training's log, and `chain` the
     manifests (or their likes) of the stages behind this evaluation, the first first."""
-    title = f"DPNet evaluation: {chain[-1]['name']}"
+    title = f"DPNet evaluation: {chain[-1].name}"
     sections = [
         _headline(report),
         _section("By share of hole", _bins_section(report)),
@@ -243,19 +244,22 @@ def _protocol(report: Mapping[str, Any]) -> str:
     return f"<dl>{said}</dl>\n<h3>Not computed</h3>\n<dl>{missing}</dl>"
 
 
-def _provenance(report: Mapping[str, Any], chain: Sequence[Mapping[str, Any]]) -> str:
+_SHOWN = ("settings", "sources", "summary")  # of a stage's manifest
+
+
+def _provenance(report: Mapping[str, Any], chain: Sequence[Manifest]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(stage["stage"])}</th><td>{escape(stage["folder"])}</td>'
-        f"<td><code>{escape(stage['request_digest'][:12])}</code></td>"
-        f"<td><code>{escape(stage.get('content_digest', '')[:12]) or '–'}</code></td></tr>"
+        f'<tr><th scope="row">{escape(stage.stage)}</th><td>{escape(stage.folder)}</td>'
+        f"<td><code>{escape(stage.request_digest[:12])}</code></td>"
+        f"<td><code>{escape(stage.content_digest[:12]) or '–'}</code></td></tr>"
         for stage in chain
     )
     details = "".join(
-        f"<details><summary>{escape(stage['stage'])}: settings and results</summary><pre>"
-        + escape(json.dumps({k: stage[k] for k in ("settings", "sources", "summary")}, indent=1))
+        f"<details><summary>{escape(stage.stage)}: settings and results</summary><pre>"
+        + escape(json.dumps({k: v for k, v in stage.to_json().items() if k in _SHOWN}, indent=1))
         + "</pre></details>"
         for stage in chain
-        if "summary" in stage
+        if stage.content_digest
     )
     return (
         '<table class="left"><thead><tr><th scope="col">Stage</th><th scope="col">Folder</th>'

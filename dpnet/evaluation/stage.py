@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_json
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import Manifest, StageRef, read_manifest
 from data_prep.core.progress import Progress
-from data_prep.core.stage import Produced, Request, StageRef, Work, read_manifest, run_stage
+from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import encode_table, write_file
 from dpnet.evaluation.protocol import (
@@ -232,14 +233,8 @@ def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureR
     return made
 
 
-def _chain(work: Work) -> list[Mapping[str, Any]]:
+def _chain(work: Work) -> list[Manifest]:
     """The manifests of the inputs, and what is known of this stage so far."""
     request = work.request
-    mine = {
-        "stage": request.stage,
-        "name": request.name,
-        "folder": work.folder,
-        "request_digest": request.digest,
-        "settings": request.settings,
-    }
-    return [*(read_manifest(work.store, ref.folder) for ref in request.inputs.values()), mine]
+    inputs = (read_manifest(work.store, ref.folder) for ref in request.inputs.values())
+    return [*inputs, request.draft()]

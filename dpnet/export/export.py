@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import read_manifest
 from data_prep.core.progress import say
-from data_prep.core.stage import read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from dpnet.export.model_card import FILES, model_card
@@ -146,7 +146,7 @@ def _facts(store: Store, folder: str, reference: str) -> dict[str, Any]:
     facts = {k: v for k, v in record.items() if k not in ("format", "model", "weights_sha256")}
     if not reference or reference.startswith("models:/"):
         entry = find_record(store, reference)
-        evaluation = read_manifest(store, entry["evaluation"]["folder"])["summary"]
+        evaluation = read_manifest(store, entry["evaluation"]["folder"]).summary
         facts["registry"] = {key: entry[key] for key in ("model", "version", "alias")}
         facts["evaluation"] = {
             key: evaluation[key] for key in ("hole_psnr", "pairs_digest", "figures")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.core.errors import ItemError, PipelineError
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.store import Store
 from data_prep.masks.codec import valid_from_png
 from dpnet.loading.decoding import TooSmallError, decode_image, unusable

@@ -25,11 +25,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, storage_error
-from data_prep.core.stage import StageRef, read_manifest
+from data_prep.core.manifest import FileRecord, StageRef, read_manifest
 from data_prep.core.storage.store import Store, checked_key
 from data_prep.shards.shards import UNTHREADED
 from dpnet.loading.shard_cache import ShardCache
@@ -75,23 +75,23 @@ def find_shards(store: Store, ref: StageRef, split: str) -> ShardSet:
     """
     uri = f"{store.uri}/{ref.folder}"
     manifest = read_manifest(store, ref.folder)
-    if manifest["content_digest"] != ref.content_digest:
+    if manifest.content_digest != ref.content_digest:
         raise PipelineError(
             f"{uri} is another dataset than the one at the start of this run (content"
-            f" {manifest['content_digest'][:12]}, not {ref.content_digest[:12]}): put the old one"
+            f" {manifest.content_digest[:12]}, not {ref.content_digest[:12]}): put the old one"
             " back, or run the same command again to use this one."
         )
     pattern = re.compile(rf"(?:\.\./[^/]+/)?({re.escape(split)}-\d+)\.(tar|parquet)")
-    files: dict[tuple[str, str], dict[str, Any]] = {}
-    for file in manifest["files"]:
-        if match := pattern.fullmatch(file["path"]):
+    files: dict[tuple[str, str], FileRecord] = {}
+    for file in manifest.files:
+        if match := pattern.fullmatch(file.path):
             files[match[1], match[2]] = file
     shards = []
     for name in sorted(name for name, kind in files if kind == "tar"):
         tar, index = files[name, "tar"], files[name, "parquet"]
-        key = posixpath.normpath(posixpath.join(ref.folder, tar["path"]))
-        samples = tar.get("samples") or _count(store, key, index["sha256"])
-        shards.append(Shard(key, tar["size"], tar["sha256"], index["sha256"], samples))
+        key = posixpath.normpath(posixpath.join(ref.folder, tar.path))
+        samples = tar.samples or _count(store, key, index.sha256)
+        shards.append(Shard(key, tar.size, tar.sha256, index.sha256, samples))
     if not shards:
         raise PipelineError(f"the split {split!r} of {uri} is empty: build it from more data.")
     return ShardSet(uri, ref.content_digest, shards)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import FileRecord
+from data_prep.core.manifest import FileRecord
 from data_prep.core.storage.store import Store
 from dpnet.model import Generator, ModelConfig, build_generator
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.manifest import StageRef
 from data_prep.core.paths import cache_folder
 from data_prep.core.progress import say
-from data_prep.core.stage import StageRef
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from data_prep.core.errors import ConfigError
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.images.settings import ImagesSettings
 from data_prep.masks.settings import MasksSettings
 from dpnet.evaluation.settings import EvaluateSettings

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from data_prep.core.stage import MANIFEST, StageRef
+from data_prep.core.manifest import StageRef
+from data_prep.core.paths import MANIFEST
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import read_log, read_status
 

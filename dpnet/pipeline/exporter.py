@@ -25,7 +25,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from data_prep.core.errors import PipelineError, StorageError
-from data_prep.core.stage import MANIFEST, read_manifest
+from data_prep.core.manifest import read_manifest
+from data_prep.core.paths import MANIFEST
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.model_store.records import CHAMPION
@@ -110,7 +111,7 @@ class Reader:
         for version in self.store.folders(folder):
             if version not in self._versions:
                 try:
-                    self._versions[version] = read_manifest(self.store, version)["summary"]
+                    self._versions[version] = read_manifest(self.store, version).summary
                 except StorageError:
                     raise
                 except PipelineError:  # not committed yet, or damaged

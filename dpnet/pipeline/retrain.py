@@ -14,16 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import StageRef, load_reference, read_manifest
 from data_prep.core.progress import say
-from data_prep.core.stage import (
-    Produced,
-    Request,
-    StageRef,
-    Work,
-    load_reference,
-    read_manifest,
-    run_stage,
-)
+from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
@@ -118,12 +111,12 @@ def _plan(store: Store, config: Config, images: StageRef) -> Record:
     if champion is not None:
         name = f"{champion['model']} version {champion['version']}"
         run = read_manifest(store, champion["run"]["folder"])
-        if run["inputs"]["images"]["content_digest"] == images.content_digest:
+        if run.inputs["images"].content_digest == images.content_digest:
             raise NothingToDo(
                 f"the champion, {name}, was trained on exactly these images (version"
                 f" {images.summary['version']} of {images.name}), so there is nothing to retrain."
             )
-        _check_network(name, run["settings"]["model"], config.model)
+        _check_network(name, run.settings["model"], config.model)
     return {"champion": _named(champion), "images": images.folder}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.digest import SHORT
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.store import Store
 from dpnet.evaluation import protocol
 from dpnet.pipeline.cost import hours_text

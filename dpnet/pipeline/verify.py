@@ -16,13 +16,15 @@ from typing import Any
 
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import MANIFEST, Request, StageRef, content_digest, read_manifest
+from data_prep.core.manifest import InputRef, Manifest, StageRef, content_digest, read_manifest
+from data_prep.core.paths import MANIFEST
+from data_prep.core.stage import Request
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.shards.check_set import Depth
 from dpnet.model_store.records import AGAINST, CHAMPION, INPUTS, RECORD, find_record
 from dpnet.pipeline.verification import EVERYTHING, Verification
-from dpnet.pipeline.verify_files import Manifest, check_files, file_records
+from dpnet.pipeline.verify_files import check_files
 
 _RECORD_KEY = re.compile(rf"registry/([^/]+)/(?:{CHAMPION}|v(\d+))\.json")
 
@@ -108,55 +110,62 @@ def _walk(store: Store, folders: list[str], result: Verification) -> dict[str, M
         try:
             manifest = read_manifest(store, folder)
             _check_digests(manifest, where, result)
-            inputs = {r: (str(n["folder"]), n) for r, n in manifest["inputs"].items()}
+            if not _is_as_written(store, where, manifest):
+                result.add(where, "was altered: it has fields that this version does not write")
         except PipelineError as error:
             result.add(where, str(error))
             continue
-        except (KeyError, TypeError, AttributeError, ValueError):
-            result.add(where, "was altered: it is not a whole manifest")
-            continue
         result.stages += 1
         sound[folder] = manifest
-        for role, (source, named) in inputs.items():
+        for role, named in manifest.inputs.items():
             if _is_unchanged(store, f"its input {role!r}", named, where, result):
-                if source not in seen:
-                    pending.append(source)
-                seen.add(source)
+                if named.folder not in seen:
+                    pending.append(named.folder)
+                seen.add(named.folder)
     return sound
 
 
 def _check_digests(manifest: Manifest, where: str, result: Verification) -> None:
     """Compute both digests of a manifest again and compare them with the stated ones."""
     request = Request(
-        stage=manifest["stage"],
-        name=manifest["name"],
-        top=posixpath.dirname(manifest["folder"]),
-        settings=manifest["settings"],
-        inputs={role: _reference(named) for role, named in manifest["inputs"].items()},
-        sources=manifest["sources"],
+        stage=manifest.stage,
+        name=manifest.name,
+        top=posixpath.dirname(manifest.folder),
+        settings=manifest.settings,
+        inputs={role: _reference(named) for role, named in manifest.inputs.items()},
+        sources=manifest.sources,
     )
     short = request.digest[: digest.SHORT]
-    if request.digest != manifest["request_digest"] or not manifest["folder"].endswith(short):
+    if request.digest != manifest.request_digest or not manifest.folder.endswith(short):
         result.add(where, "was altered: its request digest does not fit its settings and inputs")
-    if content_digest(file_records(manifest)) != manifest["content_digest"]:
+    if content_digest(manifest.files) != manifest.content_digest:
         result.add(where, "was altered: its content digest does not fit its files")
 
 
-def _reference(named: Mapping[str, Any]) -> StageRef:
+def _is_as_written(store: Store, where: str, manifest: Manifest) -> bool:
+    """Return whether the files and inputs have no other fields than those of this version.
+
+    A reader ignores unknown fields. A renamed field would be lost without a word.
+    """
+    found, own = json.loads(store.read(where)), manifest.to_json()
+    return all(found[part] == own[part] for part in ("files", "inputs"))
+
+
+def _reference(named: InputRef) -> StageRef:
     """Return an input of a manifest as a reference."""
     return StageRef(
-        stage=named["stage"],
+        stage=named.stage,
         name="",
-        folder=named["folder"],
-        request_digest=named["request_digest"],
-        content_digest=named["content_digest"],
+        folder=named.folder,
+        request_digest=named.request_digest,
+        content_digest=named.content_digest,
         seconds=0.0,
         skipped=True,
     )
 
 
 def _is_unchanged(
-    store: Store, what: str, named: Mapping[str, Any], where: str, result: Verification
+    store: Store, what: str, named: InputRef, where: str, result: Verification
 ) -> bool:
     """Check that a named stage exists and has the named digests; return whether it exists.
 
@@ -168,13 +177,13 @@ def _is_unchanged(
         result: where problems are added.
     """
     try:
-        manifest = read_manifest(store, str(named["folder"]))
+        manifest = read_manifest(store, named.folder)
     except PipelineError as error:
         result.add(where, f"{what} does not exist: {error}")
         return False
     for kind in ("request_digest", "content_digest"):
-        if manifest.get(kind) != named.get(kind):
-            result.add(where, f"{what}, {named['folder']}, has another {kind.replace('_', ' ')}")
+        if getattr(manifest, kind) != getattr(named, kind):
+            result.add(where, f"{what}, {named.folder}, has another {kind.replace('_', ' ')}")
     return True
 
 
@@ -194,7 +203,8 @@ def _check_record(store: Store, key: str, result: Verification) -> None:
         if record["model"] != match[1] or match[2] not in (None, str(record["version"])):
             result.add(key, "was altered: it is the record of another version")
         for role in (*INPUTS, *([AGAINST] if AGAINST in record else [])):
-            _is_unchanged(store, f"its {role}", record[role], key, result)
+            named = InputRef.from_json({"stage": role} | record[role])
+            _is_unchanged(store, f"its {role}", named, key, result)
     except (ValueError, KeyError, TypeError):
         result.add(key, "was altered: it is not a whole record")
         return

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import FileRecord, Manifest
+from data_prep.core.paths import MANIFEST
 from data_prep.core.progress import Progress
-from data_prep.core.stage import MANIFEST, FileRecord
 from data_prep.core.storage.store import Store, checked_key
 from data_prep.shards.check_set import STAGES, Coverage, check_set
 from dpnet.pipeline.verification import Verification
 
 CHUNK = 8 << 20  # bytes read at once, so that memory stays small with large shards
 THREADS = 4  # hashing frees the interpreter lock, and S3 answers several reads at once
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Manifest = dict[str, Any]
 
 
 def check_files(store: Store, manifests: Mapping[str, Manifest], result: Verification) -> None:
@@ -35,7 +31,7 @@ def check_files(store: Store, manifests: Mapping[str, Manifest], result: Verific
     present = _find_files(store, manifests, wrong, result)
     plain: dict[str, FileRecord] = {}
     for folder, records in present.items():
-        shards = manifests[folder]["stage"] in STAGES
+        shards = manifests[folder].stage in STAGES
         for key, record in records.items():
             if key not in wrong and not (shards and _is_of_shard(key, records)):
                 plain.setdefault(key, record)
@@ -59,22 +55,6 @@ def check_files(store: Store, manifests: Mapping[str, Manifest], result: Verific
     _check_sets(store, manifests, present, result)
 
 
-def file_records(manifest: Manifest) -> list[FileRecord]:
-    """Return the files of a manifest.
-
-    Raises:
-        ValueError: a size or hash is not one.
-        TypeError: a field is missing, unknown or of another type.
-    """
-    records = [FileRecord(**file) for file in manifest["files"]]
-    for record in records:
-        if not (isinstance(record.path, str) and isinstance(record.sha256, str)):
-            raise TypeError(record)
-        if type(record.size) is not int or not _SHA256.fullmatch(record.sha256):
-            raise ValueError(record)
-    return records
-
-
 def _check_sets(
     store: Store,
     manifests: Mapping[str, Manifest],
@@ -92,7 +72,7 @@ def _check_sets(
     coverage = Coverage()
     for folder in sorted(present):
         manifest, records = manifests[folder], present[folder]
-        if manifest["stage"] not in STAGES:
+        if manifest.stage not in STAGES:
             continue
         tars = sum(key.endswith(".tar") for key in records)
         with Progress(f"verify {folder}", tars, "shards") as progress:
@@ -126,7 +106,7 @@ def _find_files(
     found: dict[str, dict[str, FileRecord]] = {}
     for folder, manifest in manifests.items():
         own = found.setdefault(folder, {})
-        for record in file_records(manifest):
+        for record in manifest.files:
             key = posixpath.normpath(posixpath.join(folder, record.path))
             where = f"{folder}/{MANIFEST}"
             if not _is_inside(key):
@@ -176,15 +156,15 @@ def _check_inherited(
     """
     home, where = posixpath.dirname(key), f"{folder}/{MANIFEST}"
     ancestors, at = set[str](), folder
-    while at in manifests and (parent := manifests[at]["inputs"].get("parent")):
-        at = str(parent["folder"])
+    while at in manifests and (parent := manifests[at].inputs.get("parent")):
+        at = parent.folder
         if at in ancestors:
             break
         ancestors.add(at)
     if home not in ancestors:
         result.add(where, f"names {record.path}, but no ancestor made {home}")
     elif home in manifests:
-        made = {file.path: file for file in file_records(manifests[home])}
+        made = {file.path: file for file in manifests[home].files}
         known = made.get(posixpath.basename(key))
         if known is None or (known.size, known.sha256) != (record.size, record.sha256):
             result.add(where, f"names {record.path}, but the version that made it differs")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import Manifest
 from data_prep.core.storage.store import Store
 from dpnet.tracking.mlflow_runs import LogUploader, flatten, log_figures, training_run
 from dpnet.tracking.run_log import read_log
@@ -63,8 +64,8 @@ def ensure_version(
     store: Store,
     model: str,
     record: Mapping[str, Any],
-    training: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
+    training: Manifest,
+    evaluation: Manifest,
 ) -> int:
     """The number of the version with the record's request digest, made if it is not there.
 
@@ -76,7 +77,7 @@ def ensure_version(
         if version.tags.get("request_digest") == digest:
             return int(version.version)
     run_id = _log_run(client, store, training, evaluation)
-    source = _source(client, store, training["folder"])
+    source = _source(client, store, training.folder)
     made = client.create_model_version(model, source=source, run_id=run_id, tags=_tags(record))
     return int(made.version)
 
@@ -111,20 +112,18 @@ def _tags(record: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _log_run(
-    client: Any, store: Store, training: Mapping[str, Any], evaluation: Mapping[str, Any]
-) -> str:
+def _log_run(client: Any, store: Store, training: Manifest, evaluation: Manifest) -> str:
     """Add the evaluation's figures to the training's MLflow run; its id.
 
     The training's course is added too where it is missing: the database was lost, or MLflow could
     not be reached while it went on.
     """
     run_id = training_run(client, store, training)
-    LogUploader(client, run_id).add(read_log(store, training["folder"]))
-    client.set_tag(run_id, evaluation["stage"], f"{store.uri}/{evaluation['folder']}")
+    LogUploader(client, run_id).add(read_log(store, training.folder))
+    client.set_tag(run_id, evaluation.stage, f"{store.uri}/{evaluation.folder}")
     # A fixed time, so that repeating the call adds no second point.
-    at = calendar.timegm(time.strptime(evaluation["created"], "%Y-%m-%dT%H:%M:%SZ")) * 1000
-    figures = flatten(evaluation["summary"]["figures"])
+    at = calendar.timegm(time.strptime(evaluation.created, "%Y-%m-%dT%H:%M:%SZ")) * 1000
+    figures = flatten(evaluation.summary["figures"])
     log_figures(client, run_id, {k: v for k, v in figures.items() if v is not None}, at)
     if client.get_run(run_id).info.status != "FINISHED":  # would take now for the training's end
         client.set_terminated(run_id)

@@ -18,8 +18,9 @@ from typing import Any
 
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease
+from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.paths import MLFLOW_DATABASE
-from data_prep.core.stage import Produced, Request, StageRef, Work, read_manifest, run_stage
+from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
 from dpnet.model_store.records import (
@@ -107,7 +108,7 @@ def _build(work: Work, model: str, uri: str) -> Produced:
 
 def _judged(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
     """The record of a version yet without its number: no times and no absolute paths in it."""
-    summary = read_manifest(work.store, work.request.inputs["evaluation"].folder)["summary"]
+    summary = read_manifest(work.store, work.request.inputs["evaluation"].folder).summary
     psnr, pairs = summary["hole_psnr"], summary["pairs_digest"]
     alias, reason = judge(psnr, pairs, _measured_again(work, champion))
     return {
@@ -135,9 +136,9 @@ def _measured_again(work: Work, champion: Mapping[str, Any] | None) -> Mapping[s
     if champion is None or against is None:
         return champion
     manifest = read_manifest(work.store, against.folder)
-    if manifest["inputs"]["run"]["content_digest"] != champion["run"]["content_digest"]:
+    if manifest.inputs["run"].content_digest != champion["run"]["content_digest"]:
         return champion
-    return {**champion, **{key: manifest["summary"][key] for key in ("hole_psnr", "pairs_digest")}}
+    return {**champion, **{key: manifest.summary[key] for key in ("hole_psnr", "pairs_digest")}}
 
 
 def judge(psnr: float, pairs: str, champion: Mapping[str, Any] | None) -> tuple[str, str]:

@@ -131,17 +131,9 @@ class _Run:
     """The training's MLflow run, set to be at work."""
 
     def __init__(self, uri: str, work: Work) -> None:
-        request = work.request
-        training = {
-            "name": request.name,
-            "folder": work.folder,
-            "request_digest": request.digest,
-            "settings": request.settings,
-            "inputs": {role: {"folder": ref.folder} for role, ref in request.inputs.items()},
-        }
         self.work = work
         self.client = new_client(uri)
-        self.id = training_run(self.client, work.store, training)
+        self.id = training_run(self.client, work.store, work.request.draft())
         self.client.update_run(self.id, "RUNNING")
         self.course = LogUploader(self.client, self.id)
         self._pictures: set[str] | None = None  # names of those that MLflow has

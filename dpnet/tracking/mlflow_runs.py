@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_prep.core.digest import SHORT
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import Manifest, StageRef
 from data_prep.core.storage.store import Store
 
 _CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
@@ -20,27 +20,26 @@ _CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
 _MARKS = {"train": "throughput.images_per_second", "validation": "validation.hole_psnr"}
 
 
-def training_run(client: Any, store: Store, training: Mapping[str, Any]) -> str:
+def training_run(client: Any, store: Store, training: Manifest) -> str:
     """The id of the MLflow run of a training, made if it is not there.
 
-    `training` is a train stage's manifest, of which there need not be more than `name`, `folder`,
-    `request_digest`, `settings` and `inputs`.
+    `training` is a train stage's manifest, or the draft of one.
     """
     from mlflow.entities import Param
 
-    digest, place = training["request_digest"], f"{store.uri}/{training['folder']}"
-    experiment = _experiment(client, store, training["name"])
+    digest, place = training.request_digest, f"{store.uri}/{training.folder}"
+    experiment = _experiment(client, store, training.name)
     found = client.search_runs([experiment], f"tags.train_digest = '{digest}'")
     # A server may serve several roots, in which the same is trained.
     ids = [run.info.run_id for run in found if run.data.tags.get("train") == place]
     if ids:
         run_id = str(ids[0])
     else:
-        tags = {role: f"{store.uri}/{ref['folder']}" for role, ref in training["inputs"].items()}
+        tags = {role: f"{store.uri}/{ref.folder}" for role, ref in training.inputs.items()}
         tags |= {"train_digest": digest, "train": place}
-        name = f"{training['name']}-{digest[:SHORT]}"
+        name = f"{training.name}-{digest[:SHORT]}"
         run_id = str(client.create_run(experiment, tags=tags, run_name=name).info.run_id)
-    params = [Param(k, str(v)[:6000]) for k, v in flatten(training["settings"]).items()]
+    params = [Param(k, str(v)[:6000]) for k, v in flatten(training.settings).items()]
     for start in range(0, len(params), _CALL_PARAMS):
         client.log_batch(run_id, params=params[start : start + _CALL_PARAMS])
     return run_id

@@ -10,11 +10,8 @@ from typing import Any, NamedTuple
 
 from data_prep.core.digest import sha256_file
 from data_prep.core.errors import ConfigError
-from data_prep.core.stage import (
-    Request,
-    StageRef,
-    load_reference,
-)
+from data_prep.core.manifest import StageRef, load_reference
+from data_prep.core.stage import Request
 from data_prep.core.storage.store import Store
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import FileRecord, Work
+from data_prep.core.manifest import FileRecord
+from data_prep.core.stage import Work
 from data_prep.shards.shards import write_file
 from dpnet.tracking.run_log import encode_log, hours_worked
 from dpnet.training.checkpoints import newest

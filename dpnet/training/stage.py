@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from data_prep.core.manifest import StageRef
 from data_prep.core.progress import say
-from data_prep.core.stage import Produced, StageRef, Work, run_stage
+from data_prep.core.stage import Produced, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
 from dpnet.training.job import (

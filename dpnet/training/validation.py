@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.core.stage import read_manifest
+from data_prep.core.manifest import read_manifest
 from data_prep.core.storage.store import Store
 from dpnet.loading.batch import Batch, to_device
 from dpnet.loading.pairs import validation_pairs
@@ -98,7 +98,7 @@ class Validation:
 
 def mask_size(store: Store, folder: str) -> int:
     """Side of the masks of a stage in pixels, which is that of training and validation."""
-    return int(read_manifest(store, folder)["settings"]["size"])
+    return int(read_manifest(store, folder).settings["size"])
 
 
 def hole_psnr(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:

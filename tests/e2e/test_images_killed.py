@@ -17,7 +17,7 @@ import pytest
 from image_sets import files_of, table
 from PIL import Image
 
-from data_prep.core.stage import StageRef, load_reference
+from data_prep.core.manifest import StageRef, load_reference
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from dpnet.pipeline.verify import verify

@@ -25,7 +25,7 @@ from image_sets import (
     table,
 )
 
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.s3 import S3Store

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from image_sets import photograph
 
-from data_prep.core.stage import read_manifest
+from data_prep.core.manifest import read_manifest
 from data_prep.core.storage.local import LocalStore
 from dpnet.model_store.records import find_record
 from dpnet.pipeline.verify import verify
@@ -173,11 +173,11 @@ def test_new_photographs_make_one_retrain_and_the_better_model_stays(place: Plac
     folder = summary["folder"]
     made = json.loads(place.store.read(f"{folder}/retrain.json"))["made"]
     run = read_manifest(place.store, made["run"])
-    assert run["inputs"]["init"]["folder"] == champion["run"]["folder"]
+    assert run.inputs["init"].folder == champion["run"]["folder"]
     runs = [e.key for e in place.store.list("runs") if e.key.endswith("/manifest.json")]
     assert len(runs) == 2
     new, old = (
-        read_manifest(place.store, made[role])["summary"] for role in ("evaluation", "against")
+        read_manifest(place.store, made[role]).summary for role in ("evaluation", "against")
     )
     assert new["pairs_digest"] == old["pairs_digest"] != champion["pairs_digest"]
     assert summary["promoted"] == (round(new["hole_psnr"], 2) > round(old["hole_psnr"], 2))

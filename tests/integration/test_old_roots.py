@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images

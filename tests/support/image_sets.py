@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.core.digest import sha256_bytes
-from data_prep.core.stage import StageRef, read_manifest
+from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.storage.store import Store
 from data_prep.images.settings import ImagesSettings
 from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
@@ -51,9 +51,9 @@ def tiles(source: object, **options: Any) -> ImagesSettings:
 def files_of(store: Store, ref: StageRef) -> dict[str, str]:
     """The sha256 of each file that counts, as it is stored now, by its path in the manifest."""
     return {
-        file["path"]: sha256_bytes(store.read(posixpath.normpath(f"{ref.folder}/{file['path']}")))
-        for file in read_manifest(store, ref.folder)["files"]
-        if file["content"]
+        file.path: sha256_bytes(store.read(posixpath.normpath(f"{ref.folder}/{file.path}")))
+        for file in read_manifest(store, ref.folder).files
+        if file.content
     }
 
 

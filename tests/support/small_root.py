@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_prep.core.stage import Produced, Request, StageRef, Work, run_stage
+from data_prep.core.manifest import StageRef
+from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.local import LocalStore
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images

@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_prep.core.stage import FileRecord, Produced, Request, StageRef, Work, run_stage
+from data_prep.core.manifest import FileRecord, StageRef
+from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import shard_name, write_shard, write_urls

@@ -9,7 +9,7 @@ import pytest
 from prefect.client.schemas.objects import State
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import Config, config_of_source
 from dpnet.pipeline.retrain import NothingToDo

@@ -5,23 +5,16 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
 from data_prep.core import digest
 from data_prep.core.errors import LeaseLostError, PipelineError
 from data_prep.core.lease import Lease
-from data_prep.core.stage import (
-    FileRecord,
-    Produced,
-    Request,
-    content_digest,
-    load_reference,
-    run_stage,
-)
+from data_prep.core.manifest import load_reference
+from data_prep.core.stage import Produced, Request, run_stage
 from data_prep.core.storage.open import open_store
-from data_prep.shards.shards import write_file, write_shard
+from data_prep.shards.shards import write_file
 
 
 @pytest.fixture
@@ -94,37 +87,11 @@ def test_the_request_digest_follows_settings_and_the_content_of_inputs(store):
     )
 
 
-def test_the_manifest_says_how_many_samples_a_tar_has_and_nothing_where_that_is_not_known(store):
-    def shard(work):
-        samples = [(key, {"png": b"x"}, {}) for key in "abc"]
-        return Produced([*write_shard(work, "train-000000", samples)], {})
-
-    folder = run_stage(store, request(), shard).folder
-    index, tar = json.loads(store.read(f"{folder}/manifest.json"))["files"]
-    assert (tar["path"], tar["samples"]) == ("train-000000.tar", 3)
-    assert index.keys() == {"path", "size", "sha256", "content"}
-    assert [FileRecord(**file).samples for file in (index, tar)] == [None, 3]
-
-
-def test_the_number_of_samples_does_not_change_the_content_digest(store):
-    files = [FileRecord("a.tar", 1, "0" * 64), FileRecord("a.parquet", 1, "1" * 64)]
-    counted = [replace(file, samples=3) for file in files]
-    assert content_digest(counted) == content_digest(files)
-
-
 def test_an_altered_manifest_is_named(store):
     folder = run_stage(store, request(), build()).folder
     store.write(f"{folder}/manifest.json", b"{")
     with pytest.raises(PipelineError, match="was altered"):
         run_stage(store, request(), build())
-
-
-def test_a_manifest_of_another_format_is_refused(store):
-    folder = run_stage(store, request(), build()).folder
-    manifest = json.loads(store.read(f"{folder}/manifest.json"))
-    store.write(f"{folder}/manifest.json", json.dumps({**manifest, "format": 99}).encode())
-    with pytest.raises(PipelineError, match="format 99"):
-        load_reference(store, folder)
 
 
 def test_a_second_runner_waits_and_finds_the_work_done(store):

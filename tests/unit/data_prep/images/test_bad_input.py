@@ -31,7 +31,7 @@ from image_sets import (
 from servers import Server
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.images.stage import prepare_images

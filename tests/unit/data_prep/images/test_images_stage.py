@@ -37,7 +37,7 @@ from pydantic import ValidationError
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import FileRecord, read_manifest
+from data_prep.core.manifest import FileRecord, read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.images import build as image_build
 from data_prep.images import next_version as changes
@@ -594,7 +594,7 @@ def test_a_worker_that_does_not_tell_of_every_item_commits_nothing(
 def test_files_that_tell_of_this_machine_are_no_content(folder: Path, store: LocalStore) -> None:
     ref = prepare_images(crops(folder), store)
     assert set(files_of(store, ref)) == set(shards_of(store, ref))
-    every = {file["path"] for file in read_manifest(store, ref.folder)["files"]}
+    every = {file.path for file in read_manifest(store, ref.folder).files}
     tables = ("sources", "failures", "duplicates", "near_duplicates")
     assert {"config.json", "train.urls", *(f"{name}.parquet" for name in tables)} <= every
     saved = json.loads(store.read(f"{ref.folder}/config.json"))

@@ -30,7 +30,7 @@ from image_sets import (
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import StageRef, read_manifest
+from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from data_prep.images.settings import ImagesSettings
@@ -64,8 +64,8 @@ def own_shards(store: LocalStore, ref: StageRef) -> set[str]:
 
 
 def parent_of(store: Store, ref: StageRef) -> str:
-    inputs = read_manifest(store, ref.folder)["inputs"]
-    return str(inputs["parent"]["folder"]) if "parent" in inputs else ""
+    inputs = read_manifest(store, ref.folder).inputs
+    return inputs["parent"].folder if "parent" in inputs else ""
 
 
 def home(store: Store, ref: StageRef, key: str) -> str:
@@ -114,7 +114,7 @@ def test_added_photographs_go_into_new_shards_and_the_parents_are_referred_to(
     assert not own_shards(store, second) & own_shards(store, first)
     assert shards_of(store, first).items() <= shards_of(store, second).items()
     manifest = read_manifest(store, second.folder)
-    inherited = {f["path"] for f in manifest["files"] if f["path"].startswith("../")}
+    inherited = {f.path for f in manifest.files if f.path.startswith("../")}
     name = first.folder.rpartition("/")[2]
     assert inherited == {f"../{name}/{path}" for path in shards_of(store, first)}
     assert len(homes(store, second)) == 24

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
+from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.pool import run_tasks
-from data_prep.core.stage import StageRef, read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.masks.codec import valid_from_png
 from data_prep.masks.external import (
@@ -386,7 +386,7 @@ def test_an_unchanged_folder_is_not_read_again_and_a_changed_file_makes_a_new_se
     save(moved / "0" / "0 0.png", bar(0.31, 100, 1))
     changed = prepare_masks(with_files(moved, eval_per_bin=3), store)
     assert not changed.skipped
-    sources = [read_manifest(store, ref.folder)["sources"] for ref in (first, changed)]
+    sources = [read_manifest(store, ref.folder).sources for ref in (first, changed)]
     assert sources[0]["external"] != sources[1]["external"]
 
 

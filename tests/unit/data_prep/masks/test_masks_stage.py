@@ -9,7 +9,9 @@ import webdataset
 from pydantic import ValidationError
 
 from data_prep.core.errors import ConfigError, StorageError
-from data_prep.core.stage import MANIFEST, Request, StageRef
+from data_prep.core.manifest import StageRef
+from data_prep.core.paths import MANIFEST
+from data_prep.core.stage import Request
 from data_prep.core.storage.local import LocalStore
 from data_prep.masks import stage as masks_module
 from data_prep.masks.codec import valid_from_png

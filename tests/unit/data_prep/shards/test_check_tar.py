@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_root
 
-from data_prep.core.stage import FileRecord, read_manifest
+from data_prep.core.manifest import FileRecord, read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.shards.check_tar import MOST, check_shard
 from data_prep.shards.shards import Folder, TarWriter, encode_table, write_shard
@@ -39,8 +39,8 @@ class Shard:
         self.index_key = f"{folder}/{name}.parquet"
         for key in (self.key, self.index_key):
             to.write(key, store.read(key))
-        files = read_manifest(store, folder)["files"]
-        self.record = next(FileRecord(**f) for f in files if f["path"] == f"{name}.tar")
+        files = read_manifest(store, folder).files
+        self.record = next(f for f in files if f.path == f"{name}.tar")
 
     def check(self) -> list[str]:
         return check_shard(self.store, self.key, self.record)

@@ -1,9 +1,11 @@
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from data_prep.core.manifest import Manifest
 from data_prep.pictures.decoding import decode_rgb
 from data_prep.pictures.limits import MAX_PIXELS, Limits
 from dpnet.evaluation.protocol import METHODS, NOT_COMPUTED, PROTOCOL
@@ -48,16 +50,21 @@ def report(psnr=PSNR, **changes):
 
 
 def stage(name="small", **changes):
-    return {
-        "stage": "train",
-        "name": name,
-        "folder": "runs/small-abc",
-        "request_digest": "a" * 64,
-        "content_digest": "c" * 64,
-        "settings": {"steps": 5},
-        "sources": {},
-        "summary": {"hole_psnr": 20.0},
-    } | changes
+    made = Manifest(
+        stage="train",
+        name=name,
+        folder="runs/small-abc",
+        request_digest="a" * 64,
+        content_digest="c" * 64,
+        settings={"steps": 5},
+        inputs={},
+        sources={},
+        files=[],
+        summary={"hole_psnr": 20.0},
+        created="2026-01-31T12:00:00Z",
+        seconds=1.0,
+    )
+    return replace(made, **changes)
 
 
 def row(**changes):
@@ -166,8 +173,7 @@ def test_digests_of_the_whole_chain_are_shown():
 
 
 def test_the_stage_that_is_not_committed_yet_has_no_content_digest():
-    own = stage()
-    del own["content_digest"], own["summary"], own["sources"]
+    own = stage(content_digest="", summary={}, sources={})
     assert Reader(render(chain=[stage(), own])).open == []
 
 

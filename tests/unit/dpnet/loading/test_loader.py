@@ -22,7 +22,7 @@ from PIL import Image
 from small_shards import Far, flip_byte, stage_of
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store

@@ -13,7 +13,8 @@ import pytest
 from small_shards import Far, flip_byte, stage_of
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import MANIFEST, StageRef, read_manifest
+from data_prep.core.manifest import StageRef, read_manifest
+from data_prep.core.paths import MANIFEST
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.shards.shards import read_index
@@ -34,7 +35,7 @@ def ref(store: LocalStore) -> StageRef:
 
 
 def change_manifest(store: LocalStore, ref: StageRef, **changes: Any) -> None:
-    manifest = read_manifest(store, ref.folder) | changes
+    manifest = read_manifest(store, ref.folder).to_json() | changes
     store.write(f"{ref.folder}/{MANIFEST}", json.dumps(manifest).encode())
 
 
@@ -64,7 +65,7 @@ def test_an_older_manifest_that_does_not_count_samples_gives_the_same(
     store: LocalStore, ref: StageRef
 ) -> None:
     found = find_shards(store, ref, "train")
-    files = read_manifest(store, ref.folder)["files"]
+    files = read_manifest(store, ref.folder).to_json()["files"]
     for file in files:
         file.pop("samples", None)
     change_manifest(store, ref, files=files)
@@ -85,18 +86,18 @@ def test_shards_of_an_earlier_version_are_found_in_its_folder(
 ) -> None:
     old = find_shards(store, ref, "train")
     folder = "images/small/later"
-    files = read_manifest(store, ref.folder)["files"]
+    files = read_manifest(store, ref.folder).to_json()["files"]
     name = ref.folder.rpartition("/")[2]
     for file in files:
         file["path"] = f"../{name}/{file['path']}"
     later = StageRef(**{**ref.to_json(), "folder": folder})
-    manifest = read_manifest(store, ref.folder) | {"folder": folder, "files": files}
+    manifest = read_manifest(store, ref.folder).to_json() | {"folder": folder, "files": files}
     store.write(f"{folder}/{MANIFEST}", json.dumps(manifest).encode())
     assert find_shards(store, later, "train").shards == old.shards
 
 
 def test_other_splits_and_other_files_are_left_out(store: LocalStore, ref: StageRef) -> None:
-    files = read_manifest(store, ref.folder)["files"]
+    files = read_manifest(store, ref.folder).to_json()["files"]
     others = ["val-000000.tar", "val-000000.parquet", "train.urls", "xtrain-000000.tar"]
     added = [{"path": path, "size": 1, "sha256": "0" * 64, "samples": 1} for path in others]
     change_manifest(store, ref, files=files + added)
@@ -201,7 +202,7 @@ def test_an_altered_index_is_never_believed(store: LocalStore, ref: StageRef) ->
 def test_an_index_with_another_number_of_samples_than_the_manifest_is_refused(
     store: LocalStore, ref: StageRef
 ) -> None:
-    files = read_manifest(store, ref.folder)["files"]
+    files = read_manifest(store, ref.folder).to_json()["files"]
     change_manifest(store, ref, files=[{**f, "samples": 4} for f in files])
     (shard, *_) = find_shards(store, ref, "train").shards
     with pytest.raises(

@@ -11,7 +11,7 @@ import yaml
 from small_root import commit
 
 from data_prep.core.errors import ConfigError
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import Config, load_config
 from dpnet.pipeline.cost import Cost, cost_text, estimated, hours_text, measured

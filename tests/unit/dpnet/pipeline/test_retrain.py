@@ -16,7 +16,7 @@ import small_root
 from image_sets import photograph, photographs
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import StageRef, read_manifest
+from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.storage.local import LocalStore
 from dpnet.evaluation.stage import evaluate
 from dpnet.model_store.records import find_record
@@ -302,9 +302,9 @@ def test_an_altered_plan_is_told(store: LocalStore, grown: Path) -> None:
 
 def test_the_manifest_names_what_was_made(store: LocalStore, grown: Path) -> None:
     ref = retrain(config(grown), store, Stages(store, 21.0))
-    assert set(read_manifest(store, ref.folder)["inputs"]) == {"images", "masks"}
+    assert set(read_manifest(store, ref.folder).inputs) == {"images", "masks"}
     made = json.loads(store.read(f"{ref.folder}/retrain.json"))["made"]
-    stages = {role: read_manifest(store, place)["stage"] for role, place in made.items()}
+    stages = {role: read_manifest(store, place).stage for role, place in made.items()}
     assert stages == {
         "run": "train",
         "evaluation": "evaluate",

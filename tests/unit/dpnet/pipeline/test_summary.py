@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.summary import as_text, figures_text, stages_text, summarize
 

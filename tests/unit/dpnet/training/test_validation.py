@@ -12,7 +12,7 @@ import torch
 from small_shards import flip_byte
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.stage import StageRef
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.shards.shards import read_index, split_shards
 from dpnet.evaluation import metrics

@@ -1,0 +1,248 @@
+"""The manifest: the record of a committed stage.
+
+`manifest.json` names the files of a stage, their hashes, and the stages they were made from. It is
+written last. A stage without a manifest is not committed.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from data_prep.core import digest
+from data_prep.core.errors import PipelineError
+from data_prep.core.paths import MANIFEST
+from data_prep.core.storage.store import Store
+
+FORMAT = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ADVICE = "delete its folder and run the stage again"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file that a stage made.
+
+    Attributes:
+        path: relative to the stage's folder; `../` leads to a file of an earlier version.
+        size: in bytes.
+        sha256: of the file's bytes, 64 hexadecimal digits.
+        content: whether the file counts in the content digest. Files that hold times or
+            fingerprints do not.
+        samples: the number of samples in a tar. Training plans its order from these counts before
+            it opens a shard. None for other files and in older manifests.
+    """
+
+    path: str
+    size: int
+    sha256: str
+    content: bool = True
+    samples: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON, without unknown values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> FileRecord:
+        """Read a record; ignore fields of newer versions. Raise ValueError if it is damaged."""
+        record = cls(**_known(cls, found))
+        valid = (
+            isinstance(record.path, str)
+            and type(record.size) is int
+            and isinstance(record.sha256, str)
+            and _SHA256.fullmatch(record.sha256) is not None
+            and isinstance(record.content, bool)
+            and (record.samples is None or type(record.samples) is int)
+        )
+        if not valid:
+            raise ValueError(record)
+        return record
+
+
+@dataclass(frozen=True)
+class InputRef:
+    """An input of a stage: the committed stage that its manifest names."""
+
+    stage: str
+    folder: str  # key of the stage's folder under the root
+    request_digest: str
+    content_digest: str
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> InputRef:
+        """Read an input; ignore fields of newer versions. Raise ValueError if it is damaged."""
+        ref = cls(**_known(cls, found))
+        if not all(isinstance(value, str) for value in asdict(ref).values()):
+            raise ValueError(ref)
+        return ref
+
+
+@dataclass(frozen=True)
+class StageRef:
+    """Reference to a committed stage: small, JSON, and enough for the next stage."""
+
+    stage: str
+    name: str
+    folder: str  # key of the stage's folder under the root
+    request_digest: str
+    content_digest: str
+    seconds: float  # the time of this call
+    skipped: bool  # whether the stage was committed before this call
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the reference as JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed stage was asked for, and what it made.
+
+    Attributes:
+        folder: key of the stage's folder under the root.
+        settings: the part of the config that changes the output.
+        inputs: the committed stages it was made from, by role.
+        sources: content digests of inputs that have no stage (raw data, weight files), by role.
+        files: its files, sorted by path.
+        summary: figures worth showing.
+        created: time of the commit, in UTC ("2026-01-31T12:00:00Z").
+        seconds: duration of the build.
+    """
+
+    stage: str
+    name: str
+    folder: str
+    request_digest: str
+    content_digest: str
+    settings: dict[str, Any]
+    inputs: dict[str, InputRef]
+    sources: dict[str, str]
+    files: list[FileRecord]
+    summary: dict[str, Any]
+    created: str
+    seconds: float
+    format: int = FORMAT
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `manifest.json`."""
+        return {
+            "format": self.format,
+            "stage": self.stage,
+            "name": self.name,
+            "folder": self.folder,
+            "request_digest": self.request_digest,
+            "content_digest": self.content_digest,
+            "settings": self.settings,
+            "inputs": {role: asdict(ref) for role, ref in self.inputs.items()},
+            "sources": self.sources,
+            "files": [file.to_json() for file in self.files],
+            "summary": self.summary,
+            "created": self.created,
+            "seconds": self.seconds,
+        }
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of `manifest.json`."""
+        return json.dumps(self.to_json(), indent=1).encode()
+
+    @classmethod
+    def from_json(cls, found: Any) -> Manifest:
+        """Read the content of `manifest.json`; ignore fields of newer versions.
+
+        Raises:
+            ValueError: it has another format number, or is not a whole manifest. The message
+                continues the sentence that begins with the file's name.
+        """
+        if isinstance(found, dict) and isinstance(number := found.get("format"), int):
+            if number != FORMAT:
+                raise ValueError(
+                    f"has format {number}, this version reads {FORMAT}: use the version of dpnet"
+                    " that wrote it, or build the stage again"
+                )
+            try:
+                return cls._read(found)
+            except (KeyError, TypeError, AttributeError, ValueError):
+                pass
+        raise ValueError(f"was altered: it is not a whole manifest; {_ADVICE}")
+
+    @classmethod
+    def _read(cls, found: Mapping[str, Any]) -> Manifest:
+        manifest = cls(
+            **_known(cls, found)
+            | {
+                "inputs": {r: InputRef.from_json(ref) for r, ref in found["inputs"].items()},
+                "files": [FileRecord.from_json(file) for file in found["files"]],
+            }
+        )
+        texts = ("stage", "name", "folder", "request_digest", "content_digest", "created")
+        wrong = [name for name in texts if not isinstance(getattr(manifest, name), str)]
+        mappings = ("settings", "sources", "summary")
+        wrong += [name for name in mappings if not isinstance(getattr(manifest, name), dict)]
+        if wrong or not isinstance(manifest.seconds, int | float):
+            raise ValueError(wrong)
+        return manifest
+
+
+def _known(kind: type, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `found` that this version of the dataclass `kind` has."""
+    return {each.name: found[each.name] for each in fields(kind) if each.name in found}
+
+
+def content_digest(files: Iterable[FileRecord]) -> str:
+    """Return the digest of a stage's files.
+
+    A file of an earlier version counts by its bare name: the same shards are the same content,
+    whichever version holds them.
+    """
+    return digest.content_digest(
+        (posixpath.basename(f.path) if f.path.startswith("../") else f.path, f.sha256)
+        for f in files
+        if f.content
+    )
+
+
+def read_manifest(store: Store, folder: str) -> Manifest:
+    """Read the manifest of a committed stage. Raise PipelineError if it is absent or damaged."""
+    where = f"{store.uri}/{folder}/{MANIFEST}"
+    try:
+        data = store.read(f"{folder}/{MANIFEST}")
+    except FileNotFoundError:
+        raise PipelineError(f"{where} is missing: that stage was never finished.") from None
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    try:
+        manifest = Manifest.from_json(found)
+    except ValueError as error:
+        raise PipelineError(f"{where} {error}.") from None
+    if manifest.folder != folder:
+        raise PipelineError(
+            f"{where} was altered: it says that its folder is {manifest.folder}; {_ADVICE}."
+        )
+    return manifest
+
+
+def load_reference(store: Store, folder: str) -> StageRef:
+    """Return a reference to the stage committed in `folder`."""
+    return reference(read_manifest(store, folder), 0.0, skipped=True)
+
+
+def reference(manifest: Manifest, seconds: float, *, skipped: bool) -> StageRef:
+    """Return a reference to the stage of `manifest`; `seconds` is the time of this call."""
+    return StageRef(
+        stage=manifest.stage,
+        name=manifest.name,
+        folder=manifest.folder,
+        request_digest=manifest.request_digest,
+        content_digest=manifest.content_digest,
+        seconds=seconds,
+        skipped=skipped,
+        summary=manifest.summary,
+    )
