@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.logs import start_logging
 from data_prep.core.pool import Map, called, cores, died_again
 from dpnet.training.ray.start import connect, prepare_start
 
@@ -77,6 +78,7 @@ def _run(
 
 
 def _call(function: Callable[[T], R], task: T) -> R:
+    start_logging()  # to Ray's log of this worker
     return function(task)
 
 

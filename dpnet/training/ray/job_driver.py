@@ -17,7 +17,7 @@ import threading
 import time
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.progress import say
+from data_prep.core.logs import start_logging
 from data_prep.core.storage.open import open_store
 from dpnet.training.job import TrainJob
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
@@ -26,11 +26,13 @@ from dpnet.training.ray.workers import Training
 
 
 def main() -> int:
+    start_logging()
     *only_stacks, attempt, root, folder = sys.argv[1:]
     try:
         _train(attempt, root, folder, only_stacks=bool(only_stacks))
     except PipelineError as error:
-        say(" ".join(str(error).split()))
+        # Plain, because the launcher takes the last line as the reason.
+        print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         return EXPLAINED
     return 0
 

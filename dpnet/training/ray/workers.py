@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import os
 import secrets
 import signal
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from data_prep.core import progress
 from data_prep.core.errors import PipelineError, StorageError, storage_error_in
+from data_prep.core.logs import Forward, add_handler, start_logging
 from data_prep.core.progress import say
 from data_prep.core.storage.open import open_store
 from dpnet.tracking.run_log import read_status
@@ -88,10 +90,10 @@ class Training:
         """Whether it is still at work. Raises PipelineError where it has failed for good."""
         self._thread.join(0.2)
         alive = self._thread.is_alive()
-        for kind, text in _words(self.attempt):
+        for kind, text, level, name in _words(self.attempt):
             if kind == "error":  # sooner than from Ray, which would start the workers again
                 raise PipelineError(text)
-            say(text)
+            logging.getLogger(name).log(level, "%s", text)
         if not alive:
             if self.error is not None:
                 raise explained(self.error, f"{self.store.uri}/{self.job.folder}") from self.error
@@ -290,6 +292,9 @@ def _worker(config: dict[str, Any]) -> bool:
     from dpnet.training.loop import train_loop
 
     job, attempt = TrainJob.from_json(config["job"]), config["attempt"]
+    start_logging()  # to Ray's log of this worker
+    forward = Forward(lambda level, name, text: _tell(attempt, "message", text, level, name))
+    add_handler(forward)
     progress.listeners.append(lambda text: _tell(attempt, "message", text))
     session = RaySession(attempt)
     if not job.settings.gpus:
@@ -304,17 +309,23 @@ def _worker(config: dict[str, Any]) -> bool:
         raise
 
 
-def _tell(attempt: str, kind: Literal["message", "error"], text: str) -> None:
-    """Leave word for the driver, in a worker."""
+def _tell(
+    attempt: str,
+    kind: Literal["message", "error"],
+    text: str,
+    level: int = logging.INFO,
+    name: str = __name__,
+) -> None:
+    """Leave a log record, or the error that ends training, for the driver to collect."""
     from ray.experimental.internal_kv import _internal_kv_put
 
     with suppress(Exception):  # an error comes through Ray too, later
         key = f"{attempt}/{time.time_ns():020d}-{secrets.token_hex(4)}"
-        _internal_kv_put(key, json.dumps([kind, text]), namespace=_WORDS)
+        _internal_kv_put(key, json.dumps([kind, text, level, name]), namespace=_WORDS)
 
 
-def _words(attempt: str) -> Iterator[tuple[str, str]]:
-    """(kind, text) of each word left since the last call, the oldest first."""
+def _words(attempt: str) -> Iterator[tuple[str, str, int, str]]:
+    """Yield (kind, text, level, name of the logger) of each new message, the oldest first."""
     from ray.experimental.internal_kv import (
         _internal_kv_del,
         _internal_kv_get,
@@ -322,9 +333,9 @@ def _words(attempt: str) -> Iterator[tuple[str, str]]:
     )
 
     for key in sorted(_internal_kv_list(f"{attempt}/", namespace=_WORDS)):
-        kind, text = json.loads(_internal_kv_get(key, namespace=_WORDS))
+        kind, text, level, name = json.loads(_internal_kv_get(key, namespace=_WORDS))
         _internal_kv_del(key, namespace=_WORDS)
-        yield kind, text
+        yield kind, text, level, name
 
 
 @contextmanager
