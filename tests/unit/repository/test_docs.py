@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from dpnet.cli.arguments import build_parser
+from dpnet.cli.parser import build_parser
 
 REPOSITORY = Path(__file__).parents[3]
 FILE = re.compile(r"`((?:data_prep|dpnet|flows|tests|benchmarks|docs|infra)/[\w./-]+)`")
@@ -106,6 +106,15 @@ def test_every_link_leads_to_a_file_and_a_heading_that_exist(page: Path) -> None
 def test_every_file_that_a_page_names_exists(page: Path) -> None:
     for path in FILE.findall(page.read_text("utf-8")):
         assert (REPOSITORY / path).exists(), f"{name(page)} names {path}, which does not exist"
+
+
+def test_every_name_on_the_page_of_extending_is_in_a_file_that_it_names() -> None:
+    text = (REPOSITORY / "docs/extending.md").read_text("utf-8")
+    files = [REPOSITORY / path for path in FILE.findall(text)]
+    code = "\n".join(file.read_text("utf-8") for file in files if file.suffix == ".py")
+    names = set(re.findall(r"`([A-Za-z_]+)(?:\([\w, ]*\))?`", text))
+    assert {"Container", "RECIPES", "METRICS", "Launcher"} <= names
+    assert [each for each in sorted(names) if not re.search(rf"\b{each}\b", code)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
