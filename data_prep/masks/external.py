@@ -157,7 +157,7 @@ def read_files(
 
     Raises PipelineError when there is no mask among them or too many are broken.
     """
-    from data_prep.raw.source import IGNORED
+    from data_prep.raw.layouts import IGNORED
 
     listing = source.list()
     files: dict[str, MaskFile] = {}

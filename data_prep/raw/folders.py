@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
-from data_prep.raw.files import GONE, Blob, Found, LocalFiles, S3Files
+from data_prep.raw.files import GONE, Blob, Found
 from data_prep.raw.layouts import IGNORED, apply_layout, are_samples
 from data_prep.raw.listing import Item, Listing, collect
+from data_prep.raw.local_files import LocalFiles
 from data_prep.raw.members import LEAVES, Member, leaves
+from data_prep.raw.s3_files import S3Files
 from data_prep.raw.tables import NoImagesError, Table
 from data_prep.raw.tars import Tar
 from data_prep.raw.zips import Zip

@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
-from data_prep.raw.files import Files, Found, LocalFiles, S3Files, escape, s3_files
+from data_prep.raw.files import Files, Found, escape
 from data_prep.raw.folders import Known, collected, nothing_known
 from data_prep.raw.layouts import apply_layout
 from data_prep.raw.listing import Item, Listing
+from data_prep.raw.local_files import LocalFiles
+from data_prep.raw.s3_files import S3Files, s3_files
 
 MISSING = "missing: the list names it, but there is no such file"
 _PATHS = ("path", "uri", "url", "file", "filename", "image")  # names of columns and fields

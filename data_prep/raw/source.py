@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Protocol
 
 from data_prep.core.errors import PipelineError
-from data_prep.raw.files import LocalFiles, escape, open_folder, s3_files
+from data_prep.core.storage.uri import S3Address, parse_uri
+from data_prep.raw.files import escape
 from data_prep.raw.folders import Folder, Known, empty, is_container, nothing_known
-from data_prep.raw.layouts import IGNORED, LAYOUTS, check_layout
+from data_prep.raw.layouts import check_layout
 from data_prep.raw.listing import Item, Listing
 from data_prep.raw.lists import ListFile, is_list
-
-__all__ = ["IGNORED", "LAYOUTS", "Known", "Reader", "Source", "check_source", "open_source"]
+from data_prep.raw.local_files import LocalFiles
+from data_prep.raw.s3_files import S3Files, s3_files
 
 
 class Source(Protocol):
@@ -63,7 +64,7 @@ class Reader(Protocol):
 def open_source(uri: str, layout: str = "auto") -> Folder | ListFile:
     """The source at a path, file:// or s3:// URI. Raises ConfigError or PipelineError."""
     check_layout(layout)
-    files = open_folder(uri)
+    files = open_files(uri)
     if isinstance(files, LocalFiles):
         if files.folder.is_dir():
             return Folder(files, "", layout)
@@ -76,6 +77,14 @@ def open_source(uri: str, layout: str = "auto") -> Folder | ListFile:
             return Folder(files, "", layout)
         files = s3_files(files.store.bucket, above)
     return ListFile(files, name, layout) if is_list(name) else Folder(files, name, layout)
+
+
+def open_files(uri: str) -> LocalFiles | S3Files:
+    """The files below a path, a file:// URI or an s3:// URI. Asks nothing of the storage."""
+    address = parse_uri(uri)
+    if isinstance(address, S3Address):
+        return s3_files(address.bucket, address.prefix)
+    return LocalFiles(address)
 
 
 def check_source(uri: str, layout: str = "auto") -> None:

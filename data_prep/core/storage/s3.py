@@ -135,6 +135,11 @@ class S3Store:
         finally:
             partial_file.unlink(missing_ok=True)
 
+    def entry(self, key: str) -> Entry:
+        """Return the object's entry, as `list` would. Raises FileNotFoundError."""
+        head = self._head(key)
+        return Entry(key, head["ContentLength"], head["ETag"])
+
     def exists(self, key: str) -> bool:
         try:
             self._head(key)

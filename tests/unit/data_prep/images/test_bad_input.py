@@ -35,7 +35,7 @@ from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.images.stage import prepare_images
-from data_prep.raw.files import LocalFiles
+from data_prep.raw.local_files import LocalFiles
 from dpnet.pipeline.verify import verify
 
 

@@ -45,7 +45,7 @@ from data_prep.images import shard_task as image_shards
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.pictures.prepare import prepare
-from data_prep.raw.files import LocalFiles
+from data_prep.raw.local_files import LocalFiles
 from data_prep.shards.shards import read_index, sha256_of, split_shards, write_shard
 from dpnet.pipeline.verify import verify
 

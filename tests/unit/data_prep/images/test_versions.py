@@ -39,7 +39,7 @@ from data_prep.images.versions import versions
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.pictures.limits import PhotoError
 from data_prep.pictures.prepare import prepare
-from data_prep.raw.files import LocalFiles
+from data_prep.raw.local_files import LocalFiles
 from data_prep.shards.shards import split_shards
 from dpnet.pipeline.verify import verify
 

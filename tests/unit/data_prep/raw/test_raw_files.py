@@ -13,8 +13,9 @@ from raw_places import LIMIT, Place, contents, keys, open_and_list, place
 from servers import Server
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError, StorageError
-from data_prep.raw.files import LocalFiles, escape, unescape
+from data_prep.raw.files import escape, unescape
 from data_prep.raw.listing import Item
+from data_prep.raw.local_files import LocalFiles
 from data_prep.raw.source import check_source, open_source
 
 __all__ = ["place"]

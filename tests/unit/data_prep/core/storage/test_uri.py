@@ -9,8 +9,7 @@ import pytest
 from data_prep.core.errors import ConfigError
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.uri import S3Address, parse_uri
-from data_prep.raw.files import open_folder
-from data_prep.raw.source import check_source
+from data_prep.raw.source import check_source, open_files
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_a_wrong_address_is_refused_with_one_message_everywhere_and_no_password(
     uri: str, message: str
 ) -> None:
     texts = set[str]()
-    for use in (parse_uri, open_store, open_folder, check_source):
+    for use in (parse_uri, open_store, open_files, check_source):
         with pytest.raises(ConfigError, match=message) as caught:
             use(uri)
         texts.add(str(caught.value))
@@ -67,4 +66,4 @@ def test_a_wrong_address_is_refused_with_one_message_everywhere_and_no_password(
 
 @pytest.mark.parametrize("uri", ["s3://bucket/a/b", "s3://bucket"])
 def test_a_root_and_a_source_at_one_address_are_the_same_place(uri: str) -> None:
-    assert open_folder(uri).uri == open_store(uri).uri == uri
+    assert open_files(uri).uri == open_store(uri).uri == uri

@@ -1,0 +1,183 @@
+"""Files below a local folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep.core.errors import ItemError, PipelineError
+from data_prep.raw.files import GONE, LONGEST_TEXT, Found, escape, too_large, unescape
+from data_prep.raw.listing import fingerprint
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """A local folder. Symbolic links are followed, each folder once."""
+
+    folder: Path
+    threads = 1
+
+    @property
+    def uri(self) -> str:
+        return str(self.folder)
+
+    def where(self, key: str) -> str:
+        return str(self.folder / key)
+
+    def walk(self) -> Iterator[Found]:
+        """Raises PipelineError when a folder cannot be read."""
+        seen: set[tuple[int, int]] = set()
+        waiting = [("", str(self.folder))]
+        while waiting:
+            below, folder = waiting.pop()
+            try:
+                here = os.stat(folder)
+                if (here.st_dev, here.st_ino) in seen:  # a link back to a folder already listed
+                    continue
+                seen.add((here.st_dev, here.st_ino))
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.name.startswith("."):
+                            continue
+                        if _is_folder(entry):
+                            waiting.append((f"{below}{entry.name}/", entry.path))
+                        elif (found := _found_entry(below + entry.name, entry)) is not None:
+                            yield found
+            except FileNotFoundError:
+                if not below:
+                    raise PipelineError(f"the folder {folder} does not exist.") from None
+                # else: removed while it was listed
+            except OSError as error:
+                raise _unreadable(folder, error) from error
+
+    def look(self, key: str) -> Found | None:
+        try:
+            status = os.stat(self._path(key))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _unreadable(self.where(key), error) from error
+        return _found(key, status)
+
+    def read(self, key: str, limit: int) -> bytes:
+        try:
+            with open(self._path(key), "rb") as file:
+                if os.fstat(file.fileno()).st_size > limit:
+                    raise too_large(limit)
+                data = file.read(limit + 1)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise ItemError(GONE) from None
+        except OSError as error:
+            raise _unreadable(self.where(key), error) from error
+        if len(data) > limit:
+            raise too_large(limit)
+        return data
+
+    def blob(self, key: str) -> LocalBlob:
+        try:
+            return LocalBlob(key, self._path(key))
+        except (FileNotFoundError, NotADirectoryError):
+            raise ItemError(GONE) from None
+        except OSError as error:
+            raise _unreadable(self.where(key), error) from error
+
+    def text_beside(self, *paths: str) -> str | None:
+        for path in paths:
+            if (self.folder / path).is_file():
+                return self.read(path, LONGEST_TEXT).decode("utf-8", "replace")
+        return None
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self.folder, unescape(key))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into what may not be read
+        return False
+
+
+def _found_entry(name: str, entry: os.DirEntry[str]) -> Found | None:
+    """What a directory entry is; None for what is no file (a socket, a pipe)."""
+    try:
+        return _found(escape(name), entry.stat())
+    except FileNotFoundError:
+        if entry.is_symlink():
+            return Found(escape(name), 0, 0, "it is a link to a file that does not exist")
+        return None  # removed while it was listed
+    except OSError as error:
+        if entry.is_symlink():  # a link to itself
+            return Found(
+                escape(name), 0, 0, f"it is a link that cannot be followed: {error.strerror}"
+            )
+        raise
+
+
+def _found(key: str, status: os.stat_result) -> Found | None:
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return Found(key, status.st_size, fingerprint(status.st_size, status.st_mtime_ns))
+
+
+def _unreadable(where: str, error: OSError) -> PipelineError:
+    return PipelineError(
+        f"cannot read {where}: {error.strerror or error}: check its permissions and the disk, then"
+        " run the same command again."
+    )
+
+
+class LocalBlob:
+    """A local file. It closes when nobody holds it any more."""
+
+    def __init__(self, key: str, path: str) -> None:
+        self.key, self._path = key, path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(self._descriptor)
+        self.size, self.fingerprint = (
+            status.st_size,
+            fingerprint(status.st_size, status.st_mtime_ns),
+        )
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, max(0, min(size, self.size - offset)), offset)
+        except OSError as error:
+            raise _unreadable(self._path, error) from error
+
+    def open(self) -> BinaryIO:
+        # Over the same descriptor: the file of that name may be another one by now.
+        return io.BufferedReader(_PositionedReads(self))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+
+class _PositionedReads(io.RawIOBase):
+    """A blob as a seekable stream."""
+
+    def __init__(self, blob: LocalBlob) -> None:
+        self._blob, self._position = blob, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._blob.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self._blob.read_at(self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
