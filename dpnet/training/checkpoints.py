@@ -154,7 +154,7 @@ def _folders(store: Store, run: str) -> set[str]:
     return {key for key in keys if _FOLDER.fullmatch(key.rpartition("/")[2])}
 
 
-def check_asked(mark: Mark, asked: Mapping[str, Any], where: str) -> None:
+def check_requested(mark: Mark, asked: Mapping[str, Any], where: str) -> None:
     """Raise PipelineError, which names what differs, unless the checkpoint is of what is asked."""
     if differ := differences(mark.asked, asked):
         raise PipelineError(

@@ -9,7 +9,15 @@ import torch
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.storage.local import LocalStore
 from dpnet.training import checkpoints
-from dpnet.training.checkpoints import MARK, Writer, check_asked, differences, load, marks, newest
+from dpnet.training.checkpoints import (
+    MARK,
+    Writer,
+    check_requested,
+    differences,
+    load,
+    marks,
+    newest,
+)
 
 RUN = "runs/x-0123456789ab"
 ASKED = {"train": {"batch_size": 4, "steps": 10}, "sha256": {}}
@@ -176,9 +184,9 @@ def test_what_differs_is_named_with_both_values(store):
     assert differences(ASKED, json.loads(json.dumps(ASKED))) == []
     write(store, 1)
     mark = marks(store, RUN)[0]
-    check_asked(mark, ASKED, store.uri)
+    check_requested(mark, ASKED, store.uri)
     with pytest.raises(PipelineError, match=r"was made with train\.batch_size 4, not 8, train"):
-        check_asked(mark, other, store.uri)
+        check_requested(mark, other, store.uri)
 
 
 @pytest.mark.parametrize("kind", ["", "moto"])

@@ -39,8 +39,9 @@ from dpnet.training.job import (
     stage_request,
     vgg_command,
 )
-from dpnet.training.loop import Meter, choose_backend, note, resume, train_loop
+from dpnet.training.loop import choose_backend, resume, train_loop
 from dpnet.training.ray import launch
+from dpnet.training.reporting import Journal, Meter, status_line
 from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
 from dpnet.training.step import Measured, Step
 from dpnet.training.validation import hole_psnr
@@ -274,7 +275,7 @@ def test_a_run_begins_with_another_ones_generator(prepared, tmp_path):
         assert equal(dict(mine.state_dict()), dict(generator.state_dict()))
     other = replace(job, model=ModelSettings(preset="tiny", pyramid=False))
     state = loop.initial_state(other, torch.device("cpu"))
-    with pytest.raises(PipelineError, match=r"train\.init_from names .*another network"):
+    with pytest.raises(PipelineError, match=r"train\.init_from names .*a network that differs"):
         resume(other, Session(), open_store(job.root), state)
 
 
@@ -465,7 +466,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_kept_and_names_its_f
     else:
         rare[f"{due}_every"] = every
     job = make_job(prepared, **rare)
-    with pytest.raises(PipelineError, match=r"step 2: .* \(hole\); nothing was trained on"):
+    with pytest.raises(PipelineError, match=r"step 2: .* \(hole\)\. Neither that step"):
         train_loop(job, Session())
     assert len(steps) == every
     assert validated == [0]
@@ -550,7 +551,7 @@ def test_while_layers_are_compiled_the_status_says_so_and_no_step_waits_for_it(
         graphs.append(counters["stats"]["unique_graphs"] - before)
         return done
 
-    monkeypatch.setattr(loop.Journal, "status", lambda self, record: told.append(record))
+    monkeypatch.setattr(Journal, "status", lambda self, record: told.append(record))
     monkeypatch.setattr(Step, "__call__", stepping)
     torch.compiler.reset()
     train_loop(make_job(prepared, steps=2, validate_every=2), Session())
@@ -563,12 +564,12 @@ def test_while_layers_are_compiled_the_status_says_so_and_no_step_waits_for_it(
 
 def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled():
     log = [{"kind": "validation", "step": 0, "hole_psnr": 20.0}]
-    assert note(log, None) == "validation 20.00 dB at step 0"
+    assert status_line(log, None) == "validation 20.00 dB at step 0"
     times = {"seconds": 2.0, "data_seconds": 0.5, "images_per_second": 12.34}
     log.append({"kind": "train", "step": 5, "losses": {"hole": 0.1234}, **times})
     told = "L1 in the hole 0.123, 12.3 images/s, 25% waiting for data"
     told += ", validation 20.00 dB at step 0"
-    assert note(log, "no compiler") == f"{told}, not compiled (no compiler)"
+    assert status_line(log, "no compiler") == f"{told}, not compiled (no compiler)"
 
 
 @pytest.mark.slow
