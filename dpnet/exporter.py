@@ -1,4 +1,4 @@
-"""`python -m dpnet.exporter` serves the metrics and files of a root."""
+"""The command `python -m dpnet.exporter`, which serves the metrics and reports of a root."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""The parameters of the flows: what a person fills in at the Prefect UI.
+"""The parameters of the flows: the forms that a person fills in in the Prefect UI.
 
-A form holds the options of one section of the config that are changed from run to run. They are the
-config's own, with their ranges and descriptions; an empty field leaves the config's value. Whatever
-else there is can be changed by `overrides`.
+A form has some options of one section of the config, those that people change from run to run. It
+takes their ranges and descriptions from the config. An empty field keeps the config's value. The
+parameter `overrides` can change every other option.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
 
-def _plain(schema: dict[str, Any]) -> None:
-    """Of a choice between a value and none, the value alone: the form has no good field for such
-    a choice, and an empty field is none anyway."""
+def _simplify(schema: dict[str, Any]) -> None:
+    """Replace each choice between a value and null by the value.
+
+    The UI has no good field for such a choice, and it sends null for an empty field anyway.
+    """
     for name, field in schema.get("properties", {}).items():
         choices = field.pop("anyOf", None)
         if choices is not None:
@@ -31,7 +33,7 @@ def _plain(schema: dict[str, Any]) -> None:
         field["title"] = name
 
 
-_TRAIN = (  # no boolean: the UI's form sends false for one that nobody has touched
+_TRAIN = (  # without booleans: the UI sends false for an untouched checkbox
     "steps",
     "batch_size",
     "workers",
@@ -44,35 +46,36 @@ _TRAIN = (  # no boolean: the UI's form sends false for one that nobody has touc
 
 
 def _form(name: str, section: type[BaseModel], options: Sequence[str]) -> type[BaseModel]:
+    """Return a model with `options` of a section, each optional, in this order."""
     fields: dict[str, Any] = {}
-    for place, option in enumerate(options):
+    for position, option in enumerate(options):
         known = section.model_fields[option]
         kind: Any = Optional[Annotated[known.annotation, Field(), *known.metadata]]  # noqa: UP045
-        given = Field(None, description=known.description, json_schema_extra={"position": place})
-        fields[option] = (kind, given)
-    made: type[BaseModel] = create_model(
+        extra: dict[str, Any] = {"position": position}
+        fields[option] = (kind, Field(None, description=known.description, json_schema_extra=extra))
+    form: type[BaseModel] = create_model(
         name,
-        __config__=ConfigDict(extra="forbid", frozen=True, json_schema_extra=_plain),
+        __config__=ConfigDict(extra="forbid", frozen=True, json_schema_extra=_simplify),
         __module__=__name__,
         **fields,
     )
-    return made
+    return form
 
 
 class Images(_form("Images", ImagesSettings, ("source", "name", "size", "mode", "layout"))):  # type: ignore[misc]
-    """Which photographs, and how they are cut."""
+    """The photos, and how to cut them."""
 
 
 class Train(_form("Train", TrainSettings, _TRAIN)):  # type: ignore[misc]
-    """How long and with what training goes."""
+    """How long to train, and with which options."""
 
 
 class Launch(_form("Launch", LaunchSettings, ("launcher", "address"))):  # type: ignore[misc]
-    """Where training runs."""
+    """The machines that train."""
 
 
 class Evaluate(_form("Evaluate", EvaluateSettings, ("split", "max_pairs", "pictures"))):  # type: ignore[misc]
-    """What the model is evaluated on."""
+    """The pairs of photo and mask to evaluate on."""
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -84,7 +87,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 
 def overrides_of(**forms: BaseModel) -> list[str]:
-    """What was filled in, each as "train.steps=10"; a JSON value is a YAML value."""
+    """Return the filled-in fields as overrides, such as "train.steps=10".
+
+    A value is written as JSON, which is also YAML.
+    """
     return [
         f"{section}.{option}={json.dumps(value, ensure_ascii=False)}"
         for section, form in forms.items()

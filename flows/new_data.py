@@ -1,13 +1,14 @@
-"""The flows `watch-raw-data` and `retrain`: new photographs to a better model.
+"""The flows `watch-raw-data` and `retrain`: from new photos to a better model.
 
-Watching compares a source with the newest version of its dataset and sends the event
-`dpnet.raw-data.changed`; what listens to it starts `retrain`. Neither flow remembers anything:
-what was announced and what was trained is told by storage (`data_prep/images/watch.py`,
-`dpnet/pipeline/retrain.py`), so an event that comes twice trains once.
+`watch-raw-data` compares a source with the newest version of its dataset. If there are enough new
+photos, it sends the event `dpnet.raw-data.changed`, and an automation starts `retrain`. The flows
+keep no state. Storage records the announced changes (`data_prep/images/watch.py`) and the trained
+data (`dpnet/pipeline/retrain.py`), so an event that comes twice trains once.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -23,27 +24,23 @@ from prefect.states import Completed
 from pydantic import NonNegativeFloat, PositiveInt
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.progress import say
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.images.next_version import Changes, look
-from data_prep.images.watch import watch as watch_once
+from data_prep.images.watch import watch
 from dpnet.pipeline.chain import check_config, with_photographs
 from dpnet.pipeline.config import Config, load_config, resolve_root
 from dpnet.pipeline.retrain import NothingToDo
 from dpnet.pipeline.retrain import retrain as retrain_stage
 from dpnet.training.ray.launch import leaves_job
+from flows.flow_run import job_keeps_running, run_as_task, run_name, shorten_logged_errors
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
-from flows.run_page import (
-    Story,
-    as_task,
-    is_left_running,
-    run_name,
-    tell_errors_in_a_sentence,
-)
+from flows.run_page import RunPage
 
 CHANGED, PROMOTED = "dpnet.raw-data.changed", "dpnet.model.promoted"
 Outcome = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 
 @flow(name="watch-raw-data", flow_run_name=run_name, persist_result=False)
@@ -56,24 +53,25 @@ def watch_raw_data(
     again: bool = False,
     overrides: list[str] = [],  # noqa: B006
 ) -> Outcome | State[Outcome]:
-    """Compare a config's source with the newest version of its dataset, and tell of a change.
+    """Compare a config's source with the newest version of its dataset, and announce new photos.
 
-    Nothing is prepared. What is told of once is not told of again.
+    Nothing is prepared. Each change is announced once.
 
     Args:
         config: A packaged config or the path of a YAML file on the machine that runs it.
-        root: Where everything is stored; empty means DPNET_ROOT or the config's.
-        images: Which photographs, and how they are cut.
-        min_new: How many images must be new or changed.
-        quiet_minutes: How long the source must have stood still.
-        again: Also tell of what was told of before.
-        overrides: Any other options to change, each like images.quality=90.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        images: The photos, and how to cut them.
+        min_new: How many new or changed photos are needed to announce a change.
+        quiet_minutes: How many minutes the source must be unchanged before the announcement.
+        again: Announce a change again that was announced before.
+        overrides: Other options to change, such as images.quality=90.
     """
-    tell_errors_in_a_sentence()
+    shorten_logged_errors()
     resolved = load_config(config, [*overrides_of(images=images), *overrides])
     check_config(resolved, "images")
     store = open_store(resolve_root(root, resolved))
-    found = watch(resolved, store, min_new, quiet_minutes * 60, again=again)
+    found = check_source(resolved, store, min_new, quiet_minutes * 60, again=again)
     if found["announced"]:
         return found
     return Completed(name="Skipped", message=found["reason"], data=found)
@@ -90,42 +88,54 @@ def retrain(
     overrides: list[str] = [],  # noqa: B006
     event: dict[str, Any] = {},  # noqa: B006
 ) -> Outcome | State[Outcome]:
-    """Train from the champion on the images that are there now, and promote the better of both.
+    """Train from the champion on the current photos, and promote the better of the two models.
 
-    What was trained on before is skipped.
+    The run is skipped if a model was trained on these photos before.
 
     Args:
         config: A packaged config or the path of a YAML file on the machine that runs it.
-        root: Where everything is stored; empty means DPNET_ROOT or the config's.
-        images: Which photographs, and how they are cut.
-        train: How long and with what training goes.
-        launch: Where training runs.
-        evaluate: What both models are evaluated on.
-        overrides: Any other options to change, each like train.learning_rate=2e-4.
-        event: The payload of dpnet.raw-data.changed that started it, if one did.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        images: The photos, and how to cut them.
+        train: How long to train, and with which options.
+        launch: The machines that train.
+        evaluate: The pairs of photo and mask to evaluate both models on.
+        overrides: Other options to change, such as train.learning_rate=2e-4.
+        event: The payload of the event dpnet.raw-data.changed, if it started this run.
     """
-    tell_errors_in_a_sentence()
+    shorten_logged_errors()
     given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
     resolved = load_config(config, [*given, *overrides])
     check_config(resolved)
     store = open_store(resolve_root(root, resolved))
-    leaves_job.set(is_left_running)
-    with Story(resolved, store):
+    leaves_job.set(job_keeps_running)
+    with RunPage(resolved, store):
         return retrain_once(resolved, store, event)
 
 
-def watch(
+def check_source(
     config: Config, store: Store, min_new: int = 1, quiet_s: float = 0.0, *, again: bool = False
 ) -> Outcome:
-    """One look at the config's source: its counts, whether they were announced, and why (not)."""
+    """Compare the config's source with its dataset once, and announce a change if it is due.
+
+    Args:
+        config: The config with the source.
+        store: The root.
+        min_new: How many new or changed photos are needed, at least 1.
+        quiet_s: For how many seconds the source must be unchanged.
+        again: Announce a change even if it was announced before.
+
+    Returns:
+        The counts of the change, whether it was announced, and the reason.
+    """
     images = with_photographs(config, store).images
 
     def announce(changes: Changes) -> None:
         counts = {key: getattr(changes, key) for key in ("new", "changed", "removed", "version")}
         about = {"dataset": images.name, "digest": changes.digest, **counts, "root": store.label}
-        send(CHANGED, f"dpnet.dataset.{images.name}", images.name, about)
+        send_event(CHANGED, f"dpnet.dataset.{images.name}", images.name, about)
 
-    changes, decision = watch_once(
+    changes, decision = watch(
         store,
         images.name,
         lambda: look(images, store),
@@ -135,7 +145,7 @@ def watch(
         quiet_s=quiet_s,
         again=again,
     )
-    say(f"watch {images.name}: {decision.reason}")
+    log.info("watch %s: %s", images.name, decision.reason)
     return {
         "dataset": images.name,
         **changes.to_json(),
@@ -147,56 +157,71 @@ def watch(
 def retrain_once(
     config: Config, store: Store, event: Mapping[str, Any] | None = None
 ) -> Outcome | State[Outcome]:
-    """The body of the flow: the stage, what the run page shows of it, and word of a promotion."""
+    """Run the retrain stage, show its result on the run's page, and announce a promotion.
+
+    Returns the summary, or the state "Skipped" with the reason if there is nothing to train.
+    """
     dataset = (event or {}).get("dataset", config.images.name)
     if dataset != config.images.name:
-        return _skipped(f"The event is of the dataset {dataset}, not of {config.images.name}.")
+        return _skipped(
+            f"The event is about the dataset {dataset}, not about {config.images.name}."
+        )
     try:
-        ref = retrain_stage(config, store, as_task)
+        ref = retrain_stage(config, store, run_as_task)
     except NothingToDo as nothing:
         text = str(nothing)
         return _skipped(text[0].upper() + text[1:])
     summary = {**ref.summary, "folder": ref.folder, "content_digest": ref.content_digest}
     create_markdown_artifact(
-        as_markdown(summary), key="retrain", description=f"Retrain of {ref.name} in {store.label}"
+        comparison_table(summary),
+        key="retrain",
+        description=f"Retrain of {ref.name} in {store.label}",
     )
     if ref.skipped:
-        done = f"version {summary['version']} came of them"
-        return _skipped(f"These images were trained on before: {done}.", summary)
+        made = f"they made version {summary['version']}"
+        return _skipped(f"A model was trained on these images before: {made}.", summary)
     if summary["promoted"]:
-        _tell_of_promotion(summary, store)
-    say(f"retrain: {summary['reason']}")
+        _announce_promotion(summary, store)
+    log.info("retrain: %s", summary["reason"])
     return summary
 
 
-def as_markdown(summary: Mapping[str, Any]) -> str:
-    """Champion and challenger side by side, and the reason."""
+def comparison_table(summary: Mapping[str, Any]) -> str:
+    """Return markdown that compares the champion with the new model and gives the reason."""
     images, champion = summary["images"], summary["champion"]
-    kept = "promoted to champion" if summary["promoted"] else "kept as challenger"
+    decision = "promoted to champion" if summary["promoted"] else "kept as challenger"
     counts = ", ".join(f"{images[key]} {key}" for key in ("added", "changed", "removed"))
-    rows = [(summary["version"], summary["hole_psnr"], f"new, {kept}")]
+    rows = [(summary["version"], summary["hole_psnr"], f"new, {decision}")]
     if champion is not None:
-        rows.insert(0, (champion["version"], champion["hole_psnr"], "champion before"))
+        rows.insert(0, (champion["version"], champion["hole_psnr"], "previous champion"))
     lines = [f"| {version} | {psnr:.2f} | {what} |" for version, psnr, what in rows]
     return "\n".join(
         [
-            f"**{summary['model']} version {summary['version']}: {kept}.** {summary['reason']}",
+            f"**{summary['model']} version {summary['version']}: {decision}.** {summary['reason']}",
             "",
             "| version | hole PSNR, dB | |",
             "|---|---|---|",
             *lines,
             "",
-            f"Both on the same frozen pairs ({summary['pairs_digest'][:12]}) of {images['name']}"
+            f"Both use the same frozen pairs ({summary['pairs_digest'][:12]}) of {images['name']}"
             f" version {images['version']} ({counts}).",
         ]
     )
 
 
-def send(event: str, resource: str, name: str, payload: Mapping[str, Any]) -> None:
-    """Send an event to the Prefect API, and know that it took it.
+def send_event(event: str, resource: str, name: str, payload: Mapping[str, Any]) -> None:
+    """Send an event to the Prefect API, and check that the API accepts it.
 
-    Prefect's own `emit_event` leaves that to a thread, which only logs what it could not send.
-    Raises PipelineError where the API cannot be reached or refuses.
+    Prefect's own `emit_event` sends from a thread, which only logs a failure.
+
+    Args:
+        event: The name of the event.
+        resource: The id of the resource that the event is about.
+        name: The name of that resource.
+        payload: The JSON values of the event.
+
+    Raises:
+        PipelineError: The API cannot be reached or refuses the event.
     """
     related = []
     if (context := FlowRunContext.get()) and context.flow_run:
@@ -210,7 +235,7 @@ def send(event: str, resource: str, name: str, payload: Mapping[str, Any]) -> No
                 }
             )
         ]
-    made = Event(
+    new = Event(
         event=event,
         resource=Resource({"prefect.resource.id": resource, "prefect.resource.name": name}),
         related=related,
@@ -218,12 +243,13 @@ def send(event: str, resource: str, name: str, payload: Mapping[str, Any]) -> No
     )
     try:
         with get_client(sync_client=True) as client:
-            body = [made.model_dump(mode="json")]
+            body = [new.model_dump(mode="json")]
             client.request("POST", "/events", json=body).raise_for_status()
     except (httpx.HTTPError, RuntimeError) as error:
         raise PipelineError(
-            f"the Prefect API did not take the event {event} ({_cause(error)}): see that the server"
-            " of PREFECT_API_URL runs and lets you in, and run this again."
+            f"the Prefect API did not accept the event {event}: {_cause(error)}. Check that the"
+            " server at PREFECT_API_URL is running and accepts your credentials, then run this"
+            " again."
         ) from error
 
 
@@ -233,15 +259,15 @@ def _cause(error: Exception) -> str:
     return type(error).__name__
 
 
-def _tell_of_promotion(summary: Mapping[str, Any], store: Store) -> None:
+def _announce_promotion(summary: Mapping[str, Any], store: Store) -> None:
     names = ("model", "version", "hole_psnr", "champion", "reason", "images")
     about = {**{name: summary[name] for name in names}, "root": store.label}
     try:
-        send(PROMOTED, f"dpnet.model.{summary['model']}", summary["model"], about)
-    except PipelineError as error:  # it is the champion all the same
-        say(f"warning: {error}")
+        send_event(PROMOTED, f"dpnet.model.{summary['model']}", summary["model"], about)
+    except PipelineError as error:  # the model stays the champion
+        log.warning("%s", error)
 
 
 def _skipped(reason: str, summary: Outcome | None = None) -> State[Outcome]:
-    say(f"retrain: {reason}")
+    log.info("retrain: %s", reason)
     return Completed(name="Skipped", message=reason, data=summary or {"reason": reason})

@@ -1,9 +1,9 @@
-"""The flows of the stages: raw photographs to a registered model, or as far as one wants.
+"""The flows of the stages: from raw photos to a registered model, or to an earlier stage.
 
-A task only calls its stage. Nothing is cached in Prefect: whether a stage is done is told by its
-commit marker alone, one cheap read under the stage's request digest, so a retry from the UI, the
-same command typed again and a new run with the same inputs all land on the same work, and a deleted
-folder is built again. A cached Prefect result would say nothing about what still exists.
+A task only calls its stage. Prefect caches nothing: a cached result would not show whether the
+stage's files still exist. Only the commit marker under the stage's request digest decides whether a
+stage is done. So a retry in the UI, the same command and a new run with the same inputs find the
+same work, and a stage with a deleted folder is built again.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from dpnet.pipeline.chain import StageName, check_config, run_chain
 from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
 from dpnet.pipeline.summary import summarize
 from dpnet.training.ray.launch import leaves_job
+from flows.flow_run import job_keeps_running, run_as_task, run_name, shorten_logged_errors
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
-from flows.run_page import (
-    Story,
-    as_task,
-    is_left_running,
-    run_name,
-    tell_errors_in_a_sentence,
-)
+from flows.run_page import RunPage
 
 _FLOW: Any = {"flow_run_name": run_name, "persist_result": False}
 
@@ -43,19 +38,18 @@ def dpnet_pipeline(
 ) -> dict[str, Any]:
     """Prepare images and masks, train DPNet, evaluate it and register the model.
 
-    Stages that are committed under the root are skipped, so running it again after a failure goes
-    on where it stopped.
+    Committed stages are skipped. Run it again after a failure to resume where it stopped.
 
     Args:
         config: A packaged config (demo, places2, celeba-hq, paris-street-view) or the path of a
-            YAML file on the machine that runs it. Fields below that are left empty have its values.
-        root: Where everything is stored, a folder or s3://bucket/prefix; empty means DPNET_ROOT or
-            the config's.
-        images: Which photographs, and how they are cut.
-        train: How long and with what training goes.
-        launch: Where training runs.
-        evaluate: What the model is evaluated on.
-        overrides: Any other options to change, each like train.learning_rate=2e-4.
+            YAML file on the machine that runs it. Empty fields below keep the config's values.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        images: The photos, and how to cut them.
+        train: How long to train, and with which options.
+        launch: The machines that train.
+        evaluate: The pairs of photo and mask to evaluate on.
+        overrides: Other options to change, such as train.learning_rate=2e-4.
     """
     given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
     return run_stages("register", config, root, [*given, *overrides])
@@ -68,13 +62,16 @@ def prepare_images(
     images: Images = Images(),  # noqa: B008
     overrides: list[str] = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Prepare image shards. Of a source that was prepared before, only what is new is read.
+    """Prepare image shards.
+
+    If an earlier version of the dataset exists, only new and changed photos are read.
 
     Args:
         config: A packaged config or the path of a YAML file on the machine that runs it.
-        root: Where everything is stored; empty means DPNET_ROOT or the config's.
-        images: Which photographs, and how they are cut.
-        overrides: Any other options to change, each like images.quality=90.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        images: The photos, and how to cut them.
+        overrides: Other options to change, such as images.quality=90.
     """
     return run_stages("images", config, root, [*overrides_of(images=images), *overrides])
 
@@ -89,8 +86,9 @@ def prepare_masks(
 
     Args:
         config: A packaged config or the path of a YAML file on the machine that runs it.
-        root: Where everything is stored; empty means DPNET_ROOT or the config's.
-        overrides: Options to change, each like masks.train=100000.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        overrides: Options to change, such as masks.train=100000.
     """
     return run_stages("masks", config, root, overrides)
 
@@ -104,15 +102,18 @@ def train_model(
     launch: Launch = Launch(),  # noqa: B008
     overrides: list[str] = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Train DPNet, or take up training from its last checkpoint. Shards that are missing are made.
+    """Train DPNet, or resume training from its last checkpoint.
+
+    Missing shards are prepared first.
 
     Args:
         config: A packaged config or the path of a YAML file on the machine that runs it.
-        root: Where everything is stored; empty means DPNET_ROOT or the config's.
-        images: Which photographs, and how they are cut.
-        train: How long and with what training goes.
-        launch: Where training runs.
-        overrides: Any other options to change, each like train.learning_rate=2e-4.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        images: The photos, and how to cut them.
+        train: How long to train, and with which options.
+        launch: The machines that train.
+        overrides: Other options to change, such as train.learning_rate=2e-4.
     """
     given = overrides_of(images=images, train=train, launch=launch)
     return run_stages("train", config, root, [*given, *overrides])
@@ -128,16 +129,19 @@ def evaluate_model(
     evaluate: Evaluate = Evaluate(),  # noqa: B008
     overrides: list[str] = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Evaluate the model of a config on frozen pairs. What it needs and is missing is made.
+    """Evaluate the model of a config on frozen pairs of photo and mask.
+
+    Missing earlier stages run first.
 
     Args:
         config: A packaged config or the path of a YAML file on the machine that runs it.
-        root: Where everything is stored; empty means DPNET_ROOT or the config's.
-        images: Which photographs, and how they are cut.
-        train: How long and with what training goes.
-        launch: Where training runs.
-        evaluate: What the model is evaluated on.
-        overrides: Any other options to change, each like evaluate.seed=1.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        images: The photos, and how to cut them.
+        train: How long to train, and with which options.
+        launch: The machines that train.
+        evaluate: The pairs of photo and mask to evaluate on.
+        overrides: Other options to change, such as evaluate.seed=1.
     """
     given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
     return run_stages("evaluate", config, root, [*given, *overrides])
@@ -153,16 +157,19 @@ def register_model(
     evaluate: Evaluate = Evaluate(),  # noqa: B008
     overrides: list[str] = [],  # noqa: B006
 ) -> dict[str, Any]:
-    """Register the evaluated model of a config. What it needs and is missing is made.
+    """Register the evaluated model of a config.
+
+    Missing earlier stages run first.
 
     Args:
         config: A packaged config or the path of a YAML file on the machine that runs it.
-        root: Where everything is stored; empty means DPNET_ROOT or the config's.
-        images: Which photographs, and how they are cut.
-        train: How long and with what training goes.
-        launch: Where training runs.
-        evaluate: What the model is evaluated on.
-        overrides: Any other options to change, each like register.model=faces.
+        root: The folder or s3://bucket/prefix that stores everything; if empty, DPNET_ROOT or the
+            config's root.
+        images: The photos, and how to cut them.
+        train: How long to train, and with which options.
+        launch: The machines that train.
+        evaluate: The pairs of photo and mask to evaluate on.
+        overrides: Other options to change, such as register.model=faces.
     """
     given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
     return run_stages("register", config, root, [*given, *overrides])
@@ -176,7 +183,7 @@ def run_checked(checked: CheckedConfig, root: str) -> dict[str, Any]:
 
     @flow(name=dpnet_pipeline.name, **_FLOW)
     def run(config: str, root: str, overrides: list[str]) -> dict[str, Any]:
-        tell_errors_in_a_sentence()
+        shorten_logged_errors()
         return _run("register", checked.resolved, root)
 
     return run(checked.name, root, list(checked.overrides))
@@ -185,22 +192,29 @@ def run_checked(checked: CheckedConfig, root: str) -> dict[str, Any]:
 def run_stages(
     wanted: StageName, config: str, root: str, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """Load and check a config, then run the chain up to `wanted`. Return the summary."""
-    tell_errors_in_a_sentence()
+    """Load and check a config, then run the stages up to `wanted`. Return the summary.
+
+    Args:
+        wanted: The last stage to run.
+        config: The name of a packaged config, or the path of a YAML file.
+        root: A folder or an S3 URI; if empty, DPNET_ROOT or the config's root.
+        overrides: Options to change, such as "train.steps=10".
+    """
+    shorten_logged_errors()
     resolved = load_config(config, overrides)
     check_config(resolved, wanted)
     return _run(wanted, resolved, root)
 
 
 def _run(wanted: StageName, resolved: Config, root: str) -> dict[str, Any]:
-    """Run the chain up to `wanted` and show it on the run's page. Return the summary."""
+    """Run the stages up to `wanted` and show them on the run's page. Return the summary."""
     start = time.monotonic()
     store = open_store(resolve_root(root, resolved))
-    leaves_job.set(is_left_running)
-    with Story(resolved, store) as story:
-        story.announce()
-        refs = run_chain(resolved, store, wanted, call=as_task)
-        story.conclude(refs)
+    leaves_job.set(job_keeps_running)
+    with RunPage(resolved, store) as page:
+        page.show_plan()
+        refs = run_chain(resolved, store, wanted, call=run_as_task)
+        page.show_results(refs)
     if wanted == "register":
         return summarize(resolved.name, store, refs, time.monotonic() - start)
     return {"name": resolved.name, "root": store.uri, "stages": [ref.to_json() for ref in refs]}

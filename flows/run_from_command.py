@@ -1,7 +1,8 @@
-"""Run the flow from a command: on the Prefect API that is configured, or on a server of its own."""
+"""Run a flow from a command: on the configured Prefect API, or on an embedded server."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.config import CheckedConfig, Config
 from flows.local_server.server import embedded_server
@@ -17,9 +17,11 @@ from flows.local_server.server import embedded_server
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # Errors reach the command as exceptions; their tracebacks go to the API, for the UI.
+    # The command gets errors as exceptions. The API gets their tracebacks, for the UI.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }
+
+log = logging.getLogger(__name__)
 
 
 def run_pipeline(
@@ -30,36 +32,52 @@ def run_pipeline(
     embedded: bool = False,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Run the flow and return its summary. Raises what a stage raises.
+    """Run the pipeline flow and return its summary. Raises the errors of the stages.
 
-    If `embedded` or if no Prefect API is configured, the flow runs on an embedded server with its
-    database in `home`, and nothing of the user's Prefect profile is used.
+    Args:
+        config: A config that the command has loaded and checked.
+        root: A folder or an S3 URI.
+        home: The folder of the embedded server's database.
+        embedded: Use an embedded server even if a Prefect API is configured. An embedded server
+            uses nothing of the user's Prefect profile.
+        debug: Print Prefect's own log on the console.
     """
-    os.environ.update({} if debug else QUIET)  # before Prefect's import, which sets logging up
+    # Before Prefect is imported: the import configures logging.
+    os.environ.update({} if debug else QUIET)
     if not embedded and (url := _configured_api()):
         _check_reachable(url)
         return _run(config, root)
-    with _embedded(home):
+    with _embedded_prefect(home):
         return _run(config, root)
 
 
 def watch_now(
     config: Config, store: Store, min_new: int, quiet_s: float, *, again: bool, debug: bool
 ) -> dict[str, Any]:
-    """Look at the config's source once and tell the configured Prefect API of a change.
+    """Compare the config's source with its dataset once, and announce a change to the Prefect API.
 
-    Raises PipelineError where none is configured or it does not take the event.
+    Args:
+        config: The config with the source.
+        store: The root.
+        min_new: How many new or changed photos are needed, at least 1.
+        quiet_s: For how many seconds the source must be unchanged.
+        again: Announce a change even if it was announced before.
+        debug: Print Prefect's own log on the console.
+
+    Raises:
+        PipelineError: No Prefect API is configured, or it does not accept the event.
     """
     os.environ.update({} if debug else QUIET)
     if not (url := _configured_api()):
         raise PipelineError(
-            "no Prefect API is configured and no `dpnet up` is at work for this root, so nobody can"
-            " be told: set PREFECT_API_URL to the server's, as http://127.0.0.1:4200/api."
+            "the change cannot be announced: no Prefect API is configured and no `dpnet up` is"
+            " running for this root. Start `dpnet up`, or set PREFECT_API_URL to a server's address"
+            " such as http://127.0.0.1:4200/api."
         )
-    _check_reachable(url, "set PREFECT_API_URL to the one that is to be told")
-    from flows.new_data import watch
+    _check_reachable(url, "set PREFECT_API_URL to another server")
+    from flows.new_data import check_source
 
-    return watch(config, store, min_new, quiet_s, again=again)
+    return check_source(config, store, min_new, quiet_s, again=again)
 
 
 def _run(config: CheckedConfig, root: str) -> dict[str, Any]:
@@ -75,34 +93,37 @@ def _configured_api() -> str | None:
 
 
 def _check_reachable(
-    url: str, otherwise: str = "unset PREFECT_API_URL to run on an embedded one"
+    url: str, otherwise: str = "unset PREFECT_API_URL to use an embedded server"
 ) -> None:
     from prefect.client.orchestration import get_client
 
     if error := get_client(sync_client=True).api_healthcheck():
         raise PipelineError(
-            f"the Prefect API at {url} cannot be reached ({type(error).__name__}): start that"
+            f"the Prefect API at {url} cannot be reached: {type(error).__name__}. Start that"
             f" server, or {otherwise}."
         )
 
 
 @contextmanager
-def _embedded(home: Path) -> Iterator[None]:
-    """Prefect in this process talks to an embedded server while in the block."""
+def _embedded_prefect(home: Path) -> Iterator[None]:
+    """Run an embedded server and make Prefect in this process use it, inside the block."""
     for name in [n for n in os.environ if n.startswith("PREFECT_") and n not in QUIET]:
         del os.environ[name]
-    say("starting Prefect's embedded server")
-    with embedded_server(home, os.environ, meanwhile=_use) as alone:
-        if alone:
+    log.info("starting Prefect's embedded server")
+    with embedded_server(home, os.environ, while_starting=_use_server) as exclusive:
+        if exclusive:
             _mark_killed_runs()
         try:
             yield
         finally:
-            _send_what_is_queued()
+            _send_queued_logs_and_events()
 
 
-def _use(home: Path, url: str) -> None:
-    """Point Prefect at the server; this imports it, which takes as long as the server's start."""
+def _use_server(home: Path, url: str) -> None:
+    """Configure Prefect to use the server.
+
+    This imports Prefect, which takes about as long as the server takes to start.
+    """
     os.environ.update({"PREFECT_HOME": str(home), "PREFECT_API_URL": url})
     from prefect.context import refresh_global_settings_context
 
@@ -111,7 +132,7 @@ def _use(home: Path, url: str) -> None:
 
 
 def _mark_killed_runs() -> None:
-    """Runs that a killed command left as running: no process of theirs is alive."""
+    """Mark runs as crashed that a killed command left in the state running."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.objects import State, StateType
@@ -120,13 +141,13 @@ def _mark_killed_runs() -> None:
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(unfinished)):
             killed: State[Any] = State(
-                type=StateType.CRASHED, message="The command that ran it was killed."
+                type=StateType.CRASHED, message="The command of this run was killed."
             )
             client.set_flow_run_state(run.id, killed, force=True)
 
 
-def _send_what_is_queued() -> None:
-    """Logs and events are sent by threads, which would find the server gone."""
+def _send_queued_logs_and_events() -> None:
+    """Send what Prefect's threads have queued, before the server stops."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
 

@@ -1,21 +1,24 @@
-"""The retrain stage: new images, a model that starts from the champion, and the better one stays.
+"""The retrain stage: train on new images from the champion, and promote the better model.
 
-Asked for by the content of images and masks and by the settings, so one state of the data is
-trained on once, whoever asks and however often: the lease lets one work, the commit marker tells
-the others. `plan.json` and `rival.json` are each written once and fix which champion it starts from
-and which it is compared with, so that a retrain that was killed goes on as it began.
+The request digest depends on the content of the images and masks and on the settings. So each state
+of the data is trained on once, however many runs request it: the lease lets one run work, and the
+commit marker stops the others.
+
+A retrain that was killed resumes as it began. `plan.json` stores the champion that training starts
+from, and `rival.json` the champion that the new model is compared with. Each is written once.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import StageRef, load_reference, read_manifest
-from data_prep.core.progress import say
+from data_prep.core.paths import RETRAINS
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
@@ -33,35 +36,45 @@ from dpnet.training.stage import train
 PLAN, RIVAL, RECORD = "plan.json", "rival.json", "retrain.json"
 Record = dict[str, Any]
 
+log = logging.getLogger(__name__)
+
 
 class NothingToDo(PipelineError):
-    """The champion was trained on these very images; the message says so in one sentence."""
+    """The champion was already trained on exactly these images."""
 
 
 def retrain(config: Config, store: Store, call: Call = call_plainly) -> StageRef:
-    """Prepare what is new, train from the champion, evaluate both on the same frozen pairs, and
-    make the better one the champion.
+    """Train on new images from the champion, and promote the better of the two models.
 
-    `call` runs each stage (see `run_chain`). Without a champion it trains from nothing. The summary
-    tells of the images, both figures, whether the new version was promoted, and why. Raises
-    NothingToDo where the champion was trained on exactly these images.
+    Both models are evaluated on the same frozen pairs. Without a champion, training starts from
+    random weights. `call` runs each stage (see `run_chain`).
+
+    Returns:
+        The reference of the stage. Its summary has the images, the figures of both models, whether
+        the new version was promoted, and the reason.
+
+    Raises:
+        NothingToDo: The champion was trained on exactly these images.
     """
     check_settings(config.train)
-    tracking_uri(config.registry, store)  # better refused now than after hours of training
+    tracking_uri(config.registry, store)  # to fail now, not after hours of training
     images = call("prepare images", prepare_images, with_photographs(config, store).images, store)
     masks = call("prepare masks", prepare_masks, config.masks, store)
     request = retrain_request(config, images, masks)
-    return run_stage(store, request, lambda work: _build(work, config, call), say)
+    return run_stage(store, request, lambda work: _build(work, config, call), log.info)
 
 
 def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Request:
-    """What is asked: the data and the settings. Not the champion, which one retrain may change."""
+    """Return the request: the data and the settings.
+
+    It leaves the champion out, because the retrain itself may change the champion.
+    """
     training = stage_request(config.training(images, masks))
     model = config.registry.model
     return Request(
         stage="retrain",
         name=model,
-        top=f"retrains/{model}",
+        top=f"{RETRAINS}/{model}",
         settings={
             **training.settings,
             "evaluate": config.evaluate.model_dump(exclude={"threads"}),
@@ -75,99 +88,109 @@ def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Reques
 def _build(work: Work, config: Config, call: Call) -> Produced:
     store, model = work.store, config.registry.model
     images, masks = (work.request.inputs[role] for role in ("images", "masks"))
-    plan = _once(work, PLAN, lambda: _plan(store, config, images))
+    plan = _read_or_create(work, PLAN, lambda: _plan(store, config, images))
     settings, start = config.train, plan["champion"]
     if start is not None:
         reference = f"models:/{model}/{start['version']}"
-        say(f"retrain: starts from {model} version {start['version']}")
+        log.info("retrain: training starts from %s version %s", model, start["version"])
         settings = settings.model_copy(update={"init_from": reference})
     training = replace(config.training(images, masks), settings=settings)
     tracking = tracking_uri(config.registry, store)
     trained = call("train", train, training, config.launch, tracking, store)
     evaluation = call("evaluate", evaluate, config.evaluate, images, masks, trained, store)
-    # Whoever is champion now: another may have been registered in the hours since the start.
-    rivals = _once(work, RIVAL, lambda: {"champion": _named(find_champion(store, model))})
-    rival, against = rivals["champion"], None
-    if rival is not None:
-        run = load_reference(store, rival["run"])
-        of_champion = (config.evaluate, images, masks, run, store)
-        against = call("evaluate the champion", evaluate, *of_champion)
+    # The champion may have changed in the hours since the plan.
+    rival = _read_or_create(
+        work, RIVAL, lambda: {"champion": _version_and_run(find_champion(store, model))}
+    )
+    champion, champion_evaluation = rival["champion"], None
+    if champion is not None:
+        run = load_reference(store, champion["run"])
+        arguments = (config.evaluate, images, masks, run, store)
+        champion_evaluation = call("evaluate the champion", evaluate, *arguments)
     work.lease.check()
-    registered = call("register", register, config.registry, trained, evaluation, store, against)
-    summary = _summary(images, plan, rival, against, evaluation, registered)
-    made = {"run": trained, "evaluation": evaluation, "against": against, "register": registered}
+    registered = call(
+        "register", register, config.registry, trained, evaluation, store, champion_evaluation
+    )
+    summary = _summary(images, plan, champion, champion_evaluation, evaluation, registered)
+    outputs = {
+        "run": trained,
+        "evaluation": evaluation,
+        "against": champion_evaluation,
+        "register": registered,
+    }
     record = {
         **summary,
-        "made": {role: ref.folder if ref is not None else None for role, ref in made.items()},
+        "made": {role: ref.folder if ref is not None else None for role, ref in outputs.items()},
     }
-    parts = {PLAN: plan, RIVAL: rivals, RECORD: record}
-    files = [write_file(work, name, _bytes(part)) for name, part in parts.items()]
+    contents = {PLAN: plan, RIVAL: rival, RECORD: record}
+    files = [write_file(work, name, _to_bytes(each)) for name, each in contents.items()]
     return Produced(files, summary)
 
 
 def _plan(store: Store, config: Config, images: StageRef) -> Record:
-    """What the retrain starts from. Raises where there is no sense in it."""
+    """Return the champion to start from. Raises PipelineError if training cannot start from it."""
     champion = find_champion(store, config.registry.model)
     if champion is not None:
         name = f"{champion['model']} version {champion['version']}"
         run = read_manifest(store, champion["run"]["folder"])
         if run.inputs["images"].content_digest == images.content_digest:
             raise NothingToDo(
-                f"the champion, {name}, was trained on exactly these images (version"
-                f" {images.summary['version']} of {images.name}), so there is nothing to retrain."
+                f"there is nothing to retrain: the champion, {name}, was trained on exactly these"
+                f" images (version {images.summary['version']} of {images.name})."
             )
-        _check_network(name, run.settings["model"], config.model)
-    return {"champion": _named(champion), "images": images.folder}
+        _check_same_network(name, run.settings["model"], config.model)
+    return {"champion": _version_and_run(champion), "images": images.folder}
 
 
-def _check_network(name: str, champions: Record, asked: ModelSettings) -> None:
-    """Raise PipelineError unless the champion's weights fit the network that is asked for."""
-    for option, value in asked.model_dump(exclude={"discriminator_sees_mask"}).items():
-        if champions.get(option) != value:
+def _check_same_network(name: str, champion: Record, requested: ModelSettings) -> None:
+    """Raise PipelineError if the champion's weights do not fit the requested network."""
+    for option, value in requested.model_dump(exclude={"discriminator_sees_mask"}).items():
+        if champion.get(option) != value:
             raise PipelineError(
-                f"the champion, {name}, has model.{option} {champions.get(option)} and this config"
-                f" {value}, so training cannot start from it: set"
-                f" model.{option}={champions.get(option)}, or give the new network a register.model"
-                " of its own."
+                f"training cannot start from the champion, {name}: it has model.{option}"
+                f" {champion.get(option)} and this config {value}. Set"
+                f" model.{option}={champion.get(option)}, or set register.model to a new name."
             )
 
 
-def _named(champion: Record | None) -> Record | None:
+def _version_and_run(champion: Record | None) -> Record | None:
     if champion is None:
         return None
     return {"version": champion["version"], "run": champion["run"]["folder"]}
 
 
-def _once(work: Work, name: str, make: Callable[[], Record]) -> Record:
-    """What was written under `name` the first time; `make` says what to write then."""
+def _read_or_create(work: Work, name: str, make: Callable[[], Record]) -> Record:
+    """Return the record stored under `name`. Store the result of `make` if there is none."""
     key = work.key(name)
     if not work.store.exists(key):
-        work.store.create(key, _bytes(make()))
+        work.store.create(key, _to_bytes(make()))
     try:
         return dict(json.loads(work.store.read(key)))
     except ValueError:
         raise PipelineError(
-            f"{work.store.uri}/{key} was altered: delete {work.folder} and retrain again."
+            f"{work.store.uri}/{key} cannot be read: it is not JSON. Delete {work.folder} and run"
+            " retrain again."
         ) from None
 
 
 def _summary(
     images: StageRef,
     plan: Record,
-    rival: Record | None,
-    against: StageRef | None,
+    champion: Record | None,
+    champion_evaluation: StageRef | None,
     evaluation: StageRef,
     registered: StageRef,
 ) -> Record:
     counts = {key: images.summary[key] for key in ("version", "added", "changed", "removed")}
-    champion = None
-    if rival is not None and against is not None:
-        champion = {"version": rival["version"], "hole_psnr": against.summary["hole_psnr"]}
+    compared = None
+    if champion is not None and champion_evaluation is not None:
+        hole_psnr = champion_evaluation.summary["hole_psnr"]
+        compared = {"version": champion["version"], "hole_psnr": hole_psnr}
     return {
         "model": registered.summary["model"],
         "images": {"name": images.name, **counts},
         "started_from": plan["champion"] and plan["champion"]["version"],
-        "champion": champion,
+        "champion": compared,
         "version": registered.summary["version"],
         "hole_psnr": evaluation.summary["hole_psnr"],
         "pairs_digest": evaluation.summary["pairs_digest"],
@@ -176,5 +199,5 @@ def _summary(
     }
 
 
-def _bytes(record: Record) -> bytes:
+def _to_bytes(record: Record) -> bytes:
     return json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n"

@@ -1,6 +1,6 @@
-"""Processes and their descendants on Linux: who they are, and how none outlives who started it.
+"""Find and end the descendants of a process, so that none outlives it.
 
-Elsewhere nothing is known of descendants, and a process ends its direct children alone.
+This needs Linux. On other systems a process can end only its direct children.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def adopt_orphans() -> None:
-    """Descendants of this process whose parent dies become its children, not init's."""
+    """Make this process the new parent of its orphaned descendants, instead of init."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_with_parent() -> None:
-    """In a new process: it gets a SIGTERM when its parent dies, even if that is killed."""
+    """Ask for a SIGTERM when the parent of this process dies, for any reason.
+
+    To be called in a new process.
+    """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -34,73 +37,79 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def outlive_reader() -> None:
-    """Let this process go on when who reads its output dies, as a worker that is killed.
+def survive_closed_output() -> None:
+    """Keep this process running when the reader of its output dies, such as a killed worker.
 
-    Prefect's console log would end it at its next line. Its log on the server goes on.
+    Otherwise the next line of Prefect's console log would end the process. The run's log on the
+    server is not affected.
     """
 
     def watch() -> None:
         poll = select.poll()
         for output in (1, 2):
-            poll.register(output, 0)  # of an error it tells all the same
+            poll.register(output, 0)  # poll always reports errors
         poll.poll()
-        nobody = os.open(os.devnull, os.O_WRONLY)
+        null = os.open(os.devnull, os.O_WRONLY)
         for output in (1, 2):
-            os.dup2(nobody, output)
+            os.dup2(null, output)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes that descend from `pid`, children first; also those that wait to be reaped."""
-    families = _families()
-    found = list(families.get(pid, []))
+    """Return all descendants of `pid`, including zombies. A parent comes before its children."""
+    children = _children_by_parent()
+    found = list(children.get(pid, []))
     for each in found:
-        found += families.get(each, [])
+        found += children.get(each, [])
     return found
 
 
-def _families() -> dict[int, list[int]]:
-    """The children of every process that has some."""
+def _children_by_parent() -> dict[int, list[int]]:
+    """Return the children of every process that has children."""
     found: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the process has ended
             parent = int(status.read_text("utf-8", "replace").rpartition(")")[2].split()[1])
             found.setdefault(parent, []).append(int(status.parent.name))
     return found
 
 
 def reap(own: Iterable[int]) -> set[int]:
-    """Take note of adopted children's ends; those still alive. `own`: children to leave alone."""
+    """Reap dead adopted children, and return the living ones. Leave the children `own` out."""
     alive = set()
     for pid in set(descendants(os.getpid())) - set(own):
         try:
             if os.waitpid(pid, os.WNOHANG) == (0, 0):
                 alive.add(pid)
-        except ChildProcessError:  # a child of another
+        except ChildProcessError:  # another process is its parent
             pass
     return alive
 
 
-def send(pids: Iterable[int], number: int) -> None:
+def send_signal(pids: Iterable[int], number: int) -> None:
+    """Send a signal to each process that still exists and belongs to this user."""
     for pid in pids:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, number)
 
 
 def stop(process: subprocess.Popen[bytes], seconds: float, *, with_children: bool = False) -> None:
-    """End a child: by SIGTERM, and after `seconds` it and all its descendants by SIGKILL.
+    """End a child by SIGTERM. After `seconds`, kill it and all its descendants.
 
-    `with_children`: its own children get the SIGTERM too, for a process that waits for them.
+    Args:
+        process: The child.
+        seconds: How long to wait after the SIGTERM.
+        with_children: Also send the SIGTERM to the children of the child. A process that waits for
+            its children needs this.
     """
     if process.poll() is None:
-        theirs = _families().get(process.pid, []) if with_children else []
-        send([process.pid, *theirs], signal.SIGTERM)
+        children = _children_by_parent().get(process.pid, []) if with_children else []
+        send_signal([process.pid, *children], signal.SIGTERM)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        send([*descendants(process.pid), process.pid], signal.SIGKILL)
+        send_signal([*descendants(process.pid), process.pid], signal.SIGKILL)
         process.wait()
     if process.stdin is not None:
         with suppress(OSError):
@@ -108,10 +117,10 @@ def stop(process: subprocess.Popen[bytes], seconds: float, *, with_children: boo
 
 
 def kill_descendants(seconds: float = 2.0) -> None:
-    """Kill all that descends from this process; adopted orphans of theirs too."""
+    """Kill all descendants of this process, adopted orphans too, for at most `seconds`."""
     deadline = time.monotonic() + seconds
-    while left := descendants(os.getpid()):
-        send(left, signal.SIGKILL)
+    while remaining := descendants(os.getpid()):
+        send_signal(remaining, signal.SIGKILL)
         reap(())
         if time.monotonic() > deadline:
             return

@@ -1,11 +1,14 @@
-"""Prefect's server as a process of a command: started for it, gone with it.
+"""Prefect's server as a child process that ends with its parent.
 
-`embedded_server` is the one that a single flow run needs; `dpnet up` starts a whole one, with the
-UI and every service (`flows/local_server/supervisor.py`). Its port is free by construction (the
-socket is bound by the parent and handed over), its database lies in `home`, and its noise goes to
-`home/server.log`. It is out of reach of a terminal's Ctrl-C, so that the last states of a stopped
-flow still reach it, and it ends when its parent does: its standard input is a pipe that only the
-parent holds, and a `kill -9` closes it too.
+`embedded_server` runs the parts of a server that one flow run needs. `dpnet up` runs a full server,
+with the UI and every service (`flows/local_server/supervisor.py`).
+
+* The parent binds the socket and passes it on, so the port cannot be taken by another program.
+* The database and the log `server.log` are in the folder `home`.
+* Ctrl-C in a terminal does not reach the server, so it still stores the last states of a stopped
+  flow.
+* The server ends with its parent. Its standard input is a pipe that only the parent holds, and
+  `kill -9` closes it too.
 """
 
 from __future__ import annotations
@@ -26,49 +29,55 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.core.errors import PipelineError, storage_error
-from flows.local_server.server_log import explain
+from flows.local_server.server_log import explain_failure
 
 START_TIMEOUT_S = 120.0
-_LEAST_FREE = 4 << 20  # bytes; a new database takes more than one megabyte, and SQLite a journal
+_MIN_FREE_BYTES = 4 << 20  # a new database needs more than 1 MiB, and SQLite needs a journal
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
     "DO_NOT_TRACK": "1",
     "PREFECT__SERVER_FINAL": "1",
 }
-# Only what one flow run needs is started; the rest (scheduler, late runs, …) has no work here.
+# One flow run needs no UI, scheduler or other services.
 EMBEDDED = {"PREFECT_SERVER_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "1"}
 
 
 @contextmanager
 def embedded_server(
-    home: Path, env: Mapping[str, str], meanwhile: Callable[[Path, str], None]
+    home: Path, env: Mapping[str, str], while_starting: Callable[[Path, str], None]
 ) -> Iterator[bool]:
-    """Run a server with its database in `home` while in the block.
+    """Run a server with its database in `home`, inside the block.
 
-    `meanwhile(home, API address)` is called while it starts. Yields whether no other command uses
-    `home` now: then a flow run that the database calls running is one that was killed.
+    Args:
+        home: The folder of the database, the log and the lock.
+        env: The environment of the server.
+        while_starting: Called with `home` and the address of the API while the server starts.
+
+    Yields:
+        Whether no other command uses `home`. If so, a run in the state running was killed.
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / "lock").open("ab") as lock:
-        alone = _lock_alone(lock.fileno())
-        if alone:
-            remove_half_made(home)
+        exclusive = _lock_exclusively(lock.fileno())
+        if exclusive:
+            remove_unfinished_database(home)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
             process = _start(home, env, listener)
         try:
-            meanwhile(home, url)
+            while_starting(home, url)
             _wait_until_healthy(url, process, home / "server.log")
-            keep_database(home)
-            # Others may start now; while one was creating the database they had to wait.
+            mark_database_created(home)
+            # Other commands may start now. They waited while the database was created.
             fcntl.flock(lock, fcntl.LOCK_SH)
-            yield alone
+            yield exclusive
         finally:
             _stop(process)
 
 
-def _lock_alone(lock: int) -> bool:
+def _lock_exclusively(lock: int) -> bool:
+    """Lock the file exclusively and return True; share the lock if another process has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -77,24 +86,24 @@ def _lock_alone(lock: int) -> bool:
     return True
 
 
-def remove_half_made(home: Path) -> None:
-    """A server that was killed while it created its database left one that no other can use."""
+def remove_unfinished_database(home: Path) -> None:
+    """Remove a database that a server was killed in creating: no server can use it."""
     if not (home / "created").exists():
         for path in home.glob("prefect.db*"):
             path.unlink()
     if not (home / "prefect.db").exists():
         (home / "created").unlink(missing_ok=True)
-        # It says of the old one that all types of blocks are in it.
+        # It records that the old database has all block types.
         (home / "memo_store.toml").unlink(missing_ok=True)
 
 
-def keep_database(home: Path) -> None:
-    """From now on the database counts: a server has started with it."""
+def mark_database_created(home: Path) -> None:
+    """Record that a server has started with the database, so that the next start keeps it."""
     (home / "created").touch()
 
 
 def server_command(listener: socket.socket) -> list[str]:
-    """Of a process that serves on `listener`, which it must inherit, until its input ends."""
+    """Return the command of a server that inherits `listener` and ends with its input."""
     return [sys.executable, "-m", "flows.local_server.server", str(listener.fileno())]
 
 
@@ -115,20 +124,25 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            # The socket listens already: the answer comes as soon as the server is up.
+            # The socket listens already, so the answer comes as soon as the server is ready.
             with urllib.request.urlopen(f"{url}/health", timeout=START_TIMEOUT_S):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    raise not_started(log, str(log.parent / "prefect.db"))
+    raise start_error(log, str(log.parent / "prefect.db"))
 
 
-def not_started(log: Path, database: str) -> PipelineError:
-    """Why a server with that log did not start. `database` is its file or its URL."""
-    if shutil.disk_usage(log.parent).free < _LEAST_FREE:
+def start_error(log: Path, database: str) -> PipelineError:
+    """Return an error that says why the server did not start.
+
+    Args:
+        log: The log of the server.
+        database: The file or the URL of its database.
+    """
+    if shutil.disk_usage(log.parent).free < _MIN_FREE_BYTES:
         return storage_error(OSError(errno.ENOSPC, ""), str(log.parent))
-    known = explain(log.read_text("utf-8", "replace"), database)
-    return PipelineError(known or f"Prefect's server did not start: see {log} for the reason.")
+    known = explain_failure(log.read_text("utf-8", "replace"), database)
+    return PipelineError(known or f"Prefect's server did not start. See {log} for the reason.")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -151,7 +165,7 @@ def _serve(listener: int) -> None:
         factory=True,
         fd=listener,
         log_level="error",
-        timeout_graceful_shutdown=3,  # an open page of the UI would hold it for ever
+        timeout_graceful_shutdown=3,  # an open page of the UI would keep the server running
     )
 
 

@@ -1,18 +1,20 @@
-"""The process behind `dpnet up`: starts everything, starts again what dies, stops everything.
+"""The process behind `dpnet up`: it starts everything, restarts dead children, stops everything.
 
-It is apart from the command, in a session of its own, for two reasons: a terminal's Ctrl-C must not
-reach the worker and the server at once, and a `kill -9` of the command must leave nothing behind.
-It works until its standard input ends, which a killed command's does too. All that descends from it
-stays its own (Linux gives it the orphans), so it ends also the flow run of a worker that died.
+It is a separate process in a session of its own, for two reasons. A terminal's Ctrl-C must not
+reach the worker and the server at the same time. A `kill -9` of the command must leave no process
+behind. The supervisor runs until its standard input ends, which also happens when the command is
+killed. Linux makes it the parent of its orphaned descendants, so it can also end the flow runs of a
+worker that died.
 
-It answers on standard output with one JSON object a line: {"ready": {...}}, {"error": "..."} or
-{"busy": true} where another holds the home.
+It answers the command on standard output, with one JSON object a line: {"ready": {...}},
+{"error": "..."}, or {"busy": true} if another supervisor holds the lock. It logs to standard error.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -25,159 +27,178 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.logs import start_logging
 from data_prep.core.paths import MLFLOW_ARTIFACTS, MLFLOW_DATABASE
-from data_prep.core.progress import say
 from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from dpnet.training.ray.start import prepare_start
-from flows.local_server import children
-from flows.local_server import process_tree as processes
-from flows.local_server.children import Child, Place
-from flows.local_server.server import keep_database, not_started, remove_half_made
-from flows.local_server.up import LOCK, STATE, Plan, Running, bind, free_port
+from flows.local_server import children, process_tree
+from flows.local_server.children import Child, LocalSetup
+from flows.local_server.server import (
+    mark_database_created,
+    remove_unfinished_database,
+    start_error,
+)
+from flows.local_server.up import LOCK, STATE, Running, SupervisorArguments, free_port, listen
 
 START_TIMEOUT_S = 180.0  # a busy machine is slow
 POLL_S = 0.3
-STEADY_S = 60.0  # who has lived that long has started well
-DEATHS = 5  # without that, after which it is given up
+STABLE_S = 60.0  # a child that has run for so long has started well
+MAX_DEATHS = 5  # in a row, each before STABLE_S
+
+log = logging.getLogger("flows.local_server.supervisor")  # __name__ is "__main__" here
 
 
 class Stopped(Exception):
-    """Standard input has ended: the command wants the end, or is gone."""
+    """Standard input has ended: the command stops everything, or was killed."""
 
 
 @dataclass
-class Kept:
-    """A child, the process that it is now, and how often it has died of late."""
+class Supervised:
+    """A child, its current process, and its recent deaths."""
 
     child: Child
     process: subprocess.Popen[bytes]
-    born: float
+    started: float
     deaths: int = 0
-    again_at: float | None = None  # when it is started again
+    restart_at: float | None = None  # only while it is dead
 
 
 class Supervisor:
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.kept: list[Kept] = []
+    """The children of one `dpnet up`, in the order of their start."""
+
+    def __init__(self, setup: LocalSetup) -> None:
+        self.setup = setup
+        self.supervised: list[Supervised] = []
 
     def start(self, child: Child) -> None:
-        _tell(f"starting {child.name}")
-        self.kept.append(Kept(child, _spawn(child, "wb"), time.monotonic()))
+        """Start a child, with a new log."""
+        log.info("starting %s", child.name)
+        self.supervised.append(Supervised(child, _spawn(child, "wb"), time.monotonic()))
 
     def wait_until_ready(self) -> None:
-        """Until all do their work. Raises PipelineError where one does not start."""
+        """Wait until all children serve requests. Raises PipelineError if one does not start."""
         deadline = time.monotonic() + START_TIMEOUT_S
-        waiting = list(self.kept)
+        waiting = list(self.supervised)
         while waiting:
             self.wait()
-            for kept in waiting:
-                if kept.process.poll() is not None or time.monotonic() > deadline:
-                    raise self._failed(kept.child)
-            waiting = [kept for kept in waiting if not kept.child.ready()]
+            for each in waiting:
+                if each.process.poll() is not None or time.monotonic() > deadline:
+                    raise self._start_error(each.child)
+            waiting = [each for each in waiting if not each.child.is_ready()]
 
     def watch(self) -> NoReturn:
-        """Start again what dies, for ever. Raises Stopped, or PipelineError where it is no use."""
+        """Restart dead children until stopped. Raises PipelineError if one keeps dying."""
         while True:
             self.wait()
-            for kept in self.kept:
-                self.look_after(kept, time.monotonic())
-            processes.reap(each.process.pid for each in self.kept)
+            for each in self.supervised:
+                self.restart_if_dead(each, time.monotonic())
+            process_tree.reap(each.process.pid for each in self.supervised)
 
     def wait(self) -> None:
+        """Wait for a moment. Raises Stopped if standard input ends."""
         if select.select([sys.stdin], [], [], POLL_S)[0] and not os.read(0, 1024):
             raise Stopped
 
-    def look_after(self, kept: Kept, now: float) -> None:
-        """Start it again at its time if it is dead. Raises PipelineError where it is no use."""
-        if kept.again_at is not None:
-            if now >= kept.again_at:
-                kept.process, kept.born, kept.again_at = _spawn(kept.child, "ab"), now, None
+    def restart_if_dead(self, each: Supervised, now: float) -> None:
+        """Restart a dead child when its time comes. Raises PipelineError if it keeps dying."""
+        if each.restart_at is not None:
+            if now >= each.restart_at:
+                each.process, each.started, each.restart_at = _spawn(each.child, "ab"), now, None
             return
-        if kept.process.poll() is None:
+        if each.process.poll() is None:
             return
-        kept.deaths = 1 if now - kept.born > STEADY_S else kept.deaths + 1
-        child = kept.child
-        if kept.deaths >= DEATHS:
+        each.deaths = 1 if now - each.started > STABLE_S else each.deaths + 1
+        child = each.child
+        if each.deaths >= MAX_DEATHS:
             raise PipelineError(
-                f"{child.name} died {kept.deaths} times in a row: {child.log} tells why; mend that"
-                " and run `dpnet up` again."
+                f"{child.name} died {each.deaths} times in a row. See {child.log} for the reason,"
+                " correct it, and run `dpnet up` again."
             )
-        kept.again_at = now + kept.deaths - 1
-        _tell(f"warning: {child.name} has died ({child.log} may tell why): it is started again")
+        each.restart_at = now + each.deaths - 1
+        log.warning("%s died and is restarted: see %s for the reason", child.name, child.log)
 
-    def _failed(self, child: Child) -> PipelineError:
+    def _start_error(self, child: Child) -> PipelineError:
         if child.log.name == "server.log":
-            return not_started(child.log, self.place.database)
-        return PipelineError(f"{child.name} did not start: see {child.log} for the reason.")
+            return start_error(child.log, self.setup.database)
+        return PipelineError(f"{child.name} did not start. See {child.log} for the reason.")
 
     def stop(self) -> None:
-        """End all children, the last started first, and then what they have left."""
-        own = [each.process.pid for each in self.kept]
-        # Flow runs of a worker that died have no other who would stop them.
-        processes.send(processes.reap(own), signal.SIGTERM)
-        for kept in reversed(self.kept):
-            processes.stop(kept.process, kept.child.stop_s, with_children=kept.child.ends_children)
-        processes.kill_descendants()
+        """End all children, the last one first, and then all their descendants."""
+        own = [each.process.pid for each in self.supervised]
+        # No other process would stop the flow runs of a worker that died.
+        process_tree.send_signal(process_tree.reap(own), signal.SIGTERM)
+        for each in reversed(self.supervised):
+            child = each.child
+            process_tree.stop(each.process, child.stop_s, with_children=child.signal_children)
+        process_tree.kill_descendants()
 
 
 def _spawn(child: Child, mode: str) -> subprocess.Popen[bytes]:
-    with child.log.open(mode) as log:
+    with child.log.open(mode) as output:
         return subprocess.Popen(
             child.command,
             env=child.env,
-            cwd=child.log.parent,  # no .env or prefect.toml of the user's folder
+            cwd=child.log.parent,  # so that no .env or prefect.toml of the user is read
             stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=child.inherits,
-            preexec_fn=processes.end_with_parent,
+            stdout=output,
+            stderr=output,
+            pass_fds=child.inherited_fds,
+            preexec_fn=process_tree.end_with_parent,
         )
 
 
-def supervise(plan: Plan) -> None:
-    """Do all of it. Raises PipelineError, or Stopped at the end."""
-    store = open_store(plan.root)
-    home = Path(plan.home)
-    place = Place(plan.root, home, os.environ)
-    supervisor = Supervisor(place)
+def supervise(arguments: SupervisorArguments) -> None:
+    """Start and watch everything. Raises PipelineError, or Stopped at the end."""
+    store = open_store(arguments.root)
+    home = Path(arguments.home)
+    setup = LocalSetup(arguments.root, home, os.environ)
+    supervisor = Supervisor(setup)
     with ExitStack() as stack:
-        listener = stack.enter_context(bind(plan.port))
-        ray = stack.enter_context(prepare_start("up-")) if plan.ray else None
+        listener = stack.enter_context(listen(arguments.port))
+        ray = stack.enter_context(prepare_start("up-")) if arguments.ray else None
         stack.callback(supervisor.stop)
         stack.callback((home / STATE).unlink, missing_ok=True)
-        api_url = f"{children.address(listener.getsockname()[1])}/api"
+        ui_url = children.address(listener.getsockname()[1])
+        api_url = f"{ui_url}/api"
         if not os.environ.get(children.DATABASE):
-            remove_half_made(home)
-        supervisor.start(children.server(place, listener))
-        mlflow_port = free_port(5000)
-        mlflow_url = children.address(mlflow_port)
-        database = (store.local_folder or home) / MLFLOW_DATABASE
-        artifacts = f"{(store.local_folder or home).as_uri()}/{MLFLOW_ARTIFACTS}"
-        _create_mlflow_database(database)
-        supervisor.start(children.mlflow(place, database, artifacts, mlflow_port))
+            remove_unfinished_database(home)
+        supervisor.start(children.server(setup, listener))
+        mlflow_url = _start_mlflow(supervisor, store)
         ray_url = None
         if ray is not None:
             ray_port = free_port(8265)
             ray_url = children.address(ray_port)
-            supervisor.start(children.ray_head(place, ray_port, free_port(), ray))
+            supervisor.start(children.ray_head(setup, ray_port, free_port(), ray))
         exporter_port = free_port(9808)
         reports_url = children.address(exporter_port)
-        supervisor.start(children.exporter(place, exporter_port))
+        supervisor.start(children.exporter(setup, exporter_port))
         supervisor.wait_until_ready()
-        keep_database(home)
-        supervisor.start(children.worker(place, api_url, mlflow_url, reports_url, ray_url))
+        mark_database_created(home)
+        supervisor.start(children.worker(setup, api_url, mlflow_url, reports_url, ray_url))
         supervisor.wait_until_ready()
-        ui_url = api_url.removesuffix("/api")
         metrics_url = f"{reports_url}/metrics"
-        running = Running(plan.pid, plan.root, api_url, ui_url, mlflow_url, metrics_url, ray_url)
-        _write(home / STATE, running.to_json())
+        running = Running(
+            arguments.pid, arguments.root, api_url, ui_url, mlflow_url, metrics_url, ray_url
+        )
+        _write_json(home / STATE, running.to_json())
         _answer({"ready": running.to_json()})
         supervisor.watch()
 
 
+def _start_mlflow(supervisor: Supervisor, store: Store) -> str:
+    """Start MLflow and return its address. Its files are in the root, or in the home for S3."""
+    setup = supervisor.setup
+    port = free_port(5000)
+    database = (store.local_folder or setup.home) / MLFLOW_DATABASE
+    artifacts = store.uri if store.local_folder is not None else setup.home.as_uri()
+    _create_mlflow_database(database)
+    supervisor.start(children.mlflow(setup, database, f"{artifacts}/{MLFLOW_ARTIFACTS}", port))
+    return children.address(port)
+
+
 def _create_mlflow_database(path: Path) -> None:
-    """In a process of its own, as it imports MLflow, which takes much memory."""
+    """Create the database in another process, because MLflow uses much memory."""
     code = (
         "import sys; from dpnet.tracking.mlflow_client import new_client; new_client(sys.argv[1])"
     )
@@ -188,32 +209,30 @@ def _create_mlflow_database(path: Path) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=processes.end_with_parent,
+        preexec_fn=process_tree.end_with_parent,
     )
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         why = lines[-1][:300] if lines else f"exit status {done.returncode}"
-        raise PipelineError(f"MLflow's database {path} cannot be made ({why}).")
+        raise PipelineError(f"MLflow's database {path} cannot be created: {why}.")
 
 
-def _write(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: Any) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(value, indent=1) + "\n")
     new.replace(path)
 
 
 def _answer(message: dict[str, Any]) -> None:
-    with suppress(OSError):  # the command is gone
+    with suppress(OSError):  # the command was killed
         print(json.dumps(message), flush=True)
 
 
-def _tell(line: str) -> None:
-    with suppress(OSError):
-        say(line)
-
-
 def _lock(lock: BinaryIO) -> bool:
-    """Hold the home alone; False where another does. Who only looks holds it for a moment."""
+    """Lock the home, or return False if another process has the lock.
+
+    A command that only looks holds the lock for a moment, so this tries for a second.
+    """
     for _ in range(20):
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -223,13 +242,15 @@ def _lock(lock: BinaryIO) -> bool:
 
 
 def main() -> None:
-    # The command alone decides about the end; a second signal to the group changes nothing.
+    """Run a supervisor with the arguments of the command line."""
+    # Only the command decides when to stop. A signal to the process group changes nothing.
     for each in (signal.SIGINT, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop_at_once)
-    processes.adopt_orphans()
-    plan = Plan(**json.loads(sys.argv[1]))
-    home = Path(plan.home)
+    start_logging()
+    process_tree.adopt_orphans()
+    arguments = SupervisorArguments(**json.loads(sys.argv[1]))
+    home = Path(arguments.home)
     try:
         home.mkdir(parents=True, exist_ok=True)
         with (home / LOCK).open("ab") as lock:
@@ -237,7 +258,7 @@ def main() -> None:
                 _answer({"busy": True})
                 return
             (home / STATE).unlink(missing_ok=True)
-            supervise(plan)
+            supervise(arguments)
     except Stopped:
         pass
     except PipelineError as error:

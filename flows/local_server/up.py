@@ -1,9 +1,8 @@
-"""`dpnet up`: what is local of the platform, in the foreground of a terminal, until Ctrl-C.
+"""`dpnet up`: the local part of the platform, in the foreground of a terminal until Ctrl-C.
 
-The command shows what its supervisor (`flows/local_server/supervisor.py`) does and passes the end
-on to it. One
-is at work for a root at a time, and holds `lock` in the root's `up` folder (for a root on S3: in
-`~/.cache/dpnet`) while it is; a second one tells the addresses of the first.
+The command shows the progress of its supervisor (`flows/local_server/supervisor.py`), and stops it
+at the end. Only one `dpnet up` runs for a root. It holds the file `lock` in the root's `up` folder,
+or in `~/.cache/dpnet` for a root on S3. A second `dpnet up` prints the addresses of the first.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -25,22 +25,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.paths import cache_folder
-from data_prep.core.progress import say
+from data_prep.core.paths import UP, cache_folder
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
-from dpnet.pipeline.demo import UP_HOME
-from flows.local_server import process_tree as processes
+from flows.local_server import process_tree
 
-HOME, LOCK, STATE = UP_HOME, "lock", "up.json"
+LOCK, STATE = "lock", "up.json"
 STOP_S = 35.0  # the supervisor needs less
 PREFECT_PORT = 4200
-_WAIT_S = 240.0  # for another that starts or ends now
+_WAIT_S = 240.0  # for another `dpnet up` that starts or stops
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Running:
-    """A `dpnet up` at work."""
+    """The process and the addresses of a running `dpnet up`."""
 
     pid: int
     root: str
@@ -51,79 +51,86 @@ class Running:
     ray_url: str | None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a supervisor is told; nothing secret, as it is an argument of its process."""
+class SupervisorArguments:
+    """The arguments of a supervisor. They hold no secrets: every user can read them."""
 
     root: str
     home: str
     port: int | None
     ray: bool
-    pid: int  # the command's
+    pid: int  # of the command
 
 
-def running(root: str) -> Running | None:
-    """The `dpnet up` that is at work for `root` and has started, if any."""
+def find_running(root: str) -> Running | None:
+    """Return the `dpnet up` that has started for `root`, or None."""
     home = home_of(open_store(root))
-    if _is_free(home):
+    if _is_unlocked(home):
         return None
     try:
         return Running(**json.loads((home / STATE).read_text()))
-    except (OSError, ValueError, TypeError):  # it starts or stops just now
+    except (OSError, ValueError, TypeError):  # it is starting or stopping
         return None
 
 
 def home_of(store: Store) -> Path:
-    """Where the `dpnet up` of a root keeps its database, logs and state."""
+    """Return the folder where the `dpnet up` of a root keeps its database, logs and state."""
     if store.local_folder is not None:
-        return store.local_folder / HOME
-    name = f"{HOME}-{hashlib.sha256(store.uri.encode()).hexdigest()[:12]}"
-    return cache_folder() / name
+        return store.local_folder / UP
+    return cache_folder() / f"{UP}-{hashlib.sha256(store.uri.encode()).hexdigest()[:12]}"
 
 
 def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], None]) -> Running:
-    """Run everything until Ctrl-C, which is raised; or what is found running.
+    """Run everything until Ctrl-C, or return the `dpnet up` that already runs.
 
-    `announce` is called once all is ready. Raises PipelineError where something does not start, or
-    dies again and again.
+    Args:
+        store: The root.
+        port: The port of Prefect's UI, 1 to 65535; None for 4200 or else any free port.
+        ray: Start a Ray cluster on this machine.
+        announce: Called once everything is ready.
+
+    Raises:
+        PipelineError: A process does not start, or keeps dying.
+        KeyboardInterrupt: Ctrl-C was pressed. Everything is stopped then.
     """
     root = store.label
     home = home_of(store)
     waiting = False
     deadline = time.monotonic() + _WAIT_S
     while time.monotonic() < deadline:
-        if found := running(root):
-            _check_like(found, port, ray)
+        if found := find_running(root):
+            _check_same_options(found, port, ray)
             return found
-        if _is_free(home):
-            _run(Plan(root, str(home), port, ray, os.getpid()), announce)
+        if _is_unlocked(home):
+            _run_supervisor(SupervisorArguments(root, str(home), port, ray, os.getpid()), announce)
         if not waiting:
             waiting = True
-            say("another `dpnet up` of this root starts or stops just now: waiting for it")
+            log.info("another `dpnet up` of this root is starting or stopping: waiting for it")
         time.sleep(0.5)
     raise PipelineError(
-        f"another `dpnet up` of {root} has been starting or stopping for {_WAIT_S:.0f} s: stop it,"
-        " then run this again."
+        f"`dpnet up` of {root} cannot start: another one has been starting or stopping for"
+        f" {_WAIT_S:.0f} s. Stop it, then run this again."
     )
 
 
-def _check_like(found: Running, port: int | None, ray: bool) -> None:
-    other = f"`dpnet up` runs already (process {found.pid})"
-    again = "stop it and start it again for that."
+def _check_same_options(found: Running, port: int | None, ray: bool) -> None:
+    other = f"`dpnet up` is already running (process {found.pid})"
+    remedy = "Stop it and start it again with this option."
     if ray and found.ray_url is None:
-        raise PipelineError(f"{other}, without Ray: {again}")
+        raise PipelineError(f"--ray cannot be used: {other} without Ray. {remedy}")
     if port is not None and not found.ui_url.endswith(f":{port}"):
-        raise PipelineError(f"{other}, at {found.ui_url}: {again}")
+        raise PipelineError(f"--port {port} cannot be used: {other} at {found.ui_url}. {remedy}")
 
 
-def _run(plan: Plan, announce: Callable[[Running], None]) -> None:
-    """Run a supervisor to its end. Returns where another was faster."""
-    processes.adopt_orphans()  # of a supervisor that is killed
+def _run_supervisor(arguments: SupervisorArguments, announce: Callable[[Running], None]) -> None:
+    """Run a supervisor until it ends. Return only if another `dpnet up` took the lock first."""
+    process_tree.adopt_orphans()  # of a supervisor that is killed
     supervisor = subprocess.Popen(
-        [sys.executable, "-m", "flows.local_server.supervisor", json.dumps(asdict(plan))],
+        [sys.executable, "-m", "flows.local_server.supervisor", json.dumps(asdict(arguments))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
@@ -136,20 +143,20 @@ def _run(plan: Plan, announce: Callable[[Running], None]) -> None:
                 case {"ready": state}:
                     announce(Running(**state))
                 case {"error": sentence}:
-                    _end(supervisor)
+                    _stop_supervisor(supervisor)
                     raise PipelineError(sentence)
                 case {"busy": True}:
                     supervisor.wait()
                     return
-        _died(supervisor, plan)
+        _raise_supervisor_died(supervisor, arguments.home)
     except KeyboardInterrupt:
-        say("stopping everything")
-        _end(supervisor)
+        log.info("stopping everything")
+        _stop_supervisor(supervisor)
         raise
 
 
-def _end(supervisor: subprocess.Popen[bytes]) -> None:
-    """Let the supervisor stop all, and wait for that."""
+def _stop_supervisor(supervisor: subprocess.Popen[bytes]) -> None:
+    """Let the supervisor stop everything, and wait for that."""
     assert supervisor.stdin is not None
     with suppress(OSError):
         supervisor.stdin.close()
@@ -157,23 +164,23 @@ def _end(supervisor: subprocess.Popen[bytes]) -> None:
         supervisor.wait(STOP_S)
     except subprocess.TimeoutExpired:
         supervisor.kill()
-    processes.kill_descendants()
+    process_tree.kill_descendants()
 
 
-def _died(supervisor: subprocess.Popen[bytes], plan: Plan) -> NoReturn:
-    """Its end without a word: it was stopped by someone else, or killed."""
+def _raise_supervisor_died(supervisor: subprocess.Popen[bytes], home: str) -> NoReturn:
+    """End the orphans of a supervisor that was killed or stopped by another process."""
     status = supervisor.wait()
-    for pid in processes.reap(()):  # what it has left
-        processes.send([pid], signal.SIGTERM)
+    for pid in process_tree.reap(()):
+        process_tree.send_signal([pid], signal.SIGTERM)
     time.sleep(2)
-    processes.kill_descendants()
+    process_tree.kill_descendants()
     raise PipelineError(
-        f"the process that watches over everything has ended (status {status}), and all with it:"
-        f" run `dpnet up` again; logs are in {plan.home}."
+        f"the supervisor of `dpnet up` died with status {status}, and everything was stopped."
+        f" Run `dpnet up` again. The logs are in {home}."
     )
 
 
-def _is_free(home: Path) -> bool:
+def _is_unlocked(home: Path) -> bool:
     with suppress(FileNotFoundError), (home / LOCK).open("rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -182,23 +189,23 @@ def _is_free(home: Path) -> bool:
     return True
 
 
-def bind(port: int | None) -> socket.socket:
-    """A socket that listens on `port`; without one on Prefect's own, or else on any free one."""
+def listen(port: int | None) -> socket.socket:
+    """Return a socket that listens on `port`; for None on port 4200 or else on any free port."""
     try:
         return socket.create_server(("127.0.0.1", PREFECT_PORT if port is None else port))
     except OSError as error:
         if port is None:
             return socket.create_server(("127.0.0.1", 0))
-        taken = error.errno == errno.EADDRINUSE
+        used = error.errno == errno.EADDRINUSE
         raise PipelineError(
-            f"port {port} {'is taken' if taken else f'cannot be used ({error.strerror})'}: choose"
-            " another --port, or leave it out for any free one."
+            f"--port {port} cannot be used: {'it is in use' if used else error.strerror}. Choose"
+            " another --port, or leave the option out to use any free port."
         ) from error
 
 
-def free_port(wanted: int = 0) -> int:
-    """`wanted` if nobody listens there, else any free port."""
-    for port in (wanted, 0):
+def free_port(preferred: int = 0) -> int:
+    """Return `preferred` if no process listens on that port, else any free port."""
+    for port in (preferred, 0):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
             return int(probe.getsockname()[1])
-    raise PipelineError("this machine has no free port left: end some programs.")
+    raise PipelineError("no port can be opened: this machine has no free port. End some programs.")

@@ -124,7 +124,7 @@ class Place:
     def jobs(self, seed: int) -> dict[str, str]:
         """Jobs on the cluster for this training, and their states."""
         folder = self.training(seed)
-        with urllib.request.urlopen(f"{self.up.told.ray_url}/api/jobs/", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.up.running.ray_url}/api/jobs/", timeout=60) as answer:
             jobs = json.load(answer)
         mine = [each for each in jobs if folder and folder.name in each["entrypoint"]]
         return {each["submission_id"].rpartition("-")[2]: each["status"] for each in mine}
@@ -155,7 +155,7 @@ def another_worker(place: Place, home: Path, **more: str) -> Iterator[None]:
     own = place.up.child("worker start")
     env = environment(
         {
-            "PREFECT_API_URL": place.up.told.api_url,
+            "PREFECT_API_URL": place.up.running.api_url,
             "PREFECT_API_AUTH_STRING": place.up.password,
             "PREFECT_HOME": str(home),
             "DPNET_ROOT": str(place.up.root),
@@ -440,7 +440,7 @@ def test_new_photographs_are_announced_retrained_on_once_and_the_better_model_st
         "artifacts": {"key": {"any_": ["retrain"]}},
     }
     (told,) = place.up.ask("/artifacts/filter", artifacts)
-    assert "champion before" in told["data"]
+    assert "previous champion" in told["data"]
     assert "Its hole PSNR of" in told["data"]
 
     again = [place.up.run("watch-raw-data", {}), *(place.up.run("retrain", {}) for _ in range(2))]

@@ -1,4 +1,4 @@
-"""The embedded Prefect server: what it leaves, what it takes up, what it does not touch."""
+"""The embedded Prefect server: what a killed command leaves, and what the next one does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.integration
 
-# The real embedded server and engine with a flow that only sleeps: `argv` is its home and seconds.
+# The real embedded server with a flow that only sleeps. The arguments: its home, the seconds.
 SLEEPER = """
 import sys, time, types
 from pathlib import Path
@@ -35,7 +35,7 @@ sys.modules["flows.pipeline"].run_checked = run_checked
 from flows.run_from_command import run_pipeline
 run_pipeline(None, sys.argv[2], Path(sys.argv[1]), embedded=True)
 """
-# What a user may have set for a Prefect of theirs. Nothing listens there.
+# A user's setting for another Prefect server. Nothing listens at this address.
 ENVIRONMENT = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
 
 
@@ -65,13 +65,13 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-def test_a_killed_command_takes_its_server_along_and_the_next_marks_its_run_crashed(
+def test_the_server_ends_with_a_killed_command_and_the_next_one_marks_the_run_crashed(
     tmp_path: Path,
 ) -> None:
     home = tmp_path / "prefect"
     home.mkdir()
-    # What a server leaves that is killed while it creates its database.
-    (home / "prefect.db").write_bytes(b"half of a database")
+    # A server that was killed while it created its database left this file.
+    (home / "prefect.db").write_bytes(b"an unfinished database")
     with start(home, 120) as killed:
         assert killed.stdout is not None
         assert killed.stdout.readline() == "running\n"
@@ -81,15 +81,15 @@ def test_a_killed_command_takes_its_server_along_and_the_next_marks_its_run_cras
     while is_alive(server) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(server)
-    with start(home, 0) as again:
-        again.communicate(timeout=120)
-    assert again.returncode == 0
+    with start(home, 0) as second:
+        second.communicate(timeout=120)
+    assert second.returncode == 0
     with sqlite3.connect(home / "prefect.db") as database:
         rows = database.execute("select state_type from flow_run order by created").fetchall()
     assert rows == [("CRASHED",), ("COMPLETED",)]
 
 
-def test_a_prefect_api_that_is_configured_but_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_configured_prefect_api_that_does_not_answer_is_one_line_of_error(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "dpnet", "pipeline", "run", "demo", "--root", str(tmp_path)],
         env=ENVIRONMENT,

@@ -18,7 +18,7 @@ from PIL import Image
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import load_config
 from dpnet.pipeline.cost import estimated, measured
-from dpnet.pipeline.exporter import Reader
+from dpnet.pipeline.exporter import RootReader
 from dpnet.pipeline.settings import CostSettings
 from dpnet.tracking.run_log import read_log
 
@@ -152,9 +152,8 @@ def test_what_training_has_cost_is_known_and_so_is_what_more_of_it_would(
 def test_prometheus_is_told_of_the_training_the_dataset_and_the_champion(
     pipeline: Pipeline,
 ) -> None:
-    told = {
-        (each.name, each.labels): each.value for each in Reader(LocalStore(pipeline.root)).read(0)
-    }
+    reader = RootReader(LocalStore(pipeline.root))
+    told = {(each.name, each.labels): each.value for each in reader.read(0)}
     run = (pipeline.first.result["stages"][2]["folder"].removeprefix("runs/"),)
     assert told["dpnet_train_step", run] == told["dpnet_train_steps", run] == 4
     assert told["dpnet_train_claimed", run] == 0

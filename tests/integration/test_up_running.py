@@ -1,4 +1,4 @@
-"""`dpnet up` as a user runs it: what it starts, what it survives, what it leaves."""
+"""`dpnet up` as a user runs it: what it starts, survives and leaves behind."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 from clusters import alive, command_of, end_with_parent, family, free_port, wait_until
-from platforms import Platform, environment, platform
+from platforms import Platform, environment, platform, up_command
 
-from flows.local_server.up import Running, running
+from flows.local_server.up import Running, find_running
 
 pytestmark = [
     pytest.mark.integration,
@@ -31,22 +31,22 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc"),
 ]
 PASSWORD = "admin:correct-horse"
-# What a user may have set for a Prefect and an MLflow of theirs. Nothing listens there.
-THEIRS = {
+# A user's settings for other servers of Prefect and MLflow. Nothing listens at these addresses.
+USERS = {
     "PREFECT_API_URL": "http://127.0.0.1:9/api",
     "PREFECT_PROFILE": "none-such",
     "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
 }
-# A flow whose process has a child in a session of its own, as a training has.
+# A flow with a child process in another session, like a training.
 FLOW = """
 import subprocess, time
 from pathlib import Path
 from prefect import flow
 
 @flow
-def sleeper(told: str):
+def sleeper(file: str):
     child = subprocess.Popen(["sleep", "601"], start_new_session=True)
-    Path(told).write_text(str(child.pid))
+    Path(file).write_text(str(child.pid))
     time.sleep(600)
 """
 DEPLOY = """
@@ -56,7 +56,7 @@ from prefect.deployments import run_deployment
 
 source = flow.from_source(source=sys.argv[1], entrypoint="sleeping.py:sleeper")
 source.deploy(name="test", work_pool_name="dpnet", print_next_steps=False)
-run_deployment("sleeper/test", parameters={"told": sys.argv[2]}, timeout=0)
+run_deployment("sleeper/test", parameters={"file": sys.argv[2]}, timeout=0)
 """
 
 REGISTER = """
@@ -72,12 +72,9 @@ print(register(RegisterSettings(model="through-up"), run, evaluation, store).sum
 """
 
 
-def command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "dpnet", "up", *options]
-
-
 def started(root: Path, *options: str, **more: str) -> AbstractContextManager[Platform]:
-    return platform(root, *options, **THEIRS, **more)
+    """Run `dpnet up` for a user who has configured other servers."""
+    return platform(root, *options, **USERS, **more)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +84,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
 
 
 def ask(url: str, password: str = "", body: Any = None, **headers: str) -> Any:
-    """The answer's JSON, or its text where it is none."""
+    """Return the JSON of the answer, or its text if it is not JSON."""
     if password:
         headers["Authorization"] = "Basic " + base64.b64encode(password.encode()).decode()
     data = None if body is None else json.dumps(body).encode()
@@ -111,40 +108,40 @@ def answers(url: str) -> bool:
 
 
 def status_of(url: str) -> int:
-    """The HTTP status with which it is refused."""
+    """Return the HTTP status of a refused request."""
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(url)
     return caught.value.code
 
 
-def online(told: Running, password: str = "") -> list[str]:
-    """Workers of the pool that are online."""
-    workers = ask(f"{told.api_url}/work_pools/dpnet/workers/filter", password, {})
+def online_workers(running: Running, password: str = "") -> list[str]:
+    """Return the names of the pool's online workers."""
+    workers = ask(f"{running.api_url}/work_pools/dpnet/workers/filter", password, {})
     return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
 
 
 def run_sleeper(up: Platform, folder: Path) -> tuple[int, int]:
-    """Run the flow through the worker; the processes of the flow and of its child."""
+    """Run the flow on the worker. Return the pids of the flow and of its child."""
     (folder / "sleeping.py").write_text(FLOW)
-    told = folder / "told"
+    file = folder / "child"
     subprocess.run(
-        [sys.executable, "-c", DEPLOY, str(folder), str(told)],
-        env=environment({"PREFECT_API_URL": up.told.api_url, "PREFECT_HOME": str(folder)}),
+        [sys.executable, "-c", DEPLOY, str(folder), str(file)],
+        env=environment({"PREFECT_API_URL": up.running.api_url, "PREFECT_HOME": str(folder)}),
         cwd=folder,
         check=True,
         capture_output=True,
     )
-    wait_until(lambda: told.exists() and told.read_text(), "the flow does not run", 180)
-    child = int(told.read_text())
+    wait_until(lambda: file.exists() and file.read_text(), "the flow does not run", 180)
+    child = int(file.read_text())
     stat = Path(f"/proc/{child}/stat").read_text()
     return int(stat.rpartition(")")[2].split()[1]), child
 
 
 def refused(root: Path, *options: str, **more: str) -> str:
-    """The one sentence of one that does not start."""
+    """Return the last line of standard error of a `dpnet up` that fails to start."""
     done = subprocess.run(
-        command("--root", str(root), *options),
-        env=environment({**THEIRS, **more}),
+        up_command(root, *options),
+        env=environment({**USERS, **more}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -158,24 +155,24 @@ def refused(root: Path, *options: str, **more: str) -> str:
 
 
 def test_all_addresses_answer_and_a_worker_is_online(up: Platform) -> None:
-    told = up.told
-    assert ask(f"{told.api_url}/health") is True
-    assert "<html" in ask(told.ui_url)
-    assert ask(f"{told.ui_url}/ui-settings")["api_url"] == told.api_url
-    assert "<html" in ask(told.mlflow_url)
-    assert len(online(told)) == 1
-    assert ask(f"{told.api_url}/work_pools/dpnet")["type"] == "process"
-    assert told.ray_url is None
+    running = up.running
+    assert ask(f"{running.api_url}/health") is True
+    assert "<html" in ask(running.ui_url)
+    assert ask(f"{running.ui_url}/ui-settings")["api_url"] == running.api_url
+    assert "<html" in ask(running.mlflow_url)
+    assert len(online_workers(running)) == 1
+    assert ask(f"{running.api_url}/work_pools/dpnet")["type"] == "process"
+    assert running.ray_url is None
 
 
-def test_mlflow_takes_what_a_browser_sends_from_its_own_pages(up: Platform) -> None:
-    search = f"{up.told.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
-    found = ask(search, body={"max_results": 5}, Origin=up.told.mlflow_url)
+def test_mlflow_accepts_requests_from_its_own_pages(up: Platform) -> None:
+    search = f"{up.running.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
+    found = ask(search, body={"max_results": 5}, Origin=up.running.mlflow_url)
     assert found["experiments"][0]["name"] == "Default"
 
 
-def test_mlflow_refuses_what_another_site_sends(up: Platform) -> None:
-    search = f"{up.told.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
+def test_mlflow_refuses_requests_from_another_site(up: Platform) -> None:
+    search = f"{up.running.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
     with pytest.raises(urllib.error.HTTPError) as caught:
         ask(search, body={"max_results": 5}, Origin="http://evil.example")
     assert caught.value.code == 403
@@ -184,139 +181,143 @@ def test_mlflow_refuses_what_another_site_sends(up: Platform) -> None:
 def test_a_model_of_a_local_root_is_registered_through_the_server(
     up: Platform, tmp_path: Path
 ) -> None:
-    unit = str(Path(__file__).parents[1] / "support")
-    path = os.pathsep.join([unit, os.environ.get("PYTHONPATH", "")])
+    support = str(Path(__file__).parents[1] / "support")
+    path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", REGISTER, str(tmp_path)],
-        env=environment({"MLFLOW_TRACKING_URI": up.told.mlflow_url, "PYTHONPATH": path}),
+        env=environment({"MLFLOW_TRACKING_URI": up.running.mlflow_url, "PYTHONPATH": path}),
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, "champion\n"), done.stderr
-    search = f"{up.told.mlflow_url}/api/2.0/mlflow/registered-models/search"
+    search = f"{up.running.mlflow_url}/api/2.0/mlflow/registered-models/search"
     (model,) = ask(search)["registered_models"]
     assert model["name"] == "through-up"
     assert model["aliases"] == [{"alias": "champion", "version": "1"}]
 
 
-def test_a_second_one_tells_the_same_addresses_and_ends(up: Platform) -> None:
-    root = str(up.home.parent)
+def test_a_second_up_prints_the_same_addresses_and_ends(up: Platform) -> None:
     done = subprocess.run(
-        command("--root", root, "--json"), env=environment(THEIRS), capture_output=True, text=True
+        up_command(up.root, "--json"), env=environment(USERS), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"ok": True, "attached": True, **up.told.to_json()}
-    assert running(root) == up.told
+    assert json.loads(done.stdout) == {"ok": True, "attached": True, **up.running.to_json()}
+    assert find_running(str(up.root)) == up.running
 
 
-def test_a_second_one_that_asks_for_more_is_told_to_stop_the_first(up: Platform) -> None:
-    assert "without Ray: stop it" in refused(up.home.parent, "--ray")
-    assert f"at {up.told.ui_url}: stop it" in refused(up.home.parent, f"--port={free_port()}")
+def test_a_second_up_with_other_options_is_refused(up: Platform) -> None:
+    assert "without Ray. Stop it" in refused(up.root, "--ray")
+    assert f"at {up.running.ui_url}. Stop it" in refused(up.root, f"--port={free_port()}")
 
 
-def test_a_port_that_is_taken_is_one_sentence(up: Platform, tmp_path: Path) -> None:
-    port = up.told.ui_url.rpartition(":")[2]
-    assert f"port {port} is taken: choose another --port" in refused(tmp_path, f"--port={port}")
+def test_a_used_port_is_refused(up: Platform, tmp_path: Path) -> None:
+    port = up.running.ui_url.rpartition(":")[2]
+    assert f"--port {port} cannot be used: it is in use. Choose another --port" in refused(
+        tmp_path, f"--port={port}"
+    )
 
 
-def test_two_roots_are_up_side_by_side(up: Platform, tmp_path: Path) -> None:
+def test_two_roots_can_be_up_at_the_same_time(up: Platform, tmp_path: Path) -> None:
     with started(tmp_path / "other") as other:
-        assert len({*up.told.to_json().values(), *other.told.to_json().values()}) == 13
-        assert online(other.told)
+        assert len({*up.running.to_json().values(), *other.running.to_json().values()}) == 13
+        assert online_workers(other.running)
 
 
-def test_of_a_schedule_runs_are_made(up: Platform) -> None:
+def test_a_schedule_creates_runs(up: Platform) -> None:
     up.deploy("watch=0 0 1 1 *", "retrain=null")
     (flow,) = up.ask("/flows/filter", {"flows": {"name": {"any_": ["watch-raw-data"]}}})
-    asked = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-    asked["flows"] = {"id": {"any_": [flow["id"]]}}
-    wait_until(lambda: up.ask("/flow_runs/filter", asked), "the scheduler makes none", 120)
-    at = {run["expected_start_time"][4:10] for run in up.ask("/flow_runs/filter", asked)}
-    assert at == {"-01-01"}
+    scheduled = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
+    scheduled["flows"] = {"id": {"any_": [flow["id"]]}}
+    wait_until(lambda: up.ask("/flow_runs/filter", scheduled), "the scheduler creates no run", 120)
+    days = {run["expected_start_time"][4:10] for run in up.ask("/flow_runs/filter", scheduled)}
+    assert days == {"-01-01"}
     assert "Traceback" not in (up.home / "server.log").read_text()
 
 
-def test_a_server_that_is_killed_comes_back_at_its_port(up: Platform) -> None:
+def test_a_killed_server_is_restarted_at_the_same_port(up: Platform) -> None:
     killed = up.child("flows.local_server.server")
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: not alive(killed), "it lives")
-    wait_until(lambda: answers(f"{up.told.api_url}/health"), "no server", 180)
+    wait_until(lambda: not alive(killed), "the server does not die")
+    wait_until(lambda: answers(f"{up.running.api_url}/health"), "the server is not restarted", 180)
     assert up.child("flows.local_server.server") != killed
-    assert "Prefect's server has died" in up.out.read_text()
+    assert "Prefect's server died and is restarted" in up.out.read_text()
 
 
-def test_a_worker_that_is_killed_comes_back_and_its_flow_run_goes_on(
+def test_a_killed_worker_is_restarted_and_its_flow_run_keeps_running(
     up: Platform, tmp_path: Path
 ) -> None:
     flow, child = run_sleeper(up, tmp_path)
     killed = up.child("worker start")
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: "the worker has died" in up.out.read_text(), "it is not told")
+    wait_until(lambda: "the worker died" in up.out.read_text(), "it is not reported")
     wait_until(
         lambda: [p for p in family(up.process.pid) if "worker start" in command_of(p)], "no worker"
     )
     assert up.child("worker start") != killed
     assert alive(flow)
     assert alive(child)
-    assert child in family(up.process.pid)  # so that it ends with all the rest, at the latest
+    assert child in family(up.process.pid)  # so that it ends when `dpnet up` ends
 
 
-def test_killed_it_leaves_nothing_behind(up: Platform, tmp_path: Path) -> None:
-    # The last test on the shared one: also the orphans of the killed worker must end.
+def test_a_killed_up_leaves_no_process_behind(up: Platform, tmp_path: Path) -> None:
+    # This is the last test on the shared `dpnet up`: the killed worker's orphans must end too.
     flow, child = run_sleeper(up, tmp_path)
-    mine = family(up.process.pid)
-    assert {flow, child} <= set(mine)
+    processes = family(up.process.pid)
+    assert {flow, child} <= set(processes)
     os.kill(up.process.pid, signal.SIGKILL)
-    wait_until(lambda: not [pid for pid in mine if alive(pid)], "some are left", 45)
-    assert running(str(up.home.parent)) is None
+    wait_until(lambda: not [pid for pid in processes if alive(pid)], "processes remain", 45)
+    assert find_running(str(up.root)) is None
 
 
-def test_ctrl_c_stops_everything_and_what_was_done_is_kept(tmp_path: Path) -> None:
+def test_ctrl_c_stops_everything_and_keeps_the_database(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    scratch = set(Path("/tmp").glob("dpnet-ray-up-*"))
+    ray_folders = set(Path("/tmp").glob("dpnet-ray-up-*"))
     with started(root, "--ray") as up:
-        assert "<html" in ask(str(up.told.ray_url))
-        assert ask(f"{up.told.ray_url}/api/jobs/") == []
+        assert "<html" in ask(str(up.running.ray_url))
+        assert ask(f"{up.running.ray_url}/api/jobs/") == []
         run_sleeper(up, tmp_path)
-        mine = family(up.process.pid)
-        begun = time.monotonic()
+        processes = family(up.process.pid)
+        start = time.monotonic()
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(60) == 130
-        assert time.monotonic() - begun < 45
-        assert not [pid for pid in mine if alive(pid)]
-    assert not set(Path("/tmp").glob("dpnet-ray-up-*")) - scratch
+        assert time.monotonic() - start < 45
+        assert not [pid for pid in processes if alive(pid)]
+    assert not set(Path("/tmp").glob("dpnet-ray-up-*")) - ray_folders
     assert not (root / "up" / "up.json").exists()
     with sqlite3.connect(root / "up" / "prefect.db") as database:
         assert database.execute("select name from deployment").fetchall() == [("test",)]
         ((state,),) = database.execute("select state_type from flow_run").fetchall()
-    assert state == "CRASHED"  # its last words reached the server
+    assert state == "CRASHED"  # its last state reached the server
 
 
-def test_ctrl_c_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_during_the_start_leaves_no_process_behind(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command("--root", str(tmp_path)),
-        env=environment(THEIRS),
+        up_command(tmp_path),
+        env=environment(USERS),
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=end_with_parent,
     )
     assert process.stderr is not None
-    assert process.stderr.readline() == "starting Prefect's server\n"
+    line = process.stderr.readline()
+    assert line.endswith(" INFO flows.local_server.supervisor: starting Prefect's server\n")
     wait_until(lambda: len(family(process.pid)) > 2, "no server")
-    mine = family(process.pid)
+    processes = family(process.pid)
     process.send_signal(signal.SIGINT)
     assert "stopped" in process.stderr.read()
     assert process.wait(45) == 130
-    assert not [pid for pid in mine if alive(pid)]
+    assert not [pid for pid in processes if alive(pid)]
 
 
-def test_with_a_password_nobody_gets_in_without_it_and_the_worker_does(tmp_path: Path) -> None:
+def test_a_password_is_needed_to_use_the_api_and_the_worker_has_it(
+    tmp_path: Path,
+) -> None:
     root = tmp_path / "root"
     with started(root, PREFECT_API_AUTH_STRING=PASSWORD) as up:
-        assert status_of(f"{up.told.api_url}/work_pools/dpnet") == 401
-        assert ask(f"{up.told.api_url}/work_pools/dpnet", PASSWORD)["name"] == "dpnet"
-        assert len(online(up.told, PASSWORD)) == 1
-        assert ask(f"{up.told.ui_url}/ui-settings")["auth"] == "BASIC"
+        assert status_of(f"{up.running.api_url}/work_pools/dpnet") == 401
+        assert ask(f"{up.running.api_url}/work_pools/dpnet", PASSWORD)["name"] == "dpnet"
+        assert len(online_workers(up.running, PASSWORD)) == 1
+        assert ask(f"{up.running.ui_url}/ui-settings")["auth"] == "BASIC"
     written = [up.out, *up.home.glob("*.log"), up.home / "up.json"]
     assert not any(b"correct-horse" in path.read_bytes() for path in written if path.exists())
 
@@ -329,29 +330,29 @@ def old_database(root: Path) -> None:
         database.execute("insert into alembic_version values ('0123456789ab')")
 
 
-def test_a_database_of_another_prefect_is_one_sentence(tmp_path: Path) -> None:
+def test_a_database_of_another_version_of_prefect_is_refused(tmp_path: Path) -> None:
     old_database(tmp_path)
     line = refused(tmp_path)
     assert f"{tmp_path}/up/prefect.db belongs to another version of Prefect" in line
 
 
-def test_a_damaged_database_is_one_sentence_and_is_not_touched(tmp_path: Path) -> None:
+def test_a_damaged_database_is_refused_and_not_changed(tmp_path: Path) -> None:
     old_database(tmp_path)
     (tmp_path / "up" / "prefect.db").write_bytes(b"no database" * 1000)
     assert f"{tmp_path}/up/prefect.db is damaged: move it away" in refused(tmp_path)
     assert (tmp_path / "up" / "prefect.db").read_bytes() == b"no database" * 1000
 
 
-def test_a_database_out_of_reach_is_one_sentence_without_its_password(tmp_path: Path) -> None:
-    place = f"127.0.0.1:{free_port()}/prefect"
-    line = refused(tmp_path, "--database", f"postgresql+asyncpg://me:hunter2@{place}")
-    assert f"postgresql+asyncpg://{place} cannot be reached: start it" in line
+def test_an_unreachable_database_is_refused_without_showing_its_password(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}/prefect"
+    line = refused(tmp_path, "--database", f"postgresql+asyncpg://me:hunter2@{address}")
+    assert f"postgresql+asyncpg://{address} cannot be reached: start it" in line
     assert b"hunter2" not in (tmp_path / "up" / "server.log").read_bytes()
 
 
 @contextmanager
 def postgres() -> Iterator[int]:
-    """A PostgreSQL with the user and database `dpnet`, password `hunter2`; its port."""
+    """Run PostgreSQL with the user and database `dpnet`, password `hunter2`. Yield its port."""
     programs = {name: shutil.which(name) for name in ("initdb", "postgres", "psql")}
     for found in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True):
         programs |= {k: str(found / k) for k, v in programs.items() if v is None}
@@ -390,7 +391,7 @@ def postgres() -> Iterator[int]:
         return subprocess.run(create, env=env, capture_output=True).returncode == 0
 
     try:
-        wait_until(created, f"no database: {folder}")
+        wait_until(created, f"the database does not start: {folder}")
         yield port
     finally:
         for pid in reversed(family(process.pid)):
@@ -399,16 +400,16 @@ def postgres() -> Iterator[int]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_postgres_by_url_holds_everything_and_its_password_is_nowhere(tmp_path: Path) -> None:
+def test_a_postgres_database_is_used_and_its_password_is_shown_nowhere(tmp_path: Path) -> None:
     with postgres() as port:
-        at = f"127.0.0.1:{port}/dpnet"
-        line = refused(tmp_path, "--database", f"postgresql+asyncpg://dpnet:wrong@{at}")
-        assert f"postgresql+asyncpg://{at} refuses the user or the password" in line
+        address = f"127.0.0.1:{port}/dpnet"
+        line = refused(tmp_path, "--database", f"postgresql+asyncpg://dpnet:wrong@{address}")
+        assert f"postgresql+asyncpg://{address} refuses the user or the password" in line
         assert "wrong" not in line
         root = tmp_path / "root"
-        url = f"postgresql+asyncpg://dpnet:hunter2@{at}"
+        url = f"postgresql+asyncpg://dpnet:hunter2@{address}"
         with started(root, PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as up:
-            assert online(up.told)
+            assert online_workers(up.running)
             up.deploy("watch=null", "retrain=null")
             few = ["images.size=32", "masks.size=32", "masks.train=4", "masks.eval_per_bin=1"]
             up.wait_for(up.run("prepare-masks", {"overrides": few}), "COMPLETED")

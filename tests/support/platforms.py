@@ -1,4 +1,4 @@
-"""A real `dpnet up` for tests, and its Prefect API as the UI uses it."""
+"""A real `dpnet up` for tests, and its Prefect API, used like the UI uses it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +28,35 @@ WAIT_S = 240.0
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The user's, in which nothing of ours is set up."""
+    """Return the user's environment without settings of ours, and with `more`."""
     return {k: v for k, v in os.environ.items() if not k.startswith(HIDDEN)} | dict(more or {})
 
 
 @dataclass
 class Platform:
-    """One at work: its process and its addresses."""
+    """A running `dpnet up`: its process and its addresses."""
 
     process: subprocess.Popen[bytes]
-    told: Running
-    out: Path  # what it has said
+    running: Running
+    out: Path  # the file with its output
     root: Path
     password: str = ""
-    more: dict[str, str] = field(default_factory=dict)
 
     @property
     def home(self) -> Path:
         return self.root / "up"
 
     def dpnet(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """A command typed beside it, as the addresses it printed say."""
-        own = {"PREFECT_API_URL": self.told.api_url, "PREFECT_HOME": str(self.root / "user")}
+        """Run a `dpnet` command that uses the addresses of this platform."""
+        settings = {
+            "PREFECT_API_URL": self.running.api_url,
+            "PREFECT_HOME": str(self.root / "user"),
+        }
         if self.password:
-            own["PREFECT_API_AUTH_STRING"] = self.password
+            settings["PREFECT_API_AUTH_STRING"] = self.password
         return subprocess.run(
             [sys.executable, "-m", "dpnet", *words],
-            env=environment(own | more),
+            env=environment(settings | more),
             capture_output=True,
             text=True,
             timeout=WAIT_S,
@@ -66,13 +68,15 @@ class Platform:
         assert done.returncode == 0, done.stderr
 
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
-        """The API's answer."""
+        """Send a request to the Prefect API, and return the answer."""
         headers = {"Content-Type": "application/json"}
         if self.password:
-            word = base64.b64encode(self.password.encode()).decode()
-            headers["Authorization"] = f"Basic {word}"
+            encoded = base64.b64encode(self.password.encode()).decode()
+            headers["Authorization"] = f"Basic {encoded}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.told.api_url}{path}", data, headers, method=method)
+        request = urllib.request.Request(
+            f"{self.running.api_url}{path}", data, headers, method=method
+        )
         deadline = time.monotonic() + WAIT_S
         while True:
             try:
@@ -85,70 +89,72 @@ class Platform:
             time.sleep(0.5)
 
     def run(self, flow: str, parameters: Mapping[str, Any]) -> str:
-        """Start a run of a deployment; its id."""
+        """Start a run of a deployment, and return its id."""
         deployment = self.ask(f"/deployments/name/{flow}/{flow}")["id"]
         body = {"parameters": dict(parameters), "state": {"type": "SCHEDULED"}}
-        made = self.ask(f"/deployments/{deployment}/create_flow_run", body)
-        return str(made["id"])
+        run = self.ask(f"/deployments/{deployment}/create_flow_run", body)
+        return str(run["id"])
 
     def set_state(self, run: str, **state: str) -> None:
         done = self.ask(f"/flow_runs/{run}/set_state", {"state": state})
         assert done["status"] == "ACCEPT", done
 
     def retry(self, run: str) -> None:
-        """As the button of the UI."""
+        """Retry a run, like the button of the UI."""
         self.set_state(run, **RETRY)
 
     def end(self, run: str, number: int) -> None:
-        """Send the run's process a signal that ends it, and wait until all is told of that.
+        """Send the run's process a signal that ends it, and wait until the server knows of that.
 
-        Of a SIGTERM the process tells itself. Of a SIGKILL two parts of Prefect's worker tell, up
-        to some seconds apart, and the second would end a run that is retried in between.
+        After a SIGTERM the process reports its end itself. After a SIGKILL two parts of Prefect's
+        worker report it, some seconds apart. The second report would end a run that was retried
+        before it.
         """
-        log, told = self.home / "worker.log", "prefect.flow_runs.worker - Check whether"
-        before = log.read_text().count(told)
+        log, report = self.home / "worker.log", "prefect.flow_runs.worker - Check whether"
+        before = log.read_text().count(report)
         process = self.flow_process(run)
         send(process, number)
         self.wait_for(run, "CRASHED")
         if number != signal.SIGKILL:
-            wait_until(lambda: not alive(process), "the process stays")
+            wait_until(lambda: not alive(process), "the process does not end")
             return
-        wait_until(lambda: log.read_text().count(told) > before, "the worker does not tell it")
+        wait_until(lambda: log.read_text().count(report) > before, "the worker does not report it")
 
     def state(self, run: str) -> dict[str, Any]:
         return dict(self.ask(f"/flow_runs/{run}")["state"])
 
     def states(self, run: str) -> list[str]:
-        """All that it was in."""
+        """Return all states that the run was in."""
         return [each["type"] for each in self.ask(f"/flow_run_states/?flow_run_id={run}")]
 
     def wait_for(self, run: str, *kinds: str, seconds: float = WAIT_S) -> dict[str, Any]:
-        """The run's state once it is one of `kinds`; fails if it ends in another."""
+        """Wait until the run's state is one of `kinds`; fail if it ends in another state."""
         deadline = time.monotonic() + seconds
         while True:
             try:
                 state = self.state(run)
-            except (OSError, ValueError):  # the server is away
+            except (OSError, ValueError):  # the server does not answer
                 state = {"type": "UNKNOWN", "name": "", "message": ""}
             if state["type"] in kinds:
                 return state
-            told = f"{state['type']}: {state['message']}"
-            assert state["type"] not in ENDED, f"{told}\n{self.log_of(run)}"
-            assert time.monotonic() < deadline, f"{told}\n{self.log_of(run)}"
+            failure = f"{state['type']}: {state['message']}"
+            assert state["type"] not in ENDED, f"{failure}\n{self.log_of(run)}"
+            assert time.monotonic() < deadline, f"{failure}\n{self.log_of(run)}"
             time.sleep(0.2)
 
     def tasks(self, run: str) -> dict[str, str]:
-        """The state's name of each task's newest run."""
+        """Return the name of the state of each task's newest run."""
         body = {"flow_runs": {"id": {"any_": [run]}}, "sort": "EXPECTED_START_TIME_ASC"}
         found = self.ask("/task_runs/filter", body)
         return {each["name"].rpartition("-")[0]: each["state"]["name"] for each in found}
 
     def log_of(self, run: str) -> str:
+        """Return the messages of the run's log."""
         body = {"logs": {"flow_run_id": {"any_": [run]}}, "sort": "TIMESTAMP_ASC", "limit": 200}
         return "\n".join(each["message"] for each in self.ask("/logs/filter", body))
 
     def child(self, text: str) -> int:
-        """Its process whose command line has `text` in it, when there is one."""
+        """Wait for one process with `text` in its command line, and return its pid."""
         found: list[int] = []
 
         def one() -> bool:
@@ -159,7 +165,7 @@ class Platform:
         return found[0]
 
     def processes_of(self, run: str) -> list[int]:
-        """The processes of a flow run, its own first."""
+        """Return the processes of a flow run. The first is the flow's own process."""
         mark = f"PREFECT__FLOW_RUN_ID={run}".encode()
         return [pid for pid in family(self.process.pid) if mark in _environment_of(pid)]
 
@@ -171,17 +177,22 @@ class Platform:
 def _environment_of(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return b""
+
+
+def up_command(root: Path, *options: str) -> list[str]:
+    """Return the command line of `dpnet up`."""
+    return [sys.executable, "-m", "dpnet", "up", "--root", str(root), *options]
 
 
 @contextmanager
 def platform(root: Path, *options: str, **more: str) -> Iterator[Platform]:
-    """`dpnet up` of a root, with `more` in its environment."""
+    """Run `dpnet up` of a root, with `more` in its environment, until the block ends."""
     out = root.with_suffix(".out")
     with out.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dpnet", "up", "--root", str(root), "--json", *options],
+            up_command(root, "--json", *options),
             env=environment(more),
             stdout=log,
             stderr=log,
@@ -194,11 +205,12 @@ def platform(root: Path, *options: str, **more: str) -> Iterator[Platform]:
         return '"ok": true' in out.read_text()
 
     try:
-        wait_until(ready, f"not up: {out}", 300)
-        said = json.loads(out.read_text().strip().splitlines()[-1])
-        assert (said.pop("ok"), said.pop("attached")) == (True, False)
-        told = Running(**said)
-        yield Platform(process, told, out, root, more.get("PREFECT_API_AUTH_STRING", ""))
+        wait_until(ready, f"`dpnet up` does not start: {out}", 300)
+        answer = json.loads(out.read_text().strip().splitlines()[-1])
+        assert (answer.pop("ok"), answer.pop("attached")) == (True, False)
+        yield Platform(
+            process, Running(**answer), out, root, more.get("PREFECT_API_AUTH_STRING", "")
+        )
     finally:
         if process.poll() is None:
             process.terminate()

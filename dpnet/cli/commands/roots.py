@@ -44,7 +44,7 @@ def use_server_of_up(root: str) -> None:
 
     Call it before Prefect is imported, because Prefect reads the variable at its import.
     """
-    from flows.local_server.up import running
+    from flows.local_server.up import find_running
 
-    if "PREFECT_API_URL" not in os.environ and (up := running(root)):
+    if "PREFECT_API_URL" not in os.environ and (up := find_running(root)):
         os.environ["PREFECT_API_URL"] = up.api_url

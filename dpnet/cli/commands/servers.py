@@ -31,14 +31,14 @@ def deploy(args: Namespace) -> Outcome:
 
 def up(args: Namespace) -> Outcome:
     """Start a local Prefect server, a worker and MLflow, and wait for Ctrl-C."""
-    from flows.local_server.children import DATABASE, Place, check_secrets
+    from flows.local_server.children import DATABASE, LocalSetup, check_secrets
     from flows.local_server.up import Running, home_of
     from flows.local_server.up import up as run_up
 
     if args.database:
         os.environ[DATABASE] = args.database  # the children read it: no list of processes shows it
     store = open_store(root_to_read(args))
-    check_secrets(Place(store.label, home_of(store), os.environ))
+    check_secrets(LocalSetup(store.label, home_of(store), os.environ))
     check_root(store)
 
     def announce(running: Running) -> None:

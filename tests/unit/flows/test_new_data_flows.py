@@ -1,7 +1,8 @@
-"""What the flow `retrain` shows and tells of its stage's result, without a server."""
+"""What the flow `retrain` shows and announces about its stage's result, without a server."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +29,31 @@ SUMMARY = {
 }
 
 
-class Seen:
-    """Events sent and artifacts made, in the place of a server."""
+class FakeServer:
+    """The events sent and the artifacts created, instead of a server."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
         self.pages: list[str] = []
-        self.away = False
+        self.is_down = False
 
-    def send(self, *event: Any) -> None:
-        if self.away:
-            raise PipelineError("the server is away.")
+    def send_event(self, *event: Any) -> None:
+        if self.is_down:
+            raise PipelineError("the server does not answer.")
         self.events.append(event)
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    seen = Seen()
-    monkeypatch.setattr(new_data, "send", seen.send)
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    server = FakeServer()
+    monkeypatch.setattr(new_data, "send_event", server.send_event)
     monkeypatch.setattr(
-        new_data, "create_markdown_artifact", lambda text, **about: seen.pages.append(text)
+        new_data, "create_markdown_artifact", lambda text, **about: server.pages.append(text)
     )
-    return seen
+    return server
 
 
-def outcome(
+def run_flow(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     result: StageRef | Exception,
@@ -75,58 +76,60 @@ def reference(*, skipped: bool = False, **changed: Any) -> StageRef:
     return StageRef("retrain", "dpnet", folder, digest, digest, 1.0, skipped, summary)
 
 
-def test_a_promotion_is_told_of_and_shown_beside_the_champion_before(
-    seen: Seen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_promotion_is_announced_and_shown_next_to_the_previous_champion(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    result = outcome(monkeypatch, tmp_path, reference())
+    result = run_flow(monkeypatch, tmp_path, reference())
     assert result["promoted"]
-    ((name, resource, model, payload),) = seen.events
+    ((name, resource, model, payload),) = server.events
     assert (name, resource, model) == ("dpnet.model.promoted", "dpnet.model.dpnet", "dpnet")
     assert (payload["version"], payload["champion"]["version"]) == (2, 1)
     assert payload["root"] == str(tmp_path / "root")
-    (page,) = seen.pages
-    assert "| 1 | 20.00 | champion before |" in page
+    (page,) = server.pages
+    assert "| 1 | 20.00 | previous champion |" in page
     assert "| 2 | 21.50 | new, promoted to champion |" in page
     assert SUMMARY["reason"] in page
 
 
-def test_a_challenger_is_shown_and_not_told_of(
-    seen: Seen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_challenger_is_shown_but_not_announced(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    outcome(monkeypatch, tmp_path, reference(promoted=False))
-    assert seen.events == []
-    assert "kept as challenger" in seen.pages[0]
+    run_flow(monkeypatch, tmp_path, reference(promoted=False))
+    assert server.events == []
+    assert "kept as challenger" in server.pages[0]
 
 
-def test_a_promotion_that_cannot_be_told_of_is_one_all_the_same(
-    seen: Seen,
+def test_a_promotion_that_cannot_be_announced_still_counts(
+    server: FakeServer,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    seen.away = True
-    assert outcome(monkeypatch, tmp_path, reference())["promoted"]
-    assert "warning: the server is away." in capsys.readouterr().err
+    server.is_down = True
+    assert run_flow(monkeypatch, tmp_path, reference())["promoted"]
+    assert ("flows.new_data", logging.WARNING, "the server does not answer.") in (
+        caplog.record_tuples
+    )
 
 
 @pytest.mark.parametrize(
     ("result", "event", "reason"),
     [
-        (NothingToDo("the champion knows them."), None, "The champion knows them."),
-        (reference(skipped=True), None, "These images were trained on before: version 2 came"),
-        (reference(), {"dataset": "other"}, "The event is of the dataset other, not of own."),
+        (NothingToDo("there is nothing to do."), None, "There is nothing to do."),
+        (reference(skipped=True), None, "A model was trained on these images before: they made"),
+        (reference(), {"dataset": "other"}, "The event is about the dataset other, not about own."),
     ],
 )
-def test_where_nothing_is_to_do_the_run_is_skipped_with_the_reason(
-    seen: Seen,
+def test_a_run_with_nothing_to_do_is_skipped_with_the_reason(
+    server: FakeServer,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     result: StageRef | Exception,
     event: dict[str, Any] | None,
     reason: str,
 ) -> None:
-    state = outcome(monkeypatch, tmp_path, result, event)
+    state = run_flow(monkeypatch, tmp_path, result, event)
     assert isinstance(state, State)
     assert (state.name, state.is_completed()) == ("Skipped", True)
     assert str(state.message).startswith(reason)
-    assert seen.events == []
+    assert server.events == []

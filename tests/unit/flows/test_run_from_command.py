@@ -20,7 +20,7 @@ CONFIG = "name: mine\nimages: {source: sample-photographs, name: mine}\ntrain: {
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The parameters and the config of each flow that runs."""
+    """Return the parameters and the config of each flow that runs."""
     found: list[Any] = []
 
     def flow(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -38,19 +38,16 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return []
 
     class Page:
-        announce = conclude = staticmethod(lambda *given: None)
+        show_plan = show_results = staticmethod(lambda *given: None)
 
     monkeypatch.setattr(pipeline, "flow", flow)
     monkeypatch.setattr(pipeline, "run_chain", run_chain)
     monkeypatch.setattr(pipeline, "summarize", lambda *given: {})
-    monkeypatch.setattr(pipeline, PAGE, lambda *given: nullcontext(Page()))
-    monkeypatch.setattr(run_from_command, "_embedded", lambda home: nullcontext())
+    monkeypatch.setattr(pipeline, "RunPage", lambda *given: nullcontext(Page()))
+    monkeypatch.setattr(run_from_command, "_embedded_prefect", lambda home: nullcontext())
     monkeypatch.setattr(run_from_command, "_configured_api", lambda: None)
     monkeypatch.setattr(commands, "as_text", lambda *given: "")
     return found
-
-
-PAGE = "Story"
 
 
 def test_a_config_file_that_changes_after_the_check_has_no_effect(

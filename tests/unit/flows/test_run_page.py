@@ -1,46 +1,81 @@
-"""The log of a flow run, as its page shows it."""
+"""The page of a flow run: what it copies to the run's log, without a server."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from prefect.logging import get_logger
 
-from data_prep.core.errors import PipelineError
-from flows import run_page as story
+from data_prep.core.progress import Moment
+from data_prep.core.storage.local import LocalStore
+from dpnet.pipeline.config import load_config
+from flows import run_page
+from flows.run_page import RunPage, progress_line
 
 
 @pytest.fixture
-def log() -> Iterator[list[str]]:
-    """What is logged about a flow run, formatted."""
-    lines: list[str] = []
+def run_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return the level and the message of each record in the run's log."""
+    records: list[tuple[str, str]] = []
+    logger = logging.Logger("the log of a run", logging.DEBUG)
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(logging.Formatter().format(record))  # type: ignore[method-assign]
-    logger = get_logger("flow_runs")
+    handler.emit = lambda record: records.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
     logger.addHandler(handler)
-    story.tell_errors_in_a_sentence()
-    yield lines
-    logger.removeHandler(handler)
-    for name in ("task_runs", "flow_runs"):
-        get_logger(name).removeFilter(story._in_a_sentence)
+    monkeypatch.setattr(run_page, "get_run_logger", lambda: logger)
+    return records
 
 
-def logged(error: Exception, times: int) -> None:
-    try:
-        raise error
-    except Exception as raised:
-        for _ in range(times):
-            get_logger("flow_runs").error("Encountered an exception: %r", raised, exc_info=True)
+@pytest.fixture
+def page(run_log: list[tuple[str, str]], tmp_path: Path) -> RunPage:
+    return RunPage(load_config("demo"), LocalStore(tmp_path))
 
 
-def test_an_error_of_ours_is_one_line_that_says_what_to_do(log: list[str]) -> None:
-    logged(PipelineError("the disk is full: free some space."), times=3)
-    assert log == ["the disk is full: free some space."]
+def test_messages_of_our_packages_reach_the_runs_log_with_their_levels(
+    page: RunPage, run_log: list[tuple[str, str]]
+) -> None:
+    with page:
+        logging.getLogger("data_prep.images.stage").info("images: %d new", 3)
+        logging.getLogger("dpnet.training.loop").warning("100 % of the steps were skipped")
+    assert run_log == [
+        ("INFO", "images: 3 new"),
+        ("WARNING", "100 % of the steps were skipped"),
+    ]
 
 
-def test_an_error_that_nobody_foresaw_keeps_its_traceback(log: list[str]) -> None:
-    logged(ValueError("odd"), times=1)
-    assert "Traceback" in log[0]
-    assert "odd" in log[0]
+def test_debug_messages_and_other_packages_stay_out_of_the_runs_log(
+    page: RunPage, run_log: list[tuple[str, str]]
+) -> None:
+    with page:
+        logging.getLogger("dpnet.training.loop").debug("a detail")
+        logging.getLogger("urllib3").warning("a retry")
+    assert run_log == []
+
+
+def test_nothing_reaches_the_runs_log_after_the_run(
+    page: RunPage, run_log: list[tuple[str, str]]
+) -> None:
+    with pytest.raises(ValueError, match="it failed"), page:
+        raise ValueError("it failed")
+    logging.getLogger("dpnet.training.loop").info("too late")
+    assert run_log == []
+
+
+@pytest.mark.parametrize(
+    ("moment", "line"),
+    [
+        (Moment("train", 0, 40, "steps"), "train: 0 of 40 steps"),
+        (
+            Moment("train", 10, 40, "steps", "loss 0.5", per_second=2.0, seconds_left=15.0),
+            "train: 10 of 40 steps, 2.0/s, 15 s left, loss 0.5",
+        ),
+        (
+            Moment("train", 40, 40, "steps", per_second=2.0, seconds_left=0.0),
+            "train: 40 of 40 steps, 2.0/s",
+        ),
+    ],
+)
+def test_the_progress_line_has_the_speed_and_the_time_left_once_they_are_known(
+    moment: Moment, line: str
+) -> None:
+    assert progress_line(moment) == line

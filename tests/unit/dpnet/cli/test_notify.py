@@ -112,7 +112,7 @@ def test_the_server_of_the_root_is_told_where_no_other_is_configured(
         return SimpleNamespace(api_url=f"http://up-of-{Path(root).name}/api")
 
     monkeypatch.setattr("flows.run_from_command.watch_now", look)
-    monkeypatch.setattr("flows.local_server.up.running", running)
+    monkeypatch.setattr("flows.local_server.up.find_running", running)
     notify(config)
     monkeypatch.delenv("PREFECT_API_URL")
     notify(config)
@@ -185,7 +185,7 @@ def test_a_change_is_told_once_and_again_only_if_it_could_not_be(
     with ThreadingHTTPServer(("127.0.0.1", 0), Api) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         use_api(monkeypatch, server.server_port)
-        with pytest.raises(PipelineError, match=r"dpnet\.raw-data\.changed \(status 403\)"):
+        with pytest.raises(PipelineError, match=r"dpnet\.raw-data\.changed: status 403"):
             notify(config)
         Api.refuses = 0
         assert "no event sent. 6 of 7 new images" in notify(config, "--min-new", "7")[1]

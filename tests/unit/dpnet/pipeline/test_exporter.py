@@ -23,7 +23,7 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.pipeline import exporter
-from dpnet.pipeline.exporter import FRESH_S, METRICS, Reader, Sample, serve
+from dpnet.pipeline.exporter import KEEP_ENDED_S, METRICS, MetricValue, RootReader, serve
 
 Scraped = dict[tuple[str, tuple[str, ...]], float]
 TRAIN = {
@@ -72,7 +72,7 @@ def store(tmp_path: Path) -> LocalStore:
 @pytest.fixture
 def scraped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Store], Scraped]]:
     """Scrapes an exporter of a store, one for each store, which looks anew at each scrape."""
-    monkeypatch.setattr(exporter, "EVERY_S", 0.0)
+    monkeypatch.setattr(exporter, "READ_EVERY_S", 0.0)
     servers: dict[str, Any] = {}
 
     def look(store: Store) -> Scraped:
@@ -116,9 +116,11 @@ def test_a_training_that_nobody_works_on_is_not_claimed(store, scraped):
 def test_a_training_that_has_ended_is_told_of_for_an_hour(store):
     ended = commit(store, "train", "runs", {"log.jsonl": b""}).folder
     store.write(f"{ended}/status.json", status(1000.0))
-    reader = Reader(store)
-    assert Sample("dpnet_train_step", (ended.removeprefix("runs/"),), 50) in reader.read(1010.0)
-    assert reader.read(1000.0 + FRESH_S + 1) == []
+    reader = RootReader(store)
+    assert MetricValue("dpnet_train_step", (ended.removeprefix("runs/"),), 50) in reader.read(
+        1010.0
+    )
+    assert reader.read(1000.0 + KEEP_ENDED_S + 1) == []
 
 
 def test_of_a_dataset_the_newest_version_is_told(store, scraped):
@@ -219,7 +221,7 @@ def test_every_metric_has_a_name_of_ours_and_says_what_it_is():
 def test_a_port_that_is_taken_is_told(store):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(PipelineError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*--port"):
+        with pytest.raises(PipelineError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*--port"):
             serve(store, port)
 
 

@@ -296,7 +296,7 @@ def test_an_altered_plan_is_told(store: LocalStore, grown: Path) -> None:
     call.before = spoil
     with pytest.raises(Killed):
         retrain(config(grown), store, call)
-    with pytest.raises(PipelineError, match=r"plan\.json was altered: delete"):
+    with pytest.raises(PipelineError, match=r"plan\.json cannot be read: it is not JSON\. Delete"):
         retrain(config(grown), store, Stages(store, 21.0))
 
 

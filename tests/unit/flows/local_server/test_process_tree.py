@@ -1,4 +1,4 @@
-"""Processes of a flow run and who is beside them."""
+"""A process that outlives the reader of its output."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-TALKER = """
+WRITER = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from flows.local_server.process_tree import outlive_reader
+from flows.local_server.process_tree import survive_closed_output
 console = Console(file=sys.stderr)
-outlive_reader()
+survive_closed_output()
 console.print("first")
 sys.stdin.read()
 deadline = time.monotonic() + 30
@@ -24,11 +24,11 @@ Path(sys.argv[1]).write_text("done")
 """
 
 
-def test_a_process_whose_reader_dies_goes_on(tmp_path: Path) -> None:
+def test_a_process_keeps_running_after_the_reader_of_its_output_dies(tmp_path: Path) -> None:
     done = tmp_path / "done"
     reader, writer = os.pipe()
-    talker = subprocess.Popen(
-        [sys.executable, "-c", TALKER, str(done)],
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(done)],
         stdin=subprocess.PIPE,
         stdout=writer,
         stderr=writer,
@@ -36,6 +36,6 @@ def test_a_process_whose_reader_dies_goes_on(tmp_path: Path) -> None:
     os.close(writer)
     assert os.read(reader, 100) == b"first\n"
     os.close(reader)
-    talker.communicate(timeout=60)
-    assert talker.returncode == 0
+    process.communicate(timeout=60)
+    assert process.returncode == 0
     assert done.read_text() == "done"

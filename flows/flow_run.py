@@ -1,0 +1,96 @@
+"""One flow run: its name, its tasks, the errors in its log, and its job on a cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from prefect import runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.logging import get_logger
+from prefect.states import Completed
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import StageRef
+from dpnet.pipeline.summary import holds
+
+MAX_NAME = 100  # characters
+
+
+def run_name() -> str:
+    """Return the name of the current run: its config and the options changed in the form."""
+    parameters = runtime.flow_run.parameters
+    parts = [str(parameters.get("config", ""))]
+    for name, value in parameters.items():
+        if hasattr(value, "model_dump"):
+            value = value.model_dump(exclude_none=True)
+        if isinstance(value, dict) and name != "event":
+            parts += [f"{name}.{option}={each}" for option, each in value.items() if each != ""]
+    parts += [str(each) for each in parameters.get("overrides") or []]
+    if parameters.get("root"):
+        parts.append(f"in {parameters['root']}")
+    name = ", ".join(parts)
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+
+
+def shorten_logged_errors() -> None:
+    """Log each of our errors once and without a traceback, in this process of a flow run.
+
+    The message of a PipelineError already says what to do. Prefect would log it three times, each
+    time with its traceback.
+    """
+    for name in ("task_runs", "flow_runs"):
+        get_logger(name).addFilter(_shorten_error)
+
+
+_logged: list[BaseException] = []
+
+
+def _shorten_error(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, PipelineError):
+        return True
+    if error in _logged:
+        return False
+    _logged.append(error)
+    record.exc_info, record.msg, record.args = None, "%s", (str(error),)
+    return True
+
+
+def run_as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+    """Run a stage as a Prefect task. Its state is "Skipped" if the stage was done before."""
+
+    results: list[StageRef] = []  # Prefect returns only the state of a task that returns a state
+
+    @task(name=title, cache_policy=NO_CACHE, persist_result=False)
+    def run() -> State[None]:
+        ref = stage(*arguments)
+        results.append(ref)
+        what = f"{holds(ref.stage, ref.summary)} in {ref.folder}"
+        if ref.skipped:
+            return Completed(name="Skipped", message=f"Done before: {what}.")
+        return Completed(message=f"{what[0].upper()}{what[1:]}.")
+
+    run()
+    return results[-1]
+
+
+def job_keeps_running() -> bool:
+    """Return whether a job on a cluster keeps running when this flow run's process is stopped.
+
+    It does if a deployment started the run, unless the run is cancelled: a retry attaches to the
+    job. A run without a deployment belongs to a command, and its job ends with it.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None or context.flow_run.deployment_id is None:
+        return False
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(context.flow_run.id).state
+    except Exception:  # without a server, assume a restart of the machine: nobody cancelled
+        return True
+    return state is None or not (state.is_cancelling() or state.is_cancelled())
