@@ -55,6 +55,7 @@ from time import perf_counter
 from typing import Any
 
 from compare import Row, in_a_process, ratio, report, take_turns
+from pairs import measure_pairs
 
 # torchvision brings the torch that it fits. The decoders are those that are installed here.
 PEERS = ("mosaicml-streaming==0.13.0", "litdata==0.2.76", "torchvision==0.29.1")
@@ -548,12 +549,18 @@ def main() -> None:
     parser.add_argument(
         "--check-order", action="store_true", help="first prove that an epoch has each sample once"
     )
+    parser.add_argument(
+        "--pairs", action="store_true", help="measure evaluation pairs instead (pairs.py)"
+    )
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--convert", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         name, data, scratch = options.run
         run_one(name, Data(**json.loads(data)), Path(scratch))
+        return
+    if options.pairs:
+        measure_pairs(options.repeats, as_json=options.json)
         return
     if options.convert:
         convert(Data(**json.loads(options.convert)))

@@ -227,7 +227,7 @@ class ShardFiles:
         Raises:
             PipelineError: the index is missing or damaged. Reading raises it for a missing tar.
         """
-        fetch = partial(_read_range, self.store, shard.key)
+        fetch = partial(_read_in_place, self.store, shard.key)
         return OpenShard(shard, f"{self.store.uri}/{shard.key}", self._index(shard, columns), fetch)
 
     def _file(self, shard: Shard) -> int:
@@ -273,8 +273,15 @@ def _read_file(file: int, offset: int, size: int) -> bytes:
     return os.pread(file, size, offset)
 
 
-def _read_range(store: Store, key: str, offset: int, size: int) -> bytes:
+def _read_in_place(store: Store, key: str, offset: int, size: int) -> bytes:
     try:
+        if folder := store.local_folder:
+            # Takes half the time of a Python file, which makes up for most of the hash's time.
+            file = os.open(folder / checked_key(key), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return os.pread(file, size, offset)
+            finally:
+                os.close(file)
         return store.read_range(key, offset, size)
     except FileNotFoundError:
         raise _missing(store, key) from None
