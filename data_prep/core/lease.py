@@ -9,7 +9,9 @@ whose owner is a dead process of this very machine is taken over at once.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import posixpath
 import secrets
 import socket
 import threading
@@ -22,6 +24,8 @@ from data_prep.core.errors import LeaseLostError, PipelineError
 from data_prep.core.process_identity import boot, process_start
 from data_prep.core.storage.store import Store
 
+log = logging.getLogger(__name__)
+
 HEARTBEAT_S = 10.0
 MISSED = 3
 
@@ -29,8 +33,8 @@ MISSED = 3
 class Lease:
     """Held while in the `with` block; renewed by a thread.
 
-    `waiting` is called once with a sentence when another runner holds the lease. `done` is asked
-    between polls: when it returns True the wait ends with `held` False (the work is there).
+    While another runner holds it, this one waits. `done` is called between polls: when it returns
+    True, the other runner has finished the work, and the wait ends with `held` False.
     """
 
     def __init__(
@@ -39,13 +43,12 @@ class Lease:
         key: str,
         *,
         done: Callable[[], bool] = lambda: False,
-        waiting: Callable[[str], None] = lambda message: None,
         interval: float = HEARTBEAT_S,
     ) -> None:
         self.store, self.key, self.interval = store, key, interval
         self.held = False
         self.attempt = 1
-        self._done, self._waiting = done, waiting
+        self._done = done
         self._me = _owner()
         self._tag = ""
         self._beat = 0
@@ -90,7 +93,7 @@ class Lease:
 
     def _acquire(self) -> None:
         seen: tuple[str, float] | None = None
-        told = False
+        logged = False
         while not self._done():
             tag = self.store.create(self.key, self._body())
             if tag is not None:
@@ -112,11 +115,13 @@ class Lease:
                     self._tag, self.held = taken, True
                     return
                 continue
-            if not told:
-                told = True
-                self._waiting(
-                    f"another runner ({other.get('host', '?')}, process {other.get('pid', '?')})"
-                    f" is at work on {self.key.rsplit('/', 1)[0]}: waiting for it."
+            if not logged:
+                logged = True
+                log.info(
+                    "another runner (%s, process %s) is running %s: waiting for it",
+                    other.get("host", "?"),
+                    other.get("pid", "?"),
+                    posixpath.dirname(self.key),
                 )
             time.sleep(min(1.0, self.interval / 4))
 

@@ -7,6 +7,7 @@ task a worker died of: the standard library's pools break as a whole, or wait fo
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -27,7 +28,8 @@ from typing import Any, Protocol, TypeVar
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.logs import has_started, start_logging
-from data_prep.core.progress import say
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -242,7 +244,11 @@ def _died(worker: _Worker) -> _Task | None:
         if task.deaths < DEATHS:
             code = worker.process.exitcode or 0
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            say(f"a worker process died ({how}) at work on {task.name}, which is tried again alone")
+            log.warning(
+                "a worker process died (%s) while it ran %s: this task runs again, without others",
+                how,
+                task.name,
+            )
     return task
 
 

@@ -5,6 +5,7 @@ Who shows it elsewhere, too, as in a browser, puts a function into `listeners` o
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
+
+log = logging.getLogger(__name__)
 
 PLAIN_EVERY_S = 10.0
 listeners: list[Callable[[str], None]] = []  # are told too, where nobody reads standard error
@@ -32,7 +35,7 @@ class Moment:
     note: str = ""
     per_second: float | None = None
     seconds_left: float | None = None
-    state: Literal["begun", "at work", "done", "broken off"] = "at work"
+    state: Literal["started", "running", "done", "failed"] = "running"
 
 
 # Told of every count, in the thread that counts and before it goes on: be quick, or pass it on.
@@ -76,7 +79,7 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, note="")
-        _tell(Moment(self.title, 0, self.total, self.unit, state="begun"))
+        _tell(Moment(self.title, 0, self.total, self.unit, state="started"))
         return self
 
     def update(self, count: int, note: str = "") -> None:
@@ -84,7 +87,7 @@ class Progress:
             self._first = self._shown = count
             self._start = time.monotonic()  # what came before the first was no work of this kind
         self._count, self._note = count, note
-        moment = self._moment("at work")
+        moment = self._moment("running")
         _tell(moment)
         if self._bar is not None:
             self._bar.update(self._task, completed=count, note=note)
@@ -99,9 +102,9 @@ class Progress:
                 text += f", {moment.per_second:.1f}/s"
             if count < self.total and moment.seconds_left is not None:
                 text += f", {duration(moment.seconds_left)} left"
-            say(f"{text}, {note}" if note else text)
+            log.info(f"{text}, {note}" if note else text)
 
-    def _moment(self, state: Literal["at work", "done", "broken off"]) -> Moment:
+    def _moment(self, state: Literal["running", "done", "failed"]) -> Moment:
         per_second = seconds_left = None
         if self._first is not None and self._count > self._first:
             elapsed = max(time.monotonic() - self._start, 1e-9)
@@ -126,7 +129,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        _tell(self._moment("done" if kind is None else "broken off"))
+        _tell(self._moment("done" if kind is None else "failed"))
 
 
 def _tell(moment: Moment) -> None:

@@ -103,12 +103,7 @@ class Produced:
     summary: dict[str, Any]
 
 
-def run_stage(
-    store: Store,
-    request: Request,
-    build: Callable[[Work], Produced],
-    say: Callable[[str], None] = lambda message: None,
-) -> StageRef:
+def run_stage(store: Store, request: Request, build: Callable[[Work], Produced]) -> StageRef:
     """Return the committed stage for `request`, building it unless it is there.
 
     One runner works, others wait for its result. Raises whatever `build` raises; nothing is
@@ -122,7 +117,7 @@ def run_stage(
 
     if done():
         return _skipped(store, request, start)
-    with Lease(store, f"{request.folder}/{LEASE}", done=done, waiting=say) as lease:
+    with Lease(store, f"{request.folder}/{LEASE}", done=done) as lease:
         if not lease.held or done():
             return _skipped(store, request, start)
         produced = build(Work(store, request.folder, request, lease))

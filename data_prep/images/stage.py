@@ -46,7 +46,6 @@ def prepare_images(
         lambda begun: build(
             begun, settings, plan, work.source, parent, work.number, run, work.workers
         ),
-        say,
     )
     if not ref.skipped:
         forget_records(store, ref.folder)

@@ -70,7 +70,7 @@ def prepare_masks(settings: MasksSettings, store: Store, run: Map = run_tasks) -
         settings.request_settings(files.polarity if files else None),
         sources={EXTERNAL: files_digest(files.found)} if files else {},
     )
-    return run_stage(store, request, partial(_build, settings, files, run), say)
+    return run_stage(store, request, partial(_build, settings, files, run))
 
 
 @dataclass(frozen=True)

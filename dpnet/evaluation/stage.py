@@ -68,7 +68,7 @@ def evaluate(
         settings=settings.model_dump(exclude={"threads"}) | {"protocol": PROTOCOL_VERSION},
         inputs={"images": images, "masks": masks, "run": run},
     )
-    return run_stage(store, request, lambda work: _build(work, settings), log.info)
+    return run_stage(store, request, lambda work: _build(work, settings))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def retrain(config: Config, store: Store, call: Call = call_plainly) -> StageRef
     images = call("prepare images", prepare_images, with_photographs(config, store).images, store)
     masks = call("prepare masks", prepare_masks, config.masks, store)
     request = retrain_request(config, images, masks)
-    return run_stage(store, request, lambda work: _build(work, config, call), log.info)
+    return run_stage(store, request, lambda work: _build(work, config, call))
 
 
 def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Request:

@@ -62,7 +62,7 @@ def register(
             **({AGAINST: against} if against is not None else {}),
         },
     )
-    return run_stage(store, request, lambda work: _build(work, settings.model, uri), log.info)
+    return run_stage(store, request, lambda work: _build(work, settings.model, uri))
 
 
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
@@ -83,7 +83,7 @@ def _build(work: Work, model: str, uri: str) -> Produced:
     from dpnet.tracking.mlflow_client import connect
 
     store, top = work.store, work.request.top
-    with Lease(store, f"{top}/lease.json", waiting=log.info) as lease, connect(uri) as client:
+    with Lease(store, f"{top}/lease.json") as lease, connect(uri) as client:
         records = read_records(store, model)
         mlflow.restore_versions(client, store, model, records)
         crown = f"{top}/{CHAMPION}.json"

@@ -35,7 +35,7 @@ def train(
     """
     check_settings(training.settings)
     request, job = plan_training(training, store)
-    return run_stage(store, request, lambda work: _build(job, launch, tracking_uri, work), say)
+    return run_stage(store, request, lambda work: _build(job, launch, tracking_uri, work))
 
 
 def _build(job: TrainJob, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> Produced:

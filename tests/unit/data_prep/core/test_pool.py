@@ -140,7 +140,7 @@ def test_an_error_while_tasks_are_listed_is_raised_after_the_results_before_it()
 
 
 def test_tasks_whose_worker_dies_are_tried_again_and_none_is_lost_or_done_twice(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tasks, book = visits(tmp_path, {0: 1, 4: 2, 5: 1, 8: 2})
     assert list(run_tasks(visit, tasks, 2)) == [task.name for task in tasks]
@@ -148,9 +148,10 @@ def test_tasks_whose_worker_dies_are_tried_again_and_none_is_lost_or_done_twice(
     assert {task.name: begun.count(task.name) for task in tasks} == {
         task.name: task.deaths + 1 for task in tasks
     }  # innocent ones that were under way at a death were not disturbed
-    told = capfd.readouterr().err.splitlines()
-    assert len(told) == 6
-    assert "a worker process died (signal 9) at work on shard-0, which is tried again alone" in told
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 6
+    died = "a worker process died (signal 9) while it ran shard-0"
+    assert f"{died}: this task runs again, without others" in warnings
 
 
 def test_a_task_that_ends_its_worker_three_times_is_named(tmp_path: Path) -> None:

@@ -26,15 +26,15 @@ def test_watchers_are_told_the_begin_every_count_and_the_end(told: list[Moment])
         task.update(1, "the first")
         task.update(4)
     assert [(m.state, m.count, m.note) for m in told] == [
-        ("begun", 0, ""),
-        ("at work", 1, "the first"),
-        ("at work", 4, ""),
+        ("started", 0, ""),
+        ("running", 1, "the first"),
+        ("running", 4, ""),
         ("done", 4, ""),
     ]
     assert {(m.title, m.total, m.unit) for m in told} == {("masks", 4, "masks")}
 
 
-def test_a_task_that_fails_is_told_to_be_broken_off_where_it_was(told: list[Moment]) -> None:
+def test_the_last_moment_of_a_failed_task_has_its_count_and_note(told: list[Moment]) -> None:
     def fail() -> None:
         with Progress("train", 9, "steps") as task:
             task.update(3, "loss 0.1")
@@ -42,7 +42,7 @@ def test_a_task_that_fails_is_told_to_be_broken_off_where_it_was(told: list[Mome
 
     with pytest.raises(ValueError, match="no more"):
         fail()
-    assert (told[-1].state, told[-1].count, told[-1].note) == ("broken off", 3, "loss 0.1")
+    assert (told[-1].state, told[-1].count, told[-1].note) == ("failed", 3, "loss 0.1")
 
 
 def test_speed_and_time_left_count_from_the_first_count_not_from_what_was_there_before(

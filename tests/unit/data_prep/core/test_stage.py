@@ -1,6 +1,8 @@
 """Stage, lease and digests: skip, take up, commit, and never two at once."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -94,8 +96,8 @@ def test_an_altered_manifest_is_named(store):
         run_stage(store, request(), build())
 
 
-def test_a_second_runner_waits_and_finds_the_work_done(store):
-    begun, go, told = threading.Event(), threading.Event(), []
+def test_a_second_runner_waits_and_finds_the_work_done(store, caplog):
+    begun, go = threading.Event(), threading.Event()
 
     def slow(work):
         begun.set()
@@ -107,19 +109,21 @@ def test_a_second_runner_waits_and_finds_the_work_done(store):
     first.start()
     assert begun.wait(20)
     second = threading.Thread(
-        target=lambda: results.update(
-            second=run_stage(store, request(), build(text="wrong"), told.append)
-        )
+        target=lambda: results.update(second=run_stage(store, request(), build(text="wrong")))
     )
     second.start()
-    while not told:
+    while not caplog.messages:
         time.sleep(0.01)
     go.set()
     first.join()
     second.join()
     assert results["second"].skipped
     assert results["second"].content_digest == results["first"].content_digest
-    assert "waiting" in told[0]
+    (message,) = caplog.messages
+    assert message == (
+        f"another runner ({socket.gethostname()}, process {os.getpid()}) is running"
+        f" {request().folder}: waiting for it"
+    )
 
 
 def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(store):
