@@ -373,7 +373,7 @@ def test_a_disk_error_ends_the_build_instead_of_becoming_a_failure(
             raise OSError(5, "Input/output error")
         return real_open(path, *rest, **more)  # type: ignore[call-overload]
 
-    monkeypatch.setattr("data_prep.raw.files.open", broken_disk, raising=False)
+    monkeypatch.setattr("data_prep.raw.local_files.open", broken_disk, raising=False)
     with pytest.raises(PipelineError, match=r"cannot read .*4\.png: Input/output error"):
         build(folder, store)
     assert not any(entry.key.endswith("manifest.json") for entry in store.list())

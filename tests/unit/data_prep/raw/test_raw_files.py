@@ -192,7 +192,7 @@ def test_a_file_that_may_not_be_read_ends_the_build_with_a_mocked_refusal(
 
     (tmp_path / "a").write_bytes(b"a")
     with open_source(str(tmp_path)).reader() as reader:
-        monkeypatch.setattr("data_prep.raw.files.open", refuse, raising=False)
+        monkeypatch.setattr("data_prep.raw.local_files.open", refuse, raising=False)
         with pytest.raises(PipelineError, match="a: Permission denied"):
             reader.read(Item("a", 1, 1), LIMIT)
     monkeypatch.setattr(os, "scandir", refuse)
