@@ -1,7 +1,7 @@
-"""NumPy arrays, torch tensors and Pillow pictures: into the one form that is worked on, and back.
+"""Convert NumPy arrays, torch tensors and Pillow images to one form, and back.
 
-That form is a tensor N C H W of uint8 or floating point, C being 1 grey, 2 grey and alpha, 3 RGB,
-4 RGB and alpha. Errors are one sentence that names the image or the mask.
+The form is a tensor N C H W of uint8 or floating point. C is 1 (grey), 2 (grey and alpha), 3 (RGB)
+or 4 (RGB and alpha). Every error names the image or the mask.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.core.errors import PipelineError
-from dpnet.inpainting.tiles import Tell
+from dpnet.inpainting.tiles import Report
 
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits a channel, grey or RGB
 _CHANNELS = (1, 3, 4)  # of arrays and tensors
@@ -26,25 +26,28 @@ _TENSOR_FORMS = "H x W, C x H x W or N x C x H x W"
 
 
 class Pixels(NamedTuple):
-    """An image or a batch of them.
+    """An image or a batch of images.
 
     Attributes:
-        values: N C H W. back: makes the kind that it came from of such a tensor.
+        values: a tensor N C H W.
+        back: converts such a tensor to the kind of the original image.
     """
 
     values: Tensor
     back: Callable[[Tensor], Any]
 
 
-def take_image(image: Any, name: str) -> Pixels:
-    """The pixels of a NumPy array, torch tensor or Pillow picture.
+def image_pixels(image: Any, name: str) -> Pixels:
+    """Return the pixels of a NumPy array, torch tensor or Pillow image.
 
-    A picture of mode 1 becomes L and a palette becomes RGB or RGBA; every other kind comes back as
-    it was. Raises PipelineError for other kinds, shapes and types.
+    A Pillow image of mode 1 comes back as L, and one with a palette as RGB or RGBA.
+
+    Raises:
+        PipelineError: the image has another kind, shape or type.
     """
     if isinstance(image, Image.Image):
-        array = picture_array(image, name)
-        return Pixels(_channels_first(array), lambda t: _picture(t, image))
+        array = pillow_array(image, name)
+        return Pixels(_channels_first(array), lambda t: _pillow_image(t, image))
     if isinstance(image, Tensor):
         forms, axis, kind = _TENSOR_FORMS, -3, str(image.dtype).removeprefix("torch.")
     elif isinstance(image, np.ndarray):
@@ -53,8 +56,8 @@ def take_image(image: Any, name: str) -> Pixels:
         raise _unknown_kind(image, name)
     if kind not in ("uint8", *_FLOATS):
         raise PipelineError(
-            f"{name} is of {kind}: give uint8 from 0 to 255, or floating point from 0 to 1 (of 16"
-            " bits a channel, divide by 65535)."
+            f"{name} has values of type {kind}: give uint8 from 0 to 255, or floating point from 0"
+            " to 1 (divide 16-bit values by 65535)."
         )
     channels = 1 if image.ndim == 2 else image.shape[axis] if image.ndim in (3, 4) else 0
     if channels not in _CHANNELS or 0 in image.shape:
@@ -68,24 +71,33 @@ def take_image(image: Any, name: str) -> Pixels:
     return Pixels(_channels_first(image), _array_back(image.ndim))
 
 
-def take_mask(mask: Any, images: Tensor, name: str, tell: Tell) -> Tensor:
-    """`valid` N1HW (bool, True = known) of a mask for `images` N C H W, on their device.
+def valid_pixels(mask: Any, images: Tensor, name: str, report: Report) -> Tensor:
+    """Return `valid` N 1 H W (bool, True = known) of a mask, on the device of the images.
 
-    White, 1 or True is hole, in any kind that an image can have; of integers 255 is white, or 1
-    where there is no larger value. One mask serves all images of a batch. Colours count as their
-    mean, and what is transparent as black. A mask that is not binary is hole from half of white up,
-    and `tell` is called to say so. Raises PipelineError when it does not fit the images.
+    Args:
+        mask: of any kind that an image can have. White is the hole: 255 for integers, or 1 if no
+            value is larger; 1 or True otherwise. Colours count as their mean, transparent pixels as
+            black. If the mask is not binary, the hole begins at half of white. One mask serves all
+            images of a batch.
+        images: N C H W.
+        name: the mask's name in messages.
+        report: called with a sentence if the mask is not binary.
+
+    Raises:
+        PipelineError: the mask does not fit the images.
     """
     count, (height, width) = len(images), images.shape[2:]
     last = not isinstance(mask, Tensor)
     if isinstance(mask, Image.Image):
-        mask = picture_array(mask, name)
+        mask = pillow_array(mask, name)
     elif not isinstance(mask, (np.ndarray, Tensor)):
         raise _unknown_kind(mask, name)
     given = mask
     if not isinstance(mask, Tensor):
         if mask.dtype.kind not in "buif":
-            raise PipelineError(f"{name} is of {mask.dtype}: give booleans or numbers.")
+            raise PipelineError(
+                f"{name} has values of type {mask.dtype}: give booleans or numbers."
+            )
         mask = torch.from_numpy(mask.astype(np.float32) if mask.dtype.kind == "f" else mask.copy())
     batch = mask.ndim == 3 and tuple(mask.shape[1:]) == (height, width)
     if batch and (last or len(mask) == count):
@@ -102,53 +114,60 @@ def take_mask(mask: Any, images: Tensor, name: str, tell: Tell) -> Tensor:
         )
     if mask.shape[2:] != images.shape[2:]:
         raise PipelineError(
-            f"{name} is {mask.shape[3]} x {mask.shape[2]} pixels but the picture is"
-            f" {width} x {height}: give a mask of the picture's size."
+            f"{name} is {mask.shape[3]} x {mask.shape[2]} pixels but the image is"
+            f" {width} x {height}: give a mask of the image's size."
         )
     if len(mask) not in (1, count):
         raise PipelineError(
-            f"{name} is a batch of {len(mask)} for {count} images: give one for each, or one for"
-            " all."
+            f"{name} is a batch of {len(mask)} masks for {count} images: give one mask for each"
+            " image, or one for all."
         )
     grey, white = _grey(mask, name)
     between = float(((grey > 0) & (grey < white)).float().mean())
     if between > 0:
-        tell(
-            f"{name} is not pure black and white ({between:.1%} of it is grey): a pixel counts as"
-            f" hole from {128 if white == 255 else 0.5} up."
+        report(
+            f"{name} is not pure black and white ({between:.1%} of it is grey): pixels of"
+            f" {128 if white == 255 else 0.5} and more are the hole."
         )
     return (grey < white / 2).to(images.device).expand(count, -1, -1, -1)
 
 
-def has_alpha(picture: Image.Image) -> bool:
-    return picture.mode in ("LA", "RGBA") or "transparency" in picture.info
+def has_alpha(image: Image.Image) -> bool:
+    """Return whether a Pillow image has transparency."""
+    return image.mode in ("LA", "RGBA") or "transparency" in image.info
 
 
-def picture_array(picture: Image.Image, name: str) -> NDArray[np.uint8]:
-    """Uint8 [H, W] or [H, W, C] of a Pillow picture. Raises PipelineError for other modes."""
-    if picture.mode not in _MODES:
+def pillow_array(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """Return a Pillow image as uint8 [H, W] or [H, W, C].
+
+    Raises:
+        PipelineError: the image does not have 8 bits a channel in grey or RGB.
+    """
+    if image.mode not in _MODES:
         raise PipelineError(
-            f"{name} is a picture of mode {picture.mode}: convert it to 8-bit RGB or grey first."
+            f"{name} is an image of mode {image.mode}: convert it to 8-bit RGB or grey first."
         )
-    grey = picture.mode in ("1", "L", "LA")
-    if has_alpha(picture):
-        picture = picture.convert("RGBA")
-        picture = picture.convert("LA") if grey else picture
+    grey = image.mode in ("1", "L", "LA")
+    if has_alpha(image):
+        image = image.convert("RGBA")
+        image = image.convert("LA") if grey else image
     else:
-        picture = picture.convert("L" if grey else "RGB")
-    return np.array(picture)
+        image = image.convert("L" if grey else "RGB")
+    return np.array(image)
 
 
-def _picture(values: Tensor, like: Image.Image) -> Image.Image:
+def _pillow_image(values: Tensor, like: Image.Image) -> Image.Image:
+    """Return values 1 C H W as a Pillow image with the colour profile of `like`."""
     array = _array_back(3)(values)
-    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
     if "icc_profile" in like.info:
-        picture.info["icc_profile"] = like.info["icc_profile"]
-    return picture
+        image.info["icc_profile"] = like.info["icc_profile"]
+    return image
 
 
 def _channels_first(array: NDArray[Any]) -> Tensor:
-    """N C H W of an array H W, H W C or N H W C; a copy, because torch has no read-only tensors."""
+    """Return an array H W, H W C or N H W C as a tensor N C H W."""
+    # A copy, because torch has no read-only tensors.
     values = torch.from_numpy(array.copy())
     if array.ndim == 2:
         return values[None, None]
@@ -156,6 +175,8 @@ def _channels_first(array: NDArray[Any]) -> Tensor:
 
 
 def _array_back(dimensions: int) -> Callable[[Tensor], NDArray[Any]]:
+    """Return a function that converts N C H W to an array of so many dimensions."""
+
     def back(values: Tensor) -> NDArray[Any]:
         if dimensions == 2:
             values = values[0, 0]
@@ -168,6 +189,8 @@ def _array_back(dimensions: int) -> Callable[[Tensor], NDArray[Any]]:
 
 
 def _tensor_back(dimensions: int) -> Callable[[Tensor], Tensor]:
+    """Return a function that converts N C H W to a tensor of so many dimensions."""
+
     def back(values: Tensor) -> Tensor:
         return {2: values[0, 0], 3: values[0], 4: values}[dimensions]
 
@@ -175,15 +198,15 @@ def _tensor_back(dimensions: int) -> Callable[[Tensor], Tensor]:
 
 
 def _grey(mask: Tensor, name: str) -> tuple[Tensor, float]:
-    """N1HW in float32 of a mask N C H W, and the value that is white in it."""
+    """Return a mask N C H W in grey, N 1 H W in float32, and its value of white."""
     whole = not mask.is_floating_point()
     mask = mask.float()
     low, high = (float(value) for value in mask.aminmax())
     white = 255.0 if whole and high > 1 else 1.0
     if not (low >= 0 and high <= white):  # NaN as well
         raise PipelineError(
-            f"{name} holds values from {low:g} to {high:g}: give booleans, numbers from 0 to 1, or"
-            " integers from 0 to 255; white is the hole."
+            f"{name} has values from {low:g} to {high:g}: give booleans, numbers from 0 to 1, or"
+            " integers from 0 to 255. White is the hole."
         )
     if mask.shape[1] in (2, 4):
         return mask[:, :-1].mean(1, keepdim=True) * (mask[:, -1:] / white), white
@@ -192,8 +215,8 @@ def _grey(mask: Tensor, name: str) -> tuple[Tensor, float]:
 
 def _unknown_kind(given: Any, name: str) -> PipelineError:
     return PipelineError(
-        f"{name} is a {type(given).__name__}: give a NumPy array, a torch tensor or a Pillow"
-        " picture (dpnet.inpaint takes also a list of images)."
+        f"{name} is a {type(given).__name__}: give a NumPy array, a torch tensor or a Pillow image"
+        " (dpnet.inpaint also accepts a list of images)."
     )
 
 

@@ -1,11 +1,12 @@
-"""`dpnet inpaint`: picture files, folders and globs of them, in and out.
+"""The work of `dpnet inpaint`: fill image files, folders of them, or globs.
 
-One bad file stops no other one: it is reported, and the rest is done.
+A bad file is reported and does not stop the others.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageOps
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.progress import Progress, say
+from data_prep.core.progress import Progress
 from dpnet.inpainting.api import fill_image
 from dpnet.inpainting.conversion import has_alpha
 from dpnet.inpainting.tiles import TILE_MIN, on_fastest_device
@@ -23,7 +24,9 @@ from dpnet.model import Generator
 from dpnet.model_store.find_model import find_model
 from dpnet.model_store.weights import load_generator
 
-# How a result is saved, by extension. Lossless wherever the format can be.
+log = logging.getLogger(__name__)
+
+# How a result is saved, by extension; lossless if the format can be.
 _SAVE: dict[str, dict[str, Any]] = {
     ".png": {},
     ".webp": {"lossless": True, "exact": True},
@@ -33,14 +36,14 @@ _SAVE: dict[str, dict[str, Any]] = {
     ".jpeg": {"quality": 95, "subsampling": 0},
 }
 _JPEG = (".jpg", ".jpeg")
-_PICTURES = (*_SAVE, ".bmp", ".gif")  # what is taken from a folder
+_IMAGES = (*_SAVE, ".bmp", ".gif")  # extensions of the files that are used in a folder
 _MASK_ENDING = re.compile(r"_mask\d*$")
-# Words in a mask's name that say that white is what is known.
+# Words in a mask's name which suggest that white is known.
 _INVERTED = re.compile(r"(?:^|[^a-z])(?:valid|known|keep|inverted)(?:[^a-z]|$)", re.IGNORECASE)
 
 
 class Job(NamedTuple):
-    """One picture to fill. `mask` is a path, or the sentence that says why there is none."""
+    """One image to fill; `mask` is a path, or a sentence that says why there is no mask."""
 
     image: Path
     mask: Path | str
@@ -50,12 +53,22 @@ class Job(NamedTuple):
 def inpaint_files(
     image: str, mask: str, out: str, *, root: str, model: str, tile: int
 ) -> dict[str, Any]:
-    """Fill the holes of picture files; what was done, as JSON values.
+    """Fill the holes of image files.
 
-    `image` is a file, a folder or a glob, `mask` as well; see `plan_jobs`. Raises PipelineError
-    with one sentence for what is wrong with all of it (then nothing is written), and for whatever
-    is wrong with a single picture where only one is asked for. Of several, those that cannot be
-    filled are in the list `failed`, and `ok` is false.
+    Args:
+        image: a file, a folder or a glob.
+        mask: a file, a folder or a glob; see `plan_jobs`.
+        out: file to write, or a folder for several images.
+        root: where models are searched.
+        model: name of a model, as for `load_model`.
+        tile: side of a tile in pixels, at least 64.
+
+    Returns:
+        JSON values about the model and each image. If several images are given, the failed ones
+        are in `failed`, and then `ok` is false.
+
+    Raises:
+        PipelineError: nothing can be done, or the only image cannot be filled.
     """
     if tile < TILE_MIN:
         raise PipelineError(f"--tile is {tile}: give at least {TILE_MIN} pixels.")
@@ -68,15 +81,15 @@ def inpaint_files(
     if not _several(image):
         done.append(_fill_file(generator, jobs[0], tile, progress=True))
     else:
-        with Progress("inpaint", len(jobs), "pictures") as progress:
+        with Progress("inpaint", len(jobs), "images") as progress:
             for number, job in enumerate(jobs, 1):
                 try:
                     done.append(_fill_file(generator, job, tile))
                 except PipelineError as error:
-                    told, name = str(error), str(job.image)
-                    told = told if name in told else f"{name}: {told}"
-                    say(told)
-                    failed.append({"image": name, "error": told})
+                    message, name = str(error), str(job.image)
+                    message = message if name in message else f"{name}: {message}"
+                    log.warning(message)
+                    failed.append({"image": name, "error": message})
                 progress.update(number, f"{len(failed)} failed" if failed else "")
     return {
         "ok": not failed,
@@ -88,16 +101,16 @@ def inpaint_files(
 
 
 def plan_jobs(image: str, mask: str, out: str) -> list[Job]:
-    """Which picture is filled by which mask, and where it is written.
+    """Decide which image uses which mask, and where the result is written.
 
-    A folder stands for the pictures in it, not those in its folders. One mask file serves all
-    pictures. Of several, a picture `photo.jpg` takes the one whose name without extension is
-    `photo`, else the one that is `photo_mask` with or without digits after it; files with such
-    names are no pictures to fill where pictures and masks lie together. Several pictures go into
-    the folder `out`, as STEM.png.
+    A folder means the images in it, but not those in its subfolders. One mask file serves all
+    images. If there are several masks, `photo.jpg` uses the mask named `photo`, else the mask named
+    `photo_mask`, which may end in digits. Where images and masks are in one folder, files with such
+    names are masks. Several results go to the folder `out`, as STEM.png.
 
-    Raises PipelineError when there are none, when two would be written to one file, or when one
-    would be written over a picture or a mask.
+    Raises:
+        PipelineError: there is no image or mask, two results have the same file, or a result would
+            overwrite an image or a mask.
     """
     images = _listed(image)
     masks = _listed(mask)
@@ -106,7 +119,7 @@ def plan_jobs(image: str, mask: str, out: str) -> list[Job]:
     target = Path(out)
     if _several(image):
         if target.exists() and not target.is_dir():
-            raise PipelineError(f"{out} is a file: several pictures need a folder to go into.")
+            raise PipelineError(f"{out} is a file: give a folder (-o) for several images.")
         outs = [target / f"{i.stem}.png" for i in images]
     else:
         outs = [target / f"{images[0].stem}.png" if target.is_dir() else target]
@@ -117,58 +130,61 @@ def plan_jobs(image: str, mask: str, out: str) -> list[Job]:
     matched = [_mask_of(i, masks, mask) if _several(mask) else masks[0] for i in images]
     jobs = [Job(*each) for each in zip(images, matched, outs, strict=True)]
     _check_outs(jobs, masks)
-    _tell_polarity([job.mask for job in jobs if isinstance(job.mask, Path)])
+    _report_inverted_names([job.mask for job in jobs if isinstance(job.mask, Path)])
     return jobs
 
 
 def _check_outs(jobs: Sequence[Job], masks: Sequence[Path]) -> None:
+    """Raise PipelineError if results have the same file or overwrite a file that is read."""
     inputs = {path.resolve() for path in (*(job.image for job in jobs), *masks)}
     sources: dict[Path, Path] = {}
     for job in jobs:
         written = job.out.resolve()
         if written in sources:
             raise PipelineError(
-                f"{sources[written]} and {job.image} would both be written to {job.out}: rename"
-                " one, or take them one at a time."
+                f"the results of {sources[written]} and {job.image} would both be written to"
+                f" {job.out}: rename one image, or fill them one at a time."
             )
         if written in inputs:
             raise PipelineError(
-                f"{job.out} is a picture or mask to be read, and would be written over: choose"
+                f"{job.out} is an image or mask that is read, and would be overwritten: choose"
                 " another place with -o."
             )
         sources[written] = job.image
 
 
-def _tell_polarity(masks: Sequence[Path]) -> None:
+def _report_inverted_names(masks: Sequence[Path]) -> None:
+    """Warn once about masks with names which suggest that white is known."""
     named = [path for path in dict.fromkeys(masks) if _INVERTED.search(path.stem)]
     if named:
         more = f" (and {len(named) - 1} more)" if len(named) > 1 else ""
-        say(
-            f"{named[0]}{more}: the name sounds as if white were what is known, but white is taken"
-            " as the hole; invert the mask if it is meant so."
+        log.warning(
+            f"{named[0]}{more}: the name suggests that white is known, but white is the hole. If"
+            " white should be known, invert the mask."
         )
 
 
 def _several(path: str) -> bool:
+    """Return whether a path is a folder or a glob."""
     return Path(path).is_dir() or (glob.has_magic(path) and not Path(path).exists())
 
 
 def _listed(path: str) -> list[Path]:
-    """The files that a path, folder or glob stands for, sorted."""
+    """Return the files of a path, folder or glob, sorted."""
     if not _several(path):
         return [Path(path)]
     if Path(path).is_dir():
-        found = [p for p in Path(path).iterdir() if p.suffix.lower() in _PICTURES]
+        found = [p for p in Path(path).iterdir() if p.suffix.lower() in _IMAGES]
     else:
         found = [Path(name) for name in glob.glob(path, recursive=True)]
     found = sorted(p for p in found if p.is_file())
     if not found:
-        raise PipelineError(f"{path} holds no picture: check the path.")
+        raise PipelineError(f"{path} contains no image: check the path.")
     return found
 
 
 def _mask_of(image: Path, masks: Sequence[Path], where: str) -> Path | str:
-    """The mask of a picture by its name; a sentence where there is none, or more than one."""
+    """Return the mask of an image; a sentence if there is none, or more than one."""
     others = [m for m in masks if m != image]
     found = [m for m in others if m.stem == image.stem] or [
         m for m in others if _MASK_ENDING.sub("", m.stem) == image.stem
@@ -181,32 +197,32 @@ def _mask_of(image: Path, masks: Sequence[Path], where: str) -> Path | str:
             " (digits may follow)."
         )
     names = ", ".join(m.name for m in found[:3])
-    return f"{image} has {len(found)} masks in {where} ({names}): keep one."
+    return f"{image} has {len(found)} masks in {where} ({names}): keep only one."
 
 
 def _fill_file(
     generator: Generator, job: Job, tile: int, *, progress: bool = False
 ) -> dict[str, Any]:
-    """Read, fill and write one picture; what was done, as JSON values."""
+    """Read, fill and write one image, and return JSON values about it."""
     if isinstance(job.mask, str):
         raise PipelineError(job.mask)
     start = time.monotonic()
-    picture, mask = _open(job.image), _open(job.mask)
+    image, mask = _open(job.image), _open(job.mask)
     jpeg = job.out.suffix.lower() in _JPEG
-    if jpeg and has_alpha(picture):
+    if jpeg and has_alpha(image):
         raise PipelineError(
-            f"{job.image} has an alpha channel, which {job.out.suffix} cannot hold: write a .png or"
-            " .webp."
+            f"{job.image} has an alpha channel, which {job.out.suffix} cannot store: write a .png"
+            " or .webp file."
         )
     result = fill_image(
-        generator, picture, mask, tile, str(job.image), str(job.mask), say, progress=progress
+        generator, image, mask, tile, str(job.image), str(job.mask), log.warning, progress=progress
     )
-    if result is picture:
-        say(f"{job.mask} has no hole (white, 255, is hole): the picture comes back as it is.")
+    if result is image:
+        log.warning(f"{job.mask} has no hole (white, 255, is the hole): the image is unchanged.")
     if jpeg:
-        say(
-            f"{job.out.suffix} is lossy, so known pixels change a little too: .png keeps them"
-            " exactly."
+        log.warning(
+            f"{job.out.suffix} is lossy, so known pixels change a little too: write a .png file to"
+            " keep them exactly."
         )
         result = result.convert("L" if result.mode in ("1", "L") else "RGB")
     _save(result, job.out)
@@ -214,34 +230,34 @@ def _fill_file(
         "image": str(job.image),
         "mask": str(job.mask),
         "out": str(job.out),
-        "filled": result is not picture,
+        "filled": result is not image,
         "width": result.width,
         "height": result.height,
         "seconds": round(time.monotonic() - start, 2),
     }
 
 
-def _save(picture: Image.Image, out: Path) -> None:
+def _save(image: Image.Image, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(out, icc_profile=picture.info.get("icc_profile"), **_SAVE[out.suffix.lower()])
+        image.save(out, icc_profile=image.info.get("icc_profile"), **_SAVE[out.suffix.lower()])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise PipelineError(f"cannot write {out}: {reason}; choose another path.") from error
+        raise PipelineError(f"cannot write {out}: {reason}. Choose another path.") from error
 
 
 def _open(path: Path) -> Image.Image:
-    """The picture in a file, decoded and upright."""
+    """Return the image in a file, decoded and upright."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: check the path.") from None
     except (IsADirectoryError, PermissionError) as error:
-        raise PipelineError(f"{path} cannot be read: {error.strerror}.") from None
+        raise PipelineError(f"{path} cannot be read: {error.strerror}. Check the path.") from None
     except Image.DecompressionBombError as error:
-        raise PipelineError(f"{path} is too large to open: {error}") from None
+        raise PipelineError(f"{path} is too large: {error}. Give a smaller image.") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise PipelineError(
-            f"{path} is not a picture that can be read: give a whole JPEG, PNG or WebP file."
+            f"{path} cannot be decoded: give an undamaged JPEG, PNG or WebP file."
         ) from error

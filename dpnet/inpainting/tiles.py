@@ -1,13 +1,14 @@
-"""Fill the holes of images of any size with a generator: small ones whole, large ones by tiles.
+"""Fill the holes of images of any size with a generator: small ones whole, large ones in tiles.
 
-Needs torch, NumPy and the standard library alone. Here `valid` is 1 (True) where a pixel is known.
+This file needs only torch, NumPy and the standard library. `valid` is 1 (True) where a pixel is
+known.
 
-Of a large image only the hole and what is around it is worked on. Where that is larger than a tile,
-tiles overlap, start on the network's grid, and share what the network would take from all of it:
-the units of the colours with the smooth fill of the hole (`Generator.units`), and the statistics of
-the dynamic and region normalization. For the latter the tiles that have a hole run twice, once to
-gather the statistics and once to use them. So no seam shows where two tiles meet. All of this is
-our choice.
+In a large image only the hole and its surroundings are computed. If this area is larger than a
+tile, it is cut into overlapping tiles that start on the network's grid. So that no seam shows, the
+tiles share the values that the network computes from the whole area: the units of the colours, the
+smooth fill of the hole (`Generator.units`), and the statistics of the dynamic and region
+normalization. For the statistics each tile with a hole runs twice: once to gather them and once to
+use them. The paper has no tiles; all of this is our choice.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from data_prep.core.progress import Progress
 from dpnet.model.generator import MULTIPLE, Generator, Units
 from dpnet.model.normalization import shared_statistics
 
-TILE = 512  # pixels of side that go through the generator at once; bounds the memory
+TILE = 512  # side in pixels of a tile; limits the memory
 TILE_MIN = 64
-OVERLAP = 0.25  # of a tile's side, over which neighbours fade into each other
+OVERLAP = 0.25  # share of a tile's side over which neighbours fade into each other
 
 Box = tuple[slice, slice]  # rows, columns
-Tell = Callable[[str], None]  # takes what a person should know about a picture or a mask
+Report = Callable[[str], None]  # takes a sentence that people should read
 
 
 def fill(
@@ -40,30 +41,36 @@ def fill(
     images: Tensor,
     valid: Tensor,
     tile: int = TILE,
-    tell: Tell = lambda message: None,
+    report: Report = lambda message: None,
     *,
     progress: bool = False,
 ) -> Tensor:
-    """`images` with their holes filled, as a new tensor of their type, on their device.
+    """Fill the holes of a batch of images.
 
-    Known pixels are the same bit for bit. What an image holds in its hole, NaN included, has no
-    influence. An image whose sides are at most `tile` is run whole, as many at once as have the
-    pixels of a tile; of a larger one `hole_area`, by tiles if that is larger still.
+    Known pixels do not change by a single bit. The pixels inside a hole, NaN included, have no
+    influence. Images with sides of at most `tile` are computed whole, several at once. For a larger
+    image only `hole_area` is computed, in tiles if that area is larger than a tile.
 
     Args:
-        generator: in eval mode; it works on its own device, in bfloat16 where that is a GPU.
-        images: N C H W with C 3 (RGB) or 1 (grey: filled with the mean of the three channels),
-            uint8 or floating point in [0, 1].
-        valid: N 1 H W, bool; each sample knows some pixel.
+        generator: in eval mode; it runs on its own device, in bfloat16 on a GPU.
+        images: N C H W, uint8 or floating point in [0, 1]. C is 3 (RGB) or 1 (grey: filled with the
+            mean of the three predicted channels).
+        valid: N 1 H W, bool; each image has a known pixel.
         tile: side in pixels, at least 64; rounded down to a multiple of 16.
-        tell: is called with a sentence when a hole is larger than a tile.
+        report: called with a sentence if a hole covers a whole tile.
         progress: show the tiles of large images on standard error.
 
-    Raises PipelineError when the model's output is not finite, the tile is too small, or the GPU's
-    memory is.
+    Returns:
+        A new tensor with the shape, type and device of `images`.
+
+    Raises:
+        PipelineError: the tile or the GPU's memory is too small, or the model's output is not
+            finite.
     """
     if tile < TILE_MIN:
-        raise PipelineError(f"a tile of {tile} pixels is too small: give at least {TILE_MIN}.")
+        raise PipelineError(
+            f"a tile of {tile} pixels is too small: give --tile {TILE_MIN} or more."
+        )
     tile -= tile % MULTIPLE
     height, width = valid.shape[2:]
     filled = images.detach().clone()
@@ -78,12 +85,12 @@ def fill(
             if max(known.shape[2:]) <= tile:
                 raw = predict(generator, part, known)
             else:
-                raw = _predict_large(generator, part, known, tile, tell, progress)
+                raw = _predict_large(generator, part, known, tile, report, progress)
             filled[some, :, *area] = composite(part, known, raw)
     except torch.OutOfMemoryError as error:
         raise PipelineError(
             f"the GPU's memory is too small for tiles of {tile} pixels: give a smaller tile"
-            " (--tile), or hide the GPU with CUDA_VISIBLE_DEVICES=''."
+            " (--tile), or use the CPU with CUDA_VISIBLE_DEVICES=''."
         ) from error
     return filled
 
@@ -91,10 +98,18 @@ def fill(
 def inpaint_arrays(
     generator: Generator, images: NDArray[np.uint8], valid: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Composites uint8 [N, H, W, 3]: the images with their holes filled.
+    """Fill the holes of a batch of arrays in one forward pass.
 
-    `images` is uint8 [N, H, W, 3], `valid` uint8 [N, H, W] in {0, 1}; they go through the generator
-    as one batch. Raises PipelineError if the model's output is not finite.
+    Args:
+        generator: in eval mode.
+        images: uint8 [N, H, W, 3].
+        valid: uint8 [N, H, W] in {0, 1}, 1 where a pixel is known.
+
+    Returns:
+        The composites, uint8 [N, H, W, 3].
+
+    Raises:
+        PipelineError: the model's output is not finite.
     """
     images_N3HW = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
     valid_N1HW = torch.from_numpy(np.array(valid))[:, None] > 0
@@ -106,9 +121,19 @@ def inpaint_arrays(
 def predict(
     generator: Generator, images: Tensor, valid: Tensor, units: Units | None = None
 ) -> Tensor:
-    """The raw prediction, float32 N3HW in [0, 1] on the generator's device.
+    """Return the raw prediction of the generator.
 
-    `images` and `valid` as in `fill`. Raises PipelineError unless it is finite.
+    Args:
+        generator: in eval mode.
+        images: as for `fill`.
+        valid: as for `fill`.
+        units: the units of the whole image, if `images` is a tile of it.
+
+    Returns:
+        float32 N 3 H W in [0, 1], on the generator's device.
+
+    Raises:
+        PipelineError: the prediction is not finite.
     """
     device = device_of(generator)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -116,14 +141,14 @@ def predict(
     raw = raw.float()
     if not torch.isfinite(raw).all():
         raise PipelineError(
-            "the model predicts values that are not finite: its training has failed; use an"
-            " earlier version or train again."
+            "the model predicts values that are not finite, so its training has failed: use an"
+            " earlier version, or train again."
         )
     return raw
 
 
 def composite(images: Tensor, valid: Tensor, raw: Tensor) -> Tensor:
-    """The images where they are known; where they are not, the prediction in their form."""
+    """Return the images with the prediction in their holes, in the images' form."""
     raw = raw.to(images.device)
     if images.shape[1] == 1:
         raw = raw.mean(1, keepdim=True)
@@ -133,25 +158,28 @@ def composite(images: Tensor, valid: Tensor, raw: Tensor) -> Tensor:
 
 
 def device_of(generator: Generator) -> torch.device:
+    """Return the device of the generator's weights."""
     return next(generator.parameters()).device
 
 
 def on_fastest_device(generator: Generator) -> Generator:
-    """The generator on the GPU where there is one."""
+    """Move the generator to the GPU if there is one, and return it."""
     return generator.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def hole_area(valid: Tensor, tile: int) -> Box:
-    """The part of a large image that is worked on: the hole with what is around it.
+    """Return the area of a large image to compute: the hole and its surroundings.
 
-    `valid` is H W with a hole. A quarter of a tile around it, and a tile at least, where the image
-    is so large. What lies further away has no part in the result.
+    The area adds a quarter of a tile on each side of the hole and has at least the size of a tile,
+    within the image. Pixels outside the area have no influence on the result. `valid` is H W and
+    has a hole.
     """
     rows, columns = (_span((~valid).any(axis), tile) for axis in (1, 0))
     return rows, columns
 
 
 def _span(holed: Tensor, tile: int) -> slice:
+    """Return the area along one axis; `holed` is True in rows or columns that have a hole."""
     at = holed.nonzero()
     first, end = int(at[0]), int(at[-1]) + 1
     size = min(len(holed), max(tile, end - first + 2 * int(tile * OVERLAP)))
@@ -160,7 +188,7 @@ def _span(holed: Tensor, tile: int) -> slice:
 
 
 def tile_boxes(height: int, width: int, tile: int) -> list[Box]:
-    """Tiles of at most `tile` x `tile` pixels that cover an image, row by row."""
+    """Return the tiles of at most `tile` x `tile` pixels that cover an image, row by row."""
     return [
         (slice(y, min(y + tile, height)), slice(x, min(x + tile, width)))
         for y, x in product(_starts(height, tile), _starts(width, tile))
@@ -169,21 +197,21 @@ def tile_boxes(height: int, width: int, tile: int) -> list[Box]:
 
 @torch.no_grad()
 def _predict_large(
-    generator: Generator, image: Tensor, valid: Tensor, tile: int, tell: Tell, progress: bool
+    generator: Generator, image: Tensor, valid: Tensor, tile: int, report: Report, progress: bool
 ) -> Tensor:
-    """The raw prediction 1 3 H W of one image by tiles; it may be 0 where there is no hole.
+    """Return the raw prediction 1 3 H W of one image in tiles; it may be 0 outside the hole.
 
-    Only tiles with a hole are run, to gather the statistics as well.
+    Only tiles with a hole run, also to gather the statistics. The arguments are those of `fill`.
     """
     device = device_of(generator)
     height, width = valid.shape[2:]
     boxes = [b for b in tile_boxes(height, width, tile) if not valid[..., *b].all()]
     if any(not valid[..., *box].any() for box in boxes):
-        tell(
-            f"A hole covers a whole tile of {tile} pixels, which then sees nothing to go on:"
-            " a larger tile (--tile) gives a better result and takes more memory."
+        report(
+            f"a hole covers a whole tile of {tile} pixels, which then has no known pixel: a larger"
+            " tile (--tile) gives a better result and needs more memory."
         )
-    # Padded as the network pads, so that the units are those it would take of the whole image.
+    # Padded like the network pads, so that the units are those of the whole image.
     pad = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
     units = generator.units(F.pad(_colours(image, device), pad), F.pad(valid.to(device), pad))
     total = torch.zeros((1, 3, height, width), device=device)
@@ -211,21 +239,21 @@ def _predict_large(
             weight = _weight(box, (height, width), tile).to(device)
             total[..., *box] += weight * run(box)
             weights[..., *box] += weight
-    return total.div_(weights.clamp_(min=1e-12))  # 0 where no tile ran: there is no hole
+    return total.div_(weights.clamp_(min=1e-12))  # 0 where no tile ran, because there is no hole
 
 
 def _colours(images: Tensor, device: torch.device) -> Tensor:
-    """N3HW in float32 in [0, 1], on `device`."""
+    """Return images as N 3 H W in float32 in [0, 1], on `device`."""
     images = images.to(device)
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return images.expand(-1, 3, -1, -1)
 
 
 def _starts(side: int, tile: int) -> list[int]:
-    """Where the tiles of one axis begin, at multiples of 16.
+    """Return where the tiles of one axis begin, at multiples of 16.
 
-    They are evenly spread and overlap by about OVERLAP of a tile or more. The last may be some
-    pixels narrower than a tile, so that it too begins on the network's grid.
+    Tiles are evenly spread and overlap by about OVERLAP of a tile or more. The last tile may be
+    some pixels narrower, so that it also begins on the network's grid.
     """
     last = -(-max(0, side - tile) // MULTIPLE)  # counted in steps of the grid
     step = (tile - int(tile * OVERLAP)) // MULTIPLE
@@ -234,12 +262,13 @@ def _starts(side: int, tile: int) -> list[int]:
 
 
 def _weight(box: Box, sides: Sequence[int], tile: int) -> Tensor:
-    """Weights H W of a tile's pixels: they fall linearly to every rim inside the image."""
+    """Return weights H W of a tile's pixels: they fall linearly to each edge inside the image."""
     rows, columns = (_ramp(part, side, tile) for part, side in zip(box, sides, strict=True))
     return rows[:, None] * columns
 
 
 def _ramp(part: slice, side: int, tile: int) -> Tensor:
+    """Return the weights of a tile along one axis of `side` pixels."""
     fade = int(tile * OVERLAP) + 1
     at = torch.arange(part.start, part.stop, dtype=torch.float32)
     weight = torch.ones_like(at)

@@ -1,3 +1,5 @@
+"""Filling tensors: whole images, tiles, seams, and what tiles share."""
+
 from itertools import pairwise
 
 import numpy as np
@@ -6,6 +8,7 @@ import torch
 from torch import nn
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.logs import start_logging
 from dpnet.inpainting import tiles
 from dpnet.inpainting.tiles import fill, inpaint_arrays, tile_boxes
 from dpnet.model import build_generator
@@ -15,7 +18,7 @@ from dpnet.model.generator import FOLLOW
 
 @pytest.fixture(scope="module")
 def generator():
-    """A real generator whose output depends on what it sees."""
+    """Return a real generator with an output that depends on its input."""
     torch.manual_seed(0)
     generator = build_generator("tiny").eval()
     nn.init.normal_(generator.out.weight, std=0.02)
@@ -24,7 +27,7 @@ def generator():
 
 @pytest.fixture
 def seen(generator):
-    """(image, valid, units) of every forward pass, filled in as it happens."""
+    """(image, valid, units) of every forward pass, added during the test."""
     calls = []
     handle = generator.register_forward_hook(lambda _module, given, _result: calls.append(given))
     yield calls
@@ -45,7 +48,7 @@ def holed(count, height, width, *boxes):
 BOX = (slice(10, 20), slice(5, 30))
 
 
-def test_known_pixels_stay_and_the_hole_is_the_rounded_prediction(generator):
+def test_known_pixels_are_kept_and_the_hole_is_the_rounded_prediction(generator):
     images, valid = noise(2, 3, 40, 50), holed(2, 40, 50, BOX)
     filled = fill(generator, images, valid)
     with torch.no_grad():
@@ -55,7 +58,7 @@ def test_known_pixels_stay_and_the_hole_is_the_rounded_prediction(generator):
     assert torch.equal(filled[..., *BOX], (raw[..., *BOX] * 255).round().to(torch.uint8))
 
 
-def test_arrays_give_the_same_as_tensors(generator):
+def test_arrays_and_tensors_are_filled_alike(generator):
     images, valid = noise(2, 3, 40, 50), holed(2, 40, 50, BOX)
     arrays = images.permute(0, 2, 3, 1).numpy()
     filled = inpaint_arrays(generator, arrays, valid[:, 0].numpy().astype(np.uint8))
@@ -64,7 +67,7 @@ def test_arrays_give_the_same_as_tensors(generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_floating_point_keeps_its_type_and_known_pixels_to_the_bit(generator, dtype):
+def test_floating_point_keeps_its_type_and_every_bit_of_known_pixels(generator, dtype):
     images = torch.rand((1, 3, 40, 50), generator=torch.manual_seed(0), dtype=torch.float64)
     images, valid = images.to(dtype), holed(1, 40, 50, BOX)
     filled = fill(generator, images, valid)
@@ -82,7 +85,7 @@ def test_grey_is_filled_with_the_mean_of_the_three_predicted_channels(generator)
 
 
 @pytest.mark.parametrize("size", [(40, 50), (100, 150)])
-def test_what_the_hole_holds_has_no_influence(generator, size):
+def test_the_pixels_in_the_hole_have_no_influence(generator, size):
     images, valid = noise(1, 3, *size) / 255, holed(1, *size, BOX)
     expected = fill(generator, images, valid, tile=64)
     for content in (float("nan"), 7.0):
@@ -90,7 +93,7 @@ def test_what_the_hole_holds_has_no_influence(generator, size):
         assert torch.equal(fill(generator, other, valid, tile=64), expected)
 
 
-def test_a_sample_without_a_hole_is_not_run(generator, seen):
+def test_an_image_without_a_hole_is_not_computed(generator, seen):
     images, valid = noise(3, 3, 40, 50), holed(3, 40, 50, BOX)
     valid[1] = True
     filled = fill(generator, images, valid)
@@ -98,7 +101,7 @@ def test_a_sample_without_a_hole_is_not_run(generator, seen):
     assert torch.equal(filled[1], images[1])
 
 
-def test_small_images_run_together_as_many_as_have_the_pixels_of_a_tile(generator, seen):
+def test_small_images_run_together_up_to_the_pixels_of_a_tile(generator, seen):
     images, valid = noise(5, 3, 32, 64), holed(5, 32, 64, BOX)
     fill(generator, images, valid, tile=64)
     assert [len(image) for image, *_ in seen] == [2, 2, 1]
@@ -111,12 +114,12 @@ def test_a_model_that_predicts_nan_is_refused():
         fill(broken, noise(1, 3, 40, 50), holed(1, 40, 50, BOX))
 
 
-def test_too_small_a_tile_is_refused(generator):
-    with pytest.raises(PipelineError, match="at least 64"):
+def test_a_tile_that_is_too_small_is_refused(generator):
+    with pytest.raises(PipelineError, match="give --tile 64 or more"):
         fill(generator, noise(1, 3, 40, 50), holed(1, 40, 50, BOX), tile=63)
 
 
-def test_a_gpu_that_is_too_small_is_told(generator, monkeypatch):
+def test_too_little_gpu_memory_is_reported(generator, monkeypatch):
     def fake_predict(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -141,7 +144,7 @@ def test_tiles_cover_the_image_begin_on_the_grid_and_overlap(size):
             assert stop - start >= 0.25 * 80 - 8  # less by half a step of the grid at most
 
 
-def test_no_pass_sees_more_than_a_tile_and_tiles_without_a_hole_are_not_run(generator, seen):
+def test_no_pass_is_larger_than_a_tile_and_tiles_without_a_hole_are_not_computed(generator, seen):
     images, valid = noise(1, 3, 300, 310), holed(1, 300, 310, CORNER, (slice(290, 295),) * 2)
     fill(generator, images, valid, tile=90)  # which is rounded down to 80
     boxes = tile_boxes(300, 310, 80)
@@ -154,7 +157,7 @@ def test_no_pass_sees_more_than_a_tile_and_tiles_without_a_hole_are_not_run(gene
 CORNER = (slice(5, 8), slice(5, 20))
 
 
-def test_of_a_large_image_only_the_hole_and_what_is_around_it_has_a_part(generator, seen):
+def test_in_a_large_image_only_the_hole_and_its_surroundings_are_computed(generator, seen):
     images, valid = noise(2, 3, 300, 310), holed(2, 300, 310, (slice(100, 130), slice(270, 300)))
     images[1] = images[0]
     images[1, :, :50] = 0
@@ -167,13 +170,13 @@ def test_of_a_large_image_only_the_hole_and_what_is_around_it_has_a_part(generat
     assert torch.equal(image[0, :, 5, 5], images[0, :, 80, 235] / 255)
 
 
-def test_a_single_tile_with_a_hole_is_run_once(generator, seen):
+def test_a_single_tile_with_a_hole_is_computed_once(generator, seen):
     fill(generator, noise(1, 3, 200, 200), holed(1, 200, 200, (slice(4), slice(4))), tile=64)
     assert len(seen) == 1
 
 
 def test_tiles_share_the_units_of_the_whole_image():
-    # Its convolutions silenced, the network gives the smooth fill: of a tile, or of the image?
+    # With its convolutions silenced, the network returns the smooth fill of the whole image.
     generator = build_generator("tiny").eval()
     nn.init.constant_(generator.follow, 1 / FOLLOW)
     images, valid = gradient()[..., :61, :251], holed(1, 61, 251, STRIP)
@@ -187,14 +190,14 @@ STRIP = (slice(24, 40), slice(8, 248))
 
 
 def gradient():
-    """Dark and smooth at the left, bright and noisy at the right: tiles differ in statistics."""
+    """Return an image in which tiles differ in statistics: dark and smooth to bright and noisy."""
     across = torch.linspace(0.1, 0.8, 256)
     rough = torch.rand((1, 3, 64, 256), generator=torch.manual_seed(0)) - 0.5
     return (across + 0.4 * rough * across).clamp(0, 1)
 
 
 def unlike_the_whole(generator, images, valid):
-    """How far tiles are from the network's prediction for the whole image, in the hole."""
+    """Return the mean difference in the hole between tiles and the whole image."""
     with torch.no_grad():
         whole = generator(images, valid.float())
     there = ~valid.expand_as(images)
@@ -202,7 +205,7 @@ def unlike_the_whole(generator, images, valid):
 
 
 class FakeSharing:
-    """A stand-in for `shared_statistics` with which each tile keeps its own statistics."""
+    """A replacement for `shared_statistics`: each tile keeps its own statistics."""
 
     def __init__(self, _generator):
         pass
@@ -217,7 +220,7 @@ class FakeSharing:
         pass
 
 
-def test_shared_statistics_bring_tiles_nearer_to_each_other(generator, monkeypatch):
+def test_shared_statistics_bring_tiles_closer_to_the_whole_image(generator, monkeypatch):
     images, valid = gradient(), holed(1, 64, 256, STRIP)
     shared = unlike_the_whole(generator, images, valid)
     monkeypatch.setattr(tiles, "shared_statistics", FakeSharing)
@@ -233,8 +236,8 @@ def test_a_normalization_that_cannot_be_shared_runs_each_tile_once():
 
 
 def test_neighbouring_tiles_fade_into_each_other():
-    # A new network gives the mean of what is known: here of each tile for itself, because the hook
-    # takes the units away. Without the fade a seam would be a jump of about 40.
+    # A new network returns the mean of the known pixels. The hook removes the shared units, so this
+    # is the mean of each tile. Without the fade a seam would be a jump of about 40.
     generator = build_generator("tiny").eval()
     generator.register_forward_pre_hook(lambda _module, given: given[:2])
     images = torch.linspace(0, 1, 256).expand(1, 3, 64, 256)
@@ -244,15 +247,16 @@ def test_neighbouring_tiles_fade_into_each_other():
     assert row.diff().abs().max() <= 4
 
 
-def test_a_hole_that_fills_a_whole_tile_is_told(generator):
-    told = []
+def test_a_hole_that_covers_a_whole_tile_is_reported(generator):
+    messages = []
     valid = holed(1, 200, 200, (slice(20, 180), slice(20, 180)))
-    fill(generator, noise(1, 3, 200, 200), valid, 64, told.append)
-    assert len(told) == 1
-    assert "larger tile" in told[0]
+    fill(generator, noise(1, 3, 200, 200), valid, 64, messages.append)
+    assert len(messages) == 1
+    assert "larger tile" in messages[0]
 
 
-def test_the_tiles_are_counted_aloud_where_progress_is_asked_for(generator, capsys):
+def test_the_tiles_are_counted_on_standard_error_if_progress_is_on(generator, capsys):
+    start_logging()
     images, valid = gradient(), holed(1, 64, 256, STRIP)
     fill(generator, images, valid, tile=64)
     assert capsys.readouterr().err == ""
