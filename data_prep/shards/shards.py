@@ -204,7 +204,12 @@ def split_shards(store: Store, folder: str, split: str) -> list[str]:
 
 def read_index(store: Store, tar_key: str) -> list[dict[str, Any]]:
     """Rows of the parquet beside the tar, in tar order (see `write_shard`)."""
-    return decode_table(store.read(f"{tar_key.removesuffix('.tar')}.parquet"))
+    return decode_table(store.read(index_key(tar_key)))
+
+
+def index_key(tar_key: str) -> str:
+    """Return the key of a shard's index, which is next to its tar."""
+    return f"{tar_key.removesuffix('.tar')}.parquet"
 
 
 def iterate_shard(store: Store, tar_key: str) -> Iterator[tuple[str, dict[str, bytes]]]:

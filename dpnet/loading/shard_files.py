@@ -31,7 +31,7 @@ from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.manifest import FileRecord, StageRef, read_manifest
 from data_prep.core.storage.store import Store, checked_key
-from data_prep.shards.shards import UNTHREADED
+from data_prep.shards.shards import UNTHREADED, index_key
 from dpnet.loading.shard_cache import ShardCache
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _count(store: Store, key: str, index_sha256: str) -> int:
 
 
 def _read_index(store: Store, key: str, sha256: str) -> bytes:
-    index = f"{key.removesuffix('.tar')}.parquet"
+    index = index_key(key)
     try:
         data = store.read(index)
     except FileNotFoundError:

@@ -209,5 +209,5 @@ def test_samples_on_s3_are_read_by_ranges_and_checked(
     data[read_index(store, key)[1]["offset"] + 40] ^= 0xFF
     store.write(key, bytes(data))
     assert (images.image(1) == root.images[1]).all()
-    with pytest.raises(PipelineError, match=r"sample s1 of s3://.*train-000001\.tar cannot be"):
+    with pytest.raises(PipelineError, match=r"sample s1 of s3://.*tar cannot be used \(its bytes"):
         images.image(2)
