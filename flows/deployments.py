@@ -1,7 +1,7 @@
-"""What `dpnet deploy` puts on a Prefect server: deployments, automations, limits and blocks.
+"""The deployments and automations that `dpnet deploy` creates on a Prefect server.
 
-All of it is here as plain values, made from `DeploySettings`; `flows.deploy` compares them with the
-server's. Flows are named by their module, so a worker needs the installed package and no checkout.
+They are plain values made from `DeploySettings`. `flows.deploy` compares them with the server's. A
+deployment names its flow by module, so a worker needs the installed package and no checkout.
 """
 
 from __future__ import annotations
@@ -18,52 +18,63 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from flows.local_server.children import HEARTBEAT_S, POOL
 
 TAG = "dpnet"
-QUEUE = "training"  # of the pool: its limit is how many trainings run at once
-ALERTS = "dpnet-alerts"  # the block that alerts go through
-MISSED = 4  # heartbeats without which a run is taken for dead
-PREFIX = "dpnet: "  # of our automations' names
+QUEUE = "training"  # of the work pool; its limit is the number of parallel trainings
+ALERTS = "dpnet-alerts"  # the notification block that sends alerts
+MISSED_HEARTBEATS = 4  # after which a run counts as crashed
+PREFIX = "dpnet: "  # of the names of our automations
+PROGRESS = "dpnet.progress"  # the event that a run sends while it makes progress
 
 
 class DeploySettings(BaseModel):
-    """What is deployed, and with what parameters."""
+    """The settings of `dpnet deploy`: the parameters of the deployments, and their schedules."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     config: str = Field(
-        "demo", description="A packaged config, or a YAML file's path on the workers' machines."
+        "demo",
+        description="A packaged config, or the path of a YAML file on the workers' machines.",
     )
     root: str = Field(
         "",
-        description="Where everything is stored; empty: the workers' DPNET_ROOT or the config's.",
+        description="A folder or s3://bucket/prefix that stores everything. If empty, the workers'"
+        " DPNET_ROOT or the config's root.",
     )
     parameters: dict[str, dict[str, Any]] = Field(
-        {}, description="What the forms begin with, by section, as {train: {steps: 1000}}."
+        {}, description="First values of the forms, by section, such as {train: {steps: 1000}}."
     )
-    overrides: list[str] = Field([], description="Other options, each like images.quality=90.")
-    pool: str = Field(POOL, min_length=1, description="Work pool, made where it is missing.")
+    overrides: list[str] = Field(
+        [], description="Other options to change, such as images.quality=90."
+    )
+    pool: str = Field(
+        POOL, min_length=1, description="Name of the work pool. It is created if it is missing."
+    )
     trainings: int = Field(
-        2, ge=1, le=1000, description="Runs that may train at once; others wait in the queue."
+        2, ge=1, le=1000, description="How many runs may train at the same time. Others wait."
     )
-    timezone: str = Field("UTC", description="Of the schedules.")
+    timezone: str = Field("UTC", description="Time zone of the schedules.")
     watch: str | None = Field(
-        "*/15 * * * *", description="When the sources are looked at, as cron; null: never."
+        "*/15 * * * *",
+        description="When to check the source for new photos, as cron; null means never.",
     )
     min_new: int = Field(
-        1, ge=1, description="Pictures that must be new or changed for a change to be announced."
+        1, ge=1, description="How many new or changed photos are needed to announce a change."
     )
     quiet_minutes: float = Field(
-        0, ge=0, description="For which a changed source must have stood still before that."
+        0,
+        ge=0,
+        description="How many minutes a changed source must be unchanged before the announcement.",
     )
     retrain: str | None = Field(
-        "0 3 * * 0", description="When to retrain without an announcement, as cron; null: never."
+        "0 3 * * 0",
+        description="When to retrain without an announcement, as cron; null means never.",
     )
     stuck_minutes: float = Field(
-        30, ge=1, description="Without progress after which a run is told to be stuck."
+        30, ge=1, description="Minutes without progress after which a run is reported as stuck."
     )
     secrets: dict[str, str] = Field(
         {},
-        description="Environment variables of the runs that come from Prefect Secret blocks, as"
-        " {AWS_SECRET_ACCESS_KEY: name-of-the-block}.",
+        description="Environment variables of the runs with values from Prefect Secret blocks, such"
+        " as {AWS_SECRET_ACCESS_KEY: name-of-the-block}.",
     )
 
     @field_validator("watch", "retrain")
@@ -72,7 +83,7 @@ class DeploySettings(BaseModel):
         try:
             CronSchedule(cron=value or "* * * * *")
         except ValueError:
-            raise ValueError("a cron expression, as */15 * * * *") from None
+            raise ValueError("a cron expression such as */15 * * * *") from None
         return value
 
     @field_validator("timezone")
@@ -81,28 +92,29 @@ class DeploySettings(BaseModel):
         try:
             CronSchedule(cron="* * * * *", timezone=value)
         except ValueError:
-            raise ValueError("the name of a time zone, as Europe/Berlin") from None
+            raise ValueError("the name of a time zone such as Europe/Berlin") from None
         return value
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A deployment of the flow `module.function`, under the flow's name."""
+    """A deployment of one flow, under the flow's name."""
 
-    entrypoint: str
-    sections: tuple[str, ...] = ()  # the form's
-    trains: bool = False
+    entrypoint: str  # module.function
+    sections: tuple[str, ...] = ()  # of its form
+    trains: bool = False  # its runs wait in the queue of the trainings
     cron: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def flow(self) -> Any:
+        """Import the flow."""
         from prefect.flows import load_flow_from_entrypoint
 
         return load_flow_from_entrypoint(self.entrypoint)
 
 
 def deployments(settings: DeploySettings) -> list[Deployment]:
-    """All deployments, in the order of the UI's list."""
+    """Return all deployments."""
     data = ("images",)
     training = ("images", "train", "launch")
     all_ = (*training, "evaluate")
@@ -120,19 +132,19 @@ def deployments(settings: DeploySettings) -> list[Deployment]:
 
 
 def parameters(settings: DeploySettings, deployment: Deployment) -> dict[str, Any]:
-    """What the deployment's form begins with."""
-    given = {name: settings.parameters.get(name, {}) for name in deployment.sections}
+    """Return the first values of the deployment's form."""
+    sections = {name: settings.parameters.get(name, {}) for name in deployment.sections}
     return {
         "config": settings.config,
         "root": settings.root,
-        **given,
+        **sections,
         "overrides": list(settings.overrides),
         **deployment.parameters,
     }
 
 
 def job_variables(settings: DeploySettings) -> dict[str, Any]:
-    """Of every run's process: heartbeats, and secrets that only the worker resolves."""
+    """Return the job variables of every run: heartbeats, and secrets that the worker resolves."""
     secrets = {
         name: f"{{{{ prefect.blocks.secret.{block} }}}}" for name, block in settings.secrets.items()
     }
@@ -142,23 +154,31 @@ def job_variables(settings: DeploySettings) -> dict[str, Any]:
 def automations(
     settings: DeploySettings, dataset: str, retrain: UUID, alerts: UUID | None
 ) -> list[AutomationCore]:
-    """What happens by itself. `dataset` is the name of the config's; `retrain` the deployment's id;
-    `alerts` the block that notifies, None where nobody is told."""
+    """Return the automations.
+
+    Args:
+        settings: The settings of the deploy file.
+        dataset: The name of the dataset that the announcements are about.
+        retrain: The id of the deployment `retrain`.
+        alerts: The id of the notification block; None for no alerts.
+    """
     heartbeat, changed = "prefect.flow-run.heartbeat", "dpnet.raw-data.changed"
-    found = [
+    always = [
         _automation(
             "a run without heartbeat has crashed",
-            "Its process and its worker are gone; Retry goes on where it stopped.",
-            _absence([heartbeat], [heartbeat, *_ENDS], timedelta(seconds=MISSED * HEARTBEAT_S)),
+            "Marks a run as crashed when its process and its worker are gone.",
+            _absence(
+                [heartbeat], [heartbeat, *_ENDS], timedelta(seconds=MISSED_HEARTBEATS * HEARTBEAT_S)
+            ),
             {
                 "type": "change-flow-run-state",
                 "state": "CRASHED",
-                "message": "Its process is gone: Retry goes on where it stopped.",
+                "message": "The process of this run is gone. Retry resumes where it stopped.",
             },
         ),
         _automation(
             "retrain on new data",
-            f"watch-raw-data has announced a change of {dataset}.",
+            f"Starts retrain when watch-raw-data announces a change of {dataset}.",
             _presence(changed, {"prefect.resource.id": f"dpnet.dataset.{dataset}"}),
             {
                 "type": "run-deployment",
@@ -168,32 +188,34 @@ def automations(
             },
         ),
     ]
-    return found if alerts is None else found + _alerts(settings, alerts)
+    return always if alerts is None else always + _alerts(settings, alerts)
 
 
 def _alerts(settings: DeploySettings, block: UUID) -> list[AutomationCore]:
-    """Notifications of what somebody should know."""
+    """Return the automations that send alerts."""
     run, page = "{{ flow_run.name }}", "{{ flow_run | ui_url }}"
     stuck = f"{settings.stuck_minutes:g} min"
 
-    def tell(of: str, trigger: dict[str, Any], body: str) -> AutomationCore:
+    def alert(about: str, trigger: dict[str, Any], body: str) -> AutomationCore:
         notify = {
             "type": "send-notification",
             "block_document_id": str(block),
-            "subject": f"dpnet: {of}",
+            "subject": f"dpnet: {about}",
             "body": body,
         }
-        return _automation(f"tell of {of}", f"By the block {ALERTS}.", trigger, notify)
+        return _automation(
+            f"alert about {about}", f"Sends an alert with the block {ALERTS}.", trigger, notify
+        )
 
     state = "{{ flow_run.state.message }}"
     return [
         *(
-            tell(
+            alert(
                 f"{name.lower()} runs", _presence(f"{_STATE}{name}", _RUN), f"{run}: {state} {page}"
             )
             for name in ("Failed", "Crashed", "Late")
         ),
-        tell(
+        alert(
             "stuck runs",
             _absence(
                 [f"{_STATE}Running", PROGRESS],
@@ -202,7 +224,7 @@ def _alerts(settings: DeploySettings, block: UUID) -> list[AutomationCore]:
             ),
             f"{run} has made no progress for {stuck}. {page}",
         ),
-        tell(
+        alert(
             "promotions",
             _presence("dpnet.model.promoted", {"prefect.resource.id": "dpnet.model.*"}),
             "{{ event.payload.reason }}",
@@ -210,19 +232,18 @@ def _alerts(settings: DeploySettings, block: UUID) -> list[AutomationCore]:
     ]
 
 
-PROGRESS = "dpnet.progress"
 _STATE = "prefect.flow-run."
 _ENDS = [f"{_STATE}{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Skipped")]
 _RUN = {"prefect.resource.id": f"{_STATE}*"}
 _OURS = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
-_PAYLOAD = {  # of the event, as a dictionary; a plain template would give its text
+_PAYLOAD = {  # the event's payload as a dictionary; a plain template would make it a string
     "__prefect_kind": "json",
     "value": {"__prefect_kind": "jinja", "template": "{{ event.payload | tojson }}"},
 }
 
 
 def _presence(event: str, match: dict[str, str]) -> dict[str, Any]:
-    """Something has happened."""
+    """Return a trigger for an event that happens."""
     trigger = {"expect": [event], "match": match, "for_each": ["prefect.resource.id"]}
     if match is _RUN:
         trigger["match_related"] = _OURS
@@ -230,7 +251,13 @@ def _presence(event: str, match: dict[str, str]) -> dict[str, Any]:
 
 
 def _absence(after: list[str], expect: list[str], within: timedelta) -> dict[str, Any]:
-    """Something has not happened to a run of ours for so long."""
+    """Return a trigger for a run of ours that sends none of the events `expect` in time.
+
+    Args:
+        after: The events that start the waiting time.
+        expect: The events that end it.
+        within: The waiting time.
+    """
     return {
         "type": "event",
         "posture": "Proactive",

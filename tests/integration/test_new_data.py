@@ -1,6 +1,6 @@
-"""New photographs to a retrained model: a real Prefect server, real Ray, real MLflow.
+"""From new photos to a retrained model, with a real Prefect server, real Ray and real MLflow.
 
-A small pipeline makes version 1 and a champion; then photographs arrive.
+A small pipeline makes version 1 and a champion. Then new photos arrive.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ FLOW = """
 import json, sys
 from flows import new_data
 state = getattr(new_data, sys.argv[1])(**json.loads(sys.argv[2]), return_state=True)
-told = {"name": state.name, "message": state.message, "result": state.result(False)}
-print(json.dumps(told, default=str))
+found = {"name": state.name, "message": state.message, "result": state.result(False)}
+print(json.dumps(found, default=str))
 """
 
 
 @dataclass(frozen=True)
-class Place:
-    """A root with its photographs, and the server that its flows run on."""
+class Setup:
+    """A root with its photos, and the server that runs its flows."""
 
     photos: Path
     root: Path
@@ -72,8 +72,8 @@ class Place:
         )
 
     def start_flow(self, name: str, **parameters: Any) -> subprocess.Popen[str]:
-        given = {"config": "demo", "root": str(self.root), "overrides": self.sets, **parameters}
-        return self.start("-c", FLOW, name, json.dumps(given))
+        values = {"config": "demo", "root": str(self.root), "overrides": self.sets, **parameters}
+        return self.start("-c", FLOW, name, json.dumps(values))
 
     def dpnet(self, *words: str) -> dict[str, Any]:
         sets = [word for each in self.sets for word in ("--set", each)]
@@ -88,7 +88,7 @@ class Place:
             return json.load(answer)
 
     def events(self, name: str, count: int) -> list[dict[str, Any]]:
-        """The events of a name, when there are `count`; the server stores them in batches."""
+        """Wait until there are `count` events of a name: the server stores them in batches."""
         deadline = time.monotonic() + 60
         while True:
             page = self.post("/events/filter", {"filter": {"event": {"name": [name]}}})
@@ -105,7 +105,7 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A whole Prefect server with its services, which store events."""
+    """Run a full Prefect server, with the services that store events."""
     home = tmp_path_factory.mktemp("prefect")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -135,34 +135,34 @@ def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, api: tuple[str, Path]) -> Place:
+def setup(tmp_path_factory: pytest.TempPathFactory, api: tuple[str, Path]) -> Setup:
     folder = tmp_path_factory.mktemp("new-data")
     for number in range(5):
         photograph(folder / "photos" / f"m{number}.png", number, 96, 96)
-    made = Place(folder / "photos", folder / "root", *api)
+    made = Setup(folder / "photos", folder / "root", *api)
     assert made.dpnet("pipeline", "run")["registered"]["version"] == 1
     return made
 
 
-def test_new_photographs_make_one_retrain_and_the_better_model_stays(place: Place) -> None:
-    """One test, since each part needs what the one before it made."""
-    seen = finish(place.start_flow("watch_raw_data"))
+def test_new_photos_start_one_retrain_and_the_better_model_is_champion(setup: Setup) -> None:
+    """Run all parts in one test: each part needs the results of the part before it."""
+    seen = finish(setup.start_flow("watch_raw_data"))
     assert (seen["name"], seen["result"]["reason"]) == ("Skipped", "Nothing is new.")
-    nothing = finish(place.start_flow("retrain"))
+    nothing = finish(setup.start_flow("retrain"))
     assert nothing["name"] == "Skipped"
     assert "version 1, was trained on exactly these images" in nothing["message"]
 
     for number in range(3):
-        photograph(place.photos / f"new{number}.png", 100 + number, 96, 96)
-    told = place.dpnet("notify")
-    assert (told["announced"], told["new"], told["version"]) == (True, 3, 1)
-    again = finish(place.start_flow("watch_raw_data"))
+        photograph(setup.photos / f"new{number}.png", 100 + number, 96, 96)
+    announced = setup.dpnet("notify")
+    assert (announced["announced"], announced["new"], announced["version"]) == (True, 3, 1)
+    again = finish(setup.start_flow("watch_raw_data"))
     assert again["result"]["reason"] == "It was announced before."
-    (event,) = place.events("dpnet.raw-data.changed", 1)
-    assert event["payload"]["digest"] == told["digest"]
+    (event,) = setup.events("dpnet.raw-data.changed", 1)
+    assert event["payload"]["digest"] == announced["digest"]
 
-    champion = find_record(place.store)
-    both = [place.start_flow("retrain", event=event["payload"]) for _ in range(2)]
+    champion = find_record(setup.store)
+    both = [setup.start_flow("retrain", event=event["payload"]) for _ in range(2)]
     done = sorted((finish(process) for process in both), key=lambda state: state["name"])
     assert [state["name"] for state in done] == ["Completed", "Skipped"]
     summary = done[0]["result"]
@@ -171,26 +171,26 @@ def test_new_photographs_make_one_retrain_and_the_better_model_stays(place: Plac
     assert summary["started_from"] == 1
 
     folder = summary["folder"]
-    made = json.loads(place.store.read(f"{folder}/retrain.json"))["made"]
-    run = read_manifest(place.store, made["run"])
+    made = json.loads(setup.store.read(f"{folder}/retrain.json"))["made"]
+    run = read_manifest(setup.store, made["run"])
     assert run.inputs["init"].folder == champion["run"]["folder"]
-    runs = [e.key for e in place.store.list("runs") if e.key.endswith("/manifest.json")]
+    runs = [e.key for e in setup.store.list("runs") if e.key.endswith("/manifest.json")]
     assert len(runs) == 2
     new, old = (
-        read_manifest(place.store, made[role]).summary for role in ("evaluation", "against")
+        read_manifest(setup.store, made[role]).summary for role in ("evaluation", "against")
     )
     assert new["pairs_digest"] == old["pairs_digest"] != champion["pairs_digest"]
     assert summary["promoted"] == (round(new["hole_psnr"], 2) > round(old["hole_psnr"], 2))
     for figure in (new, old):
         assert f"{figure['hole_psnr']:.2f} dB" in summary["reason"]
-    assert find_record(place.store)["version"] == (2 if summary["promoted"] else 1)
-    promotions = place.events("dpnet.model.promoted", int(summary["promoted"]))
+    assert find_record(setup.store)["version"] == (2 if summary["promoted"] else 1)
+    promotions = setup.events("dpnet.model.promoted", int(summary["promoted"]))
     assert len(promotions) == int(summary["promoted"])
     artifact = {"artifacts": {"key": {"any_": ["retrain"]}}}
-    assert summary["reason"] in place.post("/artifacts/filter", artifact)[0]["data"]
+    assert summary["reason"] in setup.post("/artifacts/filter", artifact)[0]["data"]
 
-    third = finish(place.start_flow("retrain"))
+    third = finish(setup.start_flow("retrain"))
     assert third["name"] == "Skipped"
     assert third["result"]["folder"] == folder
-    assert len([e for e in place.store.list("runs") if e.key.endswith("/manifest.json")]) == 2
-    assert verify(place.store).problems == []
+    assert len([e for e in setup.store.list("runs") if e.key.endswith("/manifest.json")]) == 2
+    assert verify(setup.store).problems == []

@@ -1,4 +1,4 @@
-"""What `dpnet deploy` is about to put on a server, without one."""
+"""The deployments and automations of `dpnet deploy`, without a server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from data_prep.core.errors import ConfigError
 from dpnet.pipeline.config import load_settings
-from flows import deploy
+from flows.deploy import deploy
 from flows.deployments import (
     DeploySettings,
     automations,
@@ -19,6 +19,7 @@ from flows.deployments import (
     job_variables,
     parameters,
 )
+from flows.server_changes import apprise_url
 
 FILE = Path(__file__).parents[3] / "infra" / "prefect.yaml"
 
@@ -27,7 +28,7 @@ def settings(*overrides: str) -> DeploySettings:
     return load_settings(DeploySettings, None, overrides)
 
 
-def test_prefect_yaml_says_the_same() -> None:
+def test_prefect_yaml_has_the_same_deployments_and_the_same_trigger() -> None:
     s = DeploySettings()
     file = yaml.safe_load(FILE.read_text())
     assert file["pull"] == []
@@ -42,6 +43,9 @@ def test_prefect_yaml_says_the_same() -> None:
         assert theirs["work_pool"]["name"] == s.pool
         assert theirs["work_pool"]["work_queue_name"] == ("training" if mine.trains else "default")
         assert theirs["work_pool"]["job_variables"] == job_variables(s)
+    (trigger,) = file["deployments"][-1]["triggers"]
+    retrain = automations(s, "demo", uuid4(), None)[1]
+    assert (trigger["name"], trigger["description"]) == (retrain.name, retrain.description)
 
 
 def test_the_parameters_of_every_deployment_fit_its_flow() -> None:
@@ -50,16 +54,16 @@ def test_the_parameters_of_every_deployment_fit_its_flow() -> None:
         each.flow().validate_parameters(parameters(s, each))
 
 
-def test_secrets_are_named_and_never_held() -> None:
+def test_job_variables_name_the_secret_blocks_and_hold_no_secret() -> None:
     env = job_variables(settings("secrets.AWS_SECRET_ACCESS_KEY=the-block"))["env"]
     assert env["AWS_SECRET_ACCESS_KEY"] == "{{ prefect.blocks.secret.the-block }}"
 
 
-def test_without_a_block_nobody_is_told_and_the_rest_stays() -> None:
+def test_without_a_notification_block_there_are_no_alerts_but_all_other_automations() -> None:
     without = automations(DeploySettings(), "cats", uuid4(), None)
-    told = automations(DeploySettings(), "cats", uuid4(), uuid4())
-    assert [each.name for each in without] == [each.name for each in told][:2]
-    bodies = [action.body for each in told[2:] for action in each.actions]  # type: ignore[union-attr]
+    with_alerts = automations(DeploySettings(), "cats", uuid4(), uuid4())
+    assert [each.name for each in without] == [each.name for each in with_alerts][:2]
+    bodies = [action.body for each in with_alerts[2:] for action in each.actions]  # type: ignore[union-attr]
     assert len(bodies) == 5
     assert any("30 min" in body for body in bodies)
 
@@ -74,18 +78,18 @@ def test_without_a_block_nobody_is_told_and_the_rest_stays() -> None:
         ("pol=x", "pol is no option: the nearest is pool"),
         ("parameters.train.steps=0", "parameters.train.steps is 0: it must be a whole number"),
         ("parameters.train.step=1", "parameters.train.step is no option: the nearest is steps"),
-        ("parameters.trein.steps=1", "parameters.trein is no section"),
-        ("config=nowhere.yaml", "'nowhere.yaml' is neither .* give parameters.images.name"),
+        ("parameters.trein.steps=1", "parameters.trein is not a section"),
+        ("config=nowhere.yaml", "'nowhere.yaml' is neither .* set parameters.images.name"),
     ],
 )
-def test_a_wrong_setting_is_told_in_a_sentence_before_a_server_is_asked(
+def test_a_wrong_setting_is_refused_before_the_server_is_contacted(
     override: str, sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        deploy.deploy(settings(override))
+        deploy(settings(override))
 
 
-def test_a_file_with_an_unknown_key_is_told(tmp_path: Path) -> None:
+def test_a_deploy_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "deploy.yaml"
     file.write_text("trainigs: 3")
     with pytest.raises(ConfigError, match=r"deploy\.yaml: trainigs is no option: .* trainings"):
@@ -104,6 +108,6 @@ def test_a_file_with_an_unknown_key_is_told(tmp_path: Path) -> None:
 def test_a_webhook_becomes_an_apprise_url(url: str, expected: str) -> None:
     from apprise import Apprise
 
-    assert deploy.apprise_url(url) == expected
+    assert apprise_url(url) == expected
     known: Any = Apprise()
     assert known.add(expected)

@@ -1,4 +1,4 @@
-"""The forms of the Prefect UI: the config's own options, in a shape that the UI can show."""
+"""The forms of the Prefect UI: options of the config, in a schema that the UI can show."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ FLOWS = [each.flow() for each in deployments(DeploySettings())]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_field_has_the_configs_own_range_and_description(section: str) -> None:
+def test_every_field_has_the_range_and_the_description_of_the_config(section: str) -> None:
     known = Config.model_fields[section].annotation
     assert known is not None
-    mine = SECTIONS[section].model_json_schema()["properties"]
-    its = known.model_json_schema()["properties"]
-    assert mine
-    for option, field in mine.items():
-        (choice,) = [c for c in its[option].get("anyOf", [its[option]]) if c.get("type") != "null"]
+    form = SECTIONS[section].model_json_schema()["properties"]
+    options = known.model_json_schema()["properties"]
+    assert form
+    for option, field in form.items():
+        (choice,) = [
+            c for c in options[option].get("anyOf", [options[option]]) if c.get("type") != "null"
+        ]
         for rule in ("type", "minimum", "maximum", "exclusiveMaximum", "enum", "pattern"):
             assert field.get(rule) == choice.get(rule), (option, rule)
-        assert field["description"] == its[option]["description"]
+        assert field["description"] == options[option]["description"]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_fields_are_in_order_plain_and_may_be_left_empty(section: str) -> None:
+def test_fields_are_ordered_and_simple_and_may_be_empty(section: str) -> None:
     schema = SECTIONS[section].model_json_schema()
     fields = schema["properties"].values()
     assert [field["position"] for field in fields] == list(range(len(fields)))
@@ -37,12 +39,12 @@ def test_fields_are_in_order_plain_and_may_be_left_empty(section: str) -> None:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_no_field_is_a_checkbox_which_would_say_no_where_it_was_left_alone(section: str) -> None:
+def test_no_field_is_a_checkbox_because_an_untouched_one_sends_false(section: str) -> None:
     fields = SECTIONS[section].model_json_schema()["properties"].values()
     assert "boolean" not in [field["type"] for field in fields]
 
 
-def test_what_is_filled_in_changes_the_config_and_what_is_left_empty_does_not() -> None:
+def test_a_filled_field_changes_the_config_and_an_empty_field_does_not() -> None:
     images = SECTIONS["images"](source="/data/a b: c", size=128)
     train = SECTIONS["train"](steps=7)
     given = overrides_of(images=images, train=train, evaluate=SECTIONS["evaluate"]())
@@ -54,13 +56,13 @@ def test_what_is_filled_in_changes_the_config_and_what_is_left_empty_does_not() 
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"steps": "many"}, {"step": 1}])
-def test_a_wrong_value_or_name_is_refused(wrong: dict[str, object]) -> None:
+def test_a_wrong_value_or_an_unknown_name_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         SECTIONS["train"].model_validate(wrong)
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
-def test_every_flow_and_each_of_its_parameters_says_what_it_is(flow) -> None:  # type: ignore[no-untyped-def]
+def test_every_flow_and_each_of_its_parameters_has_a_description(flow) -> None:  # type: ignore[no-untyped-def]
     assert flow.description.splitlines()[0].endswith(".")
     schema = parameter_schema(flow)
     properties = schema.properties
