@@ -1,13 +1,14 @@
-"""Write a trained generator for use elsewhere: weights, graphs that need no code of ours, a card.
+"""Export a trained generator: weights, graphs that run without our code, and a model card.
 
-The graphs take `image` (N3HW, float32 in [0, 1]) and `valid` (N1HW, 1 = known) of any batch and
-size and give `composite`, the image with its hole filled. They attend by the plain form, whose
-memory grows with the square of the pixels.
+A graph has the inputs `image` (N 3 H W, float32 in [0, 1]) and `valid` (N 1 H W, 1 = known) of any
+batch and size. Its output `composite` is the image with its hole filled. Graphs use the plain form
+of attention: its memory grows with the square of the number of pixels.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import secrets
 import shutil
 import warnings
@@ -23,7 +24,6 @@ from torch.nn import functional as F
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import read_manifest
-from data_prep.core.progress import say
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from dpnet.export.model_card import FILES, model_card
@@ -33,27 +33,30 @@ from dpnet.model_store.find_model import find_model
 from dpnet.model_store.records import find_record
 from dpnet.model_store.weights import EXPORTED, load_generator, read_config, save_generator
 
-TOLERANCE = 1e-3  # how far a graph's colours, in [0, 1], may be from the network's
-EXAMPLE = (2, 48, 80)  # batch, height, width that graphs are traced at
-CHECKED = ((1, 64, 96), (3, 37, 53))  # the same that they are compared at
-OPSET = 18
-_NEEDS = {"onnx": ("onnx", "onnxruntime")}  # packages of a format that are optional
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-3  # largest allowed difference between a graph's colour and the network's, in [0, 1]
+EXAMPLE = (2, 48, 80)  # batch, height and width of the images for tracing
+CHECKED = ((1, 64, 96), (3, 37, 53))  # the same of the images for the comparison
+OPSET = 18  # of ONNX
+_NEEDS = {"onnx": ("onnx", "onnxruntime")}  # optional packages that a format needs
 
 Graph = Callable[[Tensor, Tensor], Tensor]
 
 
 class Inpainter(nn.Module):
-    """What is exported: `forward(image_N3HW in [0, 1], valid_N1HW) -> composite N3HW`.
+    """The exported module: `forward(image_N3HW in [0, 1], valid_N1HW) -> composite_N3HW`.
 
-    A pixel is known where `valid` is above 0.5. Known pixels come back as they are.
+    A pixel is known where `valid` is above 0.5. Known pixels do not change.
     """
 
     def __init__(self, generator: Generator) -> None:
         super().__init__()
         self.generator = generator
-        self.eval()  # itself too: torch.onnx.export puts all back in the mode that it finds here
+        self.eval()  # torch.onnx.export restores the mode of this module in all its parts
 
     def forward(self, image: Tensor, valid: Tensor) -> Tensor:
+        """Fill the hole of each image."""
         known = valid > 0.5
         mask = known.to(image.dtype)
         height, width = image.shape[2:]
@@ -66,10 +69,11 @@ class Inpainter(nn.Module):
 
 
 def _padded(side: int) -> int:
-    """The next multiple of 16, as a size of its own to `torch.export`.
+    """Return the next multiple of 16 as a new symbol of `torch.export`.
 
-    All sizes in the network are then plain multiples of one symbol; as expressions of the input's
-    side they take torch minutes to reason about, and end in guards that shut out small images.
+    All sizes in the network are then multiples of one symbol. If they are expressions of the
+    input's side instead, torch needs minutes to analyse them and adds guards that refuse small
+    images.
     """
     units = cast("int", torch.scalar_tensor(-(-side // MULTIPLE), dtype=torch.int64).item())
     torch._check(units >= 1)  # type: ignore[no-untyped-call]
@@ -78,18 +82,26 @@ def _padded(side: int) -> int:
 
 
 def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str) -> dict[str, Any]:
-    """Write the model that `reference` names (see `load_model`) to the folder `out`.
+    """Write a model to a folder for use without this package.
 
-    Always model.safetensors, config.json and README.md; for the formats torch-export, onnx and
-    torchscript generator.pt2, .onnx and .ts, each of which is loaded again and compared with the
-    network. Returns JSON values: the model's name, the files' sizes and the largest differences.
-    Raises PipelineError, and leaves nothing behind, if any of it fails.
+    Args:
+        reference: name of a model, as for `load_model`.
+        out: new or empty folder. It gets model.safetensors, config.json and README.md.
+        formats: torch-export, onnx, torchscript; they add generator.pt2, .onnx and .ts. Each graph
+            is loaded again and compared with the network.
+        root: where models are searched.
+
+    Returns:
+        JSON values: the model's name, the sizes of the files in bytes, and the largest differences.
+
+    Raises:
+        PipelineError: a step failed. Then nothing is written.
     """
     formats = list(dict.fromkeys(formats))
     for name in formats:
         _check_installed(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PipelineError(f"{out} is there already: choose a new or empty folder.")
+        raise PipelineError(f"{out} exists already: choose a new or empty folder (-o).")
     store, folder, used = find_model(reference, root)
     generator = load_generator(store, folder)
     facts = _facts(store, folder, reference)
@@ -97,10 +109,10 @@ def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str
     try:
         new.mkdir(parents=True)
         differences = _write(new, generator, used, facts, formats)
-        new.rename(out)  # which may be there, empty
+        new.rename(out)  # replaces an empty folder
     except OSError as error:
         reason = error.strerror or error
-        raise PipelineError(f"cannot write {out}: {reason}; choose another folder.") from error
+        raise PipelineError(f"cannot write {out}: {reason}. Choose another folder (-o).") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return {
@@ -118,7 +130,18 @@ def _write(
     facts: Mapping[str, Any],
     formats: Sequence[str],
 ) -> dict[str, float]:
-    """All files of an exported model; how far each graph is from the network at most."""
+    """Write all files of an exported model.
+
+    Args:
+        folder: an existing folder.
+        generator: the model.
+        name: the model's name for the card.
+        facts: what is known about its training and evaluation.
+        formats: the graphs to write.
+
+    Returns:
+        The largest difference of each graph from the network, by file name.
+    """
     save_generator(LocalStore(folder.parent), folder.name, generator, facts, EXPORTED)
     network = Inpainter(generator)
     cases = [example(*shape, seed=seed) for seed, shape in enumerate(CHECKED)]
@@ -126,14 +149,14 @@ def _write(
         wanted = [network(*case) for case in cases]
     differences = {}
     for each in formats:
-        say(f"export: {FILES[each]}")
+        log.info(f"export: {FILES[each]}")
         data = MAKERS[each](network)
         (folder / FILES[each]).write_bytes(data)
         differences[FILES[each]] = worst = _difference(each, data, cases, wanted)
-        if not worst <= TOLERANCE:  # NaN is no success
+        if not worst <= TOLERANCE:  # also if it is NaN
             raise PipelineError(
-                f"{FILES[each]} differs from the network by {worst:.2g} in [0, 1]; {TOLERANCE} is"
-                " allowed: choose another --format."
+                f"{FILES[each]} differs from the network by {worst:.2g} in [0, 1], and at most"
+                f" {TOLERANCE} is allowed: choose another --format."
             )
     card = model_card(name, generator.config, facts, formats, differences, CHECKED)
     (folder / "README.md").write_text(card, "utf-8")
@@ -141,7 +164,7 @@ def _write(
 
 
 def _facts(store: Store, folder: str, reference: str) -> dict[str, Any]:
-    """What is known of a model beside its weights: its training, and its evaluation if any."""
+    """Return what is known about a model: its training, and its evaluation if it has one."""
     record, _ = read_config(store, folder)
     facts = {k: v for k, v in record.items() if k not in ("format", "model", "weights_sha256")}
     if not reference or reference.startswith("models:/"):
@@ -155,16 +178,17 @@ def _facts(store: Store, folder: str, reference: str) -> dict[str, Any]:
 
 
 def _check_installed(name: str) -> None:
+    """Raise PipelineError if a package for the format is missing."""
     missing = [package for package in _NEEDS.get(name, ()) if find_spec(package) is None]
     if missing:
         raise PipelineError(
-            f"--format {name} needs {' and '.join(missing)}, not installed here: run"
+            f"--format {name} needs {' and '.join(missing)}, which is not installed: run"
             " `pip install 'dpnet-pipeline[export]'`."
         )
 
 
 def example(batch: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A random image and a mask with a box and scattered pixels unknown."""
+    """Return random images, and masks with a box and scattered pixels unknown."""
     random = torch.Generator().manual_seed(seed)
     image = torch.rand(batch, 3, height, width, generator=random)
     valid = (torch.rand(batch, 1, height, width, generator=random) > 0.1).float()
@@ -173,7 +197,7 @@ def example(batch: int, height: int, width: int, seed: int = 0) -> tuple[Tensor,
 
 
 def torch_export(network: Inpainter) -> bytes:
-    """A program for `torch.export.load`."""
+    """Return a program for `torch.export.load`."""
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     sizes = {0: batch, 2: height, 3: width}
     with torch.no_grad(), _quiet():
@@ -181,7 +205,7 @@ def torch_export(network: Inpainter) -> bytes:
             network, example(*EXAMPLE), dynamic_shapes={"image": sizes, "valid": sizes}
         )
         for node in program.graph.nodes:
-            # Where in our files an operation comes from is of no use elsewhere, and large.
+            # The places in our source files are large, and useless elsewhere.
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):
                 node.meta.pop(key, None)
         program.example_inputs = None
@@ -191,20 +215,20 @@ def torch_export(network: Inpainter) -> bytes:
 
 
 def torchscript(network: Inpainter) -> bytes:
-    """A traced module for `torch.jit.load`."""
+    """Return a traced module for `torch.jit.load`."""
     data = io.BytesIO()
     with torch.no_grad(), _quiet():
-        # Compared by us, at other sizes than the example's.
+        # No check by torch: `_difference` compares at other sizes than the example's.
         traced = torch.jit.trace(network, example(*EXAMPLE), check_trace=False)  # type: ignore[no-untyped-call]
         torch.jit.save(traced, data)
     return data.getvalue()
 
 
 def onnx(network: Inpainter) -> bytes:
-    """An ONNX model.
+    """Return an ONNX model.
 
-    By torch's older exporter, which goes by the trace: the newer one gives the same figures but
-    takes many times as long over these dynamic sizes (torch 2.13).
+    It uses torch's older exporter, which traces. The newer exporter gives the same values, but
+    needs many times as long with these dynamic sizes (torch 2.13).
     """
     sizes = {0: "batch", 2: "height", 3: "width"}
     data = io.BytesIO()
@@ -216,7 +240,7 @@ def onnx(network: Inpainter) -> bytes:
             torch.onnx.export(
                 network,
                 example(*EXAMPLE),
-                data,  # type: ignore[arg-type]  # the older exporter takes a file too
+                data,  # type: ignore[arg-type]  # the older exporter accepts a file too
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=["image", "valid"],
@@ -231,14 +255,15 @@ def onnx(network: Inpainter) -> bytes:
 
 
 def _atanh(graph: Any, x: Any) -> Any:
-    return graph.op("Atanh", x)  # which that exporter has forgotten
+    """Translate atanh, which the older exporter does not know."""
+    return graph.op("Atanh", x)
 
 
 MAKERS = {"torch-export": torch_export, "onnx": onnx, "torchscript": torchscript}
 
 
 def load_graph(name: str, data: bytes) -> Graph:
-    """What the file of a format holds, to be called with an image and a mask."""
+    """Load the file of a format, and return it as a function of images and masks."""
     if name == "torch-export":
         return torch.export.load(io.BytesIO(data)).module()
     if name == "torchscript":
@@ -261,18 +286,25 @@ def load_graph(name: str, data: bytes) -> Graph:
 def _difference(
     name: str, data: bytes, cases: Sequence[tuple[Tensor, Tensor]], wanted: Sequence[Tensor]
 ) -> float:
-    """How far the graph in `data` is at most from what is wanted."""
+    """Return the largest difference between the outputs of a graph and the wanted ones.
+
+    Args:
+        name: the format.
+        data: the content of the graph's file.
+        cases: (images, masks) to run.
+        wanted: the network's outputs for them.
+    """
     graph = load_graph(name, data)
     with torch.inference_mode():
         worst = [
             (graph(*case) - want).abs().max() for case, want in zip(cases, wanted, strict=True)
         ]
-    return float(torch.stack(worst).max())  # NaN if any is
+    return float(torch.stack(worst).max())  # NaN if one is NaN
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings: that formats are deprecated, and that tracing fixes constants."""
+    """Hide torch's warnings about deprecated formats and about constants in traces."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was trained on, how to use each file."""
+"""The model card, README.md of an exported model: its training, its figures and its use."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FILES = {
 _METRICS = {name: METRICS[name] for name in BRIEF}
 
 _PREPARE = """\
-Everything below goes on from these lines:
+Every example below continues these lines:
 
 ```python
 import numpy as np
 from PIL import Image
 
 photo = Image.open("photo.png").convert("RGB")
-mask = Image.open("mask.png").convert("L")  # of the photo's size, white (255) is the hole
+mask = Image.open("mask.png").convert("L")  # has the photo's size; white (255) is the hole
 image = np.asarray(photo, np.float32).transpose(2, 0, 1)[None] / 255
 valid = (np.asarray(mask) < 128).astype(np.float32)[None, None]  # 1 = known, 0 = hole
 ```
@@ -40,7 +40,7 @@ _USE = {
     "torch-export": """\
 ## generator.pt2: PyTorch
 
-Loading takes torch a while, a call does not.
+Loading is slow. Calls are fast.
 
 ```python
 import torch
@@ -75,7 +75,7 @@ with torch.inference_mode():
 _WEIGHTS = """\
 ## model.safetensors and config.json: the package dpnet-pipeline
 
-Photographs of any size and kind, in tiles where they are large. "." is this folder.
+The package fills photos of any size and kind; large ones in tiles. "." is this folder.
 
 ```python
 import dpnet
@@ -95,15 +95,24 @@ def model_card(
     differences: Mapping[str, float],
     checked: Sequence[tuple[int, int, int]],
 ) -> str:
-    """Markdown. `differences` are by file name, `checked` the shapes they were found at."""
+    """Return the model card in Markdown.
+
+    Args:
+        name: the model's name.
+        config: the network's configuration.
+        facts: what is known about training and evaluation.
+        formats: the formats of the exported graphs.
+        differences: largest difference of each graph from the network, by file name.
+        checked: (batch, height, width) of the compared images.
+    """
     network = ", ".join(f"{key} {_plain(value)}" for key, value in config.to_json().items())
     parts = [
         f"# DPNet image inpainting: {name}\n\n"
-        "Fills the holes of photographs. A mask-aware pyramidal encoder, a decoder with pyramidal"
-        " attention and dynamic normalization, after Wang, Shao, Meng, Zuo: Dual-Pyramidal Image"
-        " Inpainting with Dynamic Normalization (IEEE TCSVT 2022, DOI 10.1109/TCSVT.2022.3165587)."
-        " The authors have published no code and no weights: this is an independent"
-        " implementation, and these are not their weights.\n\n"
+        "This model fills the holes of photos. It has a mask-aware pyramidal encoder, and a decoder"
+        " with pyramidal attention and dynamic normalization. The paper is: Wang, Shao, Meng, Zuo:"
+        " Dual-Pyramidal Image Inpainting with Dynamic Normalization (IEEE TCSVT 2022, DOI"
+        " 10.1109/TCSVT.2022.3165587). Its authors have published no code and no weights. This is"
+        " an independent implementation, and the weights are not theirs.\n\n"
         f"Network: {network}.\n",
         _training(facts),
         _evaluation(facts),
@@ -114,26 +123,29 @@ def model_card(
 
 
 def _training(facts: Mapping[str, Any]) -> str:
+    """Return the section about the training."""
     known = {
         "step": "steps",
         "images": "content digest of the image shards",
         "masks": "content digest of the mask shards",
     }
     rows = [f"* {label}: {facts[key]}" for key, label in known.items() if key in facts]
-    return "## Training\n\n" + ("\n".join(rows) or "Nothing is recorded.") + "\n"
+    return "## Training\n\n" + ("\n".join(rows) or "No facts are recorded.") + "\n"
 
 
 def _evaluation(facts: Mapping[str, Any]) -> str:
+    """Return the section about the evaluation, with a table of mean figures."""
     evaluation = facts.get("evaluation")
     if not evaluation:
         return (
-            "## Evaluation\n\nNone is recorded with this model: export it from the registry"
-            " (models:/NAME@champion) to have the figures here.\n"
+            "## Evaluation\n\nNo evaluation is recorded with this model. To have the figures here,"
+            " export it from the registry (models:/NAME@champion).\n"
         )
     lines = [
         "## Evaluation\n",
-        f"Mean over the hole-ratio bins of hole PSNR: {evaluation['hole_psnr']:.2f} dB, on the"
-        f" pairs of images and masks with digest {evaluation['pairs_digest']}.",
+        "The hole PSNR, as a mean over the bins of hole ratio, is"
+        f" {evaluation['hole_psnr']:.2f} dB. The digest of the evaluated pairs of images and masks"
+        f" is {evaluation['pairs_digest']}.",
     ]
     if means := evaluation["figures"].get("mean_over_bins"):
         lines += [
@@ -153,44 +165,46 @@ def _figure(value: float | None, digits: int) -> str:
 
 
 def _contract(formats: Sequence[str]) -> str:
+    """Return the section about inputs and outputs."""
     files = ", ".join(FILES[each] for each in formats)
     return f"""\
 ## Input and output of {files}
 
-* `image`: float32 N x 3 x H x W, RGB in [0, 1]. What it holds in the hole has no influence.
-* `valid`: float32 N x 1 x H x W, **1 where a pixel is known, 0 in the hole**. Mask files are the
-  other way round: white (255) is the hole. Values above 0.5 count as known.
-* `composite`: float32 N x 3 x H x W: known pixels as they were given, the hole filled.
+* `image`: float32 N x 3 x H x W, RGB in [0, 1]. Its pixels in the hole have no influence.
+* `valid`: float32 N x 1 x H x W, **1 where a pixel is known, 0 in the hole**. Mask files have the
+  opposite values: white (255) is the hole. Values above 0.5 count as known.
+* `composite`: float32 N x 3 x H x W: the image with its hole filled. Known pixels do not change.
 
-N, H and W are free, up to about 512 x 512 pixels (see Limits). The files hold no Python objects and
-need none of our code.
+N, H and W may have any value, up to about 512 x 512 pixels (see Limits). The files contain no
+Python objects and do not need our code.
 """
 
 
 def _checks(differences: Mapping[str, float], checked: Sequence[tuple[int, int, int]]) -> str:
+    """Return the section about the comparison of the graphs with the network."""
     shapes = " and ".join(f"{n} x 3 x {height} x {width}" for n, height, width in checked)
     rows = "\n".join(f"* {file}: {worst:.1e}" for file, worst in differences.items())
     return (
-        "## Checked\n\nLargest difference of a colour in [0, 1] from the network itself, on the"
-        f" CPU, at {shapes}:\n\n{rows}\n"
+        "## Checks\n\nEach file was compared with the network itself, on the CPU, with images of"
+        f" {shapes}. The largest difference of a colour in [0, 1] was:\n\n{rows}\n"
     )
 
 
 _LIMITS = """\
 ## Limits
 
-* What is filled in is invented. It is no evidence of what was there.
-* The memory of the graphs grows with the square of the number of pixels. Above 512 x 512 the
-  network itself averages attention's maps, which the graphs do not, so their results differ there.
-  `dpnet inpaint` works on images of any size.
+* The model invents the pixels in the hole. They do not show what was really there.
+* The memory of the graphs grows with the square of the number of pixels. Above 512 x 512 pixels the
+  network averages the maps of attention, and the graphs do not, so their results differ. `dpnet
+  inpaint` fills images of any size.
 * A known pixel that is NaN or infinite makes the result NaN.
-* It does as well as on its evaluation only on photographs and masks that are like those it was
-  trained on.
+* Expect figures like those of the evaluation only for photos and masks that are similar to the
+  training data.
 
 ## Licence
 
-The code is under Apache-2.0. Which terms apply to the weights depends on the photographs they were
-trained on, which whoever trained them has to know.
+The code is under Apache-2.0. The terms for the weights depend on the photos they were trained on.
+Ask the people who trained them.
 """
 
 

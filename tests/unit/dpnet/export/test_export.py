@@ -1,4 +1,4 @@
-"""Exported graphs against the network, and the folder that `dpnet export` writes."""
+"""Exported graphs compared with the network, and the folder that `dpnet export` writes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = ModelConfig(
     guide=7,
     discriminator_widths=(8, 8, 8, 8),
 )
-# torch.export takes a while over sizes that are symbols.
+# torch.export is slow with symbolic sizes.
 FORMATS = [
     pytest.param("torch-export", marks=pytest.mark.slow),
     "onnx",
@@ -40,7 +40,7 @@ SHAPES = [(1, 64, 64), (3, 37, 50), (2, 16, 16), (1, 1, 1), (1, 129, 97), (1, 8,
 
 
 def network_of(config: ModelConfig) -> Inpainter:
-    """A network with random weights throughout, so that every layer shows in the output."""
+    """Return a network with only random weights, so that every layer changes the output."""
     torch.manual_seed(0)
     generator = build_generator(config)
     for parameter in generator.parameters():
@@ -65,14 +65,14 @@ def worst(graph: export.Graph, network: Inpainter, shape: tuple[int, int, int]) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_graph_gives_what_the_network_gives_at_any_size_and_batch(
+def test_a_graph_agrees_with_the_network_at_any_size_and_batch(
     graph: export.Graph, network: Inpainter, shape: tuple[int, int, int]
 ) -> None:
     assert shape != EXAMPLE
     assert worst(graph, network, shape) <= 1e-4
 
 
-def test_a_graph_returns_known_pixels_and_ignores_what_the_hole_holds(graph: export.Graph) -> None:
+def test_a_graph_keeps_known_pixels_and_ignores_the_pixels_in_the_hole(graph: export.Graph) -> None:
     image, valid = example(2, 40, 56)
     hole = (valid == 0).expand_as(image)
     with torch.inference_mode():
@@ -101,7 +101,7 @@ def test_a_network_with_other_switches_can_be_exported(kind: str, switches: dict
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, network: Inpainter) -> str:
-    """The folder of a run with that network."""
+    """Write a run with that network, and return its folder."""
     store = LocalStore(tmp_path_factory.mktemp("runs"))
     save_generator(store, "run", network.generator, {"step": 7})
     return str(store.folder / "run")
@@ -114,18 +114,18 @@ def exported(reference: str, out: Path, *formats: str, root: str = "") -> Path:
 
 @pytest.fixture(scope="module")
 def folder(run: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("exported")  # empty, so it may be written to
+    out = tmp_path_factory.mktemp("exported")  # an existing empty folder is allowed
     return exported(run, out, "onnx", "torchscript")
 
 
-def test_the_folder_holds_weights_config_card_and_the_formats_asked_for(folder: Path) -> None:
+def test_the_folder_contains_weights_config_card_and_the_requested_formats(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     always = {"model.safetensors", "config.json", "README.md"}
     assert names == always | {"generator.onnx", "generator.ts"}
     assert json.loads((folder / "config.json").read_text())["step"] == 7
 
 
-def test_a_registered_model_takes_its_version_and_figures_along(
+def test_the_export_of_a_registered_model_contains_its_version_and_figures(
     network: Inpainter, tmp_path: Path
 ) -> None:
     store = LocalStore(tmp_path / "root")
@@ -148,10 +148,10 @@ def test_a_registered_model_takes_its_version_and_figures_along(
     assert config["evaluation"] == summary
     card = (out / "README.md").read_text()
     assert card.startswith("# DPNet image inpainting: dpnet version 1")
-    assert "hole PSNR: 20.00 dB" in card
+    assert "is 20.00 dB" in card
 
 
-def test_an_exported_model_loads_as_the_network_that_it_was(
+def test_an_exported_model_loads_as_the_same_network(
     run: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = load_model(run), load_model(str(folder))
@@ -163,12 +163,12 @@ def test_an_exported_model_loads_as_the_network_that_it_was(
     assert load_model(".").config == one.config
 
 
-def test_the_same_network_is_exported_to_the_same_bytes(network: Inpainter, folder: Path) -> None:
+def test_two_exports_of_a_network_have_the_same_bytes(network: Inpainter, folder: Path) -> None:
     assert export.MAKERS["onnx"](network) == (folder / "generator.onnx").read_bytes()
 
 
 def run_card(folder: Path, work: Path, generator_files: list[str]) -> None:
-    """Execute the card's snippets as they stand, and compare what they make with the network."""
+    """Run the card's code unchanged, and compare its results with the network."""
     for name in [*generator_files, "model.safetensors", "config.json"]:
         (work / name).write_bytes((folder / name).read_bytes())
     rng = np.random.default_rng(0)
@@ -200,18 +200,18 @@ def run_card(folder: Path, work: Path, generator_files: list[str]) -> None:
     assert np.abs(filled[mask > 0] - want[mask > 0]).max() <= 1
 
 
-def test_what_the_card_says_works(folder: Path, tmp_path: Path) -> None:
+def test_the_code_in_the_card_works(folder: Path, tmp_path: Path) -> None:
     run_card(folder, tmp_path, ["generator.onnx", "generator.ts"])
 
 
 @pytest.mark.slow
-def test_what_the_card_says_of_torch_export_works(run: str, tmp_path: Path) -> None:
+def test_the_code_in_the_card_works_for_torch_export(run: str, tmp_path: Path) -> None:
     out, work = exported(run, tmp_path / "out", "torch-export"), tmp_path / "work"
     work.mkdir()
     run_card(out, work, ["generator.pt2"])
 
 
-def test_the_card_tells_training_and_evaluation() -> None:
+def test_the_card_contains_training_and_evaluation() -> None:
     from dpnet.export.model_card import model_card
 
     means = {"dpnet": {"hole_psnr": 21.234, "ssim": 0.87654, "l1": None}}
@@ -232,10 +232,10 @@ def test_the_card_tells_training_and_evaluation() -> None:
         assert digest in card
     assert "| DPNet | 21.23 | 0.8765 | not computed |" in card
     assert "white (255) is the hole" in card
-    assert "None is recorded" in model_card("x", SMALL, {}, ["onnx"], {}, SHAPES)
+    assert "No evaluation is recorded" in model_card("x", SMALL, {}, ["onnx"], {}, SHAPES)
 
 
-def test_a_graph_that_differs_from_the_network_leaves_nothing_behind(
+def test_no_file_remains_if_a_graph_differs_from_the_network(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
@@ -244,7 +244,7 @@ def test_a_graph_that_differs_from_the_network_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_network_that_gives_nan_is_not_exported(tmp_path: Path) -> None:
+def test_a_network_that_returns_nan_is_not_exported(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
     generator = build_generator(SMALL)
     torch.nn.init.constant_(generator.out.weight, float("nan"))
@@ -254,21 +254,21 @@ def test_a_network_that_gives_nan_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_not_empty_is_left_as_it_is(run: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused_and_not_changed(run: str, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     for place in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(PipelineError, match="is there already: choose a new or empty folder"):
+        with pytest.raises(PipelineError, match="exists already: choose a new or empty folder"):
             exported(run, place, "torchscript")
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_a_folder_that_cannot_be_made_is_told(run: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(run: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineError, match=r"cannot write .*: Not a directory"):
         exported(run, tmp_path / "file" / "out", "torchscript")
 
 
-def test_what_must_be_installed_for_onnx_is_told_before_any_work(
+def test_missing_packages_for_onnx_are_reported_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None)
