@@ -56,9 +56,9 @@ HURRIED = """
 from dpnet.training.ray import workers as ray_train
 real = ray_train._worker
 def worker(config):
-    from data_prep.core.storage import s3
+    from data_prep.core.storage import s3_requests
     from dpnet.training import checkpoints
-    s3.ATTEMPTS = s3.ATTEMPTS_UNREACHED = 3
+    s3_requests.ATTEMPTS = s3_requests.ATTEMPTS_UNREACHED = 3
     checkpoints._WAIT_S = 1.0
     checkpoints.Writer.__init__.__kwdefaults__["patience"] = {patience}
     return real(config)

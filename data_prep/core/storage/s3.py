@@ -1,85 +1,69 @@
-"""A prefix of an S3 bucket as a store.
-
-Every request goes through `_call`, the only place that tries again: botocore's own retries end at
-the answer's first byte, share one quota among threads, and hide whether a conditional write was
-sent twice. Credentials come from the standard chain only.
-"""
+"""A prefix of an S3 bucket as a store."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import posixpath
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import urlsplit
 
 from data_prep.core.errors import StorageError, storage_error
-from data_prep.core.progress import say
 from data_prep.core.storage.range_reader import RangeReader
 from data_prep.core.storage.s3_errors import (
     BrokenAnswerError,
     code_of,
-    explain,
-    is_unreachable,
     may_pass,
     s3_errors,
     status_of,
 )
+from data_prep.core.storage.s3_requests import S3Requests
 from data_prep.core.storage.store import Entry, checked_key
 
-ATTEMPTS = 10  # of one request: half a minute of waiting on average, a minute at most
-ATTEMPTS_UNREACHED = 4  # while no server has answered yet: most likely the address is wrong
-FIRST_WAIT_S = 0.2
-LONGEST_WAIT_S = 20.0
-CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 60.0  # between two pieces of an answer
-BLOCK = 256 << 10  # bytes read from the network at once; a broken answer goes on after the last
-PART = 16 << 20  # bytes; more than this is sent in parts, and read again part by part on failure
+BLOCK = 256 << 10  # bytes read from the network at once; a broken answer resumes after the last
+PART = 16 << 20  # bytes; a larger object is sent in parts, and a failed part is read again
 PARTS_AT_ONCE = 4  # so that an upload holds at most 64 MiB
 MOST_PARTS = 10_000  # a limit of S3
 
 _PROBE = ".probe-"
-_WRITER = "writer"  # name of the mark that every conditional write carries
-# AWS compares the tag as it is given out, in quotes; Ceph, on writing, only without them.
+_WRITER = "writer"  # name of the metadata that every conditional write carries
+# For writes, AWS compares the tag in quotes, as it reports it, and Ceph only without quotes.
 _TAG_FORMS = ('"{}"', "{}")
 _UNKNOWN_CONDITION = {"NotImplemented", "501", "InvalidArgument", "InvalidRequest", "BadRequest"}
+log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class _Conditions:
-    """What a server honours: If-None-Match on writing, and the form of If-Match that it compares
-    (None: none)."""
+    """The conditional writes that a server supports."""
 
-    create: bool
-    replace: str | None
+    create: bool  # If-None-Match
+    replace: str | None  # the form of the tag in If-Match; None if the server ignores If-Match
 
 
 class S3Store:
-    """A prefix of a bucket. Safe to use from several threads, and to send to other processes.
+    """A prefix of a bucket. Safe to use from several threads and to send to other processes.
 
-    `create` and `replace` are conditional requests (If-None-Match, If-Match) where the server
-    honours them, which is found out before the first one. Where it does not, they look first and
-    write then, which is safe for one runner at a time; a warning says so.
+    `create` and `replace` send conditional requests (If-None-Match, If-Match). Before the first
+    one, the store tests whether the server supports them. If it does not, the store looks first and
+    writes then. This is safe for one runner at a time only, and a warning says so.
     """
 
     def __init__(self, bucket: str, prefix: str, patience: float = 0.0) -> None:
-        self.bucket, self.prefix, self.patience = bucket, prefix, patience
+        self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{posixpath.join(bucket, prefix)}".rstrip("/")
-        self._reached = False  # whether the server has ever answered
-        self._warned = False  # since it last did
-        self._honoured: _Conditions | None = None  # None: not asked yet
-        self._client: Any = None
+        self._requests = S3Requests(bucket, patience)
+        self._supported: _Conditions | None = None  # None: not tested yet
         self._lock = threading.RLock()
 
     @property
@@ -91,17 +75,15 @@ class S3Store:
         return self.uri
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None, "_lock": None}  # neither survives pickling
+        return {**self.__dict__, "_lock": None}  # a lock cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def client(self) -> Any:
-        with self._lock:
-            if self._client is None:
-                self._client = _new_client()
-            return self._client
+        """Return boto3's client."""
+        return self._requests.client
 
     def open(self, key: str) -> BinaryIO:
         head = self._head(key)
@@ -113,7 +95,7 @@ class S3Store:
 
     def read_range(self, key: str, offset: int, size: int) -> bytes:
         if size == 0:
-            self._head(key)  # for its FileNotFoundError
+            self._head(key)  # raises FileNotFoundError
             return b""
         return self._read_part(key, offset, size)
 
@@ -136,7 +118,7 @@ class S3Store:
             partial_file.unlink(missing_ok=True)
 
     def entry(self, key: str) -> Entry:
-        """Return the object's entry, as `list` would. Raises FileNotFoundError."""
+        """Return the entry that `list` has for the object. Raises FileNotFoundError."""
         head = self._head(key)
         return Entry(key, head["ContentLength"], head["ETag"])
 
@@ -152,7 +134,7 @@ class S3Store:
         for page in self._pages(prefix):
             for item in page.get("Contents", []):  # S3 lists in key order
                 key = item["Key"][start:]
-                # A name that ends in a slash marks a "folder" and is no object of ours.
+                # Other programs mark a "folder" by an object with a slash at its end.
                 name = posixpath.basename(key)
                 if name and not name.startswith(_PROBE):
                     yield Entry(key, item["Size"], item["ETag"])
@@ -164,9 +146,9 @@ class S3Store:
                 yield item["Prefix"][start:].rstrip("/")
 
     def _pages(self, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
-        """The answers to the requests that list what is under the folder `prefix`."""
+        """Yield the answers to the requests that list the folder `prefix`."""
         top = posixpath.join(self.prefix, checked_key(prefix) if prefix else "").strip("/")
-        # botocore asks for the names URL-encoded, and decodes them: any character survives.
+        # botocore requests URL-encoded names and decodes them, so every character survives.
         request = {"Bucket": self.bucket, "Prefix": f"{top}/" if top else "", **more}
         while True:
             page = self._call(prefix, lambda: self.client.list_objects_v2(**request))
@@ -204,7 +186,7 @@ class S3Store:
         at = self._at(key)
         self._call(key, lambda: self.client.delete_object(**at))
 
-    # Single requests
+    # Single requests.
 
     def _at(self, key: str) -> dict[str, Any]:
         return {"Bucket": self.bucket, "Key": posixpath.join(self.prefix, checked_key(key))}
@@ -214,7 +196,7 @@ class S3Store:
         return self._call(key, lambda: self.client.head_object(**at))
 
     def _tag(self, key: str) -> str:
-        """The object's tag, empty where it is absent."""
+        """Return the object's tag; the empty string if the object does not exist."""
         try:
             return str(self._head(key)["ETag"])
         except FileNotFoundError:
@@ -225,7 +207,7 @@ class S3Store:
         return str(self._call(key, lambda: self.client.put_object(**at, Body=data))["ETag"])
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> str | None:
-        """The new tag, or None where the condition does not hold."""
+        """Write under a condition; return the new tag, or None if the condition is false."""
         at = self._at(key)
         mark = {_WRITER: secrets.token_hex(8)}
         sent = 0
@@ -237,7 +219,7 @@ class S3Store:
                 answer = self.client.put_object(**at, Body=data, Metadata=mark, **condition)
                 return str(answer["ETag"])
             except s3_errors() as error:
-                # 404 on If-Match: the object is gone.
+                # The server answers 404 to If-Match if the object does not exist.
                 gone = code_of(error) in ("NoSuchKey", "404") and "IfMatch" in condition
                 if gone or status_of(error) == 412:
                     return None
@@ -245,35 +227,36 @@ class S3Store:
 
         tag = self._call(key, attempt)
         if tag is None and sent > 1:
-            # An earlier attempt may have been done and only its answer lost: the mark tells.
+            # Perhaps an earlier attempt succeeded and only its answer was lost. The mark shows it.
             try:
-                there = self._head(key)
+                stored = self._head(key)
             except FileNotFoundError:
                 return None
-            return str(there["ETag"]) if there.get("Metadata") == mark else None
+            return str(stored["ETag"]) if stored.get("Metadata") == mark else None
         return tag
 
     def _conditions(self) -> _Conditions:
         with self._lock:
-            if self._honoured is None:
-                self._honoured = self._probe()
-                if not self._honoured.create or self._honoured.replace is None:
-                    say(
-                        f"warning: the S3 server of {self.uri} does not honour conditional writes:"
-                        " two runners at the same time are not kept apart, start only one."
+            if self._supported is None:
+                self._supported = self._probe()
+                if not self._supported.create or self._supported.replace is None:
+                    log.warning(
+                        "the S3 server of %s does not support conditional writes: two runners at"
+                        " the same time can overwrite each other's work. Start only one.",
+                        self.uri,
                     )
-            return self._honoured
+            return self._supported
 
     def _probe(self) -> _Conditions:
-        """Which conditions the server honours, asked with an object of its own.
+        """Find out which conditional writes the server supports, by means of a small object.
 
-        Raises StorageError where nothing can be written at all.
+        Raises StorageError if nothing can be written at all.
         """
         key = f"{_PROBE}{secrets.token_hex(8)}"
         at = self._at(key)
 
         def accepts(**condition: str) -> bool | None:
-            """Whether it writes under the condition; None if it knows no such condition."""
+            """Return whether the server writes then; None if it does not know the condition."""
 
             def attempt() -> bool | None:
                 try:
@@ -299,12 +282,10 @@ class S3Store:
                 replace=next((form for form in _TAG_FORMS if compares(form)), None),
             )
         finally:
-            try:
+            with suppress(StorageError):  # without the right to delete, an empty object remains
                 self.delete(key)
-            except StorageError:  # no right to delete: it is empty, and listings leave it out
-                pass
 
-    # Bodies
+    # Reading bodies.
 
     def _read_part(self, key: str, offset: int, size: int, tag: str = "") -> bytes:
         into = io.BytesIO()
@@ -314,15 +295,22 @@ class S3Store:
     def _receive(
         self, key: str, into: BinaryIO, start: int = 0, size: int | None = None, tag: str = ""
     ) -> str:
-        """Put the object's bytes from `start`, all or at most `size` of them, into an empty file.
+        """Copy bytes of an object into an empty file and return the object's tag.
 
-        Returns the object's tag. With `tag` given it must be that one still. An answer that breaks
-        off is taken up where it broke; one that a change of the object overtakes starts again.
+        If the connection breaks, the next request resumes after the last byte. If the object
+        changes meanwhile, the copy starts again.
+
+        Args:
+            key: The object.
+            into: An empty file.
+            start: Offset of the first byte in the object.
+            size: Most bytes to copy; None for all.
+            tag: The tag that the object must still have. Another tag raises StorageError.
         """
         at = self._at(key)
         given = tag
         position = start
-        stop = None if size is None else start + size  # None: not known yet
+        stop = None if size is None else start + size  # None: the size is not known yet
 
         def attempt() -> None:
             nonlocal position, stop, tag
@@ -353,9 +341,9 @@ class S3Store:
                 if status not in (412, 416):
                     if position - begun < BLOCK or not may_pass(error):
                         raise
-                    return  # the next attempt goes on from here, with full patience
+                    return  # the next attempt resumes here and may fail as often as the first one
             if status == 416 and begun == start:
-                stop = position  # the range begins beyond the end
+                stop = position  # the range begins after the end
             elif given:
                 raise StorageError(
                     f"{self._where(key)} was changed while it was read: run the same command again."
@@ -365,14 +353,16 @@ class S3Store:
                 stop = None if size is None else start + size
                 into.seek(0)
                 into.truncate()
-                raise BrokenAnswerError("the object was changed meanwhile")
+                raise BrokenAnswerError("the object changed while it was read")
 
         while stop is None or position < stop:
             self._call(key, attempt)
         return tag
 
+    # Writing in parts.
+
     def _put_parts(self, key: str, size: int, part: Callable[[int, int], bytes]) -> None:
-        """Write `size` bytes, of which `part(offset, size)` gives a part, as a multipart upload."""
+        """Write `size` bytes as a multipart upload; `part(offset, size)` returns some of them."""
         at = self._at(key)
         length = max(PART, -(-size // MOST_PARTS))
         started = self._call(key, lambda: self.client.create_multipart_upload(**at))
@@ -382,8 +372,8 @@ class S3Store:
             body = part(offset, length)
             if len(body) != min(length, size - offset):
                 raise StorageError(
-                    f"what is stored as {self._where(key)} became shorter meanwhile: run the same"
-                    " command again."
+                    f"cannot write {self._where(key)}: its source became shorter meanwhile. Run the"
+                    " same command again."
                 )
             number = offset // length + 1
             request = {**upload, "PartNumber": number, "Body": body}
@@ -394,10 +384,8 @@ class S3Store:
                 tags = list(pool.map(send, range(0, size, length)))
             self._complete(key, upload, tags)
         except BaseException:
-            try:
+            with suppress(Exception):  # the first failure is the one to report
                 self.client.abort_multipart_upload(**upload)
-            except Exception:  # what went wrong first is what is told
-                pass
             raise
 
     def _complete(self, key: str, upload: dict[str, Any], tags: Sequence[str]) -> None:
@@ -407,50 +395,20 @@ class S3Store:
         def attempt() -> None:
             nonlocal sent
             sent += 1
-            # Where only the answer to an earlier attempt was lost, the upload is done and unknown.
+            # After a lost answer the upload is complete, and the server no longer knows its id.
             if sent > 1 and self._tag(key) == _tag_of_parts(tags):
                 return
             self.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
 
         self._call(key, attempt)
 
-    # Trying again
+    # All requests.
 
     def _call(self, key: str, attempt: Callable[[], _Result]) -> _Result:
-        """What `attempt` returns, which is tried again while its failure may pass.
-
-        Waits grow exponentially with full jitter. Raises FileNotFoundError or StorageError.
-        """
-        failures, start = 0, time.monotonic()
-        while True:
-            try:
-                result = attempt()
-            except s3_errors() as error:
-                failures += 1
-                self._reached = self._reached or status_of(error) > 0
-                few = is_unreachable(error) and not self._reached
-                told: Exception | None = None
-                often = failures >= (ATTEMPTS_UNREACHED if few else ATTEMPTS)
-                if often or not may_pass(error):
-                    told = explain(error, self._where(key), self.bucket, self._server())
-                if told and may_pass(error) and time.monotonic() - start < self.patience:
-                    self._warn(f"{told} It is tried on for {self.patience / 60:.0f} minutes.")
-                    told = None
-            else:
-                self._reached, self._warned = True, False
-                return result
-            if told is not None:
-                raise told  # out here it carries no chain: what the libraries say stays unseen
-            longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1))
-            time.sleep(secrets.SystemRandom().uniform(0.0, longest))  # differs in forked processes
-
-    def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
-            say(f"warning: {text}")
+        return self._requests.send(self._where(key), attempt)
 
     def _end(self, key: str, answer: Any, position: int) -> int | None:
-        """Where the object of an answer to a GET from `position` ends; None if it does not say."""
+        """Return the object's size, from the answer to a GET from `position`; None if unknown."""
         span = answer.get("ContentRange")  # "bytes 5-9/100"
         if span is None and position == 0:
             length: int | None = answer.get("ContentLength")
@@ -458,49 +416,19 @@ class S3Store:
         first, _, total = str(span).removeprefix("bytes ").partition("/")
         if first.partition("-")[0] != str(position):
             raise StorageError(
-                f"{self._where(key)}: the S3 server does not honour range reads: use another one."
+                f"{self._where(key)}: the S3 server does not support range reads. Use another one."
             )
         return int(total) if total.isdecimal() else None
 
     def _where(self, key: str) -> str:
-        """The object's URI on one line."""
+        """Return the object's URI on one line."""
         return "".join(c if c.isprintable() else "?" for c in f"{self.uri}/{key}".rstrip("/"))
-
-    def _server(self) -> str:
-        """The server's host and port, without anything else that its address may hold."""
-        address = urlsplit(self.client.meta.endpoint_url)
-        return f"{address.hostname}:{address.port}" if address.port else str(address.hostname)
-
-
-def _new_client() -> Any:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    config = Config(
-        retries={"total_max_attempts": 1, "mode": "standard"},  # `_call` tries again
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        max_pool_connections=32,
-        tcp_keepalive=True,
-        # Servers other than AWS refuse or mangle the newer default checksums.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    try:
-        return boto3.session.Session().client("s3", config=config)
-    except (BotoCoreError, ValueError) as error:  # ValueError: the address is none
-        reason = type(error).__name__
-    raise StorageError(
-        f"the AWS settings cannot be used ({reason}): check AWS_ENDPOINT_URL (http://host:port),"
-        " AWS_PROFILE, the credentials and ~/.aws."
-    )
 
 
 def _tag_of_parts(tags: Sequence[str]) -> str:
-    """The tag of a finished multipart upload, as AWS and Ceph make it from those of its parts."""
+    """Return the tag that AWS and Ceph give to a multipart upload with these parts."""
     try:
         digests = b"".join(bytes.fromhex(tag.strip('"')) for tag in tags)
-    except ValueError:  # encrypted in a way that makes other tags
+    except ValueError:  # some encryption gives other tags
         return ""
     return f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(tags)}"'

@@ -1,0 +1,130 @@
+"""Send requests to an S3 server and retry them.
+
+botocore's own retries are off: they end at the first byte of an answer, share one quota among
+threads, and hide whether a conditional write was sent twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from data_prep.core.errors import StorageError
+from data_prep.core.storage.s3_errors import (
+    explain,
+    is_unreachable,
+    may_pass,
+    s3_errors,
+    status_of,
+)
+
+ATTEMPTS = 10  # of one request: the waits add up to half a minute on average, a minute at most
+ATTEMPTS_UNREACHED = 4  # while no server has answered yet: most likely the address is wrong
+FIRST_WAIT_S = 0.2
+LONGEST_WAIT_S = 20.0
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0  # between two pieces of an answer
+
+log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+
+
+class S3Requests:
+    """The client of one bucket. Safe to use from several threads and to send to processes.
+
+    Credentials come from the standard AWS chain only.
+    """
+
+    def __init__(self, bucket: str, patience: float) -> None:
+        """Remember the bucket, and the seconds for which a failing request is retried."""
+        self.bucket, self.patience = bucket, patience
+        self._reached = False  # whether the server has ever answered
+        self._warned = False  # since the last answer
+        self._client: Any = None
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None, "_lock": None}  # these two cannot be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+    @property
+    def client(self) -> Any:
+        """Return boto3's client, which is made when it is first needed."""
+        with self._lock:
+            if self._client is None:
+                self._client = new_client()
+            return self._client
+
+    def send(self, where: str, attempt: Callable[[], _Result]) -> _Result:
+        """Return the result of `attempt`, and repeat it while its failure may be temporary.
+
+        Waits grow exponentially with full jitter. `where` is the URI for messages.
+
+        Raises:
+            FileNotFoundError: The object does not exist.
+            StorageError: The request failed for good.
+        """
+        failures, start = 0, time.monotonic()
+        while True:
+            try:
+                result = attempt()
+            except s3_errors() as error:
+                failures += 1
+                self._reached = self._reached or status_of(error) > 0
+                few = is_unreachable(error) and not self._reached
+                final: Exception | None = None
+                if failures >= (ATTEMPTS_UNREACHED if few else ATTEMPTS) or not may_pass(error):
+                    final = explain(error, where, self.bucket, self._server())
+                if final and may_pass(error) and time.monotonic() - start < self.patience:
+                    self._warn_once(final)
+                    final = None
+            else:
+                self._reached, self._warned = True, False
+                return result
+            if final is not None:
+                raise final  # outside of the handler, so that the library's error is not chained
+            longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (failures - 1))
+            time.sleep(secrets.SystemRandom().uniform(0.0, longest))  # differs in forked processes
+
+    def _warn_once(self, failure: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning("%s Retrying for up to %.0f min.", failure, self.patience / 60)
+
+    def _server(self) -> str:
+        """Return the server's host and port; the rest of its address may hold a password."""
+        address = urlsplit(self.client.meta.endpoint_url)
+        return f"{address.hostname}:{address.port}" if address.port else str(address.hostname)
+
+
+def new_client() -> Any:
+    """Return a boto3 client. Raises StorageError if the AWS settings cannot be used."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    config = Config(
+        retries={"total_max_attempts": 1, "mode": "standard"},  # `send` retries
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=READ_TIMEOUT_S,
+        max_pool_connections=32,
+        tcp_keepalive=True,
+        # Servers other than AWS refuse or damage the newer default checksums.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:  # ValueError: a malformed address
+        reason = type(error).__name__
+    raise StorageError(
+        f"the AWS settings cannot be used ({reason}): check AWS_ENDPOINT_URL (http://host:port),"
+        " AWS_PROFILE, the credentials and ~/.aws."
+    )
