@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from dpnet.cli.parser import build_parser
+from dpnet.pipeline.config import load_config, load_settings
+from flows.deployments import DeploySettings
 
 REPOSITORY = Path(__file__).parents[3]
 FILE = re.compile(r"`((?:data_prep|dpnet|flows|tests|benchmarks|docs|infra)/[\w./-]+)`")
@@ -75,6 +77,12 @@ def dpnet_commands(text: str) -> Iterator[Command]:
             yield Command(number, words[1:])
 
 
+def examples(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of each block that begins with a comment like `# mine.yaml`."""
+    for found in re.finditer(r"^    # ([\w-]+\.yaml)\n((?:    .*\n)+)", text, re.MULTILINE):
+        yield found[1], found[2]
+
+
 def links(text: str) -> Iterator[str]:
     """Yield the targets of links and images that are in the repository."""
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -90,6 +98,8 @@ def headings(page: Path) -> set[str]:
 
 def test_there_are_pages_to_check() -> None:
     assert {"README.md", "ARCHITECTURE.md", "docs/config.md"} <= {name(page) for page in PAGES}
+    shown = [title for page in PAGES for title, _ in examples(page.read_text("utf-8"))]
+    assert sorted(shown) == ["mine.yaml", "mine.yaml", "my-deploy.yaml"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -130,6 +140,17 @@ def test_every_dpnet_command_in_a_block_is_one_that_the_parser_accepts(
             build_parser().parse_args(command.words)
         except ValueError as error:
             pytest.fail(f"{name(page)}:{command.line}: dpnet {shlex.join(command.words)}: {error}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_example_of_a_config_can_be_loaded(page: Path, tmp_path: Path) -> None:
+    for title, example in examples(page.read_text("utf-8")):
+        file = tmp_path / title
+        file.write_text(example, "utf-8")
+        if "deploy" in title:
+            load_settings(DeploySettings, file)
+        else:
+            assert load_config(str(file)).name == "mine"
 
 
 def test_the_pages_show_every_command() -> None:
