@@ -1,7 +1,7 @@
-"""The Prefect UI in a real browser: a run is started, watched, broken, mended and taken up again.
+"""The Prefect UI in a real browser: start a run, watch it, break it, repair it and resume it.
 
-With DPNET_SCREENSHOTS=DIR the demo is run instead of the smallest config, and the pictures of
-docs/ui.md are written to that folder.
+With DPNET_SCREENSHOTS=DIR the tests run the demo instead of a tiny config, and write the
+screenshots of docs/ui.md to that folder.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ pytestmark = [
 
 SHOTS = os.environ.get("DPNET_SCREENSHOTS")
 STEPS, MORE_STEPS = (40, 60) if SHOTS else (8, 12)
-SECOND = 1000.0  # in Playwright's milliseconds
-LONG = 300 * SECOND  # for what a busy machine trains
+SECOND = 1000.0  # Playwright counts milliseconds
+LONG = 300 * SECOND  # enough for a training on a busy machine
 NEW_YEAR = "0 0 1 1 *"
-OF_PIPELINE = {"deployments": {"name": {"any_": ["dpnet-pipeline"]}}}  # none that schedules make
+OF_PIPELINE = {"deployments": {"name": {"any_": ["dpnet-pipeline"]}}}  # no scheduled runs
 CONFIG = """
 name: tiny
 images: {{source: {photos}, name: tiny, size: 32, val: 0.2, test: 0.3, workers: 1}}
@@ -58,13 +58,13 @@ STAGES = ["prepare images", "prepare masks", "train", "evaluate", "register"]
 
 @dataclass
 class Up:
-    """A `dpnet up` with everything deployed."""
+    """A `dpnet up` with all deployments."""
 
     root: Path
     addresses: dict[str, Any]
 
     def ask(self, path: str, about: dict[str, Any]) -> Any:
-        """Prefect's API."""
+        """Send a request to the Prefect API, and return the answer."""
         url = f"{self.addresses['api_url']}/{path}"
         body = json.dumps(about).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
@@ -72,7 +72,7 @@ class Up:
             return json.load(answer)
 
     def stages(self, run_url: str, attempt: int) -> dict[str, str]:
-        """How the stages of one attempt of a flow run ended, by the API."""
+        """Return the last state of each stage in one attempt of a flow run."""
         about = {"flow_runs": {"id": {"any_": [run_url.rpartition("/")[2]]}}}
         found = {}
         for task in self.ask("task_runs/filter", about):
@@ -84,7 +84,7 @@ class Up:
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("ui")
-    root = Path("/tmp/dpnet") if SHOTS else folder / "root"  # a short name for pictures
+    root = Path("/tmp/dpnet") if SHOTS else folder / "root"  # a short name for the screenshots
     if SHOTS:
         shutil.rmtree(root, ignore_errors=True)
     hidden = ("PREFECT_", "RAY_", "DPNET_", "AWS_", "MLFLOW_")
@@ -102,7 +102,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         line = process.stdout.readline()
         assert line, (folder / "up.log").read_text()
         file = folder / "deploy.yaml"
-        # Schedules make runs, but none is due while this goes on.
+        # The schedules create runs, but none of them is due during the test.
         own = f"config: {config(folder)}\nwatch: {NEW_YEAR}\nretrain: {NEW_YEAR}\n"
         file.write_text("config: demo\n" if SHOTS else own)
         subprocess.run([*dpnet, "deploy", str(file), "--root", str(root)], env=env, check=True)
@@ -139,11 +139,11 @@ def page() -> Iterator[Page]:
 
 
 def shoot(page: Page, name: str) -> None:
-    """Keep a screenshot for the documentation, where that is asked for."""
+    """Write a screenshot for the documentation, if the user requests it."""
     if SHOTS:
         expect(page.locator(".p-toast")).to_have_count(0)
-        with Image.open(io.BytesIO(page.screenshot())) as picture:
-            palette = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        with Image.open(io.BytesIO(page.screenshot())) as image:
+            palette = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
         Path(SHOTS).mkdir(parents=True, exist_ok=True)
         palette.save(Path(SHOTS, f"{name}.png"), optimize=True)
 
@@ -164,7 +164,7 @@ def field(page: Page, name: str) -> Locator:
 
 
 def start(page: Page, up: Up, steps: int) -> str:
-    """Fill in the form and send it; the address of the run's page, which is open then."""
+    """Fill in and send the form. Return the address of the run's page, which is open now."""
     open_form(page, up)
     field(page, "steps").fill(str(steps))
     shoot(page, "form")
@@ -172,7 +172,7 @@ def start(page: Page, up: Up, steps: int) -> str:
     page.wait_for_url("**tab=Runs*")
     newest = {"sort": "EXPECTED_START_TIME_DESC", "limit": 1}
     (run,) = up.ask("flow_runs/filter", newest | OF_PIPELINE)
-    # The list is looked up again from time to time only.
+    # The page reloads the list only from time to time.
     page.locator(f"a[href*='/flow-run/{run['id']}']").first.click(timeout=LONG)
     page.wait_for_url("**/flow-run/*")
     return page.url.partition("?")[0]
@@ -190,7 +190,7 @@ def expect_state(page: Page, state: str) -> None:
 
 @pytest.fixture(scope="module")
 def completed(page: Page, up: Up) -> str:
-    """The address of a run that was started in the form and watched until it completed."""
+    """Start a run in the form, watch it until it completes, and return its address."""
     url = start(page, up, STEPS)
     expect_state(page, "Running")
     tab(page, "Artifacts")
@@ -202,7 +202,7 @@ def completed(page: Page, up: Up) -> str:
         shoot(page, "running")
     expect_state(page, "Completed")
     expect(progress).to_contain_text(f"train: {STEPS} of {STEPS} steps")
-    assert not before.startswith(f"train: {STEPS} of"), "it was not seen to move"
+    assert not before.startswith(f"train: {STEPS} of"), "the progress did not change"
     return url
 
 
@@ -215,7 +215,7 @@ def artifact(page: Page, run: str, key: str) -> None:
 
 
 def widths(page: Page) -> list[int]:
-    """Of all pictures of the page, as rendered; 0 of one that could not be."""
+    """Return the width of each image on the page; 0 for an image that cannot be rendered."""
     page.locator("img").first.wait_for()
     return page.locator("img").evaluate_all(
         "all => Promise.all(all.map(e => e.decode().then(() => e.naturalWidth, () => 0)))"
@@ -226,12 +226,12 @@ def test_a_value_out_of_range_is_refused_before_anything_starts(page: Page, up: 
     open_form(page, up)
     field(page, "steps").fill("0")
     page.get_by_role("button", name="Submit").click()
-    told = page.get_by_text("Validation failed for field 'train.steps'").first
-    expect(told).to_contain_text("0 is less than the minimum of 1")
+    error = page.get_by_text("Validation failed for field 'train.steps'").first
+    expect(error).to_contain_text("0 is less than the minimum of 1")
     assert up.ask("flow_runs/filter", OF_PIPELINE) == []
 
 
-def test_a_run_says_in_its_name_what_was_changed_and_every_stage_completes(
+def test_the_name_of_a_run_has_the_changed_options_and_every_stage_completes(
     page: Page, up: Up, completed: str
 ) -> None:
     page.goto(completed)
@@ -250,7 +250,7 @@ def test_the_summary_has_digests_and_figures(page: Page, up: Up, completed: str)
     shoot(page, "summary")
 
 
-def test_pictures_of_the_results_are_rendered(page: Page, completed: str) -> None:
+def test_the_result_images_are_rendered(page: Page, completed: str) -> None:
     artifact(page, completed, "pictures")
     found = widths(page)
     shoot(page, "pictures")
@@ -258,14 +258,16 @@ def test_pictures_of_the_results_are_rendered(page: Page, completed: str) -> Non
     assert min(found) > 0
 
 
-def test_the_link_to_the_report_leads_to_it(page: Page, completed: str) -> None:
+def test_the_link_to_the_report_opens_the_report(page: Page, completed: str) -> None:
     artifact(page, completed, "summary")
     page.goto(page.get_by_role("link", name="/report.html").get_attribute("href") or "")
     expect(page.get_by_text("Telea").first).to_be_visible()
     assert min(widths(page)) > 0
 
 
-def test_the_link_to_mlflow_leads_to_the_trainings_run(page: Page, up: Up, completed: str) -> None:
+def test_the_link_to_mlflow_opens_the_run_of_the_training(
+    page: Page, up: Up, completed: str
+) -> None:
     artifact(page, completed, "summary")
     link = page.get_by_role("link", name=up.addresses["mlflow_url"]).get_attribute("href") or ""
     (training,) = (up.root / "runs").iterdir()
@@ -274,12 +276,12 @@ def test_the_link_to_mlflow_leads_to_the_trainings_run(page: Page, up: Up, compl
     expect(page.get_by_text("hole_psnr").first).to_be_visible()
 
 
-def test_a_stage_that_failed_is_told_of_in_a_sentence_and_retry_runs_only_what_is_not_done(
+def test_a_failed_stage_is_explained_in_a_sentence_and_retry_runs_only_unfinished_stages(
     page: Page, up: Up, completed: str
 ) -> None:
     folder, aside = up.root / "evaluations", up.root / "aside"
     folder.rename(aside)
-    folder.write_text("in the way")  # of the folder that the stage needs
+    folder.write_text("in the way")  # the stage needs a folder of this name
     run = start(page, up, MORE_STEPS)
     expect_state(page, "Failed")
     assert up.stages(run, 1) == {
@@ -289,7 +291,7 @@ def test_a_stage_that_failed_is_told_of_in_a_sentence_and_retry_runs_only_what_i
         "evaluate": "Failed",
     }
     expect(page.locator(".logs, main").first).not_to_contain_text("Traceback")
-    # As the stage says it; the task's own line begins with it.
+    # The line of the stage. The line of the task begins with the same sentence.
     sentence = page.get_by_text(re.compile(f"^cannot use {folder}.*: ")).first
     expect(sentence).to_be_visible()
     sentence.scroll_into_view_if_needed()

@@ -1,4 +1,4 @@
-"""The dashboard, the alerts and the scrape configuration ask for metrics that there are."""
+"""The dashboard, the alerts and the scrape configuration use metrics that exist."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def expressions() -> list[str]:
     return [*panels, *variables, *(rule["expr"] for rule in ALERTS)]
 
 
-def test_every_metric_of_ours_that_is_asked_for_is_exported_and_nearly_all_are_shown() -> None:
-    asked = names_in(expressions(), "dpnet")
-    assert asked <= METRICS.keys()
-    assert METRICS.keys() - asked == {"dpnet_up"}
+def test_every_metric_of_ours_in_use_is_exported_and_all_but_one_are_in_use() -> None:
+    used = names_in(expressions(), "dpnet")
+    assert used <= METRICS.keys()
+    assert METRICS.keys() - used == {"dpnet_up"}
 
 
-def test_every_metric_of_ray_that_is_asked_for_is_in_rays_own_dashboards() -> None:
+def test_every_metric_of_ray_in_use_is_in_rays_own_dashboards() -> None:
     ray = importlib.util.find_spec("ray")
     if ray is None or ray.origin is None:
         pytest.skip("ray is not installed")
     folder = Path(ray.origin).parent / "dashboard" / "modules" / "metrics" / "dashboards"
     known = names_in([path.read_text("utf-8") for path in folder.glob("*_panels.py")], "ray")
-    asked = names_in(expressions(), "ray")
-    assert asked
-    assert asked <= known
+    used = names_in(expressions(), "ray")
+    assert used
+    assert used <= known
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_every_panel_takes_the_chosen_data_source_and_says_what_it_shows(
+def test_every_panel_uses_the_chosen_data_source_and_has_a_description(
     panel: dict[str, Any],
 ) -> None:
     assert panel["description"].endswith(".")
@@ -71,14 +71,14 @@ def test_no_two_panels_have_the_same_number_or_overlap() -> None:
         taken |= cells
 
 
-def test_alerts_are_of_what_stands_still_is_away_or_has_failed() -> None:
+def test_there_are_alerts_for_stuck_trainings_lost_storage_and_failed_items() -> None:
     named = {rule["alert"].removeprefix("Dpnet"): rule for rule in ALERTS}
     assert {"TrainingStuck", "StorageDown", "FailedSamples"} <= named.keys()
     for rule in ALERTS:
         assert rule["annotations"].keys() == {"summary", "description"}
 
 
-def test_prometheus_scrapes_the_exporter_where_it_listens_by_default() -> None:
+def test_prometheus_scrapes_the_default_address_of_the_exporter() -> None:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
     jobs = {job["job_name"]: job for job in config["scrape_configs"]}
     assert jobs.keys() == {"dpnet", "ray"}

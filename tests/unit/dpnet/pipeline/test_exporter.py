@@ -1,4 +1,4 @@
-"""What Prometheus is told of a root, by real scrapes."""
+"""The metrics of a root, read with real scrapes."""
 
 from __future__ import annotations
 
@@ -71,22 +71,22 @@ def store(tmp_path: Path) -> LocalStore:
 
 @pytest.fixture
 def scraped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Store], Scraped]]:
-    """Scrapes an exporter of a store, one for each store, which looks anew at each scrape."""
+    """Return a function that scrapes the exporter of a store, which reads at each scrape."""
     monkeypatch.setattr(exporter, "READ_EVERY_S", 0.0)
     servers: dict[str, Any] = {}
 
-    def look(store: Store) -> Scraped:
+    def scrape_store(store: Store) -> Scraped:
         if store.uri not in servers:
             servers[store.uri] = serve(store)
         return scrape(servers[store.uri][1])
 
-    yield look
+    yield scrape_store
     for server, _ in servers.values():
         server.shutdown()
         server.server_close()
 
 
-def test_a_training_tells_how_far_and_how_well_it_is(store, scraped):
+def test_a_training_exports_its_progress_speed_and_losses(store, scraped):
     store.write("runs/mine-1/status.json", status(1234.5))
     store.write("runs/mine-1/lease.json", b"{}")
     run = ("mine-1",)
@@ -108,12 +108,12 @@ def test_a_training_tells_how_far_and_how_well_it_is(store, scraped):
     }
 
 
-def test_a_training_that_nobody_works_on_is_not_claimed(store, scraped):
+def test_a_training_without_a_lease_is_not_claimed(store, scraped):
     store.write("runs/mine-1/status.json", status(1234.5))
     assert scraped(store)["dpnet_train_claimed", ("mine-1",)] == 0
 
 
-def test_a_training_that_has_ended_is_told_of_for_an_hour(store):
+def test_a_finished_training_is_exported_for_an_hour(store):
     ended = commit(store, "train", "runs", {"log.jsonl": b""}).folder
     store.write(f"{ended}/status.json", status(1000.0))
     reader = RootReader(store)
@@ -123,28 +123,28 @@ def test_a_training_that_has_ended_is_told_of_for_an_hour(store):
     assert reader.read(1000.0 + KEEP_ENDED_S + 1) == []
 
 
-def test_of_a_dataset_the_newest_version_is_told(store, scraped):
+def test_only_the_newest_version_of_a_dataset_is_exported(store, scraped):
     version(store, 1, samples=90, failed=3)
     assert scraped(store)["dpnet_dataset_samples", ("cats", "train", "1")] == 90
     version(store, 2, samples=100, failed=4)
     store.write("images/cats/begun/work/train-000000.json", b"{}")
-    told = scraped(store)
-    assert told["dpnet_dataset_samples", ("cats", "train", "2")] == 100
-    assert told["dpnet_dataset_samples", ("cats", "val", "2")] == 7
-    assert told["dpnet_dataset_failed", ("cats",)] == 4
-    assert ("dpnet_dataset_samples", ("cats", "train", "1")) not in told
+    values = scraped(store)
+    assert values["dpnet_dataset_samples", ("cats", "train", "2")] == 100
+    assert values["dpnet_dataset_samples", ("cats", "val", "2")] == 7
+    assert values["dpnet_dataset_failed", ("cats",)] == 4
+    assert ("dpnet_dataset_samples", ("cats", "train", "1")) not in values
 
 
-def test_the_champion_of_each_model_is_told(store, scraped):
+def test_the_champion_of_each_model_is_exported(store, scraped):
     store.write("registry/dpnet/champion.json", b'{"version": 3, "hole_psnr": 24.25}')
     store.write("registry/other/v1.json", b'{"version": 1, "hole_psnr": 20.0}')
-    told = scraped(store)
-    assert told["dpnet_champion_version", ("dpnet",)] == 3
-    assert told["dpnet_champion_hole_psnr", ("dpnet",)] == 24.25
-    assert ("dpnet_champion_version", ("other",)) not in told
+    values = scraped(store)
+    assert values["dpnet_champion_version", ("dpnet",)] == 3
+    assert values["dpnet_champion_hole_psnr", ("dpnet",)] == 24.25
+    assert ("dpnet_champion_version", ("other",)) not in values
 
 
-def test_of_what_is_damaged_nothing_is_told_and_of_the_rest_all(store, scraped):
+def test_damaged_records_are_left_out_and_all_others_are_exported(store, scraped):
     damaged = {
         "runs/a-1/status.json": b'{"step": ',
         "runs/b-1/status.json": b"[1]",
@@ -159,13 +159,13 @@ def test_of_what_is_damaged_nothing_is_told_and_of_the_rest_all(store, scraped):
         store.write(key, data)
     store.write("runs/sound-1/status.json", status(1.0))
     store.write("registry/sound/champion.json", b'{"version": 1, "hole_psnr": 20}')
-    told = scraped(store)
-    labels = {labels[0] for _, labels in told if labels}
+    values = scraped(store)
+    labels = {labels[0] for _, labels in values if labels}
     assert labels == {"sound-1", "sound"}
-    assert told["dpnet_storage_up", ()] == 1
+    assert values["dpnet_storage_up", ()] == 1
 
 
-def test_storage_that_is_away_is_told_and_so_is_its_return(store, scraped):
+def test_a_root_that_disappears_and_returns_is_reported(store, scraped):
     store.write("runs/mine-1/status.json", status(1.0))
     assert scraped(store)["dpnet_storage_up", ()] == 1
     away = store.folder.rename(store.folder.with_name("away"))
@@ -174,7 +174,7 @@ def test_storage_that_is_away_is_told_and_so_is_its_return(store, scraped):
     assert scraped(store)["dpnet_train_step", ("mine-1",)] == 50
 
 
-def test_a_scrape_does_not_wait_for_storage_that_hangs(store, scraped, monkeypatch):
+def test_a_scrape_does_not_wait_for_a_storage_that_hangs(store, scraped, monkeypatch):
     monkeypatch.setattr(exporter, "WAIT_S", 0.05)
     hangs = True
 
@@ -203,24 +203,24 @@ def test_the_store_is_not_read_at_every_scrape(store):
         server.server_close()
 
 
-def test_a_root_on_s3_is_told_as_a_folder_is(moto_root, scraped):
+def test_a_root_on_s3_is_exported_like_a_folder(moto_root, scraped):
     store = open_store(moto_root)
     store.write("runs/mine-1/status.json", status(1.0))
     store.write("registry/dpnet/champion.json", b'{"version": 3, "hole_psnr": 24.25}')
-    told = scraped(store)
-    assert told["dpnet_train_step", ("mine-1",)] == 50
-    assert told["dpnet_champion_version", ("dpnet",)] == 3
+    values = scraped(store)
+    assert values["dpnet_train_step", ("mine-1",)] == 50
+    assert values["dpnet_champion_version", ("dpnet",)] == 3
 
 
-def test_every_metric_has_a_name_of_ours_and_says_what_it_is():
-    for name, (what, _) in METRICS.items():
+def test_every_metric_has_our_prefix_and_a_description():
+    for name, (description, _) in METRICS.items():
         assert name.startswith("dpnet_")
-        assert what.endswith(".")
+        assert description.endswith(".")
 
 
-def test_a_port_that_is_taken_is_told(store):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_a_used_port_is_refused(store):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
         with pytest.raises(PipelineError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*--port"):
             serve(store, port)
 
@@ -239,25 +239,25 @@ def test_the_command_prints_its_address_and_ends_on_sigterm(store):
             process.kill()
 
 
-def test_a_root_that_is_none_is_told_by_the_command(capsys):
+def test_the_command_refuses_a_wrong_root_in_one_line(capsys):
     assert exporter.main(["ftp://here"]) == 1
     assert "addresses cannot be used" in capsys.readouterr().err
 
 
-def test_reports_are_shown_and_nothing_else_of_the_root(tmp_path: Path) -> None:
+def test_reports_are_served_and_no_other_file_of_the_root(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.write("evaluations/0123456789ab/report.html", b"<p>a report</p>")
     store.write("evaluations/0123456789ab/report.json", b"{}")
     server, port = serve(store)
     try:
-        at = f"http://127.0.0.1:{port}/evaluations"
-        with urllib.request.urlopen(f"{at}/0123456789ab/report.html") as answer:
+        url = f"http://127.0.0.1:{port}/evaluations"
+        with urllib.request.urlopen(f"{url}/0123456789ab/report.html") as answer:
             assert answer.read() == b"<p>a report</p>"
             assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{at}/aaaaaaaaaaaa/report.html")
+            urllib.request.urlopen(f"{url}/aaaaaaaaaaaa/report.html")
         for other in ("0123456789ab/report.json", "../evaluations/0123456789ab/report.html"):
-            with urllib.request.urlopen(f"{at}/{other}") as answer:
+            with urllib.request.urlopen(f"{url}/{other}") as answer:
                 assert b"dpnet_up" in answer.read()
     finally:
         server.shutdown()

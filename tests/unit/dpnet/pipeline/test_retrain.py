@@ -1,6 +1,6 @@
-"""Retraining: from which champion, compared with which, once for each state of the data.
+"""Retraining: which champion it starts from and is compared with, and that it runs once.
 
-Images, masks, registration and registry are real; training and evaluation are made up, as figures.
+Images, masks, registration and registry are real. Training and evaluation only return figures.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ OPTIONS = ("size=32", "masks.size=32", "masks.train=4", "masks.eval_per_bin=2")
 
 
 class Stages:
-    """A `call` whose training and evaluation make up what they give.
+    """A `call` with a fake training and a fake evaluation.
 
-    `psnr` is that of every new training; `trained` are the references that these began with.
+    `psnr` is the figure of every new training. `trained` has the references that trainings started
+    from.
     """
 
     def __init__(self, store: LocalStore, psnr: float) -> None:
@@ -71,7 +72,7 @@ class Stages:
         self.evaluated.append((images.content_digest, run.folder))
         own = float(store.read(f"{run.folder}/model/generator.safetensors"))
         pairs = images.content_digest
-        # Of other pictures the figure is another one.
+        # The figure depends on the images.
         psnr = own + int(pairs[:2], 16) / 1000
         return small_root.commit(
             store,
@@ -100,14 +101,14 @@ def config(folder: Path, *overrides: str) -> Config:
 
 @pytest.fixture
 def grown(store: LocalStore, folder: Path) -> Path:
-    """The source of version 1, the champion of 20 dB, to which three photographs have come."""
+    """Return a source with a champion of 20 dB for version 1, and three new photos since then."""
     run_chain(config(folder), store, call=Stages(store, 20.0))
     for number in range(3):
         photograph(folder / f"new {number}.png", 100 + number)
     return folder
 
 
-def test_a_retrain_starts_from_the_champion_and_the_better_one_is_promoted(
+def test_a_retrain_starts_from_the_champion_and_the_better_model_is_promoted(
     store: LocalStore, grown: Path
 ) -> None:
     before = find_record(store)
@@ -123,7 +124,7 @@ def test_a_retrain_starts_from_the_champion_and_the_better_one_is_promoted(
     assert (summary["images"]["version"], summary["images"]["added"]) == (2, 3)
     assert summary["champion"]["version"] == 1
     new, old = summary["hole_psnr"], summary["champion"]["hole_psnr"]
-    assert old != before["hole_psnr"]  # it was measured again
+    assert old != before["hole_psnr"]  # it was evaluated again
     assert summary["reason"] == (
         f"Its hole PSNR of {new:.2f} dB is above the {old:.2f} dB of version 1."
     )
@@ -139,7 +140,7 @@ def test_a_worse_model_is_kept_as_challenger(store: LocalStore, grown: Path) -> 
     assert find_record(store)["version"] == 1
 
 
-def test_the_same_images_are_retrained_on_once(store: LocalStore, grown: Path) -> None:
+def test_the_same_images_are_trained_on_once(store: LocalStore, grown: Path) -> None:
     first = retrain(config(grown), store, Stages(store, 19.0))
     call = Stages(store, 30.0)
     again = retrain(config(grown), store, call)
@@ -168,12 +169,12 @@ def test_two_retrains_at_once_train_once(store: LocalStore, grown: Path) -> None
     assert find_record(store)["version"] == 2
 
 
-def test_images_that_the_champion_was_trained_on_are_nothing_to_do(
+def test_there_is_nothing_to_do_if_the_champion_was_trained_on_these_images(
     store: LocalStore, grown: Path
 ) -> None:
     for path in grown.glob("new *.png"):
         path.unlink()
-    (grown / "notes.txt").write_text("no picture")
+    (grown / "notes.txt").write_text("not an image")
     call = Stages(store, 30.0)
     with pytest.raises(NothingToDo, match="version 1, was trained on exactly these images"):
         retrain(config(grown), store, call)
@@ -181,7 +182,9 @@ def test_images_that_the_champion_was_trained_on_are_nothing_to_do(
     assert not list(store.list("retrains"))
 
 
-def test_without_a_champion_it_trains_from_nothing(store: LocalStore, folder: Path) -> None:
+def test_without_a_champion_training_starts_from_random_weights(
+    store: LocalStore, folder: Path
+) -> None:
     call = Stages(store, 20.0)
     ref = retrain(config(folder), store, call)
     assert call.trained == [None]
@@ -191,11 +194,11 @@ def test_without_a_champion_it_trains_from_nothing(store: LocalStore, folder: Pa
 
 
 class Killed(BaseException):
-    """Ends a call at a chosen place, as kill -9 would."""
+    """Ends a call at a chosen point, like kill -9."""
 
 
 @pytest.mark.parametrize("title", ["train", "evaluate the champion", "register"])
-def test_a_retrain_that_was_killed_goes_on_from_the_same_champion(
+def test_a_killed_retrain_resumes_from_the_same_champion(
     store: LocalStore, grown: Path, title: str
 ) -> None:
     call = Stages(store, 21.0)
@@ -217,7 +220,7 @@ def test_a_retrain_that_was_killed_goes_on_from_the_same_champion(
     assert verify(store).problems == []
 
 
-def test_one_that_was_killed_after_it_was_promoted_makes_no_second_version(
+def test_a_retrain_killed_after_its_promotion_makes_no_second_version(
     store: LocalStore, grown: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*arguments: object) -> None:
@@ -241,7 +244,9 @@ def promote(store: LocalStore, run: StageRef, evaluation: StageRef) -> None:
     store.write("registry/dpnet/champion.json", store.read(f"registry/dpnet/v{number}.json"))
 
 
-def test_it_is_compared_with_the_champion_of_the_moment(store: LocalStore, grown: Path) -> None:
+def test_the_new_model_is_compared_with_the_current_champion(
+    store: LocalStore, grown: Path
+) -> None:
     call = Stages(store, 21.0)
 
     def promote_another(title: str) -> None:
@@ -256,7 +261,7 @@ def test_it_is_compared_with_the_champion_of_the_moment(store: LocalStore, grown
     assert find_record(store)["version"] == 2
 
 
-def test_a_champion_that_fell_while_it_was_measured_is_not_compared_with(
+def test_a_champion_replaced_during_its_evaluation_blocks_the_promotion(
     store: LocalStore, grown: Path
 ) -> None:
     call = Stages(store, 21.0)
@@ -271,20 +276,24 @@ def test_a_champion_that_fell_while_it_was_measured_is_not_compared_with(
     assert "version 2, was evaluated on other pairs" in ref.summary["reason"]
 
 
-def test_another_network_than_the_champions_is_refused(store: LocalStore, grown: Path) -> None:
+def test_a_network_that_differs_from_the_champions_is_refused(
+    store: LocalStore, grown: Path
+) -> None:
     call = Stages(store, 21.0)
     with pytest.raises(PipelineError, match=r"model\.preset base and this config tiny"):
         retrain(config(grown, "model.preset=tiny"), store, call)
     assert call.trained == []
 
 
-def test_how_it_is_computed_asks_for_nothing_else(store: LocalStore, grown: Path) -> None:
+def test_options_that_do_not_change_the_result_do_not_change_the_request(
+    store: LocalStore, grown: Path
+) -> None:
     retrain(config(grown), store, Stages(store, 21.0))
     same = ("train.workers=2", "train.checkpoint_every=7", "evaluate.threads=1")
     assert retrain(config(grown, *same), store, Stages(store, 21.0)).skipped
 
 
-def test_an_altered_plan_is_told(store: LocalStore, grown: Path) -> None:
+def test_an_altered_plan_is_refused(store: LocalStore, grown: Path) -> None:
     call = Stages(store, 21.0)
 
     def spoil(title: str) -> None:
@@ -300,7 +309,7 @@ def test_an_altered_plan_is_told(store: LocalStore, grown: Path) -> None:
         retrain(config(grown), store, Stages(store, 21.0))
 
 
-def test_the_manifest_names_what_was_made(store: LocalStore, grown: Path) -> None:
+def test_the_record_names_the_folder_of_every_output(store: LocalStore, grown: Path) -> None:
     ref = retrain(config(grown), store, Stages(store, 21.0))
     assert set(read_manifest(store, ref.folder).inputs) == {"images", "masks"}
     made = json.loads(store.read(f"{ref.folder}/retrain.json"))["made"]
