@@ -1,16 +1,16 @@
 """The order of samples: a pure function of (content digest, seed, cursor).
 
-The cursor counts samples since the start of training: the global batch of step t is the samples at
-cursors [t * batch, (t + 1) * batch), whatever the number of workers, and rank r of w takes those
-that are r modulo w. So the state of the loader is one integer, batches run on across the end of an
-epoch, and every rank makes the same number of steps.
+The cursor counts samples since the start of training. The global batch of step t has the samples
+at the cursors [t * batch, (t + 1) * batch), whatever the number of workers. Rank r of w takes the
+cursors that are r modulo w. So the state of the loader is one integer, a batch can hold samples of
+two epochs, and all ranks make the same number of steps.
 
-A dataset is read along *lanes*: cursor c stands in lane c mod L at row c div L. A lane goes through
-one shard at a time, whole and in random order, and then takes the next shard of the epoch's random
-sequence; where that is used up, the first of the next epoch's. So a batch mixes samples of L
-shards, each shard is visited once an epoch by one lane, and every sample comes once an epoch,
-though lanes begin an epoch one after the other, as they become free. With L a multiple of the
-number of ranks a lane belongs to one rank, and so does each shard.
+A dataset is read along *lanes*. Cursor c is in lane c mod L, at row c div L. A lane reads one shard
+at a time, all of it and in random order. Then it takes the next shard of the epoch's random
+sequence, or the first one of the next epoch. So a batch mixes samples of L shards, one lane reads
+each shard once an epoch, and each sample comes once an epoch. Lanes begin an epoch one by one, as
+they finish their shards. If L is a multiple of the number of ranks, each lane belongs to one rank,
+and so does each shard.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Cursors = NDArray[np.int64]
 
 
 class Visit(NamedTuple):
-    """A lane's way through one shard, which begins at row `start` and takes `size` rows."""
+    """One reading of a shard by a lane: `size` rows from row `start`."""
 
     start: int
     lane: int
@@ -40,16 +40,18 @@ class Visit(NamedTuple):
 
     @property
     def stop(self) -> int:
+        """Return the row after the last one."""
         return self.start + self.size
 
 
 class ShardOrder:
-    """In which order the samples of a dataset come.
+    """The order of a dataset's samples.
 
     Args:
         digest: content digest of the dataset.
-        sizes: samples of each shard, none empty. The position in it is the shard's number.
-        lanes: most lanes; `self.lanes` is the largest divisor of it with a shard for each lane.
+        seed: another seed gives another order.
+        sizes: number of samples of each shard, at least 1. Shards are numbered by their position.
+        lanes: most lanes. `self.lanes` is its largest divisor that is at most the number of shards.
     """
 
     def __init__(self, digest: str, seed: int, sizes: Sequence[int], lanes: int) -> None:
@@ -59,23 +61,23 @@ class ShardOrder:
         self.samples = sum(sizes)
 
     def shards(self, epoch: int) -> list[int]:
-        """The random sequence of the shards in one epoch."""
+        """Return the random sequence of the shards in one epoch."""
         order = generator("shards", self.digest, self.seed, epoch).permutation(len(self.sizes))
         numbers: list[int] = order.tolist()
         return numbers
 
     def within(self, visit: Visit) -> NDArray[np.int64]:
-        """The random order of a shard's samples in one visit."""
+        """Return the random order of a shard's samples in one visit."""
         return generator("samples", self.digest, self.seed, visit.epoch, visit.shard).permutation(
             visit.size
         )
 
     def visits(self, row: int = 0) -> Iterator[Visit]:
-        """The visits that go on at `row` or begin later, in the order in which they begin.
+        """Yield the visits that end after `row`, in the order of their starts, without end.
 
-        Without end. The ones before `row` are gone through too: a microsecond each.
+        Earlier visits are computed too, at a microsecond each.
         """
-        free = [(0, lane) for lane in range(self.lanes)]  # when each lane becomes free: a heap
+        free = [(0, lane) for lane in range(self.lanes)]  # heap: the row at which a lane is free
         epoch = 0
         while True:
             for shard in self.shards(epoch):
@@ -87,7 +89,7 @@ class ShardOrder:
             epoch += 1
 
     def samples_at(self, start: int, stop: int) -> NDArray[np.int64]:
-        """(epoch, shard, position in the shard) at the cursors [start, stop), one row each."""
+        """Return (epoch, shard, position in the shard) for each cursor in [start, stop)."""
         found = np.full((stop - start, 3), -1, np.int64)
         if start == stop:
             return found
@@ -105,22 +107,29 @@ class ShardOrder:
 
 
 def rank_cursors(step: int, batch: int, rank: int, world: int) -> range:
-    """Cursors of the samples that `rank` of `world` trains on at `step` (from 0)."""
+    """Return the cursors of the samples that a rank trains on at a step.
+
+    Args:
+        step: number of the step, from 0.
+        batch: samples in a batch, counted over all ranks.
+        rank: number of the rank, from 0.
+        world: number of ranks.
+    """
     first = step * batch
     return range(first + (rank - first) % world, first + batch, world)
 
 
 class Augmentation(NamedTuple):
-    """What is done to the samples at some cursors, each an array with one entry a sample."""
+    """The random changes to the samples at some cursors, one entry of each array a sample."""
 
-    flip: NDArray[np.bool_]  # the image, left to right
-    crop: NDArray[np.float64]  # N 2, in [0, 1): where a crop begins (down, across), as a share
-    turns: NDArray[np.int64]  # of the mask, by quarters
-    mask_flip: NDArray[np.bool_]
+    flip: NDArray[np.bool_]  # mirror the image left to right
+    crop: NDArray[np.float64]  # [N, 2] in [0, 1): (down, across) start of a crop, as a share
+    turns: NDArray[np.int64]  # in 0..3: rotate the mask by quarters
+    mask_flip: NDArray[np.bool_]  # mirror the mask left to right
 
 
 def augmentation(seed: int, cursors: Cursors) -> Augmentation:
-    """The augmentation of the samples at `cursors`: photographs are not turned, masks are."""
+    """Return the augmentation of the samples at `cursors`. Masks are rotated, images are not."""
     draws = [uniform(seed, name, cursors) for name in ("flip", "down", "across", "turn", "mask")]
     flip, down, across, turn, mask = draws
     return Augmentation(
@@ -129,20 +138,20 @@ def augmentation(seed: int, cursors: Cursors) -> Augmentation:
 
 
 def uniform(seed: int, name: str, cursors: Cursors) -> NDArray[np.float64]:
-    """Numbers in [0, 1), one for each cursor and independent of all others.
+    """Return a random number in [0, 1) for each cursor, independent of the other cursors.
 
-    The splitmix64 generator (Steele, Lea and Flood 2014) at the state that it has after `cursor`
-    steps: unlike a generator object for each sample it costs next to nothing.
+    It is the SplitMix64 generator (Steele, Lea and Flood 2014) in its state after `cursor` steps.
+    A generator object for each sample would cost far more.
     """
     mixed = splitmix64(_key(name, seed) + cursors.astype(np.uint64) * np.uint64(GAMMA))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-@lru_cache  # it is asked for at every batch
+@lru_cache  # every batch needs it
 def _key(name: str, seed: int) -> np.uint64:
     return np.uint64(int(sha256_json([name, seed])[:16], 16))
 
 
 def generator(*parts: str | int) -> np.random.Generator:
-    """An independent random stream for each tuple of `parts`."""
+    """Return a random generator that is independent for each tuple of `parts`."""
     return np.random.Generator(np.random.Philox(key=int(sha256_json(parts)[:32], 16)))

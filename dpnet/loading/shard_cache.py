@@ -1,8 +1,8 @@
-"""A folder of this machine that keeps shards of a far-away store, shared by its processes.
+"""A folder on this machine that keeps shards of a remote store, shared by all processes.
 
-Files are named by the hash of their bytes, so a version of a dataset that shares shards with
-another shares them here too, and a file is what it says or it is not taken. A file in use may be
-evicted: who has it open reads on.
+A file's name is the hash of its bytes. So dataset versions that share shards share files here, and
+a file with other bytes is not used. A file can be deleted while it is in use: a process that has
+it open can still read it.
 """
 
 from __future__ import annotations
@@ -22,45 +22,55 @@ from data_prep.core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-_NEW = ".new-"  # with a shard's hash: one that is being fetched, its whole size reserved
-_SHARD = re.compile(r"[0-9a-f]{64}\.tar")  # nothing else in the folder is ever deleted
+_NEW = ".new-"  # then a shard's hash: a file that is being fetched, with its whole size reserved
+_SHARD = re.compile(r"[0-9a-f]{64}\.tar")  # nothing else in the folder is deleted
 
 
 class ShardCache:
-    """At most `limit` bytes of shards in `folder`; the ones not used for longest go first."""
+    """At most `limit` bytes of shards in a folder. The least recently used are deleted first."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        self._telling, self._told = threading.Lock(), False
+        self._warning, self._warned = threading.Lock(), False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(error, f"train.cache {folder}") from error
 
     def open(self, store: Store, key: str, sha256: str, size: int) -> int | None:
-        """A descriptor of the shard's file, fetched unless it is here.
+        """Return a descriptor of a shard's file, which is fetched if it is not here.
 
-        None where it cannot be kept: it is larger than the cache, or than what others leave of it
-        that fetch just now; its bytes are not those of the hash; or the disk refuses. Raises
-        FileNotFoundError where the store has none.
+        Args:
+            store: the store to fetch from.
+            key: key of the tar.
+            sha256: hash of the tar, in hexadecimal digits.
+            size: bytes of the tar.
+
+        Returns:
+            None if the shard cannot be kept: it does not fit next to the shards that are being
+            fetched now, its bytes do not have this hash, or the disk refuses it.
+
+        Raises:
+            FileNotFoundError: the store does not have the shard.
         """
         path = self._path(sha256)
         try:
-            if (file := _opened(path)) is not None or size > self.limit:
+            if (file := _open_used(path)) is not None or size > self.limit:
                 return file
-            # One process fetches, others wait for it; the lock ends with its holder.
+            # One process fetches and the others wait. The lock ends with its process.
             with _locked(self._lock(sha256)):
-                file = _opened(path)
+                file = _open_used(path)
                 if file is None and self._fetch(store, key, sha256, size):
-                    file = _opened(path)
+                    file = _open_used(path)
                 return file
         except OSError as error:
             if isinstance(error, FileNotFoundError) and self.folder.is_dir():
-                raise  # it is the store that has none
-            self._tell(error)
+                raise  # the file is missing in the store, not here
+            self._warn(error)
             return None
 
     def drop(self, sha256: str) -> None:
+        """Delete a shard."""
         with suppress(OSError):
             self._path(sha256).unlink()
 
@@ -68,19 +78,20 @@ class ShardCache:
         return self.folder / f"{sha256}.tar"
 
     def _lock(self, sha256: str) -> Path:
-        """Who fetches a shard holds this, which others of the same first digits share."""
+        """Return the lock file for fetching a shard. Some shards share one."""
         return self.folder / f".lock-{sha256[:2]}"
 
-    def _tell(self, error: OSError) -> None:
-        with self._telling:
-            told, self._told = self._told, True
-        if not told:
+    def _warn(self, error: OSError) -> None:
+        with self._warning:
+            warned, self._warned = self._warned, True
+        if not warned:
             log.warning(
                 "%s Until then shards are fetched each time.",
                 storage_error(error, f"train.cache {self.folder}"),
             )
 
     def _fetch(self, store: Store, key: str, sha256: str, size: int) -> bool:
+        """Fetch a shard. Return whether it is here now."""
         new = self.folder / f"{_NEW}{sha256}"
         try:
             if not self._reserve(new, size):
@@ -88,33 +99,33 @@ class ShardCache:
             store.download(key, new)
             if sha256_file(new) != sha256:
                 return False
-            # Not while another looks through the folder, which would count neither name.
+            # Under the lock: during the rename another process could count neither name.
             with _locked(self.folder / ".lock"):
                 os.replace(new, self._path(sha256))
             return True
         except StorageError as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-                raise error.__cause__ from None  # of this disk, not of the store
+                raise error.__cause__ from None  # an error of this disk, not of the store
             raise
         finally:
             new.unlink(missing_ok=True)
 
     def _reserve(self, new: Path, size: int) -> bool:
-        """Make the file `new` of `size` bytes, for which the shards not used for longest make room.
+        """Create the file `new` of `size` bytes, and delete least recently used shards for it.
 
-        False where there is no room for it: all else is being fetched.
+        Return False if there is no room, because other shards are being fetched.
         """
         with _locked(self.folder / ".lock"):
-            taken, shards = size, []  # taken: what cannot be deleted
+            taken, shards = size, []  # taken: bytes that cannot be deleted
             for path in self.folder.iterdir():
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     if _SHARD.fullmatch(path.name):
                         shards.append((status.st_mtime_ns, status.st_size, path))
                     elif path.name.startswith(_NEW) and path != new:
-                        if self._is_left(path):
+                        if self._is_abandoned(path):
                             path.unlink()
-                        elif path.suffix == "":  # a part of it, which grows, lies beside
+                        elif path.suffix == "":  # not the growing `.part` file next to it
                             taken += status.st_size
             if taken > self.limit:
                 return False
@@ -128,8 +139,8 @@ class ShardCache:
                 file.truncate(size)
             return True
 
-    def _is_left(self, new: Path) -> bool:
-        """Whether the process that was fetching this was killed: nobody holds the lock."""
+    def _is_abandoned(self, new: Path) -> bool:
+        """Return whether the process that fetched this file was killed: its lock is free."""
         try:
             with _locked(self._lock(new.name.removeprefix(_NEW)), fcntl.LOCK_NB):
                 return True
@@ -137,13 +148,14 @@ class ShardCache:
             return False
 
 
-def _opened(path: Path) -> int | None:
+def _open_used(path: Path) -> int | None:
+    """Open a file and mark it as used now. Return None if it does not exist."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     with suppress(OSError):
-        os.utime(path)  # it was used just now
+        os.utime(path)
     return file
 
 

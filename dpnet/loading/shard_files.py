@@ -63,6 +63,7 @@ class ShardSet:
 
     @property
     def samples(self) -> int:
+        """Return the number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
 
