@@ -1,7 +1,7 @@
-"""Peers without learning, to see what a model is worth: mean fill, Telea's method, pull-push.
+"""Methods without learning, to compare a model with: mean fill, Telea's method, pull-push.
 
-All take an image uint8 [H, W, 3] and a mask `valid` uint8 [H, W] (1 = known, 0 = hole), and give
-the composite, uint8 [H, W, 3]: known pixels are those of the image, bit for bit.
+Each takes an image, uint8 [H, W, 3], and a mask `valid`, uint8 [H, W] (1 = known, 0 = hole). Each
+returns the composite, uint8 [H, W, 3]. Its known pixels are those of the image, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 Image = NDArray[np.uint8]
 
 TELEA_RADIUS = 3  # pixels; the radius of OpenCV's own example
-MID_GREY = 128  # where no pixel is known
+MID_GREY = 128  # the fill of an image without known pixels
 
 
 def mean_fill(image: Image, valid: Image) -> Image:
-    """The hole filled with the mean colour of this image's known pixels, rounded."""
+    """Fill the hole with the mean colour of the image's known pixels, rounded."""
     known = image[valid > 0]
     colour = np.rint(known.mean(axis=0)) if len(known) else np.full(3, MID_GREY)
     return _composite(image, valid, colour.astype(np.uint8))
 
 
 def smooth_fill(image: Image, valid: Image) -> Image:
-    """Pull-push, the smooth fill that DPNet's decoder is shown (see `dpnet.model.fill`)."""
+    """Fill the hole by pull-push, which is an input of DPNet's decoder (`dpnet.model.fill`)."""
     import torch
 
     from dpnet.model.fill import pull_push
@@ -37,17 +37,17 @@ def smooth_fill(image: Image, valid: Image) -> Image:
 
 
 def telea(image: Image, valid: Image) -> Image:
-    """OpenCV's fast-marching inpainting (Telea, J. Graphics Tools 9(1), 2004).
+    """Fill the hole by fast marching, as OpenCV does (Telea, J. Graphics Tools 9(1), 2004).
 
-    It treats the three channels alike, so their order does not matter. An image without a known
-    pixel gets mid grey, for OpenCV would leave the truth in it.
+    All channels are treated in the same way, so their order does not matter. An image without
+    known pixels becomes grey, because OpenCV would keep the truth in it.
     """
     import cv2
 
     if not valid.any():
         return mean_fill(image, valid)
     hole = (valid == 0).astype(np.uint8)
-    # The hole is emptied first, so that nothing of the truth can pass through.
+    # Empty the hole first, so that the method cannot see the truth.
     filled = cv2.inpaint(
         _composite(image, valid, np.uint8(0)), hole, TELEA_RADIUS, cv2.INPAINT_TELEA
     )
@@ -55,4 +55,5 @@ def telea(image: Image, valid: Image) -> Image:
 
 
 def _composite(image: Image, valid: Image, fill: Image | np.uint8) -> Image:
+    """Return `image` where pixels are known, and `fill` in the hole."""
     return np.where(valid[..., None] > 0, image, fill)

@@ -1,4 +1,4 @@
-"""The report's charts, as inline SVG that takes the text colour of the page around it."""
+"""The report's charts, as inline SVG in the text colour of the page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from dpnet.evaluation.protocol import METHODS
 
-INK = "#123457"  # stands for the page's text colour until the SVG is written out
+INK = "#123457"  # replaced with the text colour of the page in the finished SVG
 COLOURS = {"dpnet": "#2f7de1", "smooth_fill": "#2a9d6f", "telea": "#d9730d", "mean_fill": "#8a8f98"}
 _OTHERS = ("#2f7de1", "#d9730d", "#2e9e6b", "#b455c8", "#c9a100", "#d64550", "#8a8f98")
 
@@ -18,7 +18,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def validation_chart(dpnet: Points, mean_fill: Points) -> str:
-    """Hole PSNR in dB over training steps, with mean fill on the same images as a dashed line."""
+    """Draw hole PSNR in dB over training steps. Mean fill on the same images is a dashed line."""
     figure, axes = _figure("training step", "hole PSNR, dB")
     axes.plot(
         *_columns(mean_fill),
@@ -41,7 +41,7 @@ def validation_chart(dpnet: Points, mean_fill: Points) -> str:
 
 
 def losses_chart(losses: Mapping[str, Points]) -> str:
-    """Training losses by name over steps, on a logarithmic scale where all of them allow it."""
+    """Draw training losses by name over steps, on a logarithmic scale if all are positive."""
     figure, axes = _figure("training step", "loss")
     for number, (name, points) in enumerate(sorted(losses.items())):
         axes.plot(*_columns(points), color=_OTHERS[number % len(_OTHERS)], lw=1.4, label=name)
@@ -54,11 +54,14 @@ def losses_chart(losses: Mapping[str, Points]) -> str:
 def bins_chart(
     groups: Sequence[str], values: Mapping[str, Sequence[tuple[float, float, float]]], title: str
 ) -> str:
-    """For each method its (mean, low, high) in every group, with the interval as a bar.
+    """Draw the mean of each method in each group, with its interval as a bar.
 
-    `values` is by method, one triple for each of `groups`.
+    Args:
+        groups: names of the groups.
+        values: by method, a triple (mean, low, high) for each group.
+        title: label of the vertical axis.
     """
-    figure, axes = _figure("hole, share of the picture", title)
+    figure, axes = _figure("hole, share of the image", title)
     for number, (method, triples) in enumerate(values.items()):
         x = [at + 0.15 * (number - (len(values) - 1) / 2) for at in range(len(groups))]
         means = [mean for mean, _, _ in triples]
@@ -84,7 +87,7 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
-    # Without pyplot: its global state and its choice of a window system are not needed.
+    # Not pyplot, which has global state and chooses a window system.
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -112,7 +115,7 @@ def _svg(figure: Any, label: str) -> str:
     import matplotlib
 
     file = io.StringIO()
-    # Text as text, and the same ids for the same picture.
+    # Keep text as text, and give the same chart the same ids.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)

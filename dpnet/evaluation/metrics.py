@@ -1,8 +1,8 @@
 """Metrics of a composite against the truth, on 8-bit RGB.
 
 `composite` and `truth` are uint8 [H, W, 3]; `valid` is uint8 [H, W], 1 = known, 0 = hole.
-Definitions differ between papers more than results do, so each function says its own. A `hole_`
-variant looks at the hole's pixels alone and is None where there is no hole.
+Papers define metrics in different ways, so each function states its definition. A `hole_` metric
+uses only the pixels of the hole, and is None for an image without a hole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Image = NDArray[np.uint8]
 Map = NDArray[np.float64]
 
-PSNR_CAP = 100.0  # dB; a perfect picture has no finite PSNR
+PSNR_CAP = 100.0  # dB; a perfect image has no finite PSNR
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
 SSIM_C1 = (0.01 * 255) ** 2
@@ -32,7 +32,7 @@ class Interval(NamedTuple):
 
 
 def evaluate_pair(composite: Image, truth: Image, valid: Image) -> dict[str, float | None]:
-    """Every metric of one picture: psnr, ssim, l1 of the whole composite and of the hole."""
+    """Measure PSNR, SSIM and L1 of the whole composite and of the hole."""
     hole = valid == 0
     similarity = ssim_map(composite, truth)
     return {
@@ -46,7 +46,7 @@ def evaluate_pair(composite: Image, truth: Image, valid: Image) -> dict[str, flo
 
 
 def psnr(composite: Image, truth: Image) -> float:
-    """10 log10(255² / MSE) in dB over all pixels and channels, at most PSNR_CAP."""
+    """Return 10 log10(255² / MSE) in dB over all pixels and channels, at most PSNR_CAP."""
     return _psnr(_difference(composite, truth))
 
 
@@ -62,38 +62,38 @@ def hole_psnr(composite: Image, truth: Image, valid: Image) -> float | None:
 
 
 def l1(composite: Image, truth: Image) -> float:
-    """Mean |composite − truth| over all pixels and channels, in percent of 255."""
+    """Return the mean |composite − truth| over all pixels and channels, in percent of 255."""
     return _l1(_difference(composite, truth))
 
 
 def hole_l1(composite: Image, truth: Image, valid: Image) -> float | None:
-    """L1 in percent over the hole's pixels, all channels; None for an empty hole."""
+    """Return L1 in percent over the hole's pixels, all channels, or None for an empty hole."""
     hole = valid == 0
     return _l1(_difference(composite, truth)[hole]) if hole.any() else None
 
 
 def ssim(composite: Image, truth: Image) -> float:
-    """Structural similarity (Wang et al., IEEE TIP 2004): the mean of `ssim_map` over the pixels
-    whose 11 x 11 window lies inside the picture.
+    """Return the structural similarity (Wang et al., IEEE TIP 2004).
 
-    The same as scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False, data_range=255, channel_axis=2)`. EdgeConnect's, for one, is not
-    this: it is of grey pictures with a window of 51.
+    It is the mean of `ssim_map` over the pixels with their whole 11 x 11 window inside the image.
+    It equals scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=255, channel_axis=2)`. Other papers define it in
+    another way: EdgeConnect uses grey images and a window of 51.
     """
     return _interior_mean(ssim_map(composite, truth))
 
 
 def hole_ssim(composite: Image, truth: Image, valid: Image) -> float | None:
-    """The mean of `ssim_map` over the hole's pixels, up to the border; None for an empty hole."""
+    """Return the mean of `ssim_map` over the hole, border included, or None for an empty hole."""
     hole = valid == 0
     return float(ssim_map(composite, truth)[hole].mean()) if hole.any() else None
 
 
 def ssim_map(composite: Image, truth: Image) -> Map:
-    """SSIM at each pixel, the mean of the three channels: float64 [H, W] in [-1, 1].
+    """Return SSIM at each pixel, the mean of the three channels: float64 [H, W] in [-1, 1].
 
-    Gaussian window 11 x 11 with σ 1.5, K1 0.01, K2 0.03, data range 255, population covariance;
-    beyond the border the picture is mirrored, edge pixel included.
+    Gaussian window 11 x 11 with σ 1.5, K1 0.01, K2 0.03, data range 255, population covariance.
+    Beyond the border the image is mirrored, edge pixel included.
     """
     x, y = composite.astype(np.float64), truth.astype(np.float64)
     mean_x, mean_y = _blur(x), _blur(y)
@@ -108,21 +108,28 @@ def ssim_map(composite: Image, truth: Image) -> Map:
 
 
 def perfect(psnr_values: Sequence[float]) -> int:
-    """How many PSNR values stand at the cap."""
+    """Count the PSNR values that are at the cap."""
     return sum(value >= PSNR_CAP for value in psnr_values)
 
 
 def bootstrap_mean(
     values: Sequence[float], rng: np.random.Generator, *, resamples: int = 1000, level: float = 0.95
 ) -> Interval:
-    """The mean of `values` and its percentile bootstrap interval (Efron 1979), drawn from `rng`.
+    """Return the mean of `values` and its percentile bootstrap interval (Efron 1979).
 
-    Raises ValueError without values.
+    Args:
+        values: at least one value.
+        rng: draws the resamples.
+        resamples: number of resamples.
+        level: confidence level, between 0 and 1.
+
+    Raises:
+        ValueError: there are no values.
     """
     if len(values) == 0:
         raise ValueError("the mean of no values is not defined")
     data = np.asarray(values, dtype=np.float64)
-    # Some resamples at a time: all at once would need resamples x values indices in memory.
+    # In several batches: all at once would need resamples x values indices in memory.
     some = max(1, min(resamples, 1_000_000 // len(data)))
     means = np.concatenate(
         [
@@ -151,7 +158,7 @@ def _interior_mean(similarity: Map) -> float:
     margin = SSIM_WINDOW // 2
     interior = similarity[margin:-margin, margin:-margin]
     if interior.size == 0:
-        raise ValueError(f"SSIM needs a picture of at least {SSIM_WINDOW} pixels a side")
+        raise ValueError(f"SSIM needs an image of at least {SSIM_WINDOW} pixels a side")
     return float(interior.mean())
 
 

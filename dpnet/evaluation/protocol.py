@@ -1,4 +1,8 @@
-"""The evaluation protocol: what is measured, in words, and how single results become figures."""
+"""The evaluation protocol: its definitions in words, and the way from single results to figures.
+
+The texts of PROTOCOL and NOT_COMPUTED are content of report.json. So a change of a word there
+gives another content digest.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ Rows = list[dict[str, Any]]  # of metrics.parquet: one for each pair and method
 
 METHODS = {
     "dpnet": "DPNet",
-    "smooth_fill": "Smooth fill",  # what DPNet's decoder is shown: the difference is learnt
+    "smooth_fill": "Smooth fill",  # an input of DPNet's decoder: DPNet learns the difference
     "telea": "Telea",
     "mean_fill": "Mean fill",
 }
@@ -28,7 +32,7 @@ class Metric(NamedTuple):
     higher_is_better: bool
 
 
-METRICS = {  # those that get a mean and an interval
+METRICS = {  # with a mean and an interval in the figures
     "hole_psnr": Metric("hole PSNR, dB", 2, True),
     "psnr": Metric("PSNR, dB", 2, True),
     "ssim": Metric("SSIM", 4, True),
@@ -36,7 +40,7 @@ METRICS = {  # those that get a mean and an interval
 }
 BRIEF = ("hole_psnr", "ssim", "l1")  # the metrics of short tables
 
-PROTOCOL_VERSION = 2  # counts up when a definition below changes, so that all is measured again
+PROTOCOL_VERSION = 2  # increase it with a definition below: then all is measured again
 PROTOCOL = {
     "Pairs": "Each mask of the evaluation set (or of as many as asked for, spread over the bins) is"
     " laid on one picture of the split. The digests of both sets and the seed decide on which, so"
@@ -67,9 +71,9 @@ NOT_COMPUTED = [
 
 
 def figures(rows: Rows, pairs_digest: str) -> dict[str, Any]:
-    """Means and 95 % intervals by ratio bin and over all pairs, and the means over the bins.
+    """Return means and 95 % intervals by ratio bin and over all pairs, and the means over the bins.
 
-    The resamples are drawn from the pairs' digest, the same ones for every method and metric.
+    The digest of the pairs decides on the resamples. All methods and metrics share them.
     """
     from dpnet.evaluation.metrics import bootstrap_mean
 
@@ -107,14 +111,14 @@ def _random(stream: str) -> np.random.Generator:
 
 
 def count_perfect(rows: Rows) -> dict[str, int]:
-    """How many holes each method filled perfectly."""
+    """Count the holes that each method filled perfectly."""
     from dpnet.evaluation.metrics import perfect
 
     return {m: perfect([r["hole_psnr"] for r in rows if r["method"] == m]) for m in METHODS}
 
 
 def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures without their intervals, for the registry and the end of a run."""
+    """Return the figures without their intervals, for the registry and the summary of a run."""
     groups = {**report["figures"]["bins"], "all": report["figures"]["all"]}
     means = {
         name: {

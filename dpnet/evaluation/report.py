@@ -1,4 +1,4 @@
-"""The evaluation as one self-contained HTML page: no script, no other file, no network."""
+"""The report of an evaluation: one HTML page without scripts, other files or network access."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ STRIP = (
     "smooth_fill",
     "telea",
     "mean_fill",
-)  # a picture row, left to right
+)  # the images of a row, left to right
 
 
 @dataclass(frozen=True)
 class PictureRow:
-    """One evaluated pair as a strip of pictures in the order of STRIP, and its hole PSNR."""
+    """One evaluated pair: a strip of images in the order of STRIP, and the hole PSNR by method."""
 
     png: bytes
     image: str
@@ -42,13 +42,20 @@ class PictureRow:
 
     @property
     def name(self) -> str:
+        """Return the name of the strip's file."""
         return f"{self.ratio_bin}-{self.mask}"
 
 
 def strip(
     truth: NDArray[np.uint8], valid: NDArray[np.uint8], methods: Mapping[str, NDArray[np.uint8]]
 ) -> bytes:
-    """A PNG of the pictures side by side, uint8 [H, W, 3] each, with clear gaps between them."""
+    """Return a PNG of the images in a row, with transparent gaps between them.
+
+    Args:
+        truth: uint8 [H, W, 3].
+        valid: uint8 [H, W], 1 = known.
+        methods: the composite of each method, uint8 [H, W, 3].
+    """
     import numpy as np
     from PIL import Image
 
@@ -69,16 +76,23 @@ def render_report(
     log: Sequence[Mapping[str, Any]],
     chain: Sequence[Manifest],
 ) -> str:
-    """The page. `report` is report.json's content, `log` the training's log, and `chain` the
-    manifests (or their likes) of the stages behind this evaluation, the first first."""
+    """Return the page.
+
+    Args:
+        report: the content of report.json.
+        pictures: examples, sorted by ratio bin.
+        log: the log of training.
+        chain: manifests of the stages that this evaluation is made of. The evaluation's own
+            comes last; it has no content digest and no summary yet.
+    """
     title = f"DPNet evaluation: {chain[-1].name}"
     sections = [
         _headline(report),
-        _section("By share of hole", _bins_section(report)),
+        _section("By size of the hole", _bins_section(report)),
         _section("Training", _training(log)),
-        _section("Pictures", _pictures(pictures)),
+        _section("Examples", _pictures(pictures)),
         _section("How it was measured", _protocol(report)),
-        _section("Where it comes from", _provenance(report, chain)),
+        _section("Data and model", _provenance(report, chain)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -91,7 +105,7 @@ def render_report(
 def training_curves(
     log: Sequence[Mapping[str, Any]],
 ) -> tuple[Points, Points, dict[str, Points]]:
-    """(validation hole PSNR, mean fill's, losses by name) over steps, from log.jsonl's records."""
+    """Return validation hole PSNR, that of mean fill, and losses by name, each over steps."""
     measured = [record for record in log if record["kind"] == "validation"]
     trained = [record for record in log if record["kind"] == "train"]
     names = sorted({name for record in trained for name in record["losses"]})
@@ -120,9 +134,9 @@ def _headline(report: Mapping[str, Any]) -> str:
     ]
     against = f"{', '.join(peers[:-1])} and {peers[-1]}"
     return (
-        f'<p class="lead">On {report["pairs"]:,} held-out pairs of picture and mask, DPNet is'
-        f' {against}.</p>\n<div class="tiles">{tiles}</div>\n<p class="note">Hole PSNR: over the'
-        " missing pixels alone, averaged over the bins of hole share. Higher is better.</p>"
+        f'<p class="lead">On {report["pairs"]:,} held-out pairs of image and mask, DPNet is'
+        f' {against}.</p>\n<div class="tiles">{tiles}</div>\n<p class="note">Hole PSNR uses'
+        " only the missing pixels. It is the mean over the bins of hole size. Higher is better.</p>"
     )
 
 
@@ -148,13 +162,13 @@ def _bins_section(report: Mapping[str, Any]) -> str:
     tables = "\n".join(_table(groups, metric) for metric in METRICS)
     return (
         f'<figure class="chart">{chart}</figure>\n<div class="tables">{tables}</div>\n'
-        '<p class="note">Mean and 95 % bootstrap interval; the best mean of a row is bold.'
+        '<p class="note">Mean and 95 % bootstrap interval. The best mean of a row is bold.'
         f"{_perfect(report)}</p>"
     )
 
 
 def _percent(name: str) -> str:
-    """A ratio bin's name as people say it: "0.10-0.20" as "10–20 %"."""
+    """Return a ratio bin's name in percent: "0.10-0.20" becomes "10–20 %"."""
     low, high = (f"{100 * float(end):.0f}" for end in name.split("-"))
     return f"{low}–{high} %"
 
@@ -194,11 +208,11 @@ def _training(log: Sequence[Mapping[str, Any]]) -> str:
     dpnet, mean_fill, losses = training_curves(log)
     charts = []
     if dpnet:
-        charts.append(("Hole PSNR on validation pictures", validation_chart(dpnet, mean_fill)))
+        charts.append(("Hole PSNR on validation images", validation_chart(dpnet, mean_fill)))
     if losses:
         charts.append(("Losses", losses_chart(losses)))
     if not charts:
-        return "<p>The run kept no log of its training.</p>"
+        return "<p>This run has no log of its training.</p>"
     figures = "".join(
         f'<figure class="chart"><figcaption>{escape(caption)}</figcaption>{chart}</figure>'
         for caption, chart in charts
@@ -208,7 +222,7 @@ def _training(log: Sequence[Mapping[str, Any]]) -> str:
 
 def _pictures(pictures: Sequence[PictureRow]) -> str:
     if not pictures:
-        return "<p>No pictures were asked for.</p>"
+        return "<p>The settings ask for no examples.</p>"
     names = [METHODS.get(column, column.capitalize()) for column in STRIP]
     heads = "".join(f"<span>{escape(name)}</span>" for name in names)
     parts, current = [f'<div class="strip heads">{heads}</div>'], ""
@@ -233,7 +247,7 @@ def _pictures(pictures: Sequence[PictureRow]) -> str:
 
 
 def _protocol(report: Mapping[str, Any]) -> str:
-    said = "".join(
+    definitions = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
         for name, text in report["protocol"].items()
     )
@@ -241,7 +255,7 @@ def _protocol(report: Mapping[str, Any]) -> str:
         f"<dt>{escape(item['metric'])}</dt><dd>{escape(item['reason'])}</dd>"
         for item in report["not_computed"]
     )
-    return f"<dl>{said}</dl>\n<h3>Not computed</h3>\n<dl>{missing}</dl>"
+    return f"<dl>{definitions}</dl>\n<h3>Not computed</h3>\n<dl>{missing}</dl>"
 
 
 _SHOWN = ("settings", "sources", "summary")  # of a stage's manifest
@@ -265,8 +279,8 @@ def _provenance(report: Mapping[str, Any], chain: Sequence[Manifest]) -> str:
         '<table class="left"><thead><tr><th scope="col">Stage</th><th scope="col">Folder</th>'
         '<th scope="col">Request</th><th scope="col">Content</th></tr></thead>'
         f"<tbody>{rows}</tbody></table>\n<p>Pairs digest: <code>{report['pairs_digest']}</code></p>"
-        f'\n{details}\n<p class="note"><code>dpnet verify</code> walks this chain and checks every'
-        " hash.</p>"
+        f'\n{details}\n<p class="note"><code>dpnet verify</code> follows this chain and checks'
+        " every hash.</p>"
     )
 
 

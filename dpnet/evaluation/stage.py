@@ -1,14 +1,13 @@
-"""The evaluation stage: a trained generator on frozen pairs, beside two methods without learning.
+"""The evaluation stage: compare a trained generator with methods without learning.
 
-It writes metrics.parquet (a row for each pair and method), report.json (the figures and how they
-were measured), pictures/ and report.html. An interrupted evaluation goes on with the next shard of
-masks: until the commit, parts/ holds what is measured.
+It writes metrics.parquet (a row for each pair and method), report.json (the figures and their
+definitions), pictures/ and report.html. Until the commit, parts/ holds the rows of each finished
+shard of masks. So an interrupted evaluation resumes at the next shard.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -47,20 +46,26 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.uint8]
 
-log = logging.getLogger(__name__)
-
 Pair = tuple[int, int]  # positions of the image and of the mask
 
 _KEYS = {"image": "string", "mask": "string", "ratio_bin": "string", "hole_ratio": "float64"}
 _VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1")
 _COLUMNS = {**_KEYS, "method": "string", **dict.fromkeys(_VALUES, "float64")}
-BATCH = 16  # fixed, since another batch may round a value differently
+BATCH = 16  # fixed: another size can round values in another way
 
 
 def evaluate(
     settings: EvaluateSettings, images: StageRef, masks: StageRef, run: StageRef, store: Store
 ) -> StageRef:
-    """Measure `run`'s generator and its peers on the frozen pairs, and write the report."""
+    """Measure a run's generator and the other methods on frozen pairs, and write the report.
+
+    Args:
+        settings: settings of the evaluation.
+        images: the images stage.
+        masks: the masks stage.
+        run: the train stage.
+        store: the root.
+    """
     request = Request(
         stage="evaluate",
         name=run.name,
@@ -73,7 +78,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Bench:
-    """What pairs are measured with."""
+    """The data, the generator and the threads that measure pairs."""
 
     images: Samples
     masks: Samples
@@ -81,7 +86,7 @@ class _Bench:
     pool: Executor
 
     def composites(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Array, Array, Array]]:
-        """(pair, truth [H, W, 3], valid [H, W], DPNet's composite), in the order of `pairs`."""
+        """Yield (pair, truth [H, W, 3], valid [H, W], DPNet's composite) for each of `pairs`."""
         import numpy as np
 
         from dpnet.inpainting.tiles import inpaint_arrays
@@ -94,7 +99,7 @@ class _Bench:
             yield from zip(batch, truths, valid, filled, strict=True)
 
     def measure(self, pairs: Sequence[Pair]) -> Iterator[Rows]:
-        """Rows of metrics.parquet, batch by batch."""
+        """Yield rows of metrics.parquet, batch by batch."""
         for start in range(0, len(pairs), BATCH):
             batch = self.composites(pairs[start : start + BATCH])
             of_pairs = self.pool.map(self._measure_pair, *zip(*batch, strict=True))
@@ -110,13 +115,14 @@ class _Bench:
         ]
 
     def keys(self, pair: Pair) -> dict[str, Any]:
+        """Return the columns of a row that identify its pair."""
         image, mask = pair
         names = {"image": self.images.key(image), "mask": self.masks.key(mask)}
         return names | {name: self.masks.value(name, mask) for name in ("ratio_bin", "hole_ratio")}
 
 
 def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
-    """The composite of every method; `filled` is DPNet's."""
+    """Return the composite of every method. `filled` is that of DPNet."""
     from dpnet.evaluation.baselines import mean_fill, smooth_fill, telea
 
     return {
@@ -163,7 +169,7 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
         write_file(work, "metrics.parquet", encode_table(rows, _COLUMNS)),
         write_file(work, "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode()),
         *(write_file(work, f"pictures/{row.name}.png", row.png) for row in pictures),
-        # Not content: it shows the training's times.
+        # Not content, since it shows the duration of stages.
         write_file(work, "report.html", page.encode(), content=False),
     ]
     for entry in list(store.list(work.key("parts"))):
@@ -172,25 +178,25 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
 
 
 def _check_sizes(images: Samples, side: int) -> None:
-    """Raise PipelineError where a picture is smaller than the masks; larger ones are cropped."""
+    """Raise PipelineError if an image is smaller than the masks. Larger images are cropped."""
     widths, heights = images.column("width"), images.column("height")
     for position, (width, height) in enumerate(zip(widths, heights, strict=True)):
         if min(width, height) < side:
             raise PipelineError(
                 f"the image {images.key(position)} is {width} x {height} pixels but the masks"
-                f" {side} x {side}: give images.size and masks.size the same value, and use"
+                f" are {side} x {side}: give images.size and masks.size the same value, and use"
                 " images.mode center-crop, short-side or tiles."
             )
 
 
 def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
-    """Rows of all pairs, each mask shard's kept as soon as they are measured."""
+    """Measure all pairs, and keep the rows of each mask shard as soon as they are complete."""
     rows: Rows = []
     with Progress("evaluate", len(pairs), "pairs") as progress:
         for shard, group in groupby(pairs, key=lambda pair: bench.masks.shard_key(pair[1])):
             wanted = list(group)
             key = work.key(f"parts/{PurePosixPath(shard).stem}.json")
-            part = _kept(work.store, key, [bench.keys(pair) for pair in wanted])
+            part = _read_part(work.store, key, [bench.keys(pair) for pair in wanted])
             if part is None:
                 part = []
                 for some in bench.measure(wanted):
@@ -202,8 +208,8 @@ def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
     return rows
 
 
-def _kept(store: Store, key: str, wanted: Rows) -> Rows | None:
-    """What an interrupted evaluation measured, if it is whole and of the wanted pairs."""
+def _read_part(store: Store, key: str, wanted: Rows) -> Rows | None:
+    """Return the rows that an interrupted evaluation kept, if they are undamaged and as wanted."""
     try:
         body = json.loads(store.read(key))
         rows: Rows = body["rows"]
@@ -214,7 +220,7 @@ def _kept(store: Store, key: str, wanted: Rows) -> Rows | None:
 
 
 def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureRow]:
-    """The first `count` pairs of each bin as rows of pictures."""
+    """Return the first `count` pairs of each bin as rows of images."""
     from dpnet.evaluation.metrics import hole_psnr
     from dpnet.evaluation.report import PictureRow, strip
 
@@ -234,7 +240,7 @@ def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureR
 
 
 def _chain(work: Work) -> list[Manifest]:
-    """The manifests of the inputs, and what is known of this stage so far."""
+    """Return the manifests of the inputs, and this stage's own without its results."""
     request = work.request
     inputs = (read_manifest(work.store, ref.folder) for ref in request.inputs.values())
     return [*inputs, request.draft()]

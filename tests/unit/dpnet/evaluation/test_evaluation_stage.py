@@ -255,7 +255,7 @@ def test_masks_larger_than_the_pictures_are_refused(fresh):
     store, images, _, run = fresh
     config = MasksSettings(name="other", size=48, train=2, eval_per_bin=1, recipes={"outpaint": 1})
     masks = prepare_masks(config, store)
-    with pytest.raises(PipelineError, match=r"32 x 32 pixels but the masks 48 x 48"):
+    with pytest.raises(PipelineError, match=r"32 x 32 pixels but the masks are 48 x 48"):
         evaluated((store, images, masks, run))
 
 
@@ -264,5 +264,5 @@ def test_the_page_shows_the_training_and_does_not_count_as_content(data, done):
     page = next(f for f in manifest["files"] if f["path"] == "report.html")
     assert not page["content"]
     text = data[0].read(f"{done.folder}/report.html").decode()
-    assert "Hole PSNR on validation pictures" in text
+    assert "Hole PSNR on validation images" in text
     assert done.request_digest[:12] in text

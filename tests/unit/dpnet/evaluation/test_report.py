@@ -9,7 +9,8 @@ from data_prep.core.manifest import Manifest
 from data_prep.pictures.decoding import decode_rgb
 from data_prep.pictures.limits import MAX_PIXELS, Limits
 from dpnet.evaluation.protocol import METHODS, NOT_COMPUTED, PROTOCOL
-from dpnet.evaluation.report import PictureRow, render_report, strip, training_curves
+from dpnet.evaluation.report import STRIP, PictureRow, render_report, strip, training_curves
+from dpnet.evaluation.report_style import CSS
 
 PSNR = {"dpnet": 18.25, "smooth_fill": 18.0, "telea": 19.5, "mean_fill": 16.0}
 LOG = [
@@ -150,6 +151,12 @@ def test_perfect_holes_are_counted():
     assert "counted as 100 dB:" not in text_of(render())
 
 
+def test_each_image_of_a_row_has_a_column_of_its_own_under_its_heading():
+    assert f".strip {{ display: grid; grid-template-columns: repeat({len(STRIP)}, 1fr)" in CSS
+    heads = re.search(r'<div class="strip heads">(.*?)</div>', render(pictures=[row()]))
+    assert heads[1].count("<span>") == len(STRIP)
+
+
 def test_what_was_not_computed_is_listed_with_its_reason():
     text = text_of(render())
     for item in NOT_COMPUTED:
@@ -186,7 +193,7 @@ def test_curves_come_from_the_log():
 
 def test_a_run_without_a_log_says_so():
     page = render(log=[])
-    assert "kept no log" in page
+    assert "This run has no log" in page
     assert page.count("<svg") == 1
 
 
