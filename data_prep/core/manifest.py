@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
-from data_prep.core.paths import MANIFEST
+from data_prep.core.paths import manifest_key
 from data_prep.core.storage.store import Store
 
 FORMAT = 1
@@ -209,9 +209,9 @@ def content_digest(files: Iterable[FileRecord]) -> str:
 
 def read_manifest(store: Store, folder: str) -> Manifest:
     """Read the manifest of a committed stage. Raise PipelineError if it is absent or damaged."""
-    where = f"{store.uri}/{folder}/{MANIFEST}"
+    where = f"{store.uri}/{manifest_key(folder)}"
     try:
-        data = store.read(f"{folder}/{MANIFEST}")
+        data = store.read(manifest_key(folder))
     except FileNotFoundError:
         raise PipelineError(f"{where} is missing: that stage was never finished.") from None
     try:

@@ -1,25 +1,79 @@
-"""Names under a root, the root of the demo, and this user's cache folder."""
+"""Names under a root, the root of the demo, and this user's cache folder.
+
+Every file of the packages takes these names from here; a test reads the sources for copies.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-# Folders right under a root.
+# Folders directly under a root.
 IMAGES, MASKS, RUNS = "images", "masks", "runs"
 EVALUATIONS, REGISTRY, RETRAINS = "evaluations", "registry", "retrains"
 PHOTOS = "photos"  # the sample photos, as files
 PREFECT = "prefect"  # the embedded Prefect server of a command
-UP = "up"  # what `dpnet up` keeps
+UP = "up"  # the files of `dpnet up`
 MLFLOW_ARTIFACTS = "mlflow-artifacts"
-# Files right under a root.
+# Files directly under a root.
 MLFLOW_DATABASE = "mlflow.db"
-# Files of every stage's folder.
+# Files in the folder of every stage.
 MANIFEST = "manifest.json"
 LEASE = "lease.json"
 
 DEMO_ROOT = "./dpnet-demo"
+_RECORD_KEY = re.compile(rf"{REGISTRY}/([^/]+)/(?:champion|v(\d+))\.json")
+
+
+def manifest_key(folder: str) -> str:
+    """Return the key of the manifest of the stage in `folder`."""
+    return f"{folder}/{MANIFEST}"
+
+
+def lease_key(folder: str) -> str:
+    """Return the key of the lease that protects `folder`."""
+    return f"{folder}/{LEASE}"
+
+
+def images_folder(name: str) -> str:
+    """Return the folder that contains the versions of an image dataset."""
+    return f"{IMAGES}/{name}"
+
+
+def masks_folder(name: str) -> str:
+    """Return the folder that contains the versions of a set of masks."""
+    return f"{MASKS}/{name}"
+
+
+def registry_folder(model: str) -> str:
+    """Return the folder that contains the registrations and records of a model."""
+    return f"{REGISTRY}/{model}"
+
+
+def champion_key(model: str) -> str:
+    """Return the key of the record of a model's champion."""
+    return f"{REGISTRY}/{model}/champion.json"
+
+
+def version_key(model: str, version: int) -> str:
+    """Return the key of the record of a model's version."""
+    return f"{REGISTRY}/{model}/v{version}.json"
+
+
+def parse_record_key(key: str) -> tuple[str, int | None] | None:
+    """Return the model and version of a registry record, or None if `key` is another file.
+
+    The version is None for the record of the champion.
+    """
+    match = _RECORD_KEY.fullmatch(key)
+    return (match[1], int(match[2]) if match[2] else None) if match else None
+
+
+def mlflow_uri(folder: str | Path) -> str:
+    """Return the address of the MLflow database in a local folder."""
+    return f"sqlite:///{folder}/{MLFLOW_DATABASE}"
 
 
 def cache_folder() -> Path:
-    """Return the folder of this user that keeps what a root on S3 cannot: `~/.cache/dpnet`."""
+    """Return this user's folder for files that a root on S3 cannot hold: `~/.cache/dpnet`."""
     return Path.home() / ".cache" / "dpnet"

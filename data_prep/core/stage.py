@@ -24,7 +24,7 @@ from data_prep.core.manifest import (
     read_manifest,
     reference,
 )
-from data_prep.core.paths import LEASE, MANIFEST
+from data_prep.core.paths import lease_key, manifest_key
 from data_prep.core.storage.store import Store
 
 
@@ -110,14 +110,14 @@ def run_stage(store: Store, request: Request, build: Callable[[Work], Produced])
     committed then, and the next call finds what was begun in the same folder.
     """
     start = time.monotonic()
-    manifest_key = f"{request.folder}/{MANIFEST}"
+    key = manifest_key(request.folder)
 
     def done() -> bool:
-        return store.exists(manifest_key)
+        return store.exists(key)
 
     if done():
         return _skipped(store, request, start)
-    with Lease(store, f"{request.folder}/{LEASE}", done=done) as lease:
+    with Lease(store, lease_key(request.folder), done=done) as lease:
         if not lease.held or done():
             return _skipped(store, request, start)
         produced = build(Work(store, request.folder, request, lease))
@@ -132,7 +132,7 @@ def run_stage(store: Store, request: Request, build: Callable[[Work], Produced])
             seconds=round(seconds, 3),
         )
         lease.check()
-        if store.create(manifest_key, manifest.to_bytes()) is None:
+        if store.create(key, manifest.to_bytes()) is None:
             return _skipped(store, request, start)
     return reference(manifest, seconds, skipped=False)
 
@@ -141,7 +141,7 @@ def _skipped(store: Store, request: Request, start: float) -> StageRef:
     manifest = read_manifest(store, request.folder)
     if manifest.request_digest != request.digest:
         raise PipelineError(
-            f"{store.uri}/{request.folder}/{MANIFEST} answers another request: it was altered;"
+            f"{store.uri}/{manifest_key(request.folder)} answers another request: it was altered;"
             " delete its folder and run the stage again."
         )
     return reference(manifest, time.monotonic() - start, skipped=True)

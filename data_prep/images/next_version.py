@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_bytes, sha256_json
 from data_prep.core.errors import PipelineError
+from data_prep.core.paths import images_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress
 from data_prep.core.stage import Request
@@ -172,7 +173,7 @@ def planned(
     request = Request(
         "images",
         settings.name,
-        f"images/{settings.name}",
+        images_folder(settings.name),
         requested,
         inputs={"parent": parent.reference} if parent is not None else {},
         sources=sources,

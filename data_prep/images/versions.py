@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord, Manifest, StageRef, load_reference, read_manifest
-from data_prep.core.paths import MANIFEST
+from data_prep.core.paths import MANIFEST, images_folder
 from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from data_prep.images.plan import Hashes, key_hashes
@@ -139,7 +139,7 @@ def versions(store: Store, name: str) -> list[Manifest]:
     """The manifests of all committed versions of a dataset, oldest first; damaged ones are told of
     and left out."""
     found = []
-    top = f"images/{name}"
+    top = images_folder(name)
     for entry in store.list(top):
         folder, _, file = entry.key.rpartition("/")
         if file != MANIFEST or posixpath.dirname(folder) != top:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import Lease
+from data_prep.core.paths import images_folder
 from data_prep.core.storage.store import Store
 from data_prep.images.next_version import Changes
 
@@ -89,8 +90,8 @@ def watch(
 
     Raises what `look` and `announce` raise; the next call announces again what could not be.
     """
-    key = f"images/{name}/watch.json"
-    with Lease(store, f"images/{name}/watch-lease.json") as lease:
+    key = f"{images_folder(name)}/watch.json"
+    with Lease(store, f"{images_folder(name)}/watch-lease.json") as lease:
         before = read(store, key)
         changes = look()
         decision = decide(changes, before, clock(), min_new=min_new, quiet_s=quiet_s, again=again)

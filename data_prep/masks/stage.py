@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord, StageRef, read_manifest
-from data_prep.core.paths import MANIFEST
+from data_prep.core.paths import MANIFEST, masks_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress, say
 from data_prep.core.stage import Produced, Request, Work, run_stage
@@ -61,7 +61,7 @@ def prepare_masks(settings: MasksSettings, store: Store, run: Map = run_tasks) -
 
     Raises ConfigError if no ratio bin of the evaluation split can be filled.
     """
-    top = f"masks/{settings.name}"
+    top = masks_folder(settings.name)
     files = _mask_files(settings, store, top, run) if settings.file_splits else None
     request = Request(
         "masks",

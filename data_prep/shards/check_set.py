@@ -13,6 +13,7 @@ from typing import Any
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.manifest import FileRecord, Manifest
+from data_prep.core.paths import manifest_key
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import BLOCK
 from data_prep.shards import ledger as accounts
@@ -113,7 +114,7 @@ def check_set(
             coverage.sizes[shard.index] = shard.index_record.size
     for name, times in Counter(shard.name for shard in shards).items():
         if times > 1:
-            say(f"{folder}/manifest.json", f"names {times} shards {name}")
+            say(manifest_key(folder), f"names {times} shards {name}")
     _check_lists(store, folder, manifest, shards, say)
     ledger = _open_ledger(store, manifest, say, coverage)
     task = partial(_check_shard, store, ledger, depth, frozenset(coverage.read))
@@ -250,7 +251,7 @@ def _open_ledger(store: Store, manifest: Manifest, say: Say, coverage: Coverage)
 def _settle(ledger: Ledger, manifest: Manifest, unread: frozenset[str], say: Say) -> None:
     """Hold the tables against each other and against the manifest's summary."""
     folder, summary = manifest.folder, manifest.summary
-    where = f"{folder}/manifest.json"
+    where = manifest_key(folder)
     counts = {outcome: ledger.count(outcome) for outcome in accounts.OUTCOMES}
     for table, kinds in {
         accounts.FAILURES: ("failed", "ignored"),
@@ -292,7 +293,7 @@ def _check_numbers(
     say: Say,
 ) -> None:
     """The summary's numbers against the manifest's shards and, if all were read, the indexes'."""
-    where = f"{manifest.folder}/manifest.json"
+    where = manifest_key(manifest.folder)
     splits = _splits(manifest)
     if not splits:
         say(where, "its summary does not say which splits there are")

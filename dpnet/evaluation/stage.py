@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.digest import sha256_json
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import Manifest, StageRef, read_manifest
+from data_prep.core.paths import EVALUATIONS
 from data_prep.core.progress import Progress
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
@@ -69,7 +70,7 @@ def evaluate(
     request = Request(
         stage="evaluate",
         name=run.name,
-        top="evaluations",
+        top=EVALUATIONS,
         settings=settings.model_dump(exclude={"threads"}) | {"protocol": PROTOCOL_VERSION},
         inputs={"images": images, "masks": masks, "run": run},
     )

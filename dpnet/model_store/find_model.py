@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.paths import RUNS
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.model_store.weights import find_layout
@@ -17,7 +18,7 @@ def find_model(reference: str, root: str) -> tuple[Store, str, str]:
         record = find_record(store, reference)
         return store, record["run"]["folder"], f"{record['model']} version {record['version']}"
     reference = reference.rstrip("/")
-    if reference.startswith("runs/") and find_layout(open_store(root), reference):
+    if reference.startswith(f"{RUNS}/") and find_layout(open_store(root), reference):
         return open_store(root), reference, reference
     for path in dict.fromkeys((reference, reference.removesuffix("/model"))):
         top, _, folder = path.rpartition("/")

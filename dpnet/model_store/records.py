@@ -7,6 +7,13 @@ import re
 from typing import Any
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.paths import (
+    REGISTRY,
+    champion_key,
+    parse_record_key,
+    registry_folder,
+    version_key,
+)
 from data_prep.core.storage.store import Store
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -31,24 +38,25 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     only model. Raises PipelineError if there is none.
     """
     if not reference:
-        keys = [e.key for e in store.list("registry") if e.key.endswith(f"/{CHAMPION}.json")]
-        if not keys:
+        named = [parse_record_key(entry.key) for entry in store.list(REGISTRY)]
+        models = [each[0] for each in named if each and each[1] is None]
+        if not models:
             raise PipelineError(
                 f"{store.uri} has no champion yet: run the pipeline there first, or name the root"
                 " with --root, or a model with --model."
             )
-        if len(keys) > 1:
-            names = ", ".join(f"models:/{key.split('/')[1]}@{CHAMPION}" for key in keys)
+        if len(models) > 1:
+            names = ", ".join(f"models:/{model}@{CHAMPION}" for model in models)
             raise PipelineError(f"{store.uri} has several champions: choose one of {names}.")
-        return read_record(store, keys[0])
+        return read_record(store, champion_key(models[0]))
     match = _REFERENCE.fullmatch(reference)
     if match is None or match[2] not in (None, CHAMPION):
         raise PipelineError(
             f"{reference!r} is no model reference: write models:/NAME@{CHAMPION} or"
             " models:/NAME/VERSION."
         )
-    name = CHAMPION if match[2] else f"v{int(match[3])}"
-    key = f"registry/{match[1]}/{name}.json"
+    model = match[1]
+    key = champion_key(model) if match[2] else version_key(model, int(match[3]))
     if not store.exists(key):
         known = sorted(read_records(store, match[1]))
         there = f"its versions are {', '.join(map(str, known))}" if known else "no such model"
@@ -58,7 +66,7 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
 
 def find_champion(store: Store, model: str) -> dict[str, Any] | None:
     """The record of the model's champion; None where it has no version yet."""
-    key = f"registry/{model}/{CHAMPION}.json"
+    key = champion_key(model)
     return read_record(store, key) if store.exists(key) else None
 
 
@@ -77,6 +85,8 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
 
 def read_records(store: Store, model: str) -> dict[int, dict[str, Any]]:
     """Every version's record in storage."""
-    keys = [e.key for e in store.list(f"registry/{model}")]
-    found = [re.fullmatch(rf"registry/{re.escape(model)}/v(\d+)\.json", key) for key in keys]
-    return {int(match[1]): read_record(store, match[0]) for match in found if match}
+    records = {}
+    for entry in store.list(registry_folder(model)):
+        if (named := parse_record_key(entry.key)) and named[1] is not None:
+            records[named[1]] = read_record(store, entry.key)
+    return records

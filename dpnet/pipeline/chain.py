@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
-from data_prep.core.paths import cache_folder
+from data_prep.core.paths import PHOTOS, cache_folder
 from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
@@ -24,7 +24,6 @@ from dpnet.training.job import check_settings, check_vgg_file
 from dpnet.training.stage import train
 
 SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
-PHOTOS = "photos"  # folder of the root that they are written to
 
 StageName = Literal["images", "masks", "train", "evaluate", "register"]
 Call = Callable[..., StageRef]

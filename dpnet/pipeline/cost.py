@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.manifest import StageRef
-from data_prep.core.paths import MANIFEST
+from data_prep.core.paths import RUNS, manifest_key
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import read_log, read_status
 
@@ -93,7 +93,7 @@ def _number(hours: float) -> str:
 def _known_speed(store: Store, config: Config) -> float | None:
     """Images per second and worker, validation and checkpoints counted in."""
     alike = []
-    for folder in store.folders("runs"):
+    for folder in store.folders(RUNS):
         status = read_status(store, folder)
         if (status.get("size"), status.get("gpus")) == (config.masks.size, config.train.gpus):
             alike.append((status.get("time", 0.0), folder))
@@ -129,7 +129,7 @@ def _steps_there(config: Config, store: Store, images: StageRef, masks: StageRef
     from dpnet.training.job import plan_training
 
     request, job = plan_training(config.training(images, masks), store)
-    if store.exists(f"{request.folder}/{MANIFEST}"):
+    if store.exists(manifest_key(request.folder)):
         return config.train.steps
     from dpnet.training.extend import first_step  # needs torch
 

@@ -8,24 +8,34 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.paths import (
+    EVALUATIONS,
+    IMAGES,
+    MASKS,
+    MLFLOW_ARTIFACTS,
+    MLFLOW_DATABASE,
+    PHOTOS,
+    PREFECT,
+    REGISTRY,
+    RETRAINS,
+    RUNS,
+    UP,
+)
 from data_prep.core.storage.local import LocalStore
-from dpnet.pipeline.chain import PHOTOS
 
-UP_HOME = "up"  # of `dpnet up`, which may have been here first, and stays
 MARKER = "made-by-dpnet-demo.txt"
-PREFECT_HOME = "prefect"
 _TEXT = b"`dpnet demo` made this folder; `dpnet demo --fresh` removes what it stored here.\n"
 _MADE = (
     PHOTOS,
-    "images",
-    "masks",
-    "runs",
-    "evaluations",
-    "registry",
-    "retrains",
-    "mlflow.db",
-    "mlflow-artifacts",
-    PREFECT_HOME,
+    IMAGES,
+    MASKS,
+    RUNS,
+    EVALUATIONS,
+    REGISTRY,
+    RETRAINS,
+    MLFLOW_DATABASE,
+    MLFLOW_ARTIFACTS,
+    PREFECT,
 )
 
 
@@ -34,9 +44,9 @@ def claim_root(store: LocalStore) -> None:
     if store.exists(MARKER):
         return
     hidden = (".probe-", ".staged-")  # what a command that was killed while writing may leave
-    of_up = (UP_HOME, "mlflow.db", "mlflow-artifacts")
+    of_up = (UP, MLFLOW_DATABASE, MLFLOW_ARTIFACTS)
     there = [path.name for path in store.folder.iterdir()] if store.folder.is_dir() else []
-    if UP_HOME in there:
+    if UP in there:
         there = [name for name in there if name not in of_up]
     if any(not name.startswith(hidden) for name in there):
         raise PipelineError(
@@ -69,7 +79,7 @@ def clear_root(store: LocalStore) -> None:
 
 def _refuse_if_in_use(folder: Path) -> None:
     """A running command holds such a lock, see `flows/local_server`."""
-    for home in (PREFECT_HOME, UP_HOME):
+    for home in (PREFECT, UP):
         with suppress(FileNotFoundError), (folder / home / "lock").open("rb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

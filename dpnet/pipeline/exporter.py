@@ -27,10 +27,16 @@ from prometheus_client.registry import Collector
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.logs import start_logging
 from data_prep.core.manifest import read_manifest
-from data_prep.core.paths import IMAGES, LEASE, MANIFEST, REGISTRY, RUNS
+from data_prep.core.paths import (
+    IMAGES,
+    REGISTRY,
+    RUNS,
+    champion_key,
+    lease_key,
+    manifest_key,
+)
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
-from dpnet.model_store.records import CHAMPION
 from dpnet.tracking.run_log import STATUS
 
 HOST, PORT = "127.0.0.1", 9808
@@ -120,10 +126,10 @@ class RootReader:
         status = self._json(f"{folder}/{STATUS}")
         try:
             is_old = now - float(status.get("time", 0)) > KEEP_ENDED_S
-            if is_old and self.store.exists(f"{folder}/{MANIFEST}"):
+            if is_old and self.store.exists(manifest_key(folder)):
                 self._ended.add(folder)
                 return []
-            claimed = self.store.exists(f"{folder}/{LEASE}")
+            claimed = self.store.exists(lease_key(folder))
             return list(_training_values(folder.rpartition("/")[2], status, claimed))
         except _DAMAGED:
             return []
@@ -145,7 +151,8 @@ class RootReader:
             return []
 
     def _champion(self, folder: str) -> list[MetricValue]:
-        record, model = self._json(f"{folder}/{CHAMPION}.json"), folder.rpartition("/")[2]
+        model = folder.rpartition("/")[2]
+        record = self._json(champion_key(model))
         try:
             return [
                 MetricValue("dpnet_champion_version", (model,), float(record["version"])),

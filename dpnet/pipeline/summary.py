@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.core.digest import SHORT
 from data_prep.core.manifest import StageRef
+from data_prep.core.paths import mlflow_uri
 from data_prep.core.storage.store import Store
 from dpnet.evaluation import protocol
 from dpnet.pipeline.cost import hours_text
@@ -203,7 +204,7 @@ def _next(summary: Summary, again: str) -> list[str]:
         (f"{again} --set train.steps={5 * steps}", "train longer"),
     ]
     if "://" not in root:
-        uri = f"sqlite:///{root}/mlflow.db"
+        uri = mlflow_uri(root)
         commands.append((f"mlflow ui --backend-store-uri {uri}", "the registry"))
     return ["next:", *(f"  {at}{command}  # {what}" for command, what in commands)]
 

@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import json
 import posixpath
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import InputRef, Manifest, StageRef, content_digest, read_manifest
-from data_prep.core.paths import MANIFEST
+from data_prep.core.paths import (
+    MANIFEST,
+    champion_key,
+    manifest_key,
+    parse_record_key,
+    registry_folder,
+    version_key,
+)
 from data_prep.core.stage import Request
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.shards.check_set import Depth
-from dpnet.model_store.records import AGAINST, CHAMPION, INPUTS, RECORD, find_record
+from dpnet.model_store.records import AGAINST, INPUTS, RECORD, find_record
 from dpnet.pipeline.verification import EVERYTHING, Verification
 from dpnet.pipeline.verify_files import check_files
-
-_RECORD_KEY = re.compile(rf"registry/([^/]+)/(?:{CHAMPION}|v(\d+))\.json")
 
 
 def verify_uri(uri: str, root: str = "", depth: Depth = EVERYTHING) -> Verification:
@@ -77,14 +81,14 @@ def verify(store: Store, target: str = "", depth: Depth = EVERYTHING) -> Verific
     result = Verification(store.uri, target, depth)
     if target.startswith("models:/"):
         record = find_record(store, target)
-        records = [f"registry/{record['model']}/v{record['version']}.json"]
+        records = [version_key(record["model"], record["version"])]
         folders = [_registration(record)]
     elif target:
         read_manifest(store, target)  # raises its own sentence if the stage was never finished
         records, folders = [], [target]
     else:
         keys = [entry.key for entry in store.list()]
-        records = [key for key in keys if _RECORD_KEY.fullmatch(key)]
+        records = [key for key in keys if parse_record_key(key)]
         folders = [posixpath.dirname(k) for k in keys if posixpath.basename(k) == MANIFEST]
         if not folders:
             raise PipelineError(
@@ -106,7 +110,7 @@ def _walk(store: Store, folders: list[str], result: Verification) -> dict[str, M
     pending, seen = sorted(folders, reverse=True), set(folders)
     while pending:
         folder = pending.pop()
-        where = f"{folder}/{MANIFEST}"
+        where = manifest_key(folder)
         try:
             manifest = read_manifest(store, folder)
             _check_digests(manifest, where, result)
@@ -189,26 +193,27 @@ def _is_unchanged(
 
 def _registration(record: Mapping[str, Any]) -> str:
     """Return the folder of the stage that wrote a record of the registry."""
-    return f"registry/{record['model']}/{record['request_digest'][: digest.SHORT]}"
+    return f"{registry_folder(record['model'])}/{record['request_digest'][: digest.SHORT]}"
 
 
 def _check_record(store: Store, key: str, result: Verification) -> None:
     """Check that a record is the one of its registration, and that its inputs are unchanged."""
-    match = _RECORD_KEY.fullmatch(key)
-    assert match is not None
     data = store.read(key)
     try:
         record = json.loads(data)
         folder = _registration(record)
-        if record["model"] != match[1] or match[2] not in (None, str(record["version"])):
+        if key not in (
+            champion_key(record["model"]),
+            version_key(record["model"], record["version"]),
+        ):
             result.add(key, "was altered: it is the record of another version")
         for role in (*INPUTS, *([AGAINST] if AGAINST in record else [])):
-            named = InputRef.from_json({"stage": role} | record[role])
-            _is_unchanged(store, f"its {role}", named, key, result)
+            ref = InputRef.from_json({"stage": role} | record[role])
+            _is_unchanged(store, f"its {role}", ref, key, result)
     except (ValueError, KeyError, TypeError):
         result.add(key, "was altered: it is not a whole record")
         return
-    if not store.exists(f"{folder}/{MANIFEST}"):
+    if not store.exists(manifest_key(folder)):
         result.add(key, "its registration was never finished: run the same command again")
     elif not store.exists(f"{folder}/{RECORD}") or store.read(f"{folder}/{RECORD}") != data:
         result.add(key, f"differs from the registered record {folder}/{RECORD}")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord, Manifest
-from data_prep.core.paths import MANIFEST
+from data_prep.core.paths import manifest_key
 from data_prep.core.progress import Progress
 from data_prep.core.storage.store import Store, checked_key
 from data_prep.shards.check_set import STAGES, Coverage, check_set
@@ -108,7 +108,7 @@ def _find_files(
         own = found.setdefault(folder, {})
         for record in manifest.files:
             key = posixpath.normpath(posixpath.join(folder, record.path))
-            where = f"{folder}/{MANIFEST}"
+            where = manifest_key(folder)
             if not _is_inside(key):
                 result.add(where, f"was altered: {record.path} is not inside the root")
                 continue
@@ -154,7 +154,7 @@ def _check_inherited(
         record: the file's size and hash, as that manifest states them.
         result: where problems are added.
     """
-    home, where = posixpath.dirname(key), f"{folder}/{MANIFEST}"
+    home, where = posixpath.dirname(key), manifest_key(folder)
     ancestors, at = set[str](), folder
     while at in manifests and (parent := manifests[at].inputs.get("parent")):
         at = parent.folder

@@ -19,7 +19,13 @@ from typing import Any
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease
 from data_prep.core.manifest import StageRef, read_manifest
-from data_prep.core.paths import MLFLOW_DATABASE
+from data_prep.core.paths import (
+    champion_key,
+    lease_key,
+    mlflow_uri,
+    registry_folder,
+    version_key,
+)
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
@@ -54,7 +60,7 @@ def register(
     request = Request(
         stage="register",
         name=settings.model,
-        top=f"registry/{settings.model}",
+        top=registry_folder(settings.model),
         settings={"model": settings.model},  # where MLflow runs changes no version
         inputs={
             "run": run,
@@ -70,7 +76,7 @@ def tracking_uri(settings: RegisterSettings, store: Store) -> str:
     if given := settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return given
     if store.local_folder:
-        return f"sqlite:///{store.local_folder}/{MLFLOW_DATABASE}"
+        return mlflow_uri(store.local_folder)
     raise ConfigError(
         f"register.tracking_uri is not set and {store.uri} cannot hold MLflow's database: set it,"
         " or MLFLOW_TRACKING_URI, to an MLflow server (http://…) or a database"
@@ -83,10 +89,10 @@ def _build(work: Work, model: str, uri: str) -> Produced:
     from dpnet.tracking.mlflow_client import connect
 
     store, top = work.store, work.request.top
-    with Lease(store, f"{top}/lease.json") as lease, connect(uri) as client:
+    with Lease(store, lease_key(top)) as lease, connect(uri) as client:
         records = read_records(store, model)
         mlflow.restore_versions(client, store, model, records)
-        crown = f"{top}/{CHAMPION}.json"
+        crown = champion_key(model)
         champion = find_champion(store, model)
         mine = [r for r in records.values() if r["request_digest"] == work.request.digest]
         if mine:  # written by an earlier call, which was killed afterwards
@@ -97,7 +103,7 @@ def _build(work: Work, model: str, uri: str) -> Produced:
             version = mlflow.ensure_version(client, store, model, judged, run, evaluation)
             record = {"model": model, "version": version, **judged}
             lease.check()
-            _keep(store, f"{top}/v{version}.json", record)
+            _keep(store, version_key(model, version), record)
         if record["champion_before"] == (champion["version"] if champion else None):
             client.set_registered_model_alias(model, record["alias"], str(record["version"]))
             if record["alias"] == CHAMPION:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.paths import MLFLOW_DATABASE
 from data_prep.core.storage.local import LocalStore
 
 _SQLITE = "sqlite:///"
@@ -74,7 +75,7 @@ def _create_database(path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
     with tempfile.TemporaryDirectory() as folder:
-        new = Path(folder, "mlflow.db")
+        new = Path(folder, MLFLOW_DATABASE)
         MlflowClient(tracking_uri=f"{_SQLITE}{new}").search_experiments(max_results=1)
         LocalStore(path.parent).create(path.name, new.read_bytes())
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from data_prep.core.digest import SHORT
 from data_prep.core.manifest import Manifest, StageRef
+from data_prep.core.paths import MLFLOW_ARTIFACTS
 from data_prep.core.storage.store import Store
 
 _CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
@@ -68,7 +69,7 @@ def _experiment(client: Any, store: Store, name: str) -> str:
     if experiment := client.get_experiment_by_name(name):
         return str(experiment.experiment_id)
     # Without a location it would be a folder of the working directory.
-    return str(client.create_experiment(name, artifact_location=f"{store.uri}/mlflow-artifacts"))
+    return str(client.create_experiment(name, artifact_location=f"{store.uri}/{MLFLOW_ARTIFACTS}"))
 
 
 class LogUploader:

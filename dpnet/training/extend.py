@@ -7,6 +7,7 @@ weights as training from the start. Every run keeps the checkpoint at that point
 
 from __future__ import annotations
 
+from data_prep.core.paths import RUNS
 from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from dpnet.training.checkpoints import Mark, differences, marks
@@ -55,7 +56,7 @@ def _others(store: Store, job: TrainJob) -> list[Mark]:
     """The checkpoints of runs that differ in the number of steps alone."""
     name = job.folder.rsplit("-", 1)[0]
     others: list[Mark] = []
-    for run in store.folders("runs"):
+    for run in store.folders(RUNS):
         if run.rsplit("-", 1)[0] == name and run != job.folder:
             others += [mark for mark in marks(store, run) if _only_steps_differ(mark, job)]
     return others

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from data_prep.core.digest import sha256_file
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef, load_reference
+from data_prep.core.paths import RUNS
 from data_prep.core.stage import Request
 from data_prep.core.storage.store import Store
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
@@ -167,7 +168,7 @@ def stage_request(training: TrainRequest, init: Initial | None = None) -> Reques
     return Request(
         stage="train",
         name=training.name,
-        top="runs",
+        top=RUNS,
         slug=f"{training.name}-",
         settings={
             "model": training.model.model_dump(),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.paths import cache_folder
+from data_prep.core.paths import PREFECT, cache_folder
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -75,7 +75,6 @@ def _run_flow(
         again: the command that repeats this run, for the summary.
         embedded: use a Prefect server inside this process, even if another is configured.
     """
-    from dpnet.pipeline.demo import PREFECT_HOME
     from flows.run_from_command import run_pipeline
 
     start = time.monotonic()
@@ -83,9 +82,7 @@ def _run_flow(
     top = store.local_folder or cache_folder()
     # The flow runs the config that was checked here, even if its file changes now.
     checked = CheckedConfig(getattr(args, "config", "demo"), overrides, resolved)
-    summary = run_pipeline(
-        checked, store.label, top / PREFECT_HOME, embedded=embedded, debug=args.debug
-    )
+    summary = run_pipeline(checked, store.label, top / PREFECT, embedded=embedded, debug=args.debug)
     # The flow's own time does not include the start of the server, for which people wait too.
     summary["seconds"] = round(time.monotonic() - start, 1)
     return {"ok": True, **summary}, as_text(summary, again)
