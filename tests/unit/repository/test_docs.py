@@ -153,6 +153,30 @@ def test_every_example_of_a_config_can_be_loaded(page: Path, tmp_path: Path) -> 
             assert load_config(str(file)).name == "mine"
 
 
+def test_the_map_of_the_architecture_has_every_folder_of_the_packages() -> None:
+    text = (REPOSITORY / "ARCHITECTURE.md").read_text("utf-8")
+    table = text.split("## Map")[1].split("## Words")[0]
+    folders = [
+        file.parent.relative_to(REPOSITORY).as_posix()
+        for package in ("data_prep", "dpnet")
+        for file in (REPOSITORY / package).glob("*/__init__.py")
+    ]
+    assert "dpnet/training" in folders
+    assert [folder for folder in sorted(folders) if f"`{folder}/`" not in table] == []
+
+
+def test_the_layers_of_the_architecture_are_those_that_are_checked() -> None:
+    package = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))
+    checked = [
+        {module.strip() for module in layer.split("|")}
+        for layer in package["tool"]["importlinter"]["contracts"][0]["layers"]
+    ]
+    text = (REPOSITORY / "ARCHITECTURE.md").read_text("utf-8")
+    listed = text.split("From top to bottom:")[1].split("2. ")[0]
+    rows = [re.findall(r"`([\w/.]+)`", row) for row in listed.split("* ")[1:]]
+    assert [{path.removesuffix(".py").replace("/", ".") for path in row} for row in rows] == checked
+
+
 def test_the_pages_show_every_command() -> None:
     shown = {
         " ".join(command.words[:2])
