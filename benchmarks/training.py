@@ -271,7 +271,7 @@ def run_ray(job: TrainJob) -> None:
     launcher = LocalLauncher(job, LaunchSettings())
     try:
         launcher.start()
-        while launcher.goes_on():
+        while launcher.is_running():
             threading.Event().wait(0.1)
     finally:
         launcher.cancel()

@@ -215,7 +215,7 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
     """Return links to the report, the MLflow run and the Ray dashboard, those that exist."""
     from dpnet.registry.stage import tracking_uri
     from dpnet.tracking.mlflow_runs import run_page
-    from dpnet.training.ray.launch_job import cluster
+    from dpnet.training.ray.jobs_client import cluster_address
 
     found = {}
     by_stage = {ref.stage: ref for ref in refs}
@@ -230,7 +230,7 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
         except Exception:  # MLflow does not answer: no link
             pass
         if config.launch.launcher == "ray-job":
-            found["Ray dashboard"] = cluster(config.launch)
+            found["Ray dashboard"] = cluster_address(config.launch)
     return found
 
 

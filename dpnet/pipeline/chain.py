@@ -6,13 +6,13 @@ skipped by itself, so running the chain up to a stage builds only what is missin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import PHOTOS, cache_folder
-from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
@@ -22,6 +22,8 @@ from dpnet.pipeline.config import Config
 from dpnet.registry.stage import register, tracking_uri
 from dpnet.training.job import check_settings, check_vgg_file
 from dpnet.training.stage import train
+
+log = logging.getLogger(__name__)
 
 SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
 
@@ -42,7 +44,8 @@ def run_chain(
     def run(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
         ref = call(title, stage, *arguments, store)
         refs.append(ref)
-        say(f"{title}: {'done before' if ref.skipped else f'done in {ref.seconds:.1f} s'}")
+        done = "done before" if ref.skipped else f"done in {ref.seconds:.1f} s"
+        log.info("%s: %s", title, done)
         return ref
 
     if wanted != "masks":

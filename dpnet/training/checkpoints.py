@@ -1,16 +1,17 @@
-"""Checkpoints of a run on storage: written beside the training, whole or not at all.
+"""Checkpoints of a run on storage, written while training continues.
 
-A checkpoint is a folder `step-00001000` of the run's folder with the state, the log so far and
-`checkpoint.json`. That one is written last, by a conditional write, and holds the hashes of the
-others: without it the checkpoint does not exist, and with it every byte is checked before it is
-trusted. A folder that has anything in it is never written into again, so what is damaged stays as
-it is and the same step goes to `step-00001000.2`.
+A checkpoint is a folder such as `step-00001000` in the run's folder. It holds the state, the log so
+far and `checkpoint.json`, which is written last, by a conditional write. Without that file the
+checkpoint does not exist. The file holds the hashes of the others, so every byte is checked before
+use. Nothing is ever written into a folder with files. So a damaged checkpoint stays as it is, and
+the same step goes to `step-00001000.2`.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import threading
 import time
@@ -24,14 +25,15 @@ import torch
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, StorageError
-from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import decode_log, encode_log
 
+_log = logging.getLogger(__name__)
+
 FORMAT = 1
 MARK, STATE, LOG = "checkpoint.json", "state.pt", "log.jsonl"
-PATIENCE_S = 600.0  # for how long a write is tried again while storage refuses it
-_WAIT_S = 5.0  # between two tries; the store itself has tried for a minute
+PATIENCE_S = 600.0  # how long to retry a write that storage refuses
+_WAIT_S = 5.0  # between two tries; the store itself retries for a minute each time
 _FOLDER = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 Log = list[dict[str, Any]]
@@ -39,26 +41,30 @@ Log = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Mark:
-    """A checkpoint as its `checkpoint.json` tells it."""
+    """The content of a `checkpoint.json`."""
 
     folder: str  # key
     step: int
     score: float | None  # of the validation at this step, higher is better
-    asked: Mapping[str, Any]  # what the run was asked for: settings and digests
+    asked: Mapping[str, Any]  # the requested settings and digests
     files: Mapping[str, Mapping[str, Any]]  # size and sha256 of each
-    finished: str = ""  # why training ended here, empty where it goes on
+    finished: str = ""  # why training ended here; "" if it continues
 
 
 @dataclass(frozen=True)
 class Loaded:
+    """A checkpoint with its state and log."""
+
     mark: Mark
     state: Any
     log: Log
 
 
 def marks(store: Store, run: str) -> list[Mark]:
-    """The checkpoints of a run, the newest first; those whose mark cannot be read are left out,
-    with a warning."""
+    """Return the checkpoints of a run, newest first.
+
+    A checkpoint with an unreadable `checkpoint.json` is left out, with a warning.
+    """
     found = []
     for entry in store.list(run):
         folder, _, name = entry.key.rpartition("/")
@@ -79,16 +85,16 @@ def marks(store: Store, run: str) -> list[Mark]:
             if record["format"] != FORMAT or mark.step != order[0]:
                 raise ValueError(record["format"])
         except FileNotFoundError:
-            continue  # deleted meanwhile
+            continue  # deleted since it was listed
         except (ValueError, KeyError, TypeError):
-            say(_damaged(store, folder, "its checkpoint.json is not one of this version"))
+            _warn_damaged(store, folder, "its checkpoint.json is not one of this version")
             continue
         found.append((order, mark))
     return [mark for _, mark in sorted(found, key=lambda each: each[0], reverse=True)]
 
 
 def load(store: Store, mark: Mark) -> Loaded:
-    """A checkpoint with every byte checked. Raises PipelineError where it is damaged."""
+    """Read a checkpoint and check every byte. Raises PipelineError if it is damaged."""
     data = {}
     for name, file in mark.files.items():
         try:
@@ -106,66 +112,70 @@ def load(store: Store, mark: Mark) -> Loaded:
 
 
 def newest(store: Store, run: str) -> Loaded | None:
-    """The newest checkpoint that is sound; None where the run has none.
+    """Return the newest sound checkpoint, or None if the run has no checkpoints.
 
-    Damaged ones are passed over with a warning. Raises PipelineError where all of them are: to
-    train afresh without a word would lose the work.
+    Damaged ones are skipped with a warning. Raises PipelineError if all are damaged: a silent
+    restart from step 0 would lose the work.
     """
     found = marks(store, run)
-    _tell_unfinished(store, run, found)
+    _warn_unfinished(store, run, found)
     for mark in found:
         try:
             return load(store, mark)
         except StorageError:
             raise
         except PipelineError as error:
-            say(_damaged(store, mark.folder, str(error)))
+            _warn_damaged(store, mark.folder, str(error))
     if found:
         raise PipelineError(
-            f"none of the {len(found)} checkpoints of {store.uri}/{run} is sound: restore one from"
-            " a copy, or remove the run's folder to train afresh."
+            f"all {len(found)} checkpoints of {store.uri}/{run} are damaged: restore one from a"
+            " backup, or remove the run's folder to train from the start."
         )
     return None
 
 
-def _damaged(store: Store, folder: str, reason: str) -> str:
-    return (
-        f"warning: the checkpoint {store.uri}/{folder} is passed over: {reason}; it is not written"
-        " over."
+def _warn_damaged(store: Store, folder: str, reason: str) -> None:
+    _log.warning(
+        "train: the checkpoint %s/%s is skipped: %s. It is not overwritten.",
+        store.uri,
+        folder,
+        reason,
     )
 
 
-def _tell_unfinished(store: Store, run: str, found: Sequence[Mark]) -> None:
-    """Say which checkpoint, if any, was being written when the run was cut off."""
+def _warn_unfinished(store: Store, run: str, found: Sequence[Mark]) -> None:
+    """Warn if a checkpoint was being written when the run was interrupted."""
     marked = {mark.folder for mark in found}
     last = found[0].step if found else 0
     for folder in sorted(_folders(store, run) - marked):
         match = _FOLDER.fullmatch(folder.rpartition("/")[2])
         if match and int(match[1]) > last:
-            say(
-                f"warning: the checkpoint {store.uri}/{folder} was never finished:"
-                f" {'that of step ' + str(last) if last else 'the start'} is taken."
+            _log.warning(
+                "train: the checkpoint %s/%s was never finished: training resumes from step %d",
+                store.uri,
+                folder,
+                last,
             )
 
 
 def _folders(store: Store, run: str) -> set[str]:
-    """Keys of the folders of checkpoints, finished or not."""
+    """Return the keys of checkpoint folders, finished or not."""
     keys = {entry.key.rpartition("/")[0] for entry in store.list(run)}
     return {key for key in keys if _FOLDER.fullmatch(key.rpartition("/")[2])}
 
 
-def check_requested(mark: Mark, asked: Mapping[str, Any], where: str) -> None:
-    """Raise PipelineError, which names what differs, unless the checkpoint is of what is asked."""
-    if differ := differences(mark.asked, asked):
+def check_requested(mark: Mark, requested: Mapping[str, Any], root: str) -> None:
+    """Raise PipelineError with the differing options, unless the checkpoint fits the request."""
+    if differ := differences(mark.asked, requested):
         raise PipelineError(
-            f"the checkpoint {where}/{mark.folder} was made with {', '.join(differ[:5])}: run with"
-            " the config that it was made with, or remove the run's folder to train afresh."
+            f"the checkpoint {root}/{mark.folder} was made with {', '.join(differ[:5])}: use the"
+            " config that made it, or remove the run's folder to train from the start."
         )
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Each option that differs, with both values: "train.batch_size 16, not 8"."""
-    ours, theirs = _leaves(asked), _leaves(there)
+def differences(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+    """Return the options that differ, with both values, such as "train.batch_size 16, not 8"."""
+    ours, theirs = _leaves(requested), _leaves(stored)
     names = sorted(ours.keys() | theirs.keys())
     return [
         f"{name} {theirs.get(name, 'unset')}, not {ours.get(name, 'unset')}"
@@ -175,6 +185,7 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
 
 
 def _leaves(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return the values of a nested mapping by their dotted names."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -185,25 +196,30 @@ def _leaves(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 class Writer:
-    """Writes the checkpoints of one run, one at a time, while training goes on.
+    """Write the checkpoints of one run in a thread, one at a time.
 
     Args:
-        last: how many of the newest are kept; best: how many more of those with the highest scores.
-        fixed: steps whose checkpoints are kept whatever comes later.
+        store: The root.
+        run: Key of the run's folder.
+        requested: The requested settings and digests; each checkpoint stores them.
+        last: How many of the newest checkpoints to keep.
+        best: How many checkpoints with the highest scores to keep as well.
+        fixed: Steps that always keep their checkpoints.
+        patience: Seconds to retry a write that storage refuses.
     """
 
     def __init__(
         self,
         store: Store,
         run: str,
-        asked: Mapping[str, Any],
+        requested: Mapping[str, Any],
         *,
         last: int,
         best: int,
         fixed: Sequence[int] = (),
         patience: float = PATIENCE_S,
     ) -> None:
-        self.store, self.run, self.asked = store, run, asked
+        self.store, self.run, self.requested = store, run, requested
         self.last, self.best, self.fixed, self.patience = last, best, set(fixed), patience
         self._pool = ThreadPoolExecutor(1, "dpnet-checkpoint")
         self._pending: Future[None] | None = None
@@ -212,19 +228,29 @@ class Writer:
     def save(
         self, step: int, state: Any, log: Log, score: float | None = None, finished: str = ""
     ) -> None:
-        """Begin to write; waits for the checkpoint before this one, and raises what it raised."""
+        """Start writing a checkpoint, after waiting for the one before it.
+
+        Raises the error of the one before it.
+
+        Args:
+            step: Steps done so far.
+            state: A state that torch can save.
+            log: All records so far.
+            score: Score of the validation at this step, higher is better; None without one.
+            finished: Why training ends here, or "".
+        """
         self.wait()
         lines = encode_log(log)
         self._pending = self._pool.submit(self._write, step, state, lines, score, finished)
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there. Raises what its writing raised."""
+        """Wait until the current checkpoint is written. Raises the error of writing it."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
-        """Wait for a try that is under way, but not for storage to come back."""
+        """Wait for a running try, but do not retry."""
         self._closed.set()
         self._pool.shutdown(wait=True)
 
@@ -237,37 +263,39 @@ class Writer:
             "step": step,
             "score": score,
             "finished": finished,
-            "asked": self.asked,
+            "asked": self.requested,
             "files": {
                 name: {"size": len(data), "sha256": sha256_bytes(data)}
                 for name, data in files.items()
             },
         }
         deadline = time.monotonic() + self.patience
-        told = False
+        warned = False
         while True:
             try:
                 self._put(step, files, json.dumps(record, indent=1).encode())
                 break
             except StorageError as error:
                 if self._closed.is_set() or time.monotonic() > deadline:
-                    # No StorageError any more, of which whoever runs this would think that it may
-                    # pass, and take up the last checkpoint.
+                    # Not a StorageError: Ray takes that for a temporary problem, and would restart
+                    # the workers from the last checkpoint.
                     raise PipelineError(str(error)) from error
-                if not told:
-                    told = True
-                    say(
-                        f"warning: the checkpoint of step {step} cannot be written yet ({error})"
-                        " Training goes on, and it is tried again for"
-                        f" {round(self.patience / 60)} minutes."
+                if not warned:
+                    warned = True
+                    _log.warning(
+                        "train: the checkpoint of step %d cannot be written yet: %s Training"
+                        " continues, and the write is retried for %d minutes.",
+                        step,
+                        error,
+                        round(self.patience / 60),
                     )
                 self._closed.wait(_WAIT_S)
-        if told:
-            say(f"the checkpoint of step {step} is written now.")
+        if warned:
+            _log.info("train: the checkpoint of step %d is written now.", step)
         try:
             self._prune()
         except StorageError:
-            pass  # the next one deletes what this one could not
+            pass  # the next call deletes the remaining files
 
     def _put(self, step: int, files: Mapping[str, bytes], mark: bytes) -> None:
         folder = self._new_folder(step)
@@ -280,7 +308,7 @@ class Writer:
             )
 
     def _new_folder(self, step: int) -> str:
-        """A folder of this step in which there is nothing."""
+        """Return an empty folder for this step."""
         name = f"{self.run}/step-{step:08d}"
         number = 1
         while True:
@@ -290,7 +318,7 @@ class Writer:
             number += 1
 
     def _prune(self) -> None:
-        """Delete the checkpoints that need not be kept, and leftovers of ones never finished."""
+        """Delete checkpoints that are not kept, and files of unfinished ones."""
         found = marks(self.store, self.run)
         scored = sorted((m for m in found if m.score is not None), key=_rank, reverse=True)
         kept = {mark.folder for mark in [*found[: self.last], *scored[: self.best]]}
@@ -302,7 +330,9 @@ class Writer:
             if not self.store.exists(f"{folder}/{MARK}")
         }
         for folder in (marked - kept) | unfinished:
-            self.store.delete(f"{folder}/{MARK}")  # first, so that it is never half there
+            self.store.delete(
+                f"{folder}/{MARK}"
+            )  # first, so that no marked checkpoint is incomplete
             for entry in list(self.store.list(folder)):
                 self.store.delete(entry.key)
             if top := self.store.local_folder:

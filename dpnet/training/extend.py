@@ -1,23 +1,26 @@
-"""A run that is asked for more steps goes on from a checkpoint of the shorter one.
+"""Extend a run: a request for more steps starts from a checkpoint of the shorter run.
 
-The learning rate depends on the number of steps from where fine-tuning begins, nothing does before
-that. So a checkpoint up to there is the same in both runs, and going on from it gives the same
-weights as training from the start. Every run keeps the checkpoint at that point for this.
+The number of steps changes the learning rate only after fine-tuning begins. Until then, the
+checkpoints of both runs are the same, so extending one gives the same weights as training from the
+start. For this, every run keeps its checkpoint at the start of fine-tuning.
 """
 
 from __future__ import annotations
 
+import logging
+
 from data_prep.core.paths import RUNS
-from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
 from dpnet.training.checkpoints import Mark, differences, marks
 from dpnet.training.job import TrainJob
+
+log = logging.getLogger(__name__)
 
 _STEPS = "train.steps "
 
 
 def first_step(store: Store, job: TrainJob) -> int:
-    """The step that training would go on from now."""
+    """Return the step from which training would continue now."""
     own = marks(store, job.folder)
     if own:
         return own[0].step
@@ -26,9 +29,10 @@ def first_step(store: Store, job: TrainJob) -> int:
 
 
 def find_start(store: Store, job: TrainJob) -> str | None:
-    """Key of the other run's checkpoint to begin with; None where this run has one, or none fits.
+    """Return the key of another run's checkpoint to start from.
 
-    Says what it does where there is a run that differs in the number of steps alone.
+    Returns None if this run has a checkpoint of its own, or if no other run fits. If a run differs
+    only in the number of steps, the log says what happens.
     """
     if marks(store, job.folder):
         return None
@@ -38,22 +42,26 @@ def find_start(store: Store, job: TrainJob) -> str | None:
     best = _best(job, others)
     longest = max(mark.asked["train"]["steps"] for mark in others)
     if best:
-        say(
-            f"train: extends the run of {best.asked['train']['steps']} steps in"
-            f" {store.uri}/{best.folder.rpartition('/')[0]} from step {best.step}, up to which both"
-            " are the same"
+        log.info(
+            "train: extends the run of %d steps in %s/%s from step %d; up to there both are the"
+            " same",
+            best.asked["train"]["steps"],
+            store.uri,
+            best.folder.rpartition("/")[0],
+            best.step,
         )
         return best.folder
-    say(
-        f"train: there is a run with the same settings and {longest} steps, but no checkpoint of it"
-        f" from before step {min(_common(mark, job) for mark in others) + 1}, where fine-tuning"
-        " makes the two differ: training starts afresh"
+    log.info(
+        "train: a run with the same settings and %d steps exists, but it has no checkpoint from"
+        " before step %d, where fine-tuning makes the two differ: training starts from step 0",
+        longest,
+        min(_common(mark, job) for mark in others) + 1,
     )
     return None
 
 
 def _others(store: Store, job: TrainJob) -> list[Mark]:
-    """The checkpoints of runs that differ in the number of steps alone."""
+    """Return the checkpoints of runs that differ only in the number of steps."""
     name = job.folder.rsplit("-", 1)[0]
     others: list[Mark] = []
     for run in store.folders(RUNS):
@@ -63,7 +71,7 @@ def _others(store: Store, job: TrainJob) -> list[Mark]:
 
 
 def _best(job: TrainJob, others: list[Mark]) -> Mark | None:
-    """The last of the checkpoints that training may begin with."""
+    """Return the last of the checkpoints that training may start from."""
     fitting = [mark for mark in others if mark.step <= _common(mark, job)]
     return max(fitting, key=lambda mark: mark.step, default=None)
 
@@ -74,10 +82,10 @@ def _only_steps_differ(mark: Mark, job: TrainJob) -> bool:
 
 
 def _common(mark: Mark, job: TrainJob) -> int:
-    """The last step up to which both runs are the same."""
+    """Return the last step at which both runs are the same."""
     s = job.settings
     other = s.model_copy(update={"steps": mark.asked["train"]["steps"]})
     common = min(s.constant_until, other.constant_until)
-    # A run validates after its last step too, which a longer one need not do there.
+    # A run also validates after its last step. A longer run may not validate at that step.
     extra = min(s.steps, other.steps)
     return common - 1 if common == extra and extra % s.validate_every else common

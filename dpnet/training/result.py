@@ -1,4 +1,4 @@
-"""What a finished training leaves: the averaged generator's weights, the log, figures."""
+"""Write the result of a finished training: the averaged generator's weights, the log, figures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dpnet.training.job import TrainJob, is_finished
 
 
 def collect(job: TrainJob, work: Work) -> tuple[list[FileRecord], dict[str, Any]]:
-    """Write the weights and the log of the run's last checkpoint; the files and the summary.
+    """Write the weights and the log of the run's last checkpoint. Return the files and the summary.
 
-    Raises PipelineError where training has not come to its end.
+    Raises PipelineError if training is not finished.
     """
     import torch
 

@@ -1,14 +1,14 @@
 """The train stage: image shards and mask shards to a generator's weights.
 
-This module is cheap to import; torch and Ray come in only when there is something to train.
+This module is cheap to import. It imports torch and Ray only if there is something to train.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from data_prep.core.manifest import StageRef
-from data_prep.core.progress import say
 from data_prep.core.stage import Produced, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
@@ -20,6 +20,8 @@ from dpnet.training.job import (
     vgg_command,
 )
 from dpnet.training.settings import LaunchSettings
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -39,25 +41,28 @@ def train(
 
 
 def _build(job: TrainJob, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> Produced:
+    """Train to the end and write the result. The arguments are those of `train`."""
     import yaml
 
     from dpnet.loading.shard_files import check_enough, find_shards
     from dpnet.training.extend import find_start
-    from dpnet.training.ray.launch import launched
+    from dpnet.training.ray.launch import run_training
     from dpnet.training.result import collect
 
     if job.losses.vgg_weights is None and (job.losses.perceptual or job.losses.style):
-        say(
-            "train: the perceptual and style losses are off, they need VGG's weights: make a file"
-            f" with `{vgg_command(job.losses.vgg, f'{job.losses.vgg}.pth')}` (pip install"
-            " torchvision) and name it in losses.vgg_weights"
+        log.info(
+            "train: the perceptual and style losses are off, because they need VGG's weights. Make"
+            " a file with `%s` (pip install torchvision) and name it in losses.vgg_weights.",
+            vgg_command(job.losses.vgg, f"{job.losses.vgg}.pth"),
         )
     if job.settings.steps <= job.settings.warmup_steps:
-        say(
-            f"warning: train.warmup_steps is {job.settings.warmup_steps} and train.steps"
-            f" {job.settings.steps}, so the learning rate does not reach its peak: lower the first."
+        log.warning(
+            "train: train.warmup_steps is %d and train.steps is %d, so the learning rate does not"
+            " reach its peak: lower train.warmup_steps.",
+            job.settings.warmup_steps,
+            job.settings.steps,
         )
-    for dataset in (job.images, job.masks):  # workers look too, but they are slow to start
+    for dataset in (job.images, job.masks):  # workers check this too, but they start slowly
         check_enough(find_shards(work.store, dataset, "train"), job.settings.batch_size)
     job = replace(job, extends=find_start(work.store, job))
     resolved = yaml.safe_dump(
@@ -69,6 +74,6 @@ def _build(job: TrainJob, launch: LaunchSettings, tracking_uri: str | None, work
         sort_keys=False,
     ).encode()
     record = write_file(work, "resolved-config.yaml", resolved, content=False)
-    resumed_from = launched(job, launch, tracking_uri, work)
+    resumed_from = run_training(job, launch, tracking_uri, work)
     files, summary = collect(job, work)
     return Produced([record, *files], {**summary, "resumed_from": resumed_from})

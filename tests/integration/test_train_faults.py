@@ -53,8 +53,8 @@ chain.tracking_uri = lambda *_: None
 """
 # With shorter patience with storage than a user would want.
 HURRIED = """
-from dpnet.training.ray import workers as ray_train
-real = ray_train._worker
+from dpnet.training.ray import workers
+real = workers.run_worker
 def worker(config):
     from data_prep.core.storage import s3_requests
     from dpnet.training import checkpoints
@@ -62,7 +62,7 @@ def worker(config):
     checkpoints._WAIT_S = 1.0
     checkpoints.Writer.__init__.__kwdefaults__["patience"] = {patience}
     return real(config)
-ray_train._worker = worker
+workers.run_worker = worker
 """
 
 
@@ -291,8 +291,8 @@ def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(
     os.kill(training.workers()[1]["pid"], signal.SIGKILL)
     assert training.finish()["resumed_from"] >= 2 * EVERY
     assert training.validations() == undisturbed.validations()
-    assert training.said("-1: train: workers that died: 1")
-    assert training.said("train: goes on from the checkpoint of step ")
+    assert training.said("-1: train: workers died: 1")
+    assert training.said("train: resumes from the checkpoint of step ")
 
 
 def test_when_ray_trains_controller_is_killed_training_is_started_again_at_once(
@@ -303,8 +303,8 @@ def test_when_ray_trains_controller_is_killed_training_is_started_again_at_once(
     training.wait_for(2 * EVERY)
     begun = time.monotonic()
     os.kill(cluster.process("ray::TrainController"), signal.SIGKILL)
-    training.wait_to_say("Ray Train's controller died: training is started again")
-    training.wait_to_say("goes on from the checkpoint")
+    training.wait_to_say("Ray Train's controller died, training restarts")
+    training.wait_to_say("resumes from the checkpoint")
     assert time.monotonic() - begun < 150
     assert training.finish()["resumed_from"] >= 2 * EVERY
     assert training.validations() == undisturbed.validations()
@@ -318,7 +318,7 @@ def test_when_the_jobs_driver_is_killed_the_launcher_submits_the_next_attempt(
     os.kill(cluster.process(DRIVER), signal.SIGKILL)
     assert training.finish()["resumed_from"] >= 2 * EVERY
     assert training.validations() == undisturbed.validations()
-    assert training.said("-1 died (Killed): it is begun again from its last checkpoint")
+    assert training.said("-1 died (Killed): it restarts from its last checkpoint")
     assert training.said("-2 is submitted to")
 
 
@@ -330,7 +330,7 @@ def test_the_job_outlives_its_launcher_and_the_next_one_attaches_to_it_and_stops
     second = trainer.start(root, *job)
     second.wait_to_say("another runner")
     first.process.kill()
-    second.wait_to_say("-1 is at work on")
+    second.wait_to_say("attached to the running job ")
     driver = cluster.process(DRIVER)
     second.wait_for(2 * EVERY)
     assert not second.said("submitted")
@@ -381,7 +381,7 @@ def test_when_a_machine_dies_training_waits_for_another_one(
     dead = cluster.node_of(training.workers()[0]["pid"])
     dead.kill()
     cluster.nodes.remove(dead)
-    training.wait_to_say("workers that died")
+    training.wait_to_say("workers died")
     cluster.add_node()
     assert training.finish()["resumed_from"] >= 2 * EVERY
     assert training.validations() == undisturbed.validations()
@@ -398,8 +398,8 @@ def test_before_a_machine_is_taken_away_training_saves_and_goes_on_elsewhere_and
     taken = training.workers()[1]
     node = cluster.node_of(taken["pid"])
     cluster.drain(taken["node"], 120)
-    training.wait_to_say("about to be taken away: saving")
-    training.wait_to_say("goes on from the checkpoint")
+    training.wait_to_say("will be taken away soon, saving")
+    training.wait_to_say("resumes from the checkpoint")
     assert taken["node"] not in [worker["node"] for worker in training.workers()]
     node.kill()
     (saved,) = [step for step in training.saved() if step < STEPS]
@@ -424,7 +424,7 @@ def test_what_the_user_must_mend_ends_training_at_once(trainer: Trainer, root: P
     sentence = training.fail()
     assert shard.name in sentence
     assert "run `dpnet verify` on" in sentence
-    assert not training.said("workers that failed")
+    assert not training.said("workers failed")
 
 
 def test_a_head_without_the_interpreter_is_told_in_one_sentence(
@@ -433,7 +433,7 @@ def test_a_head_without_the_interpreter_is_told_in_one_sentence(
     training = trainer.start(root, *job, "launch.python=/no/such/python")
     assert "has no dpnet (" in (sentence := training.fail())
     assert "name in launch.python the interpreter there" in sentence
-    assert not training.said("begun again")
+    assert not training.said("it restarts from")
 
 
 def test_no_cluster_at_the_address_is_told_in_one_sentence(trainer: Trainer, root: Path) -> None:
@@ -464,7 +464,7 @@ def test_a_cluster_takes_the_right_token_alone_and_one_that_comes_back_is_given_
         cluster.start_head()
         cluster.add_node()
         assert training.finish()["resumed_from"] >= 2 * EVERY
-        assert training.said("is unknown now, the cluster is another one: it is begun again")
+        assert training.said("is unknown now, because the cluster was replaced: it restarts")
 
 
 def test_on_this_machine_the_controllers_death_is_got_over_and_a_command_that_ends_leaves_nothing(
@@ -473,7 +473,7 @@ def test_on_this_machine_the_controllers_death_is_got_over_and_a_command_that_en
     first = trainer.start(root)
     first.wait_for(EVERY)
     os.kill(find_process(first.process.pid, "ray::TrainController"), signal.SIGKILL)
-    first.wait_to_say("goes on from the checkpoint")
+    first.wait_to_say("resumes from the checkpoint")
     members = at_work(first)
     assert len(members) > 5
     first.process.kill()
@@ -564,7 +564,7 @@ def test_when_the_disk_is_full_training_goes_on_and_what_stays_full_is_told_and_
         fill(ballast)
         sentence = first.fail()
         assert "the disk is full: free some space and run the same command again" in sentence
-        assert not first.said("workers that failed")
+        assert not first.said("workers failed")
         ballast.unlink()
         second = trainer.start(folder, "train.workers=1")
         assert second.finish()["resumed_from"] >= EVERY

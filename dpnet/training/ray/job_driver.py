@@ -1,10 +1,13 @@
-"""What the launcher `ray-job` runs on the cluster's head:
+"""Train in a job on a Ray cluster's head, for the launcher `ray-job`.
 
     python -m dpnet.ray_driver ATTEMPT ROOT RUN
     python -m dpnet.ray_driver --stacks ATTEMPT ROOT RUN
 
-RUN is the run's folder, in which the launcher has left what is to be trained. Exit status 0 when it
-is trained; EXPLAINED when it cannot be, the last line says why.
+RUN is the run's folder. The launcher has written the training's description there. With --stacks,
+it logs what every worker of the attempt is doing.
+
+Exit status: 0 when training is finished; EXPLAINED when it cannot continue, with the reason in the
+last line.
 """
 
 from __future__ import annotations
@@ -21,17 +24,17 @@ from data_prep.core.logs import start_logging
 from data_prep.core.storage.open import open_store
 from dpnet.training.job import TrainJob
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
+from dpnet.training.ray.ray_train import Training
 from dpnet.training.ray.start import scratch_folder
-from dpnet.training.ray.workers import Training
 
 
 def main() -> int:
+    """Run the job that the arguments of this process name. Return the exit status."""
     start_logging()
     *only_stacks, attempt, root, folder = sys.argv[1:]
     try:
         _train(attempt, root, folder, only_stacks=bool(only_stacks))
     except PipelineError as error:
-        # Plain, because the launcher takes the last line as the reason.
         print(" ".join(str(error).split()), file=sys.stderr, flush=True)
         return EXPLAINED
     return 0
@@ -44,7 +47,7 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
         spec = json.loads(open_store(root).read(f"{folder}/{SPEC}"))
     except FileNotFoundError:
         raise PipelineError(
-            f"the cluster's head does not see {root}/{folder}, which this command has just written:"
+            f"the cluster's head cannot find {root}/{folder}, which the launcher has just written:"
             " choose a root that all machines share, S3 or a shared disk."
         ) from None
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
@@ -59,7 +62,7 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
                 lambda *_: threading.Thread(target=training.print_stacks, daemon=True).start(),
             )
             training.start()
-            while training.goes_on():
+            while training.is_running():
                 time.sleep(0.3)
         finally:
             training.stop(shared=True)

@@ -1,12 +1,13 @@
-"""Where training runs: a launcher begins it, or finds it at work, and is asked how it goes.
+"""Run a training to its end: start it or find it running, and show its progress.
 
-`local` is Ray on this machine, for as long as it takes; `ray-job` a job on a Ray cluster that goes
-on when this process ends. Both leave their work in the run's folder, so any of them, on whatever
-machine, takes up what another has begun.
+The launcher `local` runs Ray on this machine until training ends. The launcher `ray-job` submits a
+job to a Ray cluster; the job continues after this process ends. Both store their work in the run's
+folder, so either can resume, on any machine, what the other has begun.
 """
 
 from __future__ import annotations
 
+import logging
 import select
 import signal
 import socket
@@ -18,44 +19,51 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
-from data_prep.core.progress import Progress, say
+from data_prep.core.progress import Progress
 from data_prep.core.stage import Work
 from dpnet.tracking.mlflow_follower import MlflowFollower
 from dpnet.tracking.run_log import read_status
 from dpnet.training.ray.launchers import Launcher, choose_launcher
 from dpnet.training.settings import LaunchSettings
 
+log = logging.getLogger(__name__)
+
 POLL_S = 0.3
-# Whether a job on a cluster goes on when the process that follows it is stopped: asked then.
+# Whether a job on a cluster continues when the process that follows it is stopped. It is called
+# at that moment.
 leaves_job: ContextVar[Callable[[], bool]] = ContextVar("leaves_job", default=lambda: False)
 
 
-def launched(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> int:
-    """Train to the end, wherever it runs, and show how it goes; the step it was taken up from."""
+def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> int:
+    """Train to the end, on any launcher, and show the progress.
+
+    Returns:
+        The step from which training resumed, 0 if it started from nothing.
+    """
     launcher = choose_launcher(job, launch, work)
     resumed_from: int | None = None
     with (
         MlflowFollower(tracking_uri, work),
         Progress("train", job.settings.steps, "steps") as progress,
         _stacks_on_signal(launcher),
-        _waits() as wait,
+        _interruptible_wait() as wait,
     ):
         try:
             launcher.start()
-            while launcher.goes_on():
+            while launcher.is_running():
                 wait(POLL_S)
                 status = read_status(work.store, work.folder)
-                if status.get("attempt") != launcher.attempt:  # an earlier one's
+                if status.get("attempt") != launcher.attempt:  # of an earlier attempt
                     continue
                 if status["resumed_from"] != resumed_from:
                     resumed_from = status["resumed_from"]
                     if resumed_from:
-                        say(f"train: goes on from the checkpoint of step {resumed_from}")
+                        log.info("train: resumes from the checkpoint of step %d", resumed_from)
                 progress.update(status["step"], status["note"])
         except Exception:
             launcher.cancel()
             raise
-        except BaseException:  # it is stopped
+        except BaseException:  # this process is stopped
             if launch.launcher == "local" or not leaves_job.get()():
                 launcher.cancel()
             raise
@@ -64,30 +72,30 @@ def launched(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: W
 
 
 @contextmanager
-def _waits() -> Iterator[Callable[[float], object]]:
-    """A wait that Ctrl-C and SIGTERM end even where what their handlers raise is lost, because it
-    comes up while an object is being disposed of.
+def _interruptible_wait() -> Iterator[Callable[[float], object]]:
+    """Give a wait that always ends on Ctrl-C and SIGTERM.
 
-    The handlers stay as they are: Prefect takes a cancellation for a crash where SIGTERM's is not
-    its own.
+    Python loses the exception of a signal handler that runs while an object is disposed of. The
+    wait sees such a signal and calls the handler again. The handlers stay in place, because
+    Prefect takes a cancellation for a crash if SIGTERM has another handler than its own.
     """
     if threading.current_thread() is not threading.main_thread():
         yield time.sleep
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    come, go = socket.socketpair()
-    with come, go:
-        go.setblocking(False)
-        before = signal.set_wakeup_fd(go.fileno(), warn_on_full_buffer=False)
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
 
         def wait(seconds: float) -> None:
-            if not select.select([come], [], [], seconds)[0]:
+            if not select.select([receiver], [], [], seconds)[0]:
                 return
-            for number in come.recv(4096):
+            for number in receiver.recv(4096):
                 if number in handlers:
                     handler = signal.getsignal(number)
-                    # One that has put another in its place was heard, if in vain: the command's
-                    # second Ctrl-C would end the process at once.
+                    # A handler that has replaced itself has already run. A second call would act
+                    # like a second Ctrl-C, which ends the process at once.
                     if callable(handler) and handler is handlers[signal.Signals(number)]:
                         handler(number, None)
                     raise KeyboardInterrupt
@@ -100,7 +108,7 @@ def _waits() -> Iterator[Callable[[float], object]]:
 
 @contextmanager
 def _stacks_on_signal(launcher: Launcher) -> Iterator[None]:
-    """SIGUSR1 prints what every worker is doing."""
+    """While in the block, SIGUSR1 logs what every worker is doing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

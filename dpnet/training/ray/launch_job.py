@@ -1,8 +1,8 @@
-"""The launcher `ray-job`: a job on a Ray cluster, known by the run's digest.
+"""The launcher `ray-job`: a job on a Ray cluster, named after the run's digest.
 
-The job goes on when this process ends; the same command, here or elsewhere, attaches to it. A job
-keeps its id for ever, so the next attempt after one that failed or was stopped gets the next
-number, and takes the run up from its last checkpoint.
+The job continues when this process ends. The same command, on this machine or another, attaches to
+it. Ray never reuses the id of a job. So if an attempt has failed or was stopped, the next attempt
+gets the next number and resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -10,38 +10,37 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import re
 import secrets
 import shlex
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from data_prep.core.digest import SHORT, sha256_bytes
-from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.progress import say
+from data_prep.core.errors import PipelineError
 from data_prep.core.stage import Work
 from dpnet.training.job import TrainJob
+from dpnet.training.ray.jobs_client import connect_client, reason_of
 from dpnet.training.settings import LaunchSettings
 
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as Ray's own commands take them
+log = logging.getLogger(__name__)
+
 SPEC = "job.json"
-EXPLAINED = 3  # exit status of a driver whose last line says why training cannot go on
-ASK_S = 1.0  # between two questions after the job's state
-ANSWER_S = 30.0  # for which the cluster is waited for at each
-STOP_S = 25.0  # for which a cancelled job is waited for
-STACKS_S = 30.0  # for which the workers' stacks are waited for
-_NO_PROGRAM = (126, 127)  # of a shell
+EXPLAINED = 3  # exit status of a driver with the reason for its end in its last line
+ASK_S = 1.0  # between two requests for the job's state
+STOP_S = 25.0  # how long to wait for a cancelled job to end
+STACKS_S = 30.0  # how long to wait for the workers' stacks
+_NO_PROGRAM = (126, 127)  # exit statuses of a shell
+_RECORD = re.compile(r"\S+Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) [\w.]+: (.*)")  # core/logs.py
 
 
 class RayJobLauncher:
+    """Training in a job on a Ray cluster."""
+
     def __init__(self, job: TrainJob, launch: LaunchSettings, work: Work) -> None:
         self.job, self.launch, self.work = job, launch, work
-        # Several roots may ask one cluster for the same.
+        # Several roots may request the same training from one cluster.
         root = sha256_bytes(work.store.uri.encode())
         self.name = f"dpnet-{work.request.digest[:SHORT]}-{root[:4]}"
         self.address = str(launch.address)
@@ -49,27 +48,29 @@ class RayJobLauncher:
         self._client: Any = None
         self._deaths = 0
         self._asked, self._answered = 0.0, time.monotonic()
-        self._told = False
+        self._warned = False
 
     def start(self) -> None:
-        self._client = _connected(self.address)
+        """Submit a job, or attach to the running one."""
+        self._client = connect_client(self.address)
         spec = {"job": self.job.to_json(), "deadline": self.launch.deadline_s}
         self.work.store.write(self.work.key(SPEC), json.dumps(spec, indent=1).encode())
-        self._begin_or_attach()
+        self._submit_or_attach()
 
-    def goes_on(self) -> bool:
+    def is_running(self) -> bool:
+        """Return whether the job still runs. Raises PipelineError if it has failed for good."""
         if time.monotonic() - self._asked < ASK_S:
             return True
         self._asked = time.monotonic()
         try:
-            going = self._look()
+            running = self._look()
         except PipelineError:
             raise
-        except Exception as error:  # what Ray's client raises is of many kinds
+        except Exception as error:  # Ray's client raises errors of many kinds
             self._no_answer(error)
             return True
-        self._answered, self._told = time.monotonic(), False
-        return going
+        self._answered, self._warned = time.monotonic(), False
+        return running
 
     def _look(self) -> bool:
         try:
@@ -77,7 +78,7 @@ class RayJobLauncher:
         except RuntimeError as error:
             if "status code 404" not in str(error):
                 raise
-            self._begin_again("is unknown now, the cluster is another one")
+            self._restart("is unknown now, because the cluster was replaced")
             return True
         if not job.status.is_terminal():
             return True
@@ -86,72 +87,73 @@ class RayJobLauncher:
         if job.status == "STOPPED":
             raise PipelineError(f"the job {self.attempt} was stopped: the same command resumes it.")
         lines = self._client.get_job_logs(self.attempt).strip().splitlines()
-        last = lines[-1][:1000] if lines else "without a word"
+        last = lines[-1][:1000] if lines else "without output"
         if job.driver_exit_code == EXPLAINED:
             raise PipelineError(last)
         if job.driver_exit_code in _NO_PROGRAM or "No module named" in last:
             raise PipelineError(
-                f"the head of the Ray cluster at {self.address} has no dpnet ({last}): name in"
-                " launch.python the interpreter there that has it."
+                f"the head of the Ray cluster at {self.address} has no dpnet ({last}): set"
+                " launch.python to the interpreter there that has it."
             )
-        self._begin_again(f"died ({last})")
+        self._restart(f"died ({last})")
         return True
 
-    def _begin_again(self, why: str) -> None:
+    def _restart(self, why: str) -> None:
         if self._deaths >= self.job.settings.max_failures:
             raise PipelineError(
                 f"the job {self.attempt} {why}, and train.max_failures is"
-                f" {self.job.settings.max_failures}: look at its log on {self.address}; the same"
+                f" {self.job.settings.max_failures}: read its log on {self.address}; the same"
                 " command resumes."
             )
         self._deaths += 1
-        say(f"train: the job {self.attempt} {why}: it is begun again from its last checkpoint")
-        self._begin_or_attach()
+        log.warning("train: the job %s %s: it restarts from its last checkpoint", self.attempt, why)
+        self._submit_or_attach()
 
     def _no_answer(self, error: Exception) -> None:
-        """Say so once; raise PipelineError after the deadline."""
+        """Warn once. Raises PipelineError after the deadline."""
         if time.monotonic() - self._answered > self.launch.deadline_s:
             raise PipelineError(
                 f"the Ray cluster at {self.address} has not answered for"
-                f" {self.launch.deadline_s} s ({_reason(error)}): the same command resumes."
+                f" {self.launch.deadline_s} s ({reason_of(error)}): the same command resumes."
             ) from error
-        if not self._told:
-            self._told = True
-            say(
-                f"warning: the Ray cluster at {self.address} does not answer ({_reason(error)}):"
-                " asking on"
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "train: the Ray cluster at %s does not answer (%s): trying again",
+                self.address,
+                reason_of(error),
             )
 
     def cancel(self) -> None:
+        """Stop the job, and wait until it has ended."""
         if not self.attempt:
             return
         try:
             self._client.stop_job(self.attempt)
-            deadline = time.monotonic() + STOP_S
-            while not self._client.get_job_status(self.attempt).is_terminal():
-                if time.monotonic() > deadline:
-                    raise TimeoutError("it does not end")
-                time.sleep(0.5)
+            self._wait_for_end(self.attempt, STOP_S, "it does not end")
         except Exception as error:
-            say(f"warning: the job {self.attempt} may still be at work ({_reason(error)})")
+            log.warning("train: the job %s may still run (%s)", self.attempt, reason_of(error))
 
     def print_stacks(self) -> None:
-        """By a job of its own: the workers are on the cluster's machines."""
+        """Log what every worker is doing. A separate job reads it on the cluster's machines."""
         name = f"{self.name}-stacks-{secrets.token_hex(3)}"
         try:
             self._client.submit_job(
                 entrypoint=self._entrypoint("--stacks", self.attempt), submission_id=name
             )
-            deadline = time.monotonic() + STACKS_S
-            while not self._client.get_job_status(name).is_terminal():
-                if time.monotonic() > deadline:
-                    raise TimeoutError("they do not come")
-                time.sleep(0.5)
-            say(self._client.get_job_logs(name))
+            self._wait_for_end(name, STACKS_S, "they do not arrive")
+            log.info("%s", self._client.get_job_logs(name))
         except Exception as error:
-            say(f"warning: the workers' stacks cannot be had ({_reason(error)})")
+            log.warning("train: the workers' stacks are not available (%s)", reason_of(error))
 
-    def _begin_or_attach(self) -> None:
+    def _wait_for_end(self, job: str, seconds: float, problem: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._client.get_job_status(job).is_terminal():
+            if time.monotonic() > deadline:
+                raise TimeoutError(problem)
+            time.sleep(0.5)
+
+    def _submit_or_attach(self) -> None:
         pattern = re.compile(rf"{re.escape(self.name)}-(\d+)")
         jobs = {}
         for job in self._client.list_jobs():
@@ -160,7 +162,7 @@ class RayJobLauncher:
         newest = max(jobs, default=0)
         if newest and not jobs[newest].is_terminal():
             self.attempt = f"{self.name}-{newest}"
-            say(f"train: the job {self.attempt} is at work on {self.address}: attached to it")
+            log.info("train: attached to the running job %s on %s", self.attempt, self.address)
         else:
             attempt = f"{self.name}-{newest + 1}"
             try:
@@ -171,10 +173,10 @@ class RayJobLauncher:
                 )
             except RuntimeError as error:
                 raise PipelineError(
-                    f"the Ray cluster at {self.address} refused the job ({_reason(error)})."
+                    f"the Ray cluster at {self.address} refused the job ({reason_of(error)})."
                 ) from error
             self.attempt = attempt
-            say(f"train: the job {self.attempt} is submitted to {self.address}")
+            log.info("train: the job %s is submitted to %s", self.attempt, self.address)
         threading.Thread(target=self._show_log, args=(self.attempt,), daemon=True).start()
 
     def _entrypoint(self, *arguments: str) -> str:
@@ -182,94 +184,22 @@ class RayJobLauncher:
         return shlex.join([*words, self.work.store.uri, self.work.folder])
 
     def _show_log(self, job: str) -> None:
-        """Print the job's log as it grows."""
+        """Log the lines of the job's log as they arrive."""
 
         async def show() -> None:
             async for lines in self._client.tail_job_logs(job):
                 for line in lines.splitlines():
-                    say(f"{job}: {line}")
+                    level, text = _level_and_text(line)
+                    log.log(level, "%s: %s", job, text)
 
         try:
             asyncio.run(show())
         except Exception:
-            return  # a log that breaks off takes nothing from the training
+            return  # training does not depend on its log
 
 
-def _connected(address: str) -> Any:
-    """A client of the cluster's Jobs API. Raises PipelineError where it is not to be had."""
-    from ray.exceptions import AuthenticationError
-
-    own = Path("~/.ray/auth_token").expanduser()
-    try:
-        try:
-            return _client(address, _token())
-        except AuthenticationError:
-            if not own.exists():
-                raise
-            return _client(address, own.read_text().strip())  # only to who asks for one
-    except AuthenticationError as error:
-        raise PipelineError(
-            f"the Ray cluster at {address} wants its token ({_reason(error)}): give it in"
-            f" RAY_AUTH_TOKEN, or in the file {own} or the one that RAY_AUTH_TOKEN_PATH names."
-        ) from error
-    except Exception as error:
-        raise PipelineError(
-            f"cannot reach a Ray cluster at {address} ({_reason(error)}): give the address of its"
-            " dashboard, as http://head:8265."
-        ) from error
-
-
-def _token() -> str:
-    """The token that the user gives for the cluster, empty if none."""
-    given = os.environ.get("RAY_AUTH_TOKEN", "")
-    if not given and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        given = Path(path).expanduser().read_text().strip()
-    return given
-
-
-def _client(address: str, token: str) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
-    for part in ("job.sdk", "dashboard_sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{part}").setLevel(logging.WARNING)
-
-    class Client(JobSubmissionClient):  # type: ignore[misc]
-        """Ray's own waits for an answer for ever."""
-
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **options, timeout=ANSWER_S)
-
-    with _no_other_address():
-        client = Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)
-    client.list_jobs()
-    return client
-
-
-@contextmanager
-def _no_other_address() -> Iterator[None]:
-    """For Ray's client an address in the environment would count more than the one it is given."""
-    kept = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    if plain := re.search(r"\[Errno -?\d+\] ([\w ]+)|Read (timed out)", text):  # of much around it
-        return plain[1] or plain[2]
-    return text.splitlines()[0].rstrip(".:")[:200]
-
-
-def cluster(launch: LaunchSettings) -> str:
-    """Of the cluster's dashboard. Raises ConfigError where none is given."""
-    # RAY_ADDRESS may also be that of the control service, which takes no jobs.
-    given = [launch.address, *(os.environ.get(name, "") for name in ADDRESSES)]
-    for address in given:
-        if address and (address == launch.address or address.startswith("http")):
-            return address
-    raise ConfigError(
-        "launch.address is missing: the launcher ray-job needs the address of a Ray cluster's"
-        " dashboard, as --address http://head:8265."
-    )
+def _level_and_text(line: str) -> tuple[int, str]:
+    """Return level and text of a line of a job's log, without time and module."""
+    if match := _RECORD.fullmatch(line):
+        return logging.getLevelNamesMapping()[match[1]], match[2]
+    return logging.INFO, line

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from contextlib import ExitStack
 from typing import Any
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.progress import say
 from dpnet.training.job import TrainJob
 from dpnet.training.ray.start import connect, prepare_start
 from dpnet.training.settings import LaunchSettings
+
+log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -20,6 +22,8 @@ _ENVIRONMENT = {
 
 
 class LocalLauncher:
+    """Training on a Ray that starts and ends with it."""
+
     def __init__(self, job: TrainJob, launch: LaunchSettings) -> None:
         self.job, self.launch = job, launch
         self.attempt = secrets.token_hex(4)
@@ -27,53 +31,57 @@ class LocalLauncher:
         self._started = ExitStack()
 
     def start(self) -> None:
+        """Start Ray and the workers. Raises PipelineError if Ray does not start."""
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import ray
 
-        from dpnet.training.ray.workers import Training
+        from dpnet.training.ray.ray_train import Training
 
         if ray.is_initialized():
             raise PipelineError("Ray already runs in this process: shut it down before training.")
         gpus = _gpus(self.job) if self.job.settings.gpus else 0
-        say("train: starting Ray")
+        log.info("train: starting Ray")
         start = self._started.enter_context(prepare_start())
         self._training = Training(self.job, start.folder, self.attempt, self.launch.deadline_s)
         try:
             connect(**start.init_options(self.job.settings.workers + 1, gpus))
-        except Exception as error:  # Ray raises plain ones, as where the machine is too busy
-            what = str(error).split(". ")[0].rstrip(".")
+        except Exception as error:  # Ray raises plain ones, for example on a busy machine
+            reason = str(error).split(". ")[0].rstrip(".")
             raise PipelineError(
-                f"Ray did not start on this machine ({what}): give it less other work or more"
-                " memory, then run the same again."
+                f"Ray did not start on this machine ({reason}): end other programs or add memory,"
+                " then run the same command again."
             ) from error
         self._training.start()
 
-    def goes_on(self) -> bool:
-        going: bool = self._training.goes_on()
-        return going
+    def is_running(self) -> bool:
+        """Return whether training still runs."""
+        running: bool = self._training.is_running()
+        return running
 
     def cancel(self) -> None:
+        """Stop the workers and Ray, and remove Ray's files."""
         if self._training is not None:
             self._training.stop(shared=False)
         self._started.close()
 
     def print_stacks(self) -> None:
+        """Log what every worker is doing."""
         if self._training is not None:
             self._training.print_stacks()
 
 
 def _gpus(job: TrainJob) -> int:
-    """How many GPUs this machine has, at most one for each worker."""
+    """Return the number of GPUs to use on this machine, at most one for each worker."""
     import torch
 
     workers, found = job.settings.workers, torch.cuda.device_count()
     if found < (job.settings.min_workers or workers):
-        build = "" if torch.version.cuda else ", whose build has no CUDA,"
+        build = "" if torch.version.cuda else " (built without CUDA)"
         fewer = "lower train.workers, " if found else ""
         raise PipelineError(
-            f"train.gpus is true and train.workers {workers}, but torch{build} finds {found} GPUs"
-            f" on this machine: {fewer}leave train.gpus out to train on its CPU, or train on a Ray"
-            " cluster with --launcher ray-job."
+            f"train.gpus is true and train.workers is {workers}, but torch{build} finds {found}"
+            f" GPUs on this machine: {fewer}leave train.gpus out to train on the CPU, or train on"
+            " a Ray cluster with --launcher ray-job."
         )
     return min(found, workers)

@@ -1,4 +1,4 @@
-"""The launchers, and which one the settings ask for."""
+"""What a launcher does, and the choice of the launcher."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from dpnet.training.settings import LaunchSettings
 
 
 class Launcher(Protocol):
-    """Begins a training or finds it at work; everything is known by the run's digest."""
+    """Starts a training, or finds a running one by the run's digest."""
 
     attempt: str  # names the start of training that it follows
 
     def start(self) -> None:
-        """Begin, or attach to the one that is at work."""
+        """Start training, or attach to a running one."""
 
-    def goes_on(self) -> bool:
-        """Whether it is at work, asked several times a second. Raises PipelineError where it has
-        failed for good."""
+    def is_running(self) -> bool:
+        """Return whether training still runs. It is called several times a second.
+
+        Raises PipelineError if training has failed for good.
+        """
 
     def cancel(self) -> None:
-        """Stop it; what it has saved stays."""
+        """Stop training. What it has saved stays."""
 
     def print_stacks(self) -> None:
-        """Print what every worker is doing."""
+        """Log what every worker is doing."""
 
 
 def choose_launcher(job: Any, launch: LaunchSettings, work: Work) -> Launcher:
+    """Return the launcher that `launch.launcher` names."""
     if launch.launcher == "local":
         from dpnet.training.ray.launch_local import LocalLauncher
 
         return LocalLauncher(job, launch)
-    from dpnet.training.ray.launch_job import RayJobLauncher, cluster
+    from dpnet.training.ray.jobs_client import cluster_address
+    from dpnet.training.ray.launch_job import RayJobLauncher
 
-    return RayJobLauncher(job, launch.model_copy(update={"address": cluster(launch)}), work)
+    address = cluster_address(launch)
+    return RayJobLauncher(job, launch.model_copy(update={"address": address}), work)

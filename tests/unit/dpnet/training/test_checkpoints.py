@@ -56,7 +56,7 @@ def test_a_run_without_checkpoints_has_none(store):
 
 @pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])
 @pytest.mark.parametrize("how", ["altered", "cut short", "missing"])
-def test_a_damaged_one_is_passed_over_with_a_warning_and_left_as_it_is(store, name, how, capsys):
+def test_a_damaged_one_is_passed_over_with_a_warning_and_left_as_it_is(store, name, how, caplog):
     write(store, 1, 2)
     key = f"{RUN}/step-00000002/{name}"
     data = store.read(key)
@@ -66,8 +66,8 @@ def test_a_damaged_one_is_passed_over_with_a_warning_and_left_as_it_is(store, na
         data = data[:-1] if how == "cut short" else bytes([data[0] ^ 1]) + data[1:]
         store.write(key, data)
     assert newest(store, RUN).mark.step == 1
-    told = capsys.readouterr().err
-    assert f"step-00000002 is passed over: {name}" in told
+    told = caplog.text
+    assert f"step-00000002 is skipped: {name}" in told
     assert "missing" in told if how == "missing" else "was altered or cut short" in told
     assert write(store, 2) == ["step-00000002.2", "step-00000002", "step-00000001"]
     if how != "missing":
@@ -76,18 +76,18 @@ def test_a_damaged_one_is_passed_over_with_a_warning_and_left_as_it_is(store, na
 
 
 @pytest.mark.parametrize("mark", [b"", b"{}", b'{"format": 99}', b"[1]"])
-def test_one_whose_mark_cannot_be_read_is_passed_over_with_a_warning(store, mark, capsys):
+def test_one_whose_mark_cannot_be_read_is_passed_over_with_a_warning(store, mark, caplog):
     write(store, 1, 2)
     store.write(f"{RUN}/step-00000002/{MARK}", mark)
     assert newest(store, RUN).mark.step == 1
-    assert "step-00000002 is passed over: its checkpoint.json" in capsys.readouterr().err
+    assert "step-00000002 is skipped: its checkpoint.json" in caplog.text
 
 
-def test_one_that_was_never_finished_does_not_exist_and_is_told(store, capsys):
+def test_one_that_was_never_finished_does_not_exist_and_is_told(store, caplog):
     write(store, 1)
     store.write(f"{RUN}/step-00000002/state.pt", b"half")
     assert newest(store, RUN).mark.step == 1
-    assert "step-00000002 was never finished: that of step 1 is taken" in capsys.readouterr().err
+    assert "step-00000002 was never finished: training resumes from step 1" in caplog.text
     # It is not written into, and goes once there is a whole one.
     write(store, 2)
     assert newest(store, RUN).mark.folder == f"{RUN}/step-00000002.2"
@@ -98,7 +98,7 @@ def test_where_all_are_damaged_nothing_is_trained_afresh(store):
     write(store, 1, 2)
     for step in (1, 2):
         store.write(f"{RUN}/step-{step:08d}/state.pt", b"no")
-    with pytest.raises(PipelineError, match=r"none of the 2 checkpoints .* is sound: restore one"):
+    with pytest.raises(PipelineError, match=r"all 2 checkpoints .* are damaged: restore one"):
         newest(store, RUN)
 
 
@@ -154,11 +154,11 @@ def failing(monkeypatch, times):
     monkeypatch.setattr(checkpoints, "_WAIT_S", 0.01)
 
 
-def test_storage_that_refuses_for_a_while_is_tried_again_and_told_once(store, monkeypatch, capsys):
+def test_storage_that_refuses_for_a_while_is_tried_again_and_told_once(store, monkeypatch, caplog):
     failing(monkeypatch, 3)
     assert write(store, 1) == ["step-00000001"]
-    told = capsys.readouterr().err
-    assert told.count("step 1 cannot be written yet (cannot use it: the disk is full.)") == 1
+    told = caplog.text
+    assert told.count("step 1 cannot be written yet: cannot use it: the disk is full.") == 1
     assert "the checkpoint of step 1 is written now" in told
 
 

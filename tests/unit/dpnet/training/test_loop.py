@@ -230,7 +230,7 @@ def test_training_ends_early_when_validation_does_not_get_better(prepared, monke
 
 
 def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_identical(
-    prepared, capsys
+    prepared, caplog
 ):
     short = make_job(prepared, finetune_share=0.5, folder="runs/more-000000000001")
     train_loop(short, Session())
@@ -240,7 +240,7 @@ def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_ide
     start = find_start(open_store(longer.root), longer)
     assert start == "runs/more-000000000001/step-00000003"
     assert first_step(open_store(longer.root), longer) == 3
-    assert "extends the run of 6 steps" in capsys.readouterr().err
+    assert "extends the run of 6 steps" in caplog.text
     longer = replace(longer, extends=start)
     train_loop(longer, Session())
     assert saved_steps(longer)[-1] > 3
@@ -250,15 +250,16 @@ def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_ide
     assert first_step(open_store(longer.root), longer) == 10
 
 
-def test_a_run_that_cannot_be_extended_is_told(prepared, capsys):
+def test_a_run_that_cannot_be_extended_is_told(prepared, caplog):
     train_loop(make_job(prepared, folder="runs/cosine-000000000001", finetune_share=1), Session())
-    capsys.readouterr()
+    caplog.clear()
     longer = make_job(prepared, steps=8, folder="runs/cosine-000000000002", finetune_share=1)
     assert find_start(open_store(longer.root), longer) is None
-    assert "no checkpoint of it from before step 1" in capsys.readouterr().err
+    assert "it has no checkpoint from before step 1" in caplog.text
+    caplog.clear()
     other = make_job(prepared, steps=8, seed=5, folder="runs/cosine-000000000003")
     assert find_start(open_store(other.root), other) is None
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 def test_a_run_begins_with_another_ones_generator(prepared, tmp_path):
@@ -313,14 +314,14 @@ def test_a_checkpoint_made_with_other_settings_is_refused_by_their_names(prepare
         train_loop(other, Session())
 
 
-def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, capsys):
+def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, caplog):
     job = make_job(prepared)
     killed_after(job, 5)
     store = open_store(job.root)
     whole = store.read(f"{job.folder}/step-00000004/state.pt")
     store.write(f"{job.folder}/step-00000004/state.pt", whole[:-1] + b"x")
     train_loop(job, Session())
-    assert "step-00000004 is passed over: state.pt was altered" in capsys.readouterr().err
+    assert "step-00000004 is skipped: state.pt was altered" in caplog.text
     # The same step came again, and went elsewhere.
     assert store.read(f"{job.folder}/step-00000004/state.pt") == whole[:-1] + b"x"
     again = next(m for m in marks(store, job.folder) if m.folder.endswith("/step-00000004.2"))
@@ -374,7 +375,7 @@ def test_numbers_that_do_not_go_together_are_refused(settings, told):
 def test_fewer_samples_than_a_batch_are_refused_before_workers_are_started_and_by_them(
     prepared, monkeypatch
 ):
-    monkeypatch.setattr(launch, "launched", lambda *given: pytest.fail("it is started"))
+    monkeypatch.setattr(launch, "run_training", lambda *given: pytest.fail("it is started"))
     job = make_job(prepared, batch_size=11)
     few = "samples to train on, fewer than a batch of 11"
     with pytest.raises(PipelineError, match=few):

@@ -13,9 +13,10 @@ import pytest
 
 from data_prep.core.errors import ConfigError, PipelineError, StorageError
 from dpnet.training.ray import launch_job as launch_ray_job
-from dpnet.training.ray.launch import _waits
-from dpnet.training.ray.launch_job import EXPLAINED, RayJobLauncher, cluster
-from dpnet.training.ray.workers import explained
+from dpnet.training.ray.jobs_client import cluster_address
+from dpnet.training.ray.launch import _interruptible_wait
+from dpnet.training.ray.launch_job import EXPLAINED, RayJobLauncher
+from dpnet.training.ray.ray_train import explain_error
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
 
@@ -31,7 +32,7 @@ def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _waits() as wait:
+        with _interruptible_wait() as wait:
             Disposed()
             assert lost == [KeyboardInterrupt]
             with pytest.raises(KeyboardInterrupt):
@@ -56,7 +57,7 @@ def test_a_lost_stop_of_the_command_is_not_taken_for_the_second_ctrl_c(
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        with _waits() as wait:
+        with _interruptible_wait() as wait:
             Disposed()
             with pytest.raises(KeyboardInterrupt):
                 wait(60)
@@ -67,7 +68,7 @@ def test_a_lost_stop_of_the_command_is_not_taken_for_the_second_ctrl_c(
 
 def test_who_waits_leaves_the_handlers_alone_by_which_prefect_knows_a_cancellation() -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with _waits() as wait:
+    with _interruptible_wait() as wait:
         wait(0)
         assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -76,10 +77,10 @@ def test_a_cluster_is_that_of_the_config_or_else_that_of_rays_own_settings(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://second:8265")
-    assert cluster(LaunchSettings()) == "http://second:8265"
+    assert cluster_address(LaunchSettings()) == "http://second:8265"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://first:8265")
-    assert cluster(LaunchSettings()) == "http://first:8265"
-    assert cluster(LaunchSettings(address="http://own:8265")) == "http://own:8265"
+    assert cluster_address(LaunchSettings()) == "http://first:8265"
+    assert cluster_address(LaunchSettings(address="http://own:8265")) == "http://own:8265"
 
 
 def test_an_address_of_rays_control_service_is_no_dashboards(
@@ -88,7 +89,7 @@ def test_an_address_of_rays_control_service_is_no_dashboards(
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     with pytest.raises(ConfigError, match=r"launch\.address is missing"):
-        cluster(LaunchSettings())
+        cluster_address(LaunchSettings())
 
 
 class Status(str):
@@ -135,7 +136,7 @@ class Store:
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Client:
     client = Client()
-    monkeypatch.setattr(launch_ray_job, "_connected", lambda address: client)
+    monkeypatch.setattr(launch_ray_job, "connect_client", lambda address: client)
     monkeypatch.setattr(launch_ray_job, "ASK_S", 0.0)
     monkeypatch.setattr(RayJobLauncher, "_show_log", lambda self, job: None)
     return client
@@ -174,11 +175,11 @@ def test_another_root_is_another_job(client: Client, monkeypatch: pytest.MonkeyP
 def test_a_driver_that_dies_is_begun_again_as_often_as_is_allowed(client: Client) -> None:
     started = launcher()
     end(client, started.attempt, "FAILED", -9, "at work\nKilled")
-    assert started.goes_on()
+    assert started.is_running()
     assert started.attempt.endswith("-2")
     end(client, started.attempt, "FAILED", -9, "at work\nKilled")
     with pytest.raises(PipelineError, match=r"-2 died \(Killed\), and train.max_failures is 1: "):
-        started.goes_on()
+        started.is_running()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_a_driver_that_dies_is_begun_again_as_often_as_is_allowed(client: Client
     [
         (EXPLAINED, "the disk is full.", "^the disk is full.$"),
         (127, "sh: 1: python: not found", r"has no dpnet \(sh: 1: python: not found\)"),
-        (1, "No module named 'dpnet'", "name in launch.python the interpreter"),
+        (1, "No module named 'dpnet'", "set launch.python to the interpreter"),
     ],
 )
 def test_what_another_attempt_would_not_mend_ends_training(
@@ -195,31 +196,31 @@ def test_what_another_attempt_would_not_mend_ends_training(
     started = launcher()
     end(client, started.attempt, "FAILED", code, f"at work\n{last}\n")
     with pytest.raises(PipelineError, match=sentence):
-        started.goes_on()
+        started.is_running()
     assert len(client.jobs) == 1
 
 
 def test_a_cluster_that_has_forgotten_the_job_is_given_it_again(client: Client) -> None:
     started = launcher()
     client.jobs.clear()
-    assert started.goes_on()
+    assert started.is_running()
     assert list(client.jobs) == [started.attempt]
 
 
 def test_a_cluster_that_does_not_answer_is_asked_on_until_the_deadline(
-    client: Client, capsys: pytest.CaptureFixture[str]
+    client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     started = launcher(deadline_s=1)
     client.error = ConnectionError(
         "HTTPConnectionPool(host='h'): [Errno 111] Connection refused'))"
     )
-    assert started.goes_on()
-    assert started.goes_on()
-    told = capsys.readouterr().err
-    assert told.count("does not answer (Connection refused): asking on") == 1
+    assert started.is_running()
+    assert started.is_running()
+    told = caplog.text
+    assert told.count("does not answer (Connection refused): trying again") == 1
     time.sleep(1.1)
     with pytest.raises(PipelineError, match=r"not answered for 1 s \(Connection refused\)"):
-        started.goes_on()
+        started.is_running()
 
 
 class WorkerError(Exception):
@@ -229,19 +230,19 @@ class WorkerError(Exception):
 
 def test_of_several_workers_errors_the_one_that_a_user_can_act_on_is_told() -> None:
     collateral = RuntimeError("Connection closed by peer")
-    told = explained(WorkerError(collateral, StorageError("the disk is full.")), "root")
+    told = explain_error(WorkerError(collateral, StorageError("the disk is full.")), "root")
     assert str(told) == "the disk is full."
-    told = explained(WorkerError(collateral), "root")
+    told = explain_error(WorkerError(collateral), "root")
     assert isinstance(told, PipelineError)
     assert "RuntimeError: Connection closed by peer" in str(told)
-    full = explained(WorkerError(OSError("[Errno 28] No space left on device")), "root")
+    full = explain_error(WorkerError(OSError("[Errno 28] No space left on device")), "root")
     assert str(full).startswith("cannot use root: the disk is full")
 
 
 @pytest.mark.parametrize(
     ("found", "least", "told"),
     [
-        (0, None, r"train\.workers 4, .*finds 0 GPUs on this machine: leave train\.gpus out"),
+        (0, None, r"train\.workers is 4, .*finds 0 GPUs on this machine: leave train\.gpus out"),
         (3, None, r"finds 3 GPUs on this machine: lower train\.workers, leave"),
         (3, 2, None),
     ],
@@ -282,5 +283,5 @@ def test_a_ray_that_does_not_start_is_told_of_in_a_sentence(
     monkeypatch.setattr(ray, "init", too_busy)
     settings = SimpleNamespace(workers=1, gpus=False)
     job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
-    with pytest.raises(PipelineError, match=r"did not start .*timed out during startup\): give it"):
+    with pytest.raises(PipelineError, match=r"did not start .*timed out during startup\): end"):
         LocalLauncher(job, LaunchSettings()).start()

@@ -1,4 +1,4 @@
-"""What workers log reaches the process that started training, over Ray's key-value store."""
+"""Messages of workers reach the process that started training, through Ray's key-value store."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import logging
 
 import pytest
 
-from data_prep.core.logs import Forward, add_handler, remove_handler
-from dpnet.training.ray import workers
+from data_prep.core.errors import PipelineError
+from data_prep.core.logs import add_handler, remove_handler
+from dpnet.training.ray import messages
 
 
 @pytest.fixture
@@ -29,15 +30,32 @@ def key_values(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return values
 
 
-def test_records_of_a_worker_keep_their_order_level_and_module(key_values: dict[str, str]) -> None:
-    handler = Forward(lambda *record: workers._tell("7", "message", record[2], *record[:2]))
+def test_records_of_a_worker_keep_their_order_level_and_module(
+    key_values: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = messages.forward_logs("7")
     add_handler(handler)
     logging.getLogger("dpnet.training.loop").info("train: step %d", 10)
     logging.getLogger("dpnet.loading.loader").warning("2 samples are broken")
     remove_handler(handler)
-    workers._tell("8", "message", "of another attempt")
-    assert list(workers._words("7")) == [
-        ("message", "train: step 10", logging.INFO, "dpnet.training.loop"),
-        ("message", "2 samples are broken", logging.WARNING, "dpnet.loading.loader"),
+    messages.send_error("8", "an error of another attempt")
+    caplog.clear()
+    messages.receive("7")
+    sent = [
+        ("dpnet.training.loop", logging.INFO, "train: step 10"),
+        ("dpnet.loading.loader", logging.WARNING, "2 samples are broken"),
     ]
-    assert list(workers._words("7")) == []
+    assert caplog.record_tuples == sent
+    messages.receive("7")
+    assert caplog.record_tuples == sent
+
+
+def test_an_error_of_a_worker_is_raised_after_the_records_before_it(
+    key_values: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = messages.forward_logs("7")
+    handler.emit(logging.makeLogRecord({"name": "dpnet", "levelno": logging.INFO, "msg": "before"}))
+    messages.send_error("7", "the disk is full.")
+    with pytest.raises(PipelineError, match=r"^the disk is full\.$"):
+        messages.receive("7")
+    assert caplog.record_tuples == [("dpnet", logging.INFO, "before")]

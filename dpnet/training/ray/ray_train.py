@@ -1,0 +1,292 @@
+"""Run a training with Ray Train on the Ray cluster that this process is connected to.
+
+Ray starts the workers, watches them, and restarts them if a worker or its machine dies. Ray keeps
+no checkpoints. The loop writes its own to the root's storage, so every start finds the same ones,
+on any cluster. The files that Ray writes go to a scratch folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data_prep.core.errors import PipelineError, storage_error_in
+from data_prep.core.storage.open import open_store
+from dpnet.tracking.run_log import read_status
+from dpnet.training.job import TrainJob
+from dpnet.training.ray import workers
+from dpnet.training.ray.messages import forward_logs, receive
+from dpnet.training.ray.stacks import stacks_of
+
+log = logging.getLogger(__name__)
+
+STOP_S = 3.0  # how long a stopped training may take to leave Ray
+DEATHS = 3  # how often in a row Ray Train's controller may die without a new step
+LOOK_S = 2.0  # between two reads of the status
+
+
+class Training:
+    """A training on the Ray cluster that this process is connected to.
+
+    Args:
+        job: The training.
+        scratch: Folder of this machine for the files that Ray writes.
+        attempt: Name of this start. It separates its status from that of earlier starts.
+        deadline: Seconds without progress after which training is given up.
+    """
+
+    def __init__(self, job: TrainJob, scratch: Path, attempt: str, deadline: float) -> None:
+        self.job, self.scratch, self.attempt = job, scratch, attempt
+        self.deadline = deadline
+        self.store = open_store(job.root)
+        self.error: BaseException | None = None
+        self._stopped = False
+        self._claim = f"{self.store.uri}/{job.folder}"
+        self._looked = self._heard = time.monotonic()
+        self._seen: dict[str, Any] = {}
+        # In a thread: in the main thread Ray would replace the handler of SIGINT.
+        self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+
+    def start(self) -> None:
+        """Start the workers, without waiting for them."""
+        self._thread.start()
+
+    def stop(self, *, shared: bool) -> None:
+        """Stop the workers and disconnect from Ray.
+
+        Args:
+            shared: The cluster has other users. Otherwise Ray shuts down without a request to its
+                processes: a signal to the process group may have stopped some, and Ray would wait
+                for their answer.
+        """
+        import ray
+
+        running = self._thread.is_alive()
+        self._stopped = True
+        if running:
+            self._thread.join(STOP_S)
+            if shared:
+                with suppress(Exception):  # the cluster may be gone
+                    self._release_claim()
+        ray.shutdown()
+
+    def _release_claim(self) -> None:
+        """Release the resources that Ray would reserve for three minutes after a stop."""
+        import ray
+
+        keeper = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        ray.get(keeper.cancel_request.remote(f"train-{self._claim}"), timeout=1)
+
+    def is_running(self) -> bool:
+        """Return whether training still runs. Raises PipelineError if it has failed for good."""
+        self._thread.join(0.2)
+        alive = self._thread.is_alive()
+        receive(self.attempt)  # raises a worker's error before Ray restarts the workers
+        if not alive:
+            if self.error is not None:
+                where = f"{self.store.uri}/{self.job.folder}"
+                raise explain_error(self.error, where) from self.error
+            return False
+        self._check_progress()
+        return True
+
+    def _check_progress(self) -> None:
+        """Raise PipelineError if the status has not changed for `deadline` seconds."""
+        if time.monotonic() - self._looked < LOOK_S:
+            return
+        status, self._looked = self.status(), time.monotonic()
+        if status != self._seen:
+            self._seen, self._heard = status, self._looked
+        if self._looked - self._heard > self.deadline:
+            needed = self.job.settings.min_workers or self.job.settings.workers
+            kind = "GPU" if self.job.settings.gpus else "CPU"
+            raise PipelineError(
+                f"training made no progress for {self.deadline:.0f} s: it needs {needed} free"
+                f" workers with one {kind} each, and the Ray cluster has {_free(kind)}. Free some,"
+                " add machines, lower train.workers or raise launch.deadline_s; the same command"
+                " resumes."
+            )
+
+    def status(self) -> dict[str, Any]:
+        """Return the newest status of this attempt."""
+        status = read_status(self.store, self.job.folder)
+        return status if status.get("attempt") == self.attempt else {}
+
+    def print_stacks(self) -> None:
+        """Log the stack of every thread of every worker."""
+        for worker in self.status().get("workers", []):
+            log.info("worker %s, process %s on %s:", *(worker[k] for k in ("rank", "pid", "host")))
+            log.info("%s", stacks_of(worker))
+
+    def _fit(self) -> None:
+        from ray.train.v2.api import data_parallel_trainer
+
+        data_parallel_trainer.ray = _Stoppable(lambda: self._stopped)
+        deaths, step = 0, None
+        try:
+            while True:
+                try:
+                    if self._trainer().fit().return_value:
+                        return
+                    log.info("train: continues on the remaining machines")
+                except Exception as error:
+                    now = self.status().get("step")
+                    deaths, step = 1 if now != step else deaths + 1, now
+                    if self._stopped or not _ray_failed(error) or deaths > DEATHS:
+                        raise
+                    log.warning("train: Ray Train's controller died, training restarts")
+                    _release_workers()
+        except BaseException as error:
+            self.error = error
+
+    def _trainer(self) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        s = self.job.settings
+        number = s.workers if s.min_workers is None else (s.min_workers, s.workers)
+        if s.min_workers is not None:
+            # Ray chooses the number of workers from an earlier look at the cluster. If a machine
+            # has died since, Ray waits for it only this long before it looks again.
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+        # The deadline limits the search for free workers, not a number of tries.
+        failures = FailureConfig(max_failures=s.max_failures, controller_failure_limit=-1)
+        trainer = TorchTrainer(
+            workers.run_worker,
+            train_loop_config={"job": self.job.to_json(), "attempt": self.attempt},
+            scaling_config=ScalingConfig(num_workers=number, use_gpu=s.gpus),
+            run_config=RunConfig(
+                name=self.job.folder.rpartition("/")[2],
+                storage_path=str(self.scratch),
+                failure_config=failures,
+                callbacks=[_failures_callback(self.attempt)],
+            ),
+        )
+        # With the same id, this start inherits the resources reserved for one that died.
+        object.__setattr__(trainer.train_run_context, "run_id", self._claim)
+        return trainer
+
+
+class _Stoppable:
+    """The module `ray` for Ray Train's trainer, with a `get` that can be ended.
+
+    A thread inside `ray.get` while Ray shuts down would end the whole process with status 1.
+    """
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def __getattr__(self, name: str) -> Any:
+        import ray
+
+        return getattr(ray, name)
+
+    def get(self, result: Any) -> Any:
+        """Wait for a result. After a stop, end this thread."""
+        import ray
+
+        while not self._stopped():  # after Ray's shutdown, a call would start another Ray
+            if ray.wait([result], timeout=0.3)[0]:
+                return ray.get(result)
+        raise SystemExit  # ends this thread only
+
+
+def _failures_callback(attempt: str) -> Any:
+    """Return a callback that runs in Ray Train's controller and reports failed workers."""
+    from ray.train import UserCallback
+
+    class Failures(UserCallback):  # type: ignore[misc]
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            # If one worker dies, the others fail too, because it does not answer.
+            dead = [n for n, e in worker_exceptions.items() if hasattr(e, "health_check_failure")]
+            if dead:
+                text = f"died: {', '.join(map(str, dead))}"
+            else:
+                rank, error = next(iter(worker_exceptions.items()))
+                text = f"failed: {rank} ({_last_line(error)})"
+            forward_logs(attempt).emit(
+                logging.makeLogRecord(
+                    {"name": __name__, "levelno": logging.WARNING, "msg": f"train: workers {text}"}
+                )
+            )
+
+    return Failures()
+
+
+def _last_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[-1][:300]
+
+
+def _free(kind: str) -> str:
+    """Return how many CPUs or GPUs of the cluster are free, such as "1 of 4"."""
+    import ray
+
+    return f"{ray.available_resources().get(kind, 0):g} of {ray.cluster_resources().get(kind, 0):g}"
+
+
+def _ray_failed(error: BaseException) -> bool:
+    """Return whether Ray Train's controller died or gave up, and not the training in it."""
+    import ray
+    from ray.train import ControllerError
+
+    return isinstance(error, ray.exceptions.RayActorError | ControllerError)
+
+
+def _release_workers() -> None:
+    """Release the resources of a dead controller's workers. Ray needs a dashboard to do that."""
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import (
+        PlacementGroup,
+        placement_group_table,
+        remove_placement_group,
+    )
+
+    job = ray.get_runtime_context().get_job_id()  # the last part of each of its groups' ids
+    for number, group in placement_group_table().items():
+        if number.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(number)))
+
+
+def explain_error(error: BaseException, where: str) -> BaseException:
+    """Return the error to show for one of Ray Train's: a worker's own if a user can act on it.
+
+    Args:
+        error: The error that Ray Train raised.
+        where: Root and folder of the run.
+    """
+    failures = list(getattr(error, "worker_failures", {}).values())
+    if controller := getattr(error, "controller_failure", None):
+        failures.append(controller)
+    causes = [cause for failure in failures for cause in _causes(failure)]
+    for cause in causes:
+        if isinstance(cause, PipelineError):
+            return PipelineError(str(cause))
+    for failure in failures:
+        text = _last_line(failure)
+        if full := storage_error_in(text, where):
+            return full
+        return PipelineError(
+            f"training failed ({text}): run the same command again, it resumes from the last"
+            " checkpoint."
+        )
+    if _ray_failed(error):
+        return PipelineError(
+            f"training failed: Ray Train's controller died {DEATHS + 1} times without a new step."
+            " Run the same command again, it resumes from the last checkpoint."
+        )
+    return error
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found = []
+    while error is not None:
+        found.append(error)
+        error = getattr(error, "cause", None) or error.__cause__
+    return found
