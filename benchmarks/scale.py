@@ -50,8 +50,10 @@ def plan(count: int) -> dict[str, float]:
     import numpy as np
     import pyarrow.compute  # noqa: F401
 
+    from data_prep.images.keys import PHOTO, item_kinds, key_hashes
     from data_prep.images.next_version import listing_digest
-    from data_prep.images.plan import PICTURE, assign_splits, item_kinds, key_hashes, plan_items
+    from data_prep.images.plan import plan_items
+    from data_prep.images.splits import assign_splits
     from data_prep.raw.listing import collect
 
     figures = {"start GB": peak_gb()}
@@ -69,7 +71,7 @@ def plan(count: int) -> dict[str, float]:
     listing_digest(listing)
     lap("hashing")
     given = np.full(count, -1, np.int8)
-    split, notes = assign_splits(given, kind == PICTURE, hashes.draw, 0.05, 0.05)
+    split, notes = assign_splits(given, kind == PHOTO, hashes.draw, 0.05, 0.05)
     planned = plan_items(listing, hashes, kind, split, notes, shard_items=1000)
     assert sum(len(shard.rows) for shard in planned.shards) == count
     lap("splits and shards")

@@ -1,7 +1,7 @@
-"""Duplicates among the pictures of a dataset: the same bytes, and nearly the same picture.
+"""Find duplicates among the photos of a dataset: the same bytes, and nearly the same image.
 
-All functions work on arrays in the order of the listing, which is that of the keys, so the lowest
-row is the lowest key.
+All functions work on arrays in the order of the listing. It is sorted by key, so the lowest row has
+the lowest key.
 """
 
 from __future__ import annotations
@@ -16,34 +16,41 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.int64]
 
-NEAR = 4  # most differing bits of two 64-bit perceptual hashes of nearly the same picture (ours)
-_BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # NEAR + 1 of them: one must be equal
+NEAR = 4  # most differing bits of two 64-bit perceptual hashes of nearly the same image (ours)
+_BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))  # first bit and length; NEAR + 1 bands
 _PAIRS = 1 << 20  # candidates compared at a time
 
 
 @dataclass(frozen=True)
 class Near:
-    """A picture and the nearest one in a split that is worth more; rows of the listing."""
+    """A photo and its nearest one in a split of higher rank; rows of the listing."""
 
     row: int
     other: int
-    distance: int
+    distance: int  # differing bits
 
 
 def same_content(
     sha256: NDArray[np.uint8], usable: NDArray[np.bool_], split: NDArray[np.int8]
 ) -> tuple[Rows, Rows]:
-    """Rows that another usable row makes superfluous, and for each the row that stays.
+    """Find the usable rows with the same bytes as another one.
 
-    `sha256` is uint8 [n, 32]. Of rows with the same bytes the one in the split that is worth most
-    stays (test over val over train, so that what a model is judged by is not in its training set),
-    among them that of the lowest key. Both are sorted by the first.
+    The row in the split of the highest rank stays: test over val over train, so that no photo of
+    the evaluation is also trained on. Within a split the lowest key stays.
+
+    Args:
+        sha256: of the items' bytes, uint8 [n, 32].
+        usable: which rows count.
+        split: place in SPLITS.
+
+    Returns:
+        The rows that leave, sorted, and for each the row that stays.
     """
     import numpy as np
 
     rows = np.flatnonzero(usable)
     words = np.ascontiguousarray(sha256[rows]).view(">u8").reshape(-1, 4)
-    # Sorted by content; the one that stays comes first.
+    # Sort by content; of equal rows the one that stays comes first.
     order = np.lexsort((rows, -split[rows], words[:, 3], words[:, 2], words[:, 1], words[:, 0]))
     words, rows = words[order], rows[order]
     first = np.ones(len(rows), np.bool_)
@@ -57,11 +64,20 @@ def same_content(
 def near_pairs(
     phash: NDArray[np.uint64], usable: NDArray[np.bool_], split: NDArray[np.int8]
 ) -> list[Near]:
-    """For each usable picture that has nearly the same one in a split that is worth more (train
-    against val and test, val against test): the nearest, at most `NEAR` bits away. Sorted by row.
+    """Find for each usable photo the nearest one in a split of higher rank, within `NEAR` bits.
 
-    Two hashes that differ in at most four bits agree in one of five bands of bits whole, so only
-    pictures that share a band are compared: memory and time stay near linear.
+    Compares train with val and test, and val with test.
+
+    Two hashes that differ in at most four bits are equal in at least one of five bands of bits. So
+    only photos with an equal band are compared: memory and time stay nearly linear.
+
+    Args:
+        phash: perceptual hashes.
+        usable: which rows count.
+        split: place in SPLITS.
+
+    Returns:
+        The pairs, sorted by row.
     """
     import numpy as np
 
@@ -70,22 +86,10 @@ def near_pairs(
         mine, theirs = (np.flatnonzero(usable & (split == code)) for code in (lower, higher))
         if not len(mine) or not len(theirs):
             continue
-        # Of equal hashes the first stands for all: a blank page must not meet every other one.
+        # Each hash is compared once: thousands of blank pages would give millions of pairs.
         own, own_index = np.unique(phash[mine], return_inverse=True)
         others, first = np.unique(phash[theirs], return_index=True)
-        nearest = np.full(len(own), -1, np.int64)
-        distance = np.full(len(own), NEAR + 1, np.int64)
-        for a, b in _candidates(own, others):
-            apart = np.bitwise_count(own[a] ^ others[b]).astype(np.int64)
-            near = apart <= NEAR
-            a, b, apart = a[near], b[near], apart[near]
-            order = np.lexsort((theirs[first[b]], apart, a))
-            a, b, apart = a[order], b[order], apart[order]
-            lead = np.ones(len(a), np.bool_)
-            lead[1:] = a[1:] != a[:-1]
-            a, b, apart = a[lead], b[lead], apart[lead]
-            better = apart < distance[a]
-            distance[a[better]], nearest[a[better]] = apart[better], theirs[first[b[better]]]
+        distance, nearest = _nearest(own, others, theirs[first])
         for row, index in zip(mine.tolist(), own_index.tolist(), strict=True):
             found = (int(distance[index]), int(nearest[index]))
             if found[1] >= 0 and found < best.get(row, (NEAR + 1, 0)):
@@ -93,8 +97,35 @@ def near_pairs(
     return [Near(row, other, apart) for row, (apart, other) in sorted(best.items())]
 
 
+def _nearest(
+    own: NDArray[np.uint64], others: NDArray[np.uint64], other_rows: Rows
+) -> tuple[Rows, Rows]:
+    """Find the nearest other hash of each own hash; of equally near ones the lowest row.
+
+    Returns:
+        The distance in bits, `NEAR` + 1 if none is near, and the other's row, -1 if none is near.
+    """
+    import numpy as np
+
+    nearest = np.full(len(own), -1, np.int64)
+    distance = np.full(len(own), NEAR + 1, np.int64)
+    for a, b in _candidates(own, others):
+        apart = np.bitwise_count(own[a] ^ others[b]).astype(np.int64)
+        near = apart <= NEAR
+        a, b, apart = a[near], b[near], apart[near]
+        order = np.lexsort((other_rows[b], apart, a))
+        a, b, apart = a[order], b[order], apart[order]
+        # The first of each own hash is now its nearest of these candidates.
+        lead = np.ones(len(a), np.bool_)
+        lead[1:] = a[1:] != a[:-1]
+        a, b, apart = a[lead], b[lead], apart[lead]
+        better = apart < distance[a]
+        distance[a[better]], nearest[a[better]] = apart[better], other_rows[b[better]]
+    return distance, nearest
+
+
 def _candidates(own: NDArray[np.uint64], others: NDArray[np.uint64]) -> Iterator[tuple[Rows, Rows]]:
-    """Pairs (index in own, index in others) that agree in a band, some at a time."""
+    """Yield pairs (index in own, index in others) with an equal band, some at a time."""
     import numpy as np
 
     for start, bits in _BANDS:

@@ -1,37 +1,26 @@
-"""What a source holds beside what its newest version does: the plan of the next, and its counts.
+"""Plan the next version of a dataset, and count how the source differs from the newest one.
 
-Everything here reads: the listing, the earlier versions' tables, and the bytes of items whose size
-or fingerprint is another one. Nothing is written.
+Everything here only reads: the listing, the tables of earlier versions, and the bytes of items
+whose size or fingerprint changed.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_bytes, sha256_json
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import Manifest
 from data_prep.core.paths import images_folder
 from data_prep.core.pool import Map, cores, run_tasks
-from data_prep.core.progress import Progress
 from data_prep.core.stage import Request
 from data_prep.core.storage.store import Store
-from data_prep.images.plan import (
-    PICTURE,
-    UNSURE,
-    Hashes,
-    Past,
-    Plan,
-    assign_splits,
-    item_kinds,
-    key_hashes,
-    match_keys,
-    plan_items,
-)
-from data_prep.images.resolution import resolve
-from data_prep.images.shard_task import DUPLICATE, FAILED, SAMPLE, hash_items
-from data_prep.images.versions import OUTCOMES, Version, known_members, load_version, versions
+from data_prep.images.keys import PHOTO, UNSURE, Hashes, item_kinds, key_hashes, match_keys
+from data_prep.images.parent_state import POOL_ITEMS, Hashing, compare_with_parent
+from data_prep.images.plan import ParentState, Plan, plan_items
+from data_prep.images.splits import assign_splits
+from data_prep.images.versions import Version, known_members, load_version, versions
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.layouts import OUTSIDE
 from data_prep.raw.listing import ROWS, SPLITS, Listing
@@ -44,20 +33,20 @@ if TYPE_CHECKING:
 
     from data_prep.images.settings import ImagesSettings
 
-POOL_ITEMS = 512  # below, starting worker processes costs more than it gains
-HASHED_AT_ONCE = 256  # items in one task that only hashes
-
 
 @dataclass(frozen=True)
 class Changes:
-    """A source beside the newest version of its dataset with the same settings.
+    """A source compared with the newest version of its dataset that has the same settings.
 
     Attributes:
-        digest: of what a new version would be asked for: another one whenever the source changes
-            in a way that counts, and after a new version.
-        version: the version compared with; None: there is none, so everything is new.
-        items: listed pictures, and what may be one by its name.
-        new, changed, removed, unchanged: counts of items; `removed` has all that was listed.
+        digest: of the request for a new version. It changes whenever the source changes in a way
+            that matters, and after a new version is made.
+        version: number of the newest version; None if there is none, so that everything is new.
+        items: number of listed photos, and of items that may be photos by their names.
+        new: number of items that the version does not have.
+        changed: number of items with other bytes, another split, or no longer readable.
+        removed: number of items of the version, of any kind, that are not listed now.
+        unchanged: number of items that need no work.
     """
 
     digest: str
@@ -72,44 +61,51 @@ class Changes:
         return bool(self.new or self.changed or self.removed)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the values as JSON types."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The plan of the next version: what it is made of and asked for as."""
+class NextVersion:
+    """The plan of the next version, with everything that is needed to build it.
+
+    Attributes:
+        state: facts about `parent`; both are None if there is no parent.
+        number: of the version, from 1.
+        workers: number of worker processes; 0 for all of a cluster.
+    """
 
     source: Source
     plan: Plan
     parent: Version | None
-    past: Past | None
+    state: ParentState | None
     request: Request
-    number: int  # of the version
+    number: int
     workers: int
 
 
 def look(settings: ImagesSettings, store: Store, run: Map = run_tasks) -> Changes:
-    """What has changed in `settings.source` since the newest version. Prepares nothing.
+    """Compare `settings.source` with the newest version, and prepare nothing.
 
-    A file that was only touched is no change; its bytes are read to know it. Raises PipelineError
-    where the source cannot be listed or could not be prepared.
+    A file with a new date and the same bytes is not a change; its bytes are read to find that out.
+    Raises PipelineError if the source cannot be listed, or a version could not be prepared from it.
     """
-    return changes(planned(settings, store, run))
+    return count_changes(plan_next_version(settings, store, run))
 
 
-def changes(work: Planned) -> Changes:
-    """The counts of a plan, and its digest."""
+def count_changes(following: NextVersion) -> Changes:
+    """Return the counts of a plan, and its digest."""
     import numpy as np
 
-    plan, parent, past = work.plan, work.parent, work.past
+    plan, parent, state = following.plan, following.parent, following.state
     wanted = plan.kind >= UNSURE
     marks: list[Any] = []
-    if past is not None:
-        # The request does not tell two states of a file of the same size apart.
-        rows = np.flatnonzero(wanted & (plan.before < 0) & (past.row >= 0))
+    if state is not None:
+        # The request does not distinguish two contents of a file with the same size.
+        rows = np.flatnonzero(wanted & (plan.before < 0) & (state.row >= 0))
         marks = [item[:3] for item in plan.listing.items(rows)]
     return Changes(
-        digest=sha256_json({"request": work.request.digest, "changed": marks}),
+        digest=sha256_json({"request": following.request.digest, "changed": marks}),
         version=None if parent is None else parent.number,
         items=int(wanted.sum()),
         new=plan.added,
@@ -119,17 +115,23 @@ def changes(work: Planned) -> Changes:
     )
 
 
-def planned(
+def plan_next_version(
     settings: ImagesSettings,
     store: Store,
     run: Map = run_tasks,
     *,
     retry_failed: bool = False,
     repack: bool = False,
-) -> Planned:
-    """List the source and plan its next version; the options are those of `prepare_images`."""
-    import numpy as np
+) -> NextVersion:
+    """List the source and plan its next version.
 
+    Args:
+        settings: of the dataset.
+        store: the root.
+        run: where tasks run.
+        retry_failed: prepare items again that failed in the parent version.
+        repack: plan a version without a parent.
+    """
     source = open_source(settings.source, settings.layout)
     requested = settings.request_settings()
     earlier = versions(store, settings.name)
@@ -138,38 +140,11 @@ def planned(
     if parent is not None:
         parent.check_shards()
     listing = source.list(known_members(parent))
-    _refuse_broken_archives(listing, source)
-    hashes = key_hashes(listing.table["key"])
-    kind = item_kinds(listing, source.uri)
-    row = before = None
-    if parent is not None:
-        row = match_keys(hashes, listing.table["key"], parent.hashes(), parent.table["key"])
-        before = np.where(row >= 0, parent.splits()[row], -1).astype(np.int8)
-    _refuse_left_out_pictures(settings, listing, kind)
-    split, notes = _splits(settings, listing, hashes, kind, before)
+    _check_archives(listing, source)
     workers = _workers(settings, len(listing), run)
-    past = None
-    if parent is not None and row is not None:
-        past = _compare(
-            settings, listing, row, kind, split, parent, source, run, workers, retry_failed
-        )
-    plan = plan_items(
-        listing,
-        hashes,
-        kind,
-        split,
-        notes,
-        shard_items=settings.shard_items,
-        by_size=settings.mode == "keep",
-        past=past,
-    )
-    sources = {"listing": listing_digest(listing)}
-    if same:
-        # A listing says nothing of what is in a file. So that no earlier version that was asked for
-        # with the same one is taken for this, each is asked for as what comes after the newest.
-        sources["after"] = same[-1].request_digest
-    if retry_failed and past is not None:
-        sources["retried"] = sha256_bytes((past.row[plan.before < 0]).tobytes())
+    hashing = Hashing(source, run, workers)
+    plan, state = _plan(settings, listing, parent, hashing, retry_failed=retry_failed)
+    sources = _request_sources(listing, same, plan, state if retry_failed else None)
     request = Request(
         "images",
         settings.name,
@@ -179,20 +154,77 @@ def planned(
         sources=sources,
     )
     number = 1 + max((manifest.summary["version"] for manifest in earlier), default=0)
-    return Planned(source, plan, parent, past, request, number, workers)
+    return NextVersion(source, plan, parent, state, request, number, workers)
+
+
+def _plan(
+    settings: ImagesSettings,
+    listing: Listing,
+    parent: Version | None,
+    hashing: Hashing,
+    *,
+    retry_failed: bool,
+) -> tuple[Plan, ParentState | None]:
+    import numpy as np
+
+    hashes = key_hashes(listing.table["key"])
+    kind = item_kinds(listing, hashing.source.uri)
+    row = before = None
+    if parent is not None:
+        row = match_keys(hashes, listing.table["key"], parent.hashes(), parent.table["key"])
+        before = np.where(row >= 0, parent.splits()[row], -1).astype(np.int8)
+    _check_photos_outside_splits(settings, listing, kind)
+    split, notes = _splits(settings, listing, hashes, kind, before)
+    state = None
+    if parent is not None and row is not None:
+        state = compare_with_parent(
+            settings, listing, row, kind, split, parent, hashing, retry_failed=retry_failed
+        )
+    plan = plan_items(
+        listing,
+        hashes,
+        kind,
+        split,
+        notes,
+        shard_items=settings.shard_items,
+        by_size=settings.mode == "keep",
+        parent=state,
+    )
+    return plan, state
+
+
+def _request_sources(
+    listing: Listing, same: list[Manifest], plan: Plan, retried: ParentState | None
+) -> dict[str, str]:
+    """Return the digests that make the request of this version different from all others.
+
+    Args:
+        listing: the source's items.
+        same: manifests of the versions with the same settings, oldest first.
+        plan: of the version.
+        retried: facts about the parent, if failed items are prepared again.
+    """
+    sources = {"listing": listing_digest(listing)}
+    if same:
+        # A listing does not show the content of files, so an earlier version may have the same
+        # one. The newest version's request makes the difference.
+        sources["after"] = same[-1].request_digest
+    if retried is not None:
+        sources["retried"] = sha256_bytes((retried.row[plan.before < 0]).tobytes())
+    return sources
 
 
 def _workers(settings: ImagesSettings, items: int, run: Map) -> int:
-    """What to pass as the number of workers; 0 is all that a cluster has."""
+    """Return the number of workers to pass to `run`; 0 means all of a cluster."""
     if run is not run_tasks:
         return settings.workers
     return (settings.workers or cores()) if items > POOL_ITEMS else 1
 
 
 def listing_digest(listing: Listing) -> str:
-    """Digest of what was asked to be prepared: keys, sizes, and what the source says of splits.
+    """Return the digest of the items to prepare: keys, sizes, given splits and problems.
 
-    Not of fingerprints: touching a file or moving the folder asks for nothing new.
+    Fingerprints are not included: a new date of a file or a moved folder requests nothing new.
     """
     import hashlib
 
@@ -216,96 +248,6 @@ def listing_digest(listing: Listing) -> str:
     return sha256.hexdigest()
 
 
-def _compare(
-    settings: ImagesSettings,
-    listing: Listing,
-    row: NDArray[np.int64],
-    kind: NDArray[np.int8],
-    split: NDArray[np.int8],
-    parent: Version,
-    source: Source,
-    run: Map,
-    workers: int,
-    retry_failed: bool,
-) -> Past:
-    """What the parent version says of the listing's items, and what of it still holds.
-
-    `row` is each item's in the parent. An item with another fingerprint is read and hashed: with
-    the same bytes it is the same. One that goes into another split holds no longer.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    old, old_split = parent.table, parent.splits()
-    names = parent.names()
-    outcome = parent.outcomes()
-    found = np.flatnonzero((row >= 0) & (kind >= UNSURE) & (old_split[row] == split))
-    at = row[found]
-    marks = [listing.table[c].to_numpy()[found] for c in ("fingerprint", "size")]
-    before = [old[c].to_numpy()[at] for c in ("fingerprint", "size")]
-    same = (marks[0] == before[0]) & (marks[1] == before[1]) & (marks[0] != 0)
-    sha256, hashed = parent.sha256()
-    touched = np.flatnonzero(~same & hashed[at])
-    if len(touched):
-        now = _hash(settings, listing, found[touched], source, run, workers)
-        known = [sha256[r].tobytes().hex() for r in at[touched]]
-        same[touched] = [a == b for a, b in zip(now, known, strict=True)]
-    holds = np.zeros(len(listing), np.bool_)
-    holds[found] = same
-    if retry_failed:
-        holds[found] &= outcome[at] != OUTCOMES.index(FAILED)
-    stored = pc.index_in(old["shard"], pa.array(names, pa.string()))
-    past = Past(row, holds, stored.fill_null(-1).to_numpy().astype(np.int32), old_split, names)
-    _take_back(settings, past, parent, outcome, sha256)
-    return past
-
-
-def _take_back(
-    settings: ImagesSettings,
-    past: Past,
-    parent: Version,
-    outcome: NDArray[np.int8],
-    sha256: NDArray[np.uint8],
-) -> None:
-    """A duplicate whose other copy is gone or has changed holds no longer: it is wanted now."""
-    import numpy as np
-
-    rows = past.row[past.holds]
-    usable = np.zeros(len(outcome), np.bool_)
-    usable[rows] = np.isin(outcome[rows], [OUTCOMES.index(o) for o in (SAMPLE, DUPLICATE)])
-    phash = parent.table["phash"].to_numpy()
-    still = resolve(sha256, phash, usable, past.split, settings.dedupe, settings.near_duplicates)
-    back = usable & (outcome == OUTCOMES.index(DUPLICATE))
-    back[still.rows] = False
-    past.holds[past.holds] = ~back[rows]
-
-
-def _hash(
-    settings: ImagesSettings,
-    listing: Listing,
-    rows: NDArray[np.int64],
-    source: Source,
-    run: Map,
-    workers: int,
-) -> list[str]:
-    """The sha256 of the bytes of these items, empty where they cannot be read."""
-    starts = range(0, len(rows), HASHED_AT_ONCE)
-    tasks = (
-        (source, list(listing.items(rows[start : start + HASHED_AT_ONCE])), settings.max_bytes)
-        for start in starts
-    )
-    hashes: list[str] = []
-    with (
-        Progress("compare items", len(rows), "items") as progress,
-        closing(run(hash_items, tasks, workers if len(rows) > POOL_ITEMS else 1)) as results,
-    ):
-        for part in results:
-            hashes += part
-            progress.update(len(hashes))
-    return hashes
-
-
 def _splits(
     settings: ImagesSettings,
     listing: Listing,
@@ -313,38 +255,45 @@ def _splits(
     kind: NDArray[np.int8],
     before: NDArray[np.int8] | None,
 ) -> tuple[NDArray[np.int8], list[str]]:
+    """Assign the splits, and return sentences that state their sizes and special cases."""
     import numpy as np
 
     given = np.full(len(listing), -1, np.int8)
     if "split" in listing.table.column_names:
         given = listing.table["split"].to_numpy().astype(np.int8)
     given[kind < UNSURE] = -1
-    wanted = kind == PICTURE if (kind == PICTURE).any() else kind == UNSURE
+    wanted = kind == PHOTO if (kind == PHOTO).any() else kind == UNSURE
     if not wanted.any():
         known = ", ".join(sorted(EXTENSIONS))
-        raise PipelineError(f"{settings.source} holds no image file (of type {known}).")
+        raise PipelineError(f"{settings.source} holds no image file: give photos of type {known}.")
     split, notes = assign_splits(given, wanted, hashes.draw, settings.val, settings.test, before)
     counts = np.bincount(split[kind >= UNSURE], minlength=len(SPLITS)).tolist()
-    how = "as the source says" if (given >= 0).any() else "drawn by hash of the key"
-    told = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
-    return split, [f"splits {how}: {told}", *notes]
+    how = "given by the source" if (given >= 0).any() else "drawn by hash of the key"
+    sizes = ", ".join(f"{name} {count}" for name, count in zip(SPLITS, counts, strict=True))
+    return split, [f"splits {how}: {sizes}", *notes]
 
 
-def _refuse_broken_archives(listing: Listing, source: Source) -> None:
-    """What a tar held beyond its cut is in no listing, so it cannot be accounted for."""
+def _check_archives(listing: Listing, source: Source) -> None:
+    """Refuse a tar that is cut off: its missing members are unknown, so nobody could report them.
+
+    Raises PipelineError.
+    """
     for key, problem in sorted(listing.problems.items()):
-        alone = len(listing) == 1 and "cut off" in problem
-        if problem in (CUT, UNENDED) or alone:
+        only_item = len(listing) == 1 and "cut off" in problem
+        if problem in (CUT, UNENDED) or only_item:
             raise PipelineError(
-                f"{source.uri}: {key}: {problem}, and what it should hold beyond that is not known:"
-                " give the whole archive, or take it out of the source."
+                f"{source.uri}: {key}: {problem}, so its missing files are unknown. Give the"
+                " complete archive, or remove it from the source."
             )
 
 
-def _refuse_left_out_pictures(
+def _check_photos_outside_splits(
     settings: ImagesSettings, listing: Listing, kind: NDArray[np.int8]
 ) -> None:
-    """Pictures beside the split folders are ignored, but not a large share of all."""
+    """Refuse a source with many photos next to its split folders, which would be ignored.
+
+    Raises PipelineError.
+    """
     endings = tuple(f".{extension}" for extension in EXTENSIONS)
     outside = [
         key
@@ -353,7 +302,7 @@ def _refuse_left_out_pictures(
     ]
     if len(outside) > max(1.0, settings.max_failure_ratio * int((kind >= UNSURE).sum())):
         raise PipelineError(
-            f"{len(outside)} pictures of {settings.source} lie outside its folders train, val and"
-            f" test (first {min(outside)}): move them into these, or set images.layout=files to"
-            " draw all splits by hash."
+            f"{len(outside)} photos of {settings.source} are outside its folders train, val and"
+            f" test (first {min(outside)}). Move them into these folders, or set"
+            " images.layout=files to draw all splits by hash."
         )

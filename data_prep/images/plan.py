@@ -1,7 +1,7 @@
-"""The plan of an image dataset: which item goes into which split and shard.
+"""The plan of an image dataset: the shard of each item.
 
-Pure functions of a listing and, for a later version, of what its parent holds. Items are columns of
-arrays throughout, so that tens of millions are planned in one process.
+Pure functions of a listing and, for a later version, of its parent's contents. Items are columns of
+arrays, so that one process can plan tens of millions.
 """
 
 from __future__ import annotations
@@ -12,57 +12,34 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from data_prep.core.errors import PipelineError
 from data_prep.core.hashing import splitmix64
-from data_prep.raw.listing import ROWS, SPLITS, Listing
+from data_prep.images.keys import UNSURE, Hashes
+from data_prep.raw.listing import SPLITS, Listing
 from data_prep.shards.shards import shard_name
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow as pa
     from numpy.typing import NDArray
 
     Rows = NDArray[np.int64]
 
-# Pictures that Pillow does not read; to ignore them would be to lose them without a word.
-UNREADABLE = frozenset(
-    ("heic", "heif", "jxl", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "exr")
-)
-PICTURE, UNSURE, OTHER, PROBLEM = 1, 0, -1, -2  # kinds of items, by their names
-
-
-@dataclass(frozen=True)
-class Hashes:
-    """Two numbers of every key, from its sha256: uint64 arrays in the order of the listing."""
-
-    order: NDArray[np.uint64]  # where its samples are stored
-    draw: NDArray[np.uint64]  # which split it is in, where the source does not say
-
 
 def shard_number(name: str) -> int:
+    """Return the number in a shard's name."""
     return int(name.rpartition("-")[2])
 
 
-def key_hashes(keys: pa.ChunkedArray) -> Hashes:
-    """The hashes of the keys. Two different keys of one listing never share `order` unnoticed:
-    raises PipelineError if they do, which 2^64 makes unheard of."""
-    import numpy as np
-    import pyarrow as pa
-
-    parts = []
-    sha256 = hashlib.sha256
-    for start in range(0, len(keys), ROWS):
-        text = keys.slice(start, ROWS).cast(pa.large_binary()).to_pylist()
-        joined = b"".join([sha256(key).digest() for key in text])
-        parts.append(np.frombuffer(joined, ">u8").reshape(-1, 4)[:, :2].astype(np.uint64))
-    both = np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
-    return Hashes(np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1]))
+def shard_split(name: str) -> str:
+    """Return the split in a shard's name."""
+    return name.rpartition("-")[0]
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """Rows of the listing that one shard holds, in stored order. `old` is the name of the parent's
-    shard that it takes the place of, where there is one."""
+    """The rows of the listing that one shard holds, in stored order.
+
+    `old` is the name of the parent's shard that this one replaces; empty for a new shard.
+    """
 
     name: str
     split: str
@@ -72,11 +49,16 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done with every item of a listing.
+    """The plan for every item of a listing.
 
-    `kind` and `split` (place in SPLITS) are int8 arrays. `before` is the row of the parent version
-    that tells what became of an item and still holds, -1 for all others: those that are pictures,
-    or may be, are in one of the planned `shards`. `inherited` names the parent's shards that stay.
+    Attributes:
+        kind: of each item, int8: see `keys.py`.
+        split: of each item, int8: its place in SPLITS.
+        before: the parent's row whose outcome still holds for the item; -1 for all others. Photos
+            (and items that may be photos) with -1 are in one of the planned `shards`.
+        inherited: names of the parent's shards that stay unchanged.
+        notes: sentences about the splits, for people.
+        same_as_parent: nothing is new, changed or removed.
     """
 
     listing: Listing
@@ -89,16 +71,19 @@ class Plan:
     added: int = 0
     removed: int = 0
     changed: int = 0
-    same_as_parent: bool = False  # nothing is new, changed or gone
+    same_as_parent: bool = False
 
 
 @dataclass(frozen=True)
-class Past:
-    """What the parent version says of the items of a new listing.
+class ParentState:
+    """The parent version's facts about the items of a new listing.
 
-    `row` is each item's row in the parent (-1: none), `holds` whether its outcome there still
-    holds. The others are columns of the parent, by its rows: `stored`, in which of `shards` the
-    item's samples are (-1: none), and its `split`.
+    Attributes:
+        row: each item's row in the parent; -1 for new items.
+        holds: whether the item's outcome in the parent still holds.
+        stored: by row of the parent, the place in `shards` of the item's samples; -1 for none.
+        split: by row of the parent, the item's split.
+        shards: names of the parent's shards.
     """
 
     row: Rows
@@ -106,6 +91,20 @@ class Past:
     stored: NDArray[np.int32]
     split: NDArray[np.int8]
     shards: list[str]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The part of a plan that follows from the parent: all but the new shards."""
+
+    before: Rows
+    fresh: NDArray[np.bool_]  # items that go into new shards
+    planned: list[PlannedShard]
+    inherited: list[str]
+    first: dict[int, int]  # number of the first new shard of each split
+    added: int
+    removed: int
+    changed: int
 
 
 def plan_items(
@@ -117,121 +116,133 @@ def plan_items(
     *,
     shard_items: int,
     by_size: bool = False,
-    past: Past | None = None,
+    parent: ParentState | None = None,
 ) -> Plan:
-    """The plan of a dataset version.
+    """Plan a dataset version.
 
-    Without a past every picture is in a new shard. With one, shards of the parent that lost nothing
-    stay, those that lost an item are written again without it, or with what it has become, and what
-    is new goes into shards of its own, whose numbers go on from the parent's. At most `shard_items`
-    items are in a shard, and `by_size` keeps new ones near a gibibyte.
+    Without a parent every photo goes into a new shard. With one, the parent's shards that lost
+    nothing stay. A shard that lost an item is written again, without it or with its new content.
+    New items go into new shards, with numbers that continue the parent's.
+
+    Args:
+        listing: the source's items, sorted by key.
+        hashes: of their keys.
+        kind: of each item, int8.
+        split: of each item, int8.
+        notes: sentences about the splits.
+        shard_items: most items of a shard.
+        by_size: also keep new shards near one gibibyte.
+        parent: facts about the parent version, if there is one.
     """
     import numpy as np
 
     wanted = kind >= UNSURE
-    number = len(listing)
-    if past is None:
-        before = np.full(number, -1, np.int64)
-        fresh, planned, inherited = wanted, list[PlannedShard](), list[str]()
-        first = dict.fromkeys(range(len(SPLITS)), 0)
-        added, removed, changed = int(wanted.sum()), 0, 0
+    if parent is None:
+        start = _from_nothing(wanted)
     else:
-        before = np.where(past.holds & wanted, past.row, -1)
-        there = np.flatnonzero((past.row >= 0) & wanted)
-        old = past.row[there]
-        same = (before[there] >= 0) & (past.split[old] == split[there])
-        before[there[~same]] = -1
-        # Which samples of the parent are lost: all those that no item of the new listing is.
-        lost = past.stored >= 0
-        lost[old[same]] = False
-        again = ~same & lost[old] & (past.split[old] == split[there])  # changed, in its place
-        home = np.full(number, -1, np.int64)  # the parent's shard that an item is in, or goes into
-        keeps = same | again
-        home[there[keeps]] = past.stored[old[keeps]]
-        rewritten = np.zeros(len(past.shards), np.bool_)
-        rewritten[np.unique(past.stored[lost])] = True
-        planned = _rewritten(listing, hashes, home, rewritten, past.shards)
-        inherited = [name for name, gone in zip(past.shards, rewritten, strict=True) if not gone]
-        fresh = wanted & (before < 0) & (home < 0)
-        first = dict.fromkeys(range(len(SPLITS)), 0)
-        for name in past.shards:
-            code = SPLITS.index(name.rpartition("-")[0])
-            first[code] = max(first[code], shard_number(name) + 1)
-        added = int((wanted & (past.row < 0)).sum())
-        # What was a picture and cannot even be tried now, as a file that a list names in vain.
-        gone = (past.row >= 0) & ~wanted & (past.split[past.row] >= 0)
-        changed = int((~same).sum() + gone.sum())
-        found = np.zeros(len(past.stored), np.bool_)
-        found[past.row[past.row >= 0]] = True
-        removed = int((~found).sum())
+        start = _from_parent(listing, hashes, wanted, split, parent)
+    planned = start.planned
     sizes = listing.table["size"].to_numpy() if by_size else None
     for code, name in enumerate(SPLITS):
-        rows = storage_order(listing, hashes.order, np.flatnonzero(fresh & (split == code)))
-        planned += cut_into_shards(rows, name, first[code], shard_items, sizes)
-    nothing_new = past is not None and not (planned or removed or changed or (past.row < 0).any())
-    counts = (added, removed, changed)
-    return Plan(listing, kind, split, before, planned, inherited, notes, *counts, nothing_new)
+        rows = storage_order(listing, hashes.order, np.flatnonzero(start.fresh & (split == code)))
+        planned += cut_into_shards(rows, name, start.first[code], shard_items, sizes)
+    same_as_parent = parent is not None and not (
+        planned or start.removed or start.changed or (parent.row < 0).any()
+    )
+    return Plan(
+        listing,
+        kind,
+        split,
+        start.before,
+        planned,
+        start.inherited,
+        notes,
+        start.added,
+        start.removed,
+        start.changed,
+        same_as_parent,
+    )
 
 
-def assign_splits(
-    given: NDArray[np.int8],
-    pictures: NDArray[np.bool_],
-    draw: NDArray[np.uint64],
-    val: float,
-    test: float,
-    before: NDArray[np.int8] | None = None,
-) -> tuple[NDArray[np.int8], list[str]]:
-    """The split of every item as its place in SPLITS, and sentences on what was decided.
-
-    `given` is what the source says (-1: nothing). Where it says splits, one that it lacks is taken
-    out of train. That, and all three where it says nothing, is drawn by hash of the key (`val` and
-    `test` are shares of [0, 1)), so that an item keeps its split when others arrive. `before` is
-    the split in the parent version (-1: not in it), which a drawn split never leaves.
-
-    `pictures` marks items that look usable. If one of the splits has none of them, as may happen in
-    a small set, it gets the one with the lowest hash from the largest split (our choice). Raises
-    PipelineError when there are fewer pictures than splits to fill.
-    """
+def _from_nothing(wanted: NDArray[np.bool_]) -> _Start:
     import numpy as np
 
-    fixed = bool((given >= 0).any())
-    splits = np.where(given >= 0, given, 0).astype(np.int8)
-    lacking = [code for code in (1, 2) if not (given == code).any()]
-    free = splits == 0
-    candidates = np.flatnonzero(free & pictures)
-    if len(candidates) < 1 + len(lacking):
-        where = "in train" if fixed else "in all"
-        names = ", ".join(["train", *(SPLITS[code] for code in lacking)])
-        raise PipelineError(
-            f"there are {len(candidates)} pictures {where}, too few: at least {1 + len(lacking)}"
-            f" are needed, one each for {names}."
-        )
-    bounds = [_bound(val), _bound(val + test)]
-    drawn = np.where(draw < bounds[0], 1, np.where(draw < bounds[1], 2, 0)).astype(np.int8)
-    drawn[~np.isin(drawn, lacking)] = 0
-    if before is not None:
-        drawn = np.where(before >= 0, before, drawn)
-        drawn[~np.isin(drawn, lacking)] = 0
-    splits = np.where(free, drawn, splits)
-    notes = []
-    if fixed and lacking:
-        names = " and ".join(SPLITS[code] for code in lacking)
-        notes.append(f"the source has no split {names}: some of train is taken instead")
-    for code in (0, *lacking):
-        counts = np.bincount(splits[candidates], minlength=3)
-        if not counts[code]:
-            donors = candidates[splits[candidates] == counts.argmax()]
-            splits[donors[draw[donors].argmin()]] = code
-            notes.append(f"the set is so small that {SPLITS[code]} was left empty: it gets one")
-    return splits, notes
+    first = dict.fromkeys(range(len(SPLITS)), 0)
+    before = np.full(len(wanted), -1, np.int64)
+    return _Start(before, wanted, [], [], first, int(wanted.sum()), 0, 0)
+
+
+def _from_parent(
+    listing: Listing,
+    hashes: Hashes,
+    wanted: NDArray[np.bool_],
+    split: NDArray[np.int8],
+    parent: ParentState,
+) -> _Start:
+    """Decide which shards of the parent stay, and which are written again."""
+    import numpy as np
+
+    before = np.where(parent.holds & wanted, parent.row, -1)
+    there = np.flatnonzero((parent.row >= 0) & wanted)
+    old = parent.row[there]
+    same = (before[there] >= 0) & (parent.split[old] == split[there])
+    before[there[~same]] = -1
+    # The parent's samples that are lost: those of all items that are not the same any more.
+    lost = parent.stored >= 0
+    lost[old[same]] = False
+    changed_in_place = ~same & lost[old] & (parent.split[old] == split[there])
+    home = np.full(len(listing), -1, np.int64)  # the parent's shard that holds an item, or will
+    keeps = same | changed_in_place
+    home[there[keeps]] = parent.stored[old[keeps]]
+    rewritten = np.zeros(len(parent.shards), np.bool_)
+    rewritten[np.unique(parent.stored[lost])] = True
+    first = dict.fromkeys(range(len(SPLITS)), 0)
+    for name in parent.shards:
+        code = SPLITS.index(shard_split(name))
+        first[code] = max(first[code], shard_number(name) + 1)
+    # Photos of the parent that can no longer be read, such as a file that is missing from a list.
+    gone = (parent.row >= 0) & ~wanted & (parent.split[parent.row] >= 0)
+    found = np.zeros(len(parent.stored), np.bool_)
+    found[parent.row[parent.row >= 0]] = True
+    return _Start(
+        before=before,
+        fresh=wanted & (before < 0) & (home < 0),
+        planned=_rewritten_shards(listing, hashes, home, rewritten, parent.shards),
+        inherited=[n for n, again in zip(parent.shards, rewritten, strict=True) if not again],
+        first=first,
+        added=int((wanted & (parent.row < 0)).sum()),
+        removed=int((~found).sum()),
+        changed=int((~same).sum() + gone.sum()),
+    )
+
+
+def _rewritten_shards(
+    listing: Listing,
+    hashes: Hashes,
+    home: Rows,
+    rewritten: NDArray[np.bool_],
+    shards: Sequence[str],
+) -> list[PlannedShard]:
+    """Plan the parent's shards that are written again, with the rows that they hold now."""
+    import numpy as np
+
+    rows = np.flatnonzero((home >= 0) & rewritten[home])
+    rows = storage_order(listing, hashes.order, rows)
+    rows = rows[np.argsort(home[rows], kind="stable")]
+    planned = []
+    for part in np.split(rows, np.flatnonzero(np.diff(home[rows])) + 1):
+        if len(part):
+            name = shards[int(home[part[0]])]
+            planned.append(PlannedShard(name, shard_split(name), part, name))
+    return planned
 
 
 def storage_order(listing: Listing, order: NDArray[np.uint64], rows: Rows) -> Rows:
-    """`rows` in the order in which they are stored.
+    """Return `rows` in the order in which their samples are stored.
 
-    That of the hash of the keys, so that neighbours in a shard have nothing to do with one another.
-    Items of a container's block stay together in the container's order, since only so can they be
-    read once; blocks are mixed by hash.
+    The hash of the key gives the order, so neighbours in a shard are unrelated. Items of one block
+    of an archive stay together, in the archive's order: only then is the block read once. Blocks
+    are ordered by hash.
     """
     import numpy as np
 
@@ -242,7 +253,7 @@ def storage_order(listing: Listing, order: NDArray[np.uint64], rows: Rows) -> Ro
     container = listing.table["container"].to_numpy()[rows]
     offset = listing.table["offset"].to_numpy()[rows]
     blocked = block >= 0
-    names = np.array([int(_sha256(name)[:16], 16) for name in listing.containers], np.uint64)
+    names = np.array([_name_hash(name) for name in listing.containers], np.uint64)
     number = names[container] + block.astype(np.uint64)
     first = np.where(blocked, splitmix64(number), first)
     return rows[np.lexsort((np.where(blocked, offset, 0), first))]
@@ -256,8 +267,17 @@ def cut_into_shards(
     sizes: NDArray[np.int64] | None = None,
     most_bytes: int = 1 << 30,
 ) -> Iterator[PlannedShard]:
-    """Shards of at most `most` rows, as equal as can be; with `sizes` (bytes of every listed item)
-    also of at most `most_bytes`, unless one item alone is larger."""
+    """Cut rows into shards of nearly equal length.
+
+    Args:
+        ordered: rows of the listing, in stored order.
+        split: of all these rows.
+        first_number: number of the first shard.
+        most: most rows of a shard.
+        sizes: bytes of every item of the listing. If given, the shards' mean size is at most
+            `most_bytes`, unless items are larger.
+        most_bytes: see `sizes`.
+    """
     import numpy as np
 
     count = -(-len(ordered) // most)
@@ -269,77 +289,5 @@ def cut_into_shards(
         yield PlannedShard(shard_name(split, number), split, ordered[start:stop])
 
 
-def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
-    """What each item's name tells: PICTURE, UNSURE, OTHER, or that the listing has a PROBLEM."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    from data_prep.pictures.formats import EXTENSIONS
-
-    kinds = []
-    pattern = rf"\.({'|'.join(sorted(EXTENSIONS | UNREADABLE))})$"
-    for chunk in listing.table["key"].chunks:
-        picture = pc.match_substring_regex(chunk, pattern, ignore_case=True)
-        bare = pc.match_substring_regex(chunk, r"(^|/)[^./]+$")
-        flags = [np.asarray(f.to_numpy(zero_copy_only=False), np.bool_) for f in (picture, bare)]
-        kinds.append(np.where(flags[0], PICTURE, np.where(flags[1], UNSURE, OTHER)))
-    kind = np.concatenate([*kinds, np.zeros(0)]).astype(np.int8)
-    tables = [name.endswith(".parquet") for name in listing.containers]
-    if any(tables) or (listing.containers == ("",) and uri.endswith(".parquet")):
-        container = listing.table["container"].to_numpy()
-        is_table = np.array([n.endswith(".parquet") or not n for n in listing.containers])
-        kind[(container >= 0) & is_table[container]] = PICTURE
-    if listing.problems:
-        named = pa.array(list(listing.problems), pa.large_string())
-        kind[pc.is_in(listing.table["key"], named).to_numpy()] = PROBLEM
-    return kind
-
-
-def match_keys(
-    hashes: Hashes, keys: pa.ChunkedArray, old: Hashes, old_keys: pa.ChunkedArray
-) -> Rows:
-    """For every key its row among the old keys, -1 where it is not one of them."""
-    import numpy as np
-    import pyarrow.compute as pc
-
-    if not len(old.order):
-        return np.full(len(keys), -1, np.int64)
-    order = np.argsort(old.order)
-    at = np.searchsorted(old.order[order], hashes.order)
-    row = order[np.minimum(at, len(order) - 1)]
-    row = np.where(old.order[row] == hashes.order, row, -1)
-    found = np.flatnonzero(row >= 0)
-    equal = pc.equal(keys.take(found), old_keys.take(row[found]))
-    row[found[~np.asarray(equal.to_numpy(), np.bool_)]] = -1
-    return row
-
-
-def _rewritten(
-    listing: Listing,
-    hashes: Hashes,
-    home: Rows,
-    rewritten: NDArray[np.bool_],
-    shards: Sequence[str],
-) -> list[PlannedShard]:
-    """The shards of the parent that are written again, with the rows that they hold now."""
-    import numpy as np
-
-    rows = np.flatnonzero((home >= 0) & rewritten[home])
-    rows = storage_order(listing, hashes.order, rows)
-    rows = rows[np.argsort(home[rows], kind="stable")]
-    planned = []
-    for part in np.split(rows, np.flatnonzero(np.diff(home[rows])) + 1):
-        if len(part):
-            name = shards[int(home[part[0]])]
-            planned.append(PlannedShard(name, name.rpartition("-")[0], part, name))
-    return planned
-
-
-def _bound(share: float) -> int:
-    """`share` of the 64-bit numbers."""
-    return min(int(share * 2**64), 2**64 - 1)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _name_hash(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest()[:16], 16)

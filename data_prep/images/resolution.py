@@ -1,4 +1,4 @@
-"""Which pictures of a dataset leave it because others are the same."""
+"""Decide which photos leave a dataset because others are the same."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ SAME, OTHER_SPLIT, NEARLY = "the same bytes", "the same bytes in another split",
 
 @dataclass(frozen=True)
 class Resolution:
-    """Rows that leave, for each the row that stays, and why. `near` are all pairs found."""
+    """The duplicates of a dataset.
+
+    Attributes:
+        rows: of the listing, that leave.
+        kept: for each of them the row that stays.
+        reasons: for each of them why it leaves.
+        near: all pairs of nearly the same photos, also those that both stay.
+    """
 
     rows: Rows
     kept: Rows
@@ -35,10 +42,16 @@ def resolve(
     dedupe: str,
     near_duplicates: str,
 ) -> Resolution:
-    """The duplicates among usable rows (see `duplicates.py`); arrays by row of the listing.
+    """Decide which usable rows leave; all arrays are by row of the listing.
 
-    `dedupe` is "content" or "off"; `near_duplicates` "drop" (those of train leave), "report" or
-    "off".
+    Args:
+        sha256: of the items' bytes, uint8 [n, 32].
+        phash: perceptual hashes, uint64.
+        usable: which rows count.
+        split: place in SPLITS, int8.
+        dedupe: "content" removes identical files, "off" keeps them.
+        near_duplicates: "drop" removes near duplicates from train, "report" only finds them, "off"
+            does not look for them.
     """
     import numpy as np
 

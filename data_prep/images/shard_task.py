@@ -1,24 +1,25 @@
-"""One image shard: items read, prepared and written, in whichever process.
-
-Beside a shard the worker leaves a record under `work/`, written last, which says what became of
-each of its items. By it a broken-off build is taken up; it goes when the version is committed.
-"""
+"""Make one image shard in a worker process: read its items, prepare them, write the samples."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import canonical_json, sha256_bytes, sha256_json
 from data_prep.core.errors import ItemError
 from data_prep.core.manifest import FileRecord
+from data_prep.images.findings import (
+    FAILED,
+    IGNORED,
+    Finding,
+    ShardRecord,
+    read_record,
+    write_record,
+)
+from data_prep.images.read_ahead import read_items
 from data_prep.pictures.cutting import Cutting
 from data_prep.pictures.formats import looks_like_image
 from data_prep.pictures.limits import PhotoError
@@ -28,8 +29,6 @@ from data_prep.raw.listing import Item
 from data_prep.shards.shards import (
     Folder,
     ShardSample,
-    decode_table,
-    encode_table,
     iterate_shard,
     read_index,
     sha256_of,
@@ -39,48 +38,20 @@ from data_prep.shards.shards import (
 if TYPE_CHECKING:
     from data_prep.raw.source import Reader, Source
 
-_ITEM = ("key", "size", "fingerprint", "offset", "block")  # what a task's digest counts of one
-SAMPLE, DUPLICATE, FAILED, IGNORED = "sample", "duplicate", "failed", "ignored"
-_AHEAD_BYTES = 128 << 20  # of items that are read before they are prepared
-_UNKNOWN_SIZE = 1 << 20  # bytes that an item of unknown size counts for
-_FINDINGS = {
-    "sha256": "string",
-    "size": "int64",
-    "width": "int32",
-    "height": "int32",
-    "format": "string",
-    "phash": "uint64",
-    "samples": "int32",
-    "outcome": "string",
-    "reason": "string",
-    "dropped": "bool",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What became of an item. `sha256` is empty if it was not read, width and height are those of
-    the upright picture, `samples` is how many it gave; `dropped`: they were taken out again."""
-
-    sha256: str = ""
-    size: int = -1
-    width: int = 0
-    height: int = 0
-    format: str = ""
-    phash: int = 0
-    samples: int = 0
-    outcome: str = SAMPLE
-    reason: str = ""
-    dropped: bool = False
+_ITEM = ("key", "size", "fingerprint", "offset", "block")  # the fields that a task's digest covers
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """A shard to write.
 
-    `unsure` are the places in `items` of those whose names do not tell whether they are pictures.
-    Samples of the keys in `reuse` are copied from the tar `old`; `items` has none of them. `order`
-    has the keys of both in the order in which they are stored.
+    Attributes:
+        place: the version's folder.
+        items: to prepare, in stored order.
+        unsure: places in `items` of those whose names do not show whether they are photos.
+        old: key of the parent's tar that this shard replaces; empty for a new shard.
+        reuse: keys of the items whose samples are copied from `old`; none of them is in `items`.
+        order: keys of all items, copied and new, in stored order; empty for a new shard.
     """
 
     place: Folder
@@ -97,7 +68,7 @@ class ShardTask:
 
     @property
     def digest(self) -> str:
-        """Of all that the shard depends on."""
+        """Return the digest of everything that the shard depends on."""
         return sha256_json(
             {
                 "items": [[getattr(item, name) for name in _ITEM] for item in self.items],
@@ -112,10 +83,13 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class DropTask:
-    """A shard whose samples of some items are taken out.
+    """A shard from which the samples of some items are removed.
 
-    `tar` is the shard as it is, perhaps in an earlier version's folder. `keys` are those of the
-    items that leave it; `places` are theirs in the task that wrote it, for its record.
+    Attributes:
+        place: the version's folder.
+        tar: key of the shard as it is, perhaps in an earlier version's folder.
+        keys: of the items to remove.
+        places: of these items in the task that wrote the shard, to update its record.
     """
 
     place: Folder
@@ -127,30 +101,29 @@ class DropTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The files of a shard (none if no sample was left) and what became of each item."""
+    """The files of a shard (none if it has no sample) and a finding for each of its items."""
 
     files: list[FileRecord]
     findings: list[Finding] = field(default_factory=list)
 
 
 def build_shard(task: ShardTask) -> ShardResult:
-    """Write the shard, unless it is there whole."""
-    done = _taken_up(task)
-    if done is not None:
-        return done
+    """Write a shard, or return the result of an earlier run if its files are complete."""
+    finished = _finished(task)
+    if finished is not None:
+        return finished
     import cv2
 
-    cv2.setNumThreads(1)  # one worker for each core is enough
+    cv2.setNumThreads(1)  # each core has its own worker process
     findings: list[Finding] = []
     with task.source.reader() as reader:
-        samples = _samples(task, reader, findings)
-        files = _write(task.place, task.name, samples)
-    _write_record(task.place, task.name, task.digest, files, findings)
+        files = _write(task.place, task.name, _samples(task, reader, findings))
+    write_record(task.place, task.name, ShardRecord(task.digest, files, findings))
     return ShardResult(files, findings)
 
 
 def drop_samples(task: DropTask) -> list[FileRecord]:
-    """Write the shard anew without the samples of some items."""
+    """Write a shard again without the samples of some items."""
     store = task.place.store
     rows = {row["key"]: row for row in read_index(store, task.tar)}
 
@@ -159,101 +132,111 @@ def drop_samples(task: DropTask) -> list[FileRecord]:
             if rows[key]["relative_key"] not in task.keys:
                 yield key, files, _columns(rows[key])
 
-    record = _read_record(task.place, task.name)
+    record = read_record(task.place, task.name)
     files = _write(task.place, task.name, kept())
-    if record is not None and record[0]:
-        digest, _, findings = record
+    if record is not None and record.task_digest:
         for place in task.places:
-            findings[place] = replace(findings[place], dropped=True)
-        _write_record(task.place, task.name, digest, files, findings)
+            record.findings[place] = replace(record.findings[place], dropped=True)
+        write_record(task.place, task.name, replace(record, files=files))
     return files
 
 
-def record_path(name: str) -> str:
-    return f"work/{name}.parquet"
-
-
-def hash_items(task: tuple[Source, Sequence[Item], int]) -> list[str]:
-    """The sha256 of each item's bytes, empty where it cannot be read."""
-    source, items, max_bytes = task
-    hashes = []
-    with source.reader() as reader, closing(_fetched(reader, items, max_bytes)) as fetched:
-        for _, read in fetched:
-            try:
-                hashes.append(sha256_bytes(read()))
-            except ItemError:
-                hashes.append("")
-    return hashes
+def _finished(task: ShardTask) -> ShardResult | None:
+    """Return this task's result from an earlier run, after its files are checked by hash."""
+    record = read_record(task.place, task.name)
+    if record is None or record.task_digest != task.digest:
+        return None
+    for file in record.files:
+        try:
+            found = sha256_of(task.place.store, task.place.key(file.path))
+        except FileNotFoundError:
+            return None
+        if found != (file.sha256, file.size):
+            return None
+    return ShardResult(record.files, record.findings)
 
 
 def _write(place: Folder, name: str, samples: Iterator[ShardSample]) -> list[FileRecord]:
-    """The files of the shard; without a sample there are none, and none is left of before."""
+    """Write the files of a shard. Without samples write none, and delete those of earlier runs."""
     first = next(samples, None)
     if first is None:
         for extension in ("parquet", "tar"):
             place.store.delete(place.key(f"{name}.{extension}"))
         return []
 
-    def all_of_them() -> Iterator[ShardSample]:
+    def all_samples() -> Iterator[ShardSample]:
         yield first
         yield from samples
 
-    return write_shard(place, name, all_of_them())
+    return write_shard(place, name, all_samples())
 
 
 def _samples(task: ShardTask, reader: Reader, findings: list[Finding]) -> Iterator[ShardSample]:
-    """The shard's samples in order; each item's finding is appended as it is met."""
-    fresh = _fresh(task, reader, findings)
+    """Yield the shard's samples in order, and append a finding for each prepared item."""
+    prepared = _prepare_items(task, reader, findings)
     if not task.reuse:
-        for _, samples in fresh:
+        for _, samples in prepared:
             yield from samples
         return
-    store = task.place.store
-    rows = {row["key"]: row for row in read_index(store, task.old)}
-    old = deque[tuple[str, ShardSample]]()
-    stored = iterate_shard(store, task.old)
-
-    def next_old(key: str) -> Iterator[ShardSample]:
-        """The old samples of an item, which stand together and in the new order."""
-        while True:
-            if not old:
-                found = next(stored, None)
-                if found is None:
-                    return
-                row = rows[found[0]]
-                if row["relative_key"] not in task.reuse:
-                    continue
-                old.append((row["relative_key"], (*found, _columns(row))))
-            if old[0][0] != key:
-                return
-            yield old.popleft()[1]
-
+    old = _OldSamples(task)
     for key in task.order:
         if key in task.reuse:
-            yield from next_old(key)
+            yield from old.of_item(key)
         else:
-            item, samples = next(fresh)
+            item, samples = next(prepared)
             assert item.key == key, f"{task.name}: {item.key} comes before {key}"
             yield from samples
-    assert not old, f"{task.name}: samples of {old[0][0]} are out of order"
+    old.check_all_used()
 
 
-def _fresh(
+class _OldSamples:
+    """The samples of the parent's shard that are copied, read one at a time in stored order.
+
+    The samples of one item are neighbours, and the items are in the order of the new shard.
+    """
+
+    def __init__(self, task: ShardTask) -> None:
+        store = task.place.store
+        self._name, self._reuse = task.name, task.reuse
+        self._rows = {row["key"]: row for row in read_index(store, task.old)}
+        self._stored = iterate_shard(store, task.old)
+        self._next = deque[tuple[str, ShardSample]]()  # at most one sample, with its item's key
+
+    def of_item(self, key: str) -> Iterator[ShardSample]:
+        """Yield the next samples as long as they are those of the item `key`."""
+        while True:
+            if not self._next:
+                found = next(self._stored, None)
+                if found is None:
+                    return
+                row = self._rows[found[0]]
+                if row["relative_key"] not in self._reuse:
+                    continue
+                self._next.append((row["relative_key"], (*found, _columns(row))))
+            if self._next[0][0] != key:
+                return
+            yield self._next.popleft()[1]
+
+    def check_all_used(self) -> None:
+        assert not self._next, f"{self._name}: samples of {self._next[0][0]} are out of order"
+
+
+def _prepare_items(
     task: ShardTask, reader: Reader, findings: list[Finding]
 ) -> Iterator[tuple[Item, list[ShardSample]]]:
-    """Every item with its samples, none where it gives none."""
-    with closing(_fetched(reader, task.items, task.max_bytes)) as fetched:
-        for place, (item, read) in enumerate(fetched):
-            finding, samples = _prepared(task, item, read, place in task.unsure)
+    """Yield every item with its samples; a failed or ignored item has none."""
+    with closing(read_items(reader, task.items, task.max_bytes)) as read:
+        for place, (item, get_bytes) in enumerate(read):
+            finding, samples = _prepare_item(task, item, get_bytes, place in task.unsure)
             findings.append(finding)
             yield item, samples
 
 
-def _prepared(
-    task: ShardTask, item: Item, read: Callable[[], bytes], unsure: bool
+def _prepare_item(
+    task: ShardTask, item: Item, get_bytes: Callable[[], bytes], unsure: bool
 ) -> tuple[Finding, list[ShardSample]]:
     try:
-        data = read()
+        data = get_bytes()
     except ItemError as error:
         return Finding(outcome=FAILED, reason=str(error)), []
     sha256 = sha256_bytes(data)
@@ -261,12 +244,12 @@ def _prepared(
         reason = "not an image: no extension, and not the content of one"
         return Finding(sha256, len(data), outcome=IGNORED, reason=reason), []
     try:
-        picture = prepare(data, task.how, item.key)
+        photo = prepare(data, task.how, item.key)
     except PhotoError as error:
         return Finding(sha256, len(data), outcome=FAILED, reason=str(error)), []
-    size = (picture.width, picture.height)
-    samples = [_sample(task.split, item, sha256, size, piece) for piece in picture.pieces]
-    finding = Finding(sha256, len(data), *size, picture.format, picture.phash, len(samples))
+    size = (photo.width, photo.height)
+    samples = [_sample(task.split, item, sha256, size, piece) for piece in photo.pieces]
+    finding = Finding(sha256, len(data), *size, photo.format, photo.phash, len(samples))
     return finding, samples
 
 
@@ -289,77 +272,5 @@ def _sample(
 
 
 def _columns(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of an index row that `write_shard` does not make."""
+    """Return the columns of an index row that `write_shard` does not add itself."""
     return {k: v for k, v in row.items() if k not in ("key", "offset", "size", "sha256")}
-
-
-def _fetched(
-    reader: Reader, items: Sequence[Item], max_bytes: int
-) -> Generator[tuple[Item, Callable[[], bytes]], None, None]:
-    """Every item in order with a call that gives its bytes or raises; read ahead by threads where
-    the source is far away."""
-    if reader.threads <= 1:
-        for item in items:
-            yield item, partial(reader.read, item, max_bytes)
-        return
-    pool = ThreadPoolExecutor(reader.threads)
-    under_way: deque[tuple[Item, Future[bytes], int]] = deque()
-    waiting, held = iter(items), 0
-    following = next(waiting, None)
-    try:
-        while following is not None or under_way:
-            while following is not None and len(under_way) < 2 * reader.threads:
-                size = following.size if following.size >= 0 else _UNKNOWN_SIZE
-                size = min(size, max_bytes)
-                if under_way and held + size > _AHEAD_BYTES:
-                    break
-                future = pool.submit(reader.read, following, max_bytes)
-                under_way.append((following, future, size))
-                held += size
-                following = next(waiting, None)
-            item, future, size = under_way.popleft()
-            yield item, future.result
-            held -= size
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _taken_up(task: ShardTask) -> ShardResult | None:
-    """The result of this very task if an earlier run has finished it, its files checked by hash."""
-    record = _read_record(task.place, task.name)
-    if record is None or record[0] != task.digest:
-        return None
-    _, files, findings = record
-    for file in files:
-        try:
-            found = sha256_of(task.place.store, task.place.key(file.path))
-        except FileNotFoundError:
-            return None
-        if found != (file.sha256, file.size):
-            return None
-    return ShardResult(files, findings)
-
-
-def _write_record(
-    place: Folder, name: str, digest: str, files: Sequence[FileRecord], findings: Sequence[Finding]
-) -> None:
-    metadata = {
-        b"task": digest.encode(),
-        b"files": json.dumps([file.to_json() for file in files]).encode(),
-    }
-    rows = [{name: getattr(finding, name) for name in _FINDINGS} for finding in findings]
-    data = encode_table(rows, _FINDINGS, metadata)
-    place.store.write(place.key(record_path(name)), data)
-
-
-def _read_record(place: Folder, name: str) -> tuple[str, list[FileRecord], list[Finding]] | None:
-    """The digest of the task, its files and findings; None if there is no whole record."""
-    import pyarrow.parquet as pq
-
-    try:
-        data = place.store.read(place.key(record_path(name)))
-        mark = pq.read_schema(io.BytesIO(data)).metadata or {}
-        files = [FileRecord(**file) for file in json.loads(mark[b"files"])]
-        return mark[b"task"].decode(), files, [Finding(**row) for row in decode_table(data)]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # ArrowInvalid is a ValueError
-        return None

@@ -1,19 +1,22 @@
-"""The stage that turns raw photographs, wherever they lie, into image shards.
+"""The images stage: turn the photos of a source into image shards.
 
-List the source, plan by the keys alone, read and prepare every picture once, sort out duplicates by
-their hashes, commit. What an earlier version of the dataset holds already is not read again.
+List the source. Plan by the keys only. Read and prepare every photo once. Find duplicates by their
+hashes. Commit. Photos that an earlier version of the dataset already holds are not read again.
 """
 
 from __future__ import annotations
 
+import logging
+
 from data_prep.core.manifest import StageRef
 from data_prep.core.pool import Map, run_tasks
-from data_prep.core.progress import say
 from data_prep.core.stage import run_stage
 from data_prep.core.storage.store import Store
-from data_prep.images.build import build, forget_records
-from data_prep.images.next_version import planned
+from data_prep.images.build import build, delete_shard_records
+from data_prep.images.next_version import plan_next_version
 from data_prep.images.settings import ImagesSettings
+
+log = logging.getLogger(__name__)
 
 
 def prepare_images(
@@ -24,29 +27,32 @@ def prepare_images(
     retry_failed: bool = False,
     repack: bool = False,
 ) -> StageRef:
-    """Shards of the photographs in `settings.source`, made now unless they are there.
+    """Make the shards of the photos in `settings.source`, unless they exist.
 
-    Where a version of the dataset was made with the same settings, only what is new, changed or
-    gone since is worked on; with `retry_failed` also what failed then, and with `repack` everything
-    is, without regard to it. `run` says where the work is done; the bytes are the same.
+    If a version of the dataset was made with the same settings, only items that are new, changed or
+    removed since then cause work.
 
-    Raises PipelineError when too few photographs can be used, or too many files cannot.
+    Args:
+        settings: of the dataset.
+        store: the root.
+        run: where tasks run; the bytes are the same everywhere.
+        retry_failed: also prepare again the items that failed then.
+        repack: prepare everything again, as if there were no earlier version.
+
+    Raises:
+        PipelineError: too few photos can be used, or too many files cannot.
     """
-    work = planned(settings, store, run, retry_failed=retry_failed, repack=repack)
-    plan, parent = work.plan, work.parent
+    following = plan_next_version(settings, store, run, retry_failed=retry_failed, repack=repack)
+    plan, parent = following.plan, following.parent
     if parent is not None and plan.same_as_parent:
         if retry_failed:
-            say(f"images: nothing to try again in {parent.folder}.")
+            log.info("images: no failed item to try again in %s.", parent.folder)
         return parent.reference
     for note in plan.notes:
-        say(f"images: {note}")
-    ref = run_stage(
-        store,
-        work.request,
-        lambda begun: build(
-            begun, settings, plan, work.source, parent, work.number, run, work.workers
-        ),
+        log.info("images: %s", note)
+    reference = run_stage(
+        store, following.request, lambda work: build(work, settings, following, run)
     )
-    if not ref.skipped:
-        forget_records(store, ref.folder)
-    return ref
+    if not reference.skipped:
+        delete_shard_records(store, reference.folder)
+    return reference

@@ -1,10 +1,12 @@
-"""Versions of an image dataset: what is committed under its name, and what a version holds.
+"""The committed versions of an image dataset, and the contents of one version.
 
-A version may have a parent, whose untouched shards it refers to instead of copying them.
+A version may have a parent. It then refers to the parent's unchanged shards instead of copying
+them.
 """
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from collections.abc import Callable
@@ -14,9 +16,9 @@ from typing import TYPE_CHECKING
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord, Manifest, StageRef, load_reference, read_manifest
 from data_prep.core.paths import MANIFEST, images_folder
-from data_prep.core.progress import say
 from data_prep.core.storage.store import Store
-from data_prep.images.plan import Hashes, key_hashes
+from data_prep.images.findings import OUTCOMES
+from data_prep.images.keys import Hashes, key_hashes
 from data_prep.raw.listing import SPLITS, Item
 from data_prep.shards.shards import UNTHREADED
 
@@ -25,14 +27,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-SOURCES = "sources.parquet"
-OUTCOMES = ("sample", "duplicate", "failed", "ignored")  # of a listed item
+log = logging.getLogger(__name__)
+
+SOURCES = "sources.parquet"  # the outcome of every listed item, sorted by key
 _SHARD = re.compile(rf"(?:\.\./[^/]+/)?((?:{'|'.join(SPLITS)})-\d{{6,}})\.(?:tar|parquet)")
 
 
 @dataclass(frozen=True)
 class Version:
-    """A committed version: its manifest and the columns of its sources.parquet, sorted by key."""
+    """A committed version: its manifest, and the columns of its sources.parquet."""
 
     store: Store
     manifest: Manifest
@@ -40,19 +43,24 @@ class Version:
 
     @property
     def folder(self) -> str:
+        """Return the version's folder under the root."""
         return self.manifest.folder
 
     @property
     def number(self) -> int:
+        """Return the version's number, from 1."""
         return int(self.manifest.summary["version"])
 
     @property
     def reference(self) -> StageRef:
+        """Return the reference to the stage that made the version."""
         return load_reference(self.store, self.folder)
 
     def shards(self) -> dict[str, list[FileRecord]]:
-        """The records of each shard's tar and index by the shard's name; paths are relative to this
-        version's folder."""
+        """Return the records of each shard's tar and index, by the shard's name.
+
+        Paths are relative to this version's folder.
+        """
         found: dict[str, list[FileRecord]] = {}
         for record in self.manifest.files:
             match = _SHARD.fullmatch(record.path)
@@ -61,7 +69,7 @@ class Version:
         return found
 
     def tars(self) -> dict[str, str]:
-        """The key under the root of each shard's tar, by the shard's name."""
+        """Return the key under the root of each shard's tar, by the shard's name."""
         return {
             name: posixpath.normpath(posixpath.join(self.folder, file.path))
             for name, files in self.shards().items()
@@ -70,11 +78,14 @@ class Version:
         }
 
     def hashes(self) -> Hashes:
+        """Return the hashes of the items' keys."""
         return key_hashes(self.table["key"])
 
     def check_shards(self) -> None:
-        """Raise PipelineError unless every shard is there in its size: a new version builds on
-        them. Their bytes are `dpnet verify`'s to check."""
+        """Check that every shard exists with its size, because a new version builds on them.
+
+        `dpnet verify` checks their bytes. Raises PipelineError.
+        """
         sizes: dict[str, dict[str, int]] = {}
         for files in self.shards().values():
             for file in files:
@@ -85,16 +96,16 @@ class Version:
                 if sizes[folder].get(key) != file.size:
                     raise PipelineError(
                         f"{self.store.uri}/{key} is missing or has another size, and version"
-                        f" {self.number} needs it: put it back, or run the same command with"
-                        " --repack for a version that does not."
+                        f" {self.number} needs it. Restore it, or run the same command with"
+                        " --repack to make a version that does not need it."
                     )
 
     def names(self) -> list[str]:
-        """The names of the shards, sorted."""
+        """Return the names of the shards, sorted."""
         return sorted(self.shards())
 
     def splits(self) -> NDArray[np.int8]:
-        """Each item's split as its place in SPLITS, -1 for what is no picture by its name."""
+        """Return each item's split as its place in SPLITS, -1 for an item that is not a photo."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -103,7 +114,7 @@ class Version:
         return np.asarray(codes.fill_null(-1).to_numpy(), np.int8)
 
     def outcomes(self) -> NDArray[np.int8]:
-        """Each item's outcome as its place in OUTCOMES."""
+        """Return each item's outcome as its place in OUTCOMES."""
         import numpy as np
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -112,12 +123,12 @@ class Version:
         return np.asarray(codes.fill_null(-1).to_numpy(), np.int8)
 
     def sha256(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """uint8 [n, 32], and which rows have one."""
+        """Return the SHA-256 of the items' bytes, uint8 [n, 32], and which items have one."""
         return decode_hashes(self.table["sha256"])
 
 
 def known_members(version: Version | None) -> Callable[[str, int], list[Item] | None]:
-    """For `Source.list`: what the version knows of a container that has not changed since."""
+    """Return the function that tells `Source.list` the members of unchanged containers."""
 
     def members(container: str, fingerprint: int) -> list[Item] | None:
         import pyarrow as pa
@@ -136,8 +147,10 @@ def known_members(version: Version | None) -> Callable[[str, int], list[Item] | 
 
 
 def versions(store: Store, name: str) -> list[Manifest]:
-    """The manifests of all committed versions of a dataset, oldest first; damaged ones are told of
-    and left out."""
+    """Return the manifests of a dataset's committed versions, oldest first.
+
+    Damaged manifests are reported and left out.
+    """
     found = []
     top = images_folder(name)
     for entry in store.list(top):
@@ -148,13 +161,14 @@ def versions(store: Store, name: str) -> list[Manifest]:
             manifest = read_manifest(store, folder)
             int(manifest.summary["version"])
         except (PipelineError, KeyError, TypeError, ValueError):
-            say(f"images: {folder} is damaged or of an older format: it is not looked at.")
+            log.warning("images: %s is damaged or of an older format: it is not used.", folder)
             continue
         found.append(manifest)
     return sorted(found, key=lambda m: (m.summary["version"], m.created, m.folder))
 
 
 def load_version(store: Store, manifest: Manifest) -> Version:
+    """Read a version's table of sources. Raises PipelineError if it is missing or damaged."""
     import pyarrow.parquet as pq
 
     key = f"{manifest.folder}/{SOURCES}"
@@ -163,14 +177,18 @@ def load_version(store: Store, manifest: Manifest) -> Version:
             table = pq.read_table(file, **UNTHREADED)
     except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
         raise PipelineError(
-            f"{store.uri}/{key} is missing or damaged: restore it, or delete"
+            f"{store.uri}/{key} is missing or damaged. Restore it, or delete"
             f" {manifest.folder} and run the same command again."
         ) from None
     return Version(store, manifest, table)
 
 
 def decode_hashes(column: pa.ChunkedArray) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """A column of hexadecimal sha256 as uint8 [n, 32], zero where it is null, and where not."""
+    """Decode a column of hexadecimal SHA-256.
+
+    Returns:
+        uint8 [n, 32], zero for null values, and which values are not null.
+    """
     import numpy as np
 
     parts = [np.zeros((0, 32), np.uint8)]
@@ -179,5 +197,5 @@ def decode_hashes(column: pa.ChunkedArray) -> tuple[NDArray[np.uint8], NDArray[n
             text = chunk.slice(start, 1 << 16).fill_null("0" * 64).to_pylist()
             raw = bytes.fromhex("".join(text))
             parts.append(np.frombuffer(raw, np.uint8).reshape(-1, 32))
-    there = np.asarray(column.is_valid().to_numpy(), np.bool_)
-    return np.concatenate(parts), there
+    valid = np.asarray(column.is_valid().to_numpy(), np.bool_)
+    return np.concatenate(parts), valid

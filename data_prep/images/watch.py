@@ -1,8 +1,8 @@
-"""Whether a change of a dataset's source is to be announced: enough of it, at rest, and once.
+"""Decide whether to announce new photos: enough, unchanged for long enough, and not yet announced.
 
-`images/<name>/watch.json` remembers what was seen and what was announced. One watcher at a time
-holds the lease beside it, from its look until the announcement is made and remembered, so of two at
-once the second finds it announced. What could not be announced is not remembered as such.
+`images/<name>/watch.json` stores the changes that were seen and those that were announced. A
+watcher holds the lease next to it from its look until the announcement is stored. So the second of
+two watchers finds the changes announced. A failed announcement is not stored.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from data_prep.images.next_version import Changes
 
 @dataclass(frozen=True)
 class Watched:
-    """What is remembered: the digest seen last, since when (seconds, as `now` in `decide`), and the
-    digest announced last."""
+    """The stored state of a watch.
+
+    Attributes:
+        digest: of the changes seen last.
+        since: when they were first seen, in seconds of the watchers' clock.
+        announced: the digest announced last.
+    """
 
     digest: str = ""
     since: float = 0.0
@@ -30,7 +35,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to announce, or in one sentence why not; and what was seen, to be remembered."""
+    """Whether to announce, the reason in one sentence, and the state to store."""
 
     announce: bool
     reason: str
@@ -46,10 +51,15 @@ def decide(
     quiet_s: float = 0.0,
     again: bool = False,
 ) -> Decision:
-    """Whether `changes` are to be announced at `now` (seconds of a clock that all watchers share).
+    """Decide whether to announce `changes`.
 
-    At least `min_new` images must be new or changed, the digest must have stood still for `quiet_s`
-    seconds, and it must not have been announced before, unless `again`.
+    Args:
+        changes: since the newest version.
+        watched: the stored state.
+        now: seconds of a clock that all watchers share.
+        min_new: least number of new and changed photos.
+        quiet_s: seconds for which the digest must not have changed.
+        again: announce changes even if they were announced before.
     """
     if watched.digest != changes.digest:
         watched = Watched(changes.digest, now, watched.announced)
@@ -57,18 +67,18 @@ def decide(
     if not changes:
         reason = "Nothing is new."
     elif count < min_new:
-        reason = f"{count} of {min_new} new images are there."
+        reason = f"{count} of {min_new} new images have arrived."
     elif watched.announced == changes.digest and not again:
         reason = "It was announced before."
     elif age < quiet_s:
-        reason = f"It changed {age:.0f} s ago, and quiet for {quiet_s:.0f} s is asked."
+        reason = f"The last change was {age:.0f} s ago, less than the required {quiet_s:.0f} s."
     else:
-        return Decision(True, f"{told(changes)}.", watched)
+        return Decision(True, f"{describe(changes)}.", watched)
     return Decision(False, reason, watched)
 
 
-def told(changes: Changes) -> str:
-    """The counts in words."""
+def describe(changes: Changes) -> str:
+    """Return the counts in words."""
     since = "in all" if changes.version is None else f"since version {changes.version}"
     return (
         f"{changes.new} new, {changes.changed} changed and {changes.removed} removed images {since}"
@@ -86,9 +96,17 @@ def watch(
     quiet_s: float = 0.0,
     again: bool = False,
 ) -> tuple[Changes, Decision]:
-    """Look at dataset `name` once, and announce what `decide` says is to be announced.
+    """Look at a dataset's source once, and announce its changes if `decide` says so.
 
-    Raises what `look` and `announce` raise; the next call announces again what could not be.
+    Raises what `look` and `announce` raise. After a failed announcement the next call tries again.
+
+    Args:
+        store: the root.
+        name: of the dataset.
+        look: counts the changes.
+        announce: announces them.
+        clock: returns seconds, on a clock that all watchers share.
+        min_new: see `decide`, also for `quiet_s` and `again`.
     """
     key = f"{images_folder(name)}/watch.json"
     with Lease(store, f"{images_folder(name)}/watch-lease.json") as lease:
@@ -106,7 +124,7 @@ def watch(
 
 
 def read(store: Store, key: str) -> Watched:
-    """What is remembered under `key`; nothing where there is no such object."""
+    """Read the stored state of a watch; return an empty one if there is none."""
     try:
         record = json.loads(store.read(key))
         watched = Watched(str(record["digest"]), float(record["since"]), str(record["announced"]))
@@ -114,6 +132,6 @@ def read(store: Store, key: str) -> Watched:
         return Watched()
     except (ValueError, KeyError, TypeError):
         raise PipelineError(
-            f"{store.uri}/{key} was altered: delete it, and what is new is announced afresh."
+            f"{store.uri}/{key} was altered. Delete it; the changes are then announced again."
         ) from None
     return watched

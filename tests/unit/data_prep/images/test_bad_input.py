@@ -239,7 +239,7 @@ def test_a_broken_archive_among_photographs_is_one_failure_or_refused(
     harmed = {"cut off": data[: len(data) // 2], "empty": b"", "text": b"not an archive at all"}
     path.write_bytes(harmed.get(how, bytes(20_000)))
     if how == "cut off" and ".tar" in name:  # some of it was listed; what follows is not known
-        with pytest.raises(PipelineError, match=r"cut off.*give the whole archive"):
+        with pytest.raises(PipelineError, match=r"cut off.*Give the complete archive"):
             build(folder, store)
         return
     ref = build(folder, store)
@@ -428,7 +428,7 @@ def test_pictures_beside_the_split_folders_are_refused_where_they_are_many(
         photograph(tmp_path / f"photos/val/{number}.jpg", 10 + number)
         photograph(tmp_path / f"photos/more/{number}.jpg", 20 + number)
     source = tmp_path / "photos"
-    with pytest.raises(PipelineError, match=r"6 pictures .* lie outside .* \(first more/0.jpg\)"):
+    with pytest.raises(PipelineError, match=r"6 photos .* are outside .* \(first more/0.jpg\)"):
         prepare_images(crops(source), store)
     assert prepare_images(crops(source, layout="files"), store).summary["photographs"] == 18
 

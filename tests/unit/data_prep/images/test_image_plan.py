@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 
 from data_prep.core.errors import PipelineError
-from data_prep.images.plan import (
+from data_prep.images.keys import (
     OTHER,
-    PICTURE,
+    PHOTO,
     PROBLEM,
     UNSURE,
-    Past,
-    Plan,
-    assign_splits,
-    cut_into_shards,
     item_kinds,
     key_hashes,
     match_keys,
+)
+from data_prep.images.plan import (
+    ParentState,
+    Plan,
+    cut_into_shards,
     plan_items,
     storage_order,
 )
+from data_prep.images.splits import assign_splits
 from data_prep.pictures.tiling import choose_tiles, sample_key, square_tiles
 from data_prep.raw.listing import SPLITS, Item, Listing, collect
 
@@ -90,7 +92,7 @@ def test_a_split_of_the_parent_version_is_kept() -> None:
 
 
 def test_two_photographs_are_too_few_for_three_splits() -> None:
-    with pytest.raises(PipelineError, match=r"2 pictures in all, too few: at least 3"):
+    with pytest.raises(PipelineError, match=r"too few photos: 2, but at least 3 are needed"):
         drawn(MANY[:2])
 
 
@@ -108,11 +110,11 @@ def test_a_split_that_the_source_lacks_is_taken_out_of_train_and_said() -> None:
     splits, notes = drawn(keys, given=given, val=0.1, test=0.1)
     assert members(splits, "test") == {"200"}
     assert 5 < len(members(splits, "val")) < 40
-    assert notes == ["the source has no split val: some of train is taken instead"]
+    assert notes == ["the source has no split val: a part of train is used instead"]
 
 
 def test_splits_with_nothing_usable_in_train_are_an_error() -> None:
-    with pytest.raises(PipelineError, match="0 pictures in train, too few"):
+    with pytest.raises(PipelineError, match="too few photos: 0 in train"):
         drawn(["a", "b"], given=np.array([1, 2], np.int8))
 
 
@@ -123,7 +125,7 @@ def test_kinds_of_items_go_by_their_names() -> None:
     kinds = dict(zip(found.table["key"].to_pylist(), item_kinds(found, "photos"), strict=True))
     picture = {"a.JPG", "b.tar.jpeg", "i.j/k.webp"}
     unsure, other = {"c", "d/e", "d.x/h"}, {"f.txt", "g.jpg.txt"}
-    expected = dict.fromkeys(picture, PICTURE) | dict.fromkeys(unsure, UNSURE)
+    expected = dict.fromkeys(picture, PHOTO) | dict.fromkeys(unsure, UNSURE)
     expected |= dict.fromkeys(other, OTHER) | {"p.png": PROBLEM}
     assert kinds == expected
 
@@ -131,9 +133,9 @@ def test_kinds_of_items_go_by_their_names() -> None:
 def test_rows_of_a_table_are_pictures_whatever_they_are_called() -> None:
     rows = [Item("t.parquet/1", 5, 1, "", 0, 0, 0), Item("z.zip/1.txt", 5, 1, "", 1, 0, 0)]
     found = collect(rows, ["t.parquet", "z.zip"])
-    assert item_kinds(found, "photos").tolist() == [PICTURE, OTHER]
+    assert item_kinds(found, "photos").tolist() == [PHOTO, OTHER]
     alone = collect([Item("1", 5, 1, "", 0, 0, 0)], [""])
-    assert item_kinds(alone, "x/t.parquet").tolist() == [PICTURE]
+    assert item_kinds(alone, "x/t.parquet").tolist() == [PHOTO]
 
 
 def test_keys_are_matched_with_those_of_before() -> None:
@@ -181,14 +183,14 @@ def test_the_order_is_that_of_the_hash_and_blocks_of_archives_stay_together() ->
         assert (np.diff(packed.table["offset"].to_numpy()[own]) > 0).all()
 
 
-def planned(found: Listing, split: Any = None, past: Past | None = None) -> Plan:
+def planned(found: Listing, split: Any = None, parent: ParentState | None = None) -> Plan:
     hashes = key_hashes(found.table["key"])
     kind = item_kinds(found, "photos")
     splits = np.zeros(len(found), np.int8) if split is None else np.asarray(split, np.int8)
-    return plan_items(found, hashes, kind, splits, [], shard_items=4, past=past)
+    return plan_items(found, hashes, kind, splits, [], shard_items=4, parent=parent)
 
 
-def past_of(first: Plan, found: Listing, holds: Any = None) -> Past:
+def state_of(first: Plan, found: Listing, holds: Any = None) -> ParentState:
     """What a version made of `first`, without failures, says of the items of `found`."""
     keys = [x.table["key"] for x in (found, first.listing)]
     row = match_keys(key_hashes(keys[0]), keys[0], key_hashes(keys[1]), keys[1])
@@ -198,7 +200,7 @@ def past_of(first: Plan, found: Listing, holds: Any = None) -> Past:
         stored[shard.rows] = names.index(shard.name)
     holds = row >= 0 if holds is None else holds & (row >= 0)
     split = np.where(first.kind >= UNSURE, first.split, -1).astype(np.int8)
-    return Past(row, holds, stored, split, names)
+    return ParentState(row, holds, stored, split, names)
 
 
 KEYS = [f"{n:02d}.jpg" for n in range(16)]
@@ -215,7 +217,7 @@ def test_a_first_plan_holds_every_picture_once_and_nothing_else() -> None:
 
 def test_a_plan_of_the_same_items_is_the_parents() -> None:
     found = listing([*KEYS, "a.txt"])
-    again = planned(found, past=past_of(planned(found), found))
+    again = planned(found, parent=state_of(planned(found), found))
     assert again.same_as_parent
     assert again.shards == []
 
@@ -223,7 +225,7 @@ def test_a_plan_of_the_same_items_is_the_parents() -> None:
 def test_new_items_go_into_shards_whose_numbers_go_on() -> None:
     first = planned(listing(KEYS))
     more = listing([*KEYS, *(f"new {n}.jpg" for n in range(5))])
-    plan = planned(more, past=past_of(first, more))
+    plan = planned(more, parent=state_of(first, more))
     assert plan.inherited == [f"train-{n:06d}" for n in range(4)]
     assert [(s.name, len(s.rows), s.old) for s in plan.shards] == [
         ("train-000004", 2, ""),
@@ -238,7 +240,7 @@ def test_a_removed_and_a_changed_item_rewrite_only_their_shards() -> None:
     gone, changed = first.shards[1].rows[0], first.shards[2].rows[1]
     rest = listing([key for n, key in enumerate(KEYS) if n != gone])
     place = rest.table["key"].to_pylist().index(KEYS[changed])
-    plan = planned(rest, past=past_of(first, rest, np.arange(15) != place))
+    plan = planned(rest, parent=state_of(first, rest, np.arange(15) != place))
     assert plan.inherited == ["train-000000", "train-000003"]
     assert [(s.name, s.old, len(s.rows)) for s in plan.shards] == [
         ("train-000001", "train-000001", 3),
@@ -255,7 +257,7 @@ def test_an_item_that_moves_to_another_split_leaves_its_shard() -> None:
     found = listing(KEYS)
     first = planned(found)
     moved = first.shards[1].rows[0]
-    plan = planned(found, np.where(np.arange(16) == moved, 2, 0), past_of(first, found))
+    plan = planned(found, np.where(np.arange(16) == moved, 2, 0), state_of(first, found))
     assert [(s.name, s.old, len(s.rows)) for s in plan.shards] == [
         ("train-000001", "train-000001", 3),
         ("test-000000", "", 1),
@@ -266,7 +268,7 @@ def test_an_item_that_moves_to_another_split_leaves_its_shard() -> None:
 def test_a_shard_that_lost_all_is_neither_kept_nor_written() -> None:
     first = planned(listing(KEYS))
     left = listing([key for n, key in enumerate(KEYS) if n not in first.shards[3].rows])
-    plan = planned(left, past=past_of(first, left))
+    plan = planned(left, parent=state_of(first, left))
     assert plan.shards == []
     assert plan.inherited == [f"train-{n:06d}" for n in range(3)]
     assert plan.removed == 4
@@ -278,7 +280,7 @@ def test_pictures_that_cannot_be_tried_any_more_are_a_change() -> None:
     first = planned(found)
     keys = [KEYS[n] for n in first.shards[3].rows]
     missing = Listing(found.table, (), dict.fromkeys(keys, "missing"))
-    plan = planned(missing, past=past_of(first, missing))
+    plan = planned(missing, parent=state_of(first, missing))
     assert plan.inherited == [f"train-{n:06d}" for n in range(3)]
     assert plan.changed == 4
     assert not plan.same_as_parent

@@ -112,10 +112,20 @@ def test_a_state_that_returns_after_another_version_has_another_digest(
     ("changes", "watched", "options", "reason"),
     [
         (NONE, Watched(), {}, "Nothing is new."),
-        (SOME, Watched(), {"min_new": 100}, "3 of 100 new images are there."),
-        (replace(SOME, new=0, removed=2), Watched(), {}, "0 of 1 new images are there."),
-        (SOME, Watched("d1", 960.0), {"quiet_s": 600}, "It changed 40 s ago, and quiet for 600 s"),
-        (SOME, Watched("d0", 1.0), {"quiet_s": 600}, "It changed 0 s ago, and quiet for 600 s"),
+        (SOME, Watched(), {"min_new": 100}, "3 of 100 new images have arrived."),
+        (replace(SOME, new=0, removed=2), Watched(), {}, "0 of 1 new images have arrived."),
+        (
+            SOME,
+            Watched("d1", 960.0),
+            {"quiet_s": 600},
+            "The last change was 40 s ago",
+        ),
+        (
+            SOME,
+            Watched("d0", 1.0),
+            {"quiet_s": 600},
+            "The last change was 0 s ago",
+        ),
         (SOME, Watched("d1", 0.0, "d1"), {}, "It was announced before."),
     ],
 )
@@ -192,5 +202,5 @@ def test_of_two_watchers_at_once_one_announces(store: LocalStore) -> None:
 
 def test_an_altered_memory_is_told(store: LocalStore) -> None:
     store.write("images/x/watch.json", b"[]")
-    with pytest.raises(PipelineError, match="was altered: delete it"):
+    with pytest.raises(PipelineError, match=r"was altered\. Delete it"):
         watch(store, "x", lambda: SOME, lambda changes: None, lambda: 1.0)

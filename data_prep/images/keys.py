@@ -1,0 +1,101 @@
+"""The keys of a listing: their hashes, their kinds, and their rows in an earlier listing."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from data_prep.raw.listing import ROWS, Listing
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Rows = NDArray[np.int64]
+
+# Image files that Pillow cannot read. They count as failed photos, so that people hear of them.
+UNREADABLE = frozenset(
+    ("heic", "heif", "jxl", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "exr")
+)
+# Kinds of items: a photo by its name; a name without an extension, so unknown; another file; an
+# item that the listing reports a problem for.
+PHOTO, UNSURE, OTHER, PROBLEM = 1, 0, -1, -2
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Two numbers from the SHA-256 of every key: uint64 arrays in the order of the listing."""
+
+    order: NDArray[np.uint64]  # decides where an item's samples are stored
+    draw: NDArray[np.uint64]  # decides an item's split, if the source does not give it
+
+
+def key_hashes(keys: pa.ChunkedArray) -> Hashes:
+    """Compute the hashes of the keys."""
+    import numpy as np
+    import pyarrow as pa
+
+    parts = []
+    sha256 = hashlib.sha256
+    for start in range(0, len(keys), ROWS):
+        text = keys.slice(start, ROWS).cast(pa.large_binary()).to_pylist()
+        joined = b"".join([sha256(key).digest() for key in text])
+        parts.append(np.frombuffer(joined, ">u8").reshape(-1, 4)[:, :2].astype(np.uint64))
+    both = np.concatenate(parts) if parts else np.zeros((0, 2), np.uint64)
+    return Hashes(np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1]))
+
+
+def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
+    """Return each item's kind: PHOTO, UNSURE, OTHER or PROBLEM. Rows of tables are photos."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from data_prep.pictures.formats import EXTENSIONS
+
+    kinds = []
+    pattern = rf"\.({'|'.join(sorted(EXTENSIONS | UNREADABLE))})$"
+    for chunk in listing.table["key"].chunks:
+        photo = pc.match_substring_regex(chunk, pattern, ignore_case=True)
+        bare = pc.match_substring_regex(chunk, r"(^|/)[^./]+$")
+        flags = [np.asarray(f.to_numpy(zero_copy_only=False), np.bool_) for f in (photo, bare)]
+        kinds.append(np.where(flags[0], PHOTO, np.where(flags[1], UNSURE, OTHER)))
+    kind = np.concatenate([*kinds, np.zeros(0)]).astype(np.int8)
+    tables = [name.endswith(".parquet") for name in listing.containers]
+    if any(tables) or (listing.containers == ("",) and uri.endswith(".parquet")):
+        container = listing.table["container"].to_numpy()
+        is_table = np.array([n.endswith(".parquet") or not n for n in listing.containers])
+        kind[(container >= 0) & is_table[container]] = PHOTO
+    if listing.problems:
+        named = pa.array(list(listing.problems), pa.large_string())
+        kind[pc.is_in(listing.table["key"], named).to_numpy()] = PROBLEM
+    return kind
+
+
+def match_keys(
+    hashes: Hashes, keys: pa.ChunkedArray, old: Hashes, old_keys: pa.ChunkedArray
+) -> Rows:
+    """Return for every key its row among the old keys, or -1 if it is new.
+
+    Args:
+        hashes: of the keys.
+        keys: of the new listing, all different.
+        old: hashes of the old keys.
+        old_keys: of the earlier listing, all different.
+    """
+    import numpy as np
+    import pyarrow.compute as pc
+
+    if not len(old.order):
+        return np.full(len(keys), -1, np.int64)
+    order = np.argsort(old.order)
+    at = np.searchsorted(old.order[order], hashes.order)
+    row = order[np.minimum(at, len(order) - 1)]
+    row = np.where(old.order[row] == hashes.order, row, -1)
+    # Two keys with equal hashes may still differ: compare the keys themselves.
+    found = np.flatnonzero(row >= 0)
+    equal = pc.equal(keys.take(found), old_keys.take(row[found]))
+    row[found[~np.asarray(equal.to_numpy(), np.bool_)]] = -1
+    return row
