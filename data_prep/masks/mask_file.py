@@ -1,6 +1,6 @@
-"""A mask file: its bytes to a hole mask of the wanted size.
+"""Convert the bytes of one mask file to a hole mask of the requested size.
 
-A file is read as black and white; which of the two is the hole is not the business of one file.
+A file is read as black and white. Which of the two is the hole is decided for the whole set.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import warnings
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from data_prep.core.errors import ItemError
 from data_prep.masks.plan import touches_border
@@ -20,36 +20,37 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_PIXELS = 89_000_000  # of a mask file; above, Pillow itself warns of a decompression bomb
+    from data_prep.masks.settings import Polarity
 
-Polarity = Literal["white-hole", "black-hole"]
+MAX_FILE_PIXELS = 89_000_000  # above, Pillow itself warns of a decompression bomb
 
 
 @dataclass(frozen=True)
-class Making:
-    """How a mask is made of a file: side in pixels, and by how many pixels holes grow."""
+class Conversion:
+    """How a file becomes a mask: the mask's side, and how far holes grow, both in pixels."""
 
     size: int
     dilate: int
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A finished mask: hole share, whether it touches the border, and its packed pixels."""
+class PackedMask:
+    """A finished mask: its hole ratio, whether it touches the border, and its packed pixels."""
 
     ratio: float
     touches: bool
     packed: bytes
 
     @classmethod
-    def of(cls, mask: NDArray[np.uint8]) -> Made:
+    def of(cls, mask: NDArray[np.uint8]) -> PackedMask:
+        """Pack a hole mask, uint8 [size, size] in {0, 255}."""
         import numpy as np
 
         packed = zlib.compress(np.packbits(mask > 0).tobytes(), 1)
         return cls(hole_ratio(mask), touches_border(mask), packed)
 
     def mask(self, size: int) -> NDArray[np.uint8]:
-        """The hole mask, uint8 [size, size] in {0, 255}."""
+        """Unpack the hole mask, uint8 [size, size] in {0, 255}."""
         import numpy as np
 
         bits = np.frombuffer(zlib.decompress(self.packed), np.uint8)
@@ -57,19 +58,22 @@ class Made:
 
 
 def white_pixels(data: bytes) -> NDArray[np.bool_]:
-    """The white pixels of a mask file, bool [H, W].
+    """Return the white pixels of a mask file, bool [H, W].
 
-    White is from 128 of 255 up, or its like in 16 bits; a file of 0 and 1 alone has white at 1.
-    Where the alpha channel has values on both sides, white is what is opaque. Raises ItemError.
+    White is 128 of 255 and above, and the same share of 16 bits. In a file of 0 and 1 only, white
+    is 1. If the alpha channel has opaque and transparent pixels, the opaque ones are white.
+
+    Raises:
+        ItemError: the file is empty, broken, too large or not an image.
     """
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a bomb has its own limit here
+            warnings.simplefilter("ignore")  # the size has its own limit here
             with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_PIXELS:
+                if image.width * image.height > MAX_FILE_PIXELS:
                     raise ItemError(f"it has {image.width}x{image.height} pixels")
                 if image.has_transparency_data:
                     opaque = np.asarray(image.convert("RGBA"))[..., 3] >= 128
@@ -82,30 +86,40 @@ def white_pixels(data: bytes) -> NDArray[np.bool_]:
         raise ItemError("it is not an image" if data else "it is empty") from None
     except MemoryError:
         raise
-    except Exception as error:  # broken data makes Pillow's readers raise nearly anything
+    except Exception as error:  # with broken data Pillow's readers raise nearly anything
         raise ItemError(f"it is broken: {str(error).rstrip('.') or type(error).__name__}") from None
     top = next((t for t in (1, 255) if gray.max() <= t), 65535)
     return np.asarray(gray >= top * 128 / 255, bool)
 
 
-def hole_mask(white: NDArray[np.bool_], polarity: Polarity, making: Making) -> NDArray[np.uint8]:
-    """The hole mask of a file's white pixels, uint8 [size, size] in {0, 255}, 255 = hole."""
+def hole_mask(
+    white: NDArray[np.bool_], polarity: Polarity, conversion: Conversion
+) -> NDArray[np.uint8]:
+    """Return the hole mask of a file's white pixels, uint8 [size, size] in {0, 255}, 255 = hole."""
     import cv2
     import numpy as np
 
     hole = (white if polarity == "white-hole" else ~white).astype(np.uint8) * np.uint8(255)
-    mask = _resized(hole, making.size)
-    if making.dilate:
-        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * making.dilate + 1,) * 2)
+    mask = _resized(hole, conversion.size)
+    if conversion.dilate:
+        side = 2 * conversion.dilate + 1
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
         mask = np.asarray(cv2.dilate(mask, disc), np.uint8)
     return mask
 
 
-def _resized(hole: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Scaled to a square; another aspect is stretched, so that the share of hole stays.
+def rim_share(white: NDArray[np.bool_]) -> float:
+    """Return the share of white in the rim, a 32nd of the shorter side wide."""
+    deep = max(1, min(white.shape) // 32)
+    inner = white[deep:-deep, deep:-deep]
+    return (int(white.sum()) - int(inner.sum())) / (white.size - inner.size)
 
-    A pixel is hole if at least half of it was. Strokes thinner than a pixel would be lost by that
-    and are kept, a pixel wide.
+
+def _resized(hole: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Scale a mask to a square; another aspect is stretched, so that the hole ratio stays.
+
+    A result pixel is a hole if at least half of its area was. Strokes thinner than a result pixel
+    would then vanish, so they are kept, one pixel wide.
     """
     import cv2
     import numpy as np
@@ -120,27 +134,21 @@ def _resized(hole: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     mask = _cover(hole, size) > 127
     pixel = np.ones((max(1, math.ceil(down)), max(1, math.ceil(across))), np.uint8)
     wide = cv2.morphologyEx(hole, cv2.MORPH_OPEN, pixel)
-    thin = hole & ~cv2.dilate(wide, np.ones((3, 3), np.uint8))  # no steps of a wide part's edge
+    # Without the dilation, the steps at the edge of a wide part would count as thin.
+    thin = hole & ~cv2.dilate(wide, np.ones((3, 3), np.uint8))
     if thin.any():
-        # A line one source pixel wide covers 255 / scale of the pixels along it, or half of that
-        # where two share it; the rest is for rounding.
+        # A line one source pixel wide covers 255 / scale of a result pixel, or half of that if two
+        # result pixels share it. The factor 108 instead of 127 allows for rounding.
         mask |= _cover(thin, size) > 108 / max(down, across)
     return np.asarray(mask, np.uint8) * np.uint8(255)
 
 
 def _cover(mask: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
-    """How much of each pixel is covered, in [0, 255], when the mask is shrunk to a square."""
+    """Return how much of each pixel is hole when the mask shrinks to a square, in [0, 255]."""
     import cv2
     import numpy as np
 
-    fine = max(mask.shape) > 32 * size  # 8 bits, which are faster, would round a thin line away
+    fine = max(mask.shape) > 32 * size  # then 8 bits, though faster, would round thin lines away
     source = mask.astype(np.float32) if fine else mask
     covered = cv2.resize(source, (size, size), interpolation=cv2.INTER_AREA)
     return np.asarray(covered, np.float32)
-
-
-def rim_share(white: NDArray[np.bool_]) -> float:
-    """Share of white along the edges, a 32nd of the shorter side deep."""
-    deep = max(1, min(white.shape) // 32)
-    inner = white[deep:-deep, deep:-deep]
-    return (int(white.sum()) - int(inner.sum())) / (white.size - inner.size)

@@ -1,9 +1,9 @@
-"""Mask recipes: pure drawing functions.
+"""Mask recipes: pure functions that draw.
 
-A recipe draws a hole mask, uint8 of size x size in {0, 255}, 255 = hole. The same (recipe, seed,
-index, size) always gives the same mask. Lengths are those of a 256 x 256 picture and scale with
-the side. The parameters of the stroke recipes are those of the published code they are named
-after; `free-form-box`, `box-random` and `half` are ours.
+A recipe draws a hole mask, uint8 [size, size] in {0, 255}, 255 = hole. The same (recipe, seed,
+index, size) always gives the same mask. Lengths are given for a 256 x 256 image and scale with the
+side. The stroke recipes have the parameters of the published code that they are named after;
+`free-form-box`, `box-random` and `half` are ours.
 """
 
 from __future__ import annotations
@@ -20,21 +20,29 @@ if TYPE_CHECKING:
     Mask = NDArray[np.uint8]
 
 HOLE = 255
-RECIPES_VERSION = 1  # raise it when a recipe draws otherwise, so that stored sets are not reused
-REFERENCE_SIDE = 256  # the lengths below are pixels of a picture of this side
-LAMA_MAX_RATIO = 0.5  # LaMa's generator throws away a mask with more hole than this
+RECIPES_VERSION = 1  # raise it when a recipe changes, so that stored sets are not reused
+EXTERNAL = "external"  # the recipe that takes masks from files; it is not in RECIPES
+REFERENCE_SIDE = 256  # the lengths below are pixels of an image with this side
+LAMA_MAX_RATIO = 0.5  # LaMa's generator discards a mask with a larger hole ratio
 
 
 def draw(recipe: str, seed: int, index: int, size: int) -> Mask:
-    """Mask number `index` of a recipe: uint8 [size, size] in {0, 255}, 255 = hole.
+    """Draw mask number `index` of a recipe: uint8 [size, size] in {0, 255}, 255 = hole.
 
-    `seed` and `index` are non-negative and below 2^64. Raises KeyError on an unknown recipe.
+    Args:
+        recipe: a key of RECIPES.
+        seed: of the stream, 0 to 2^64 - 1.
+        index: in the stream, 0 to 2^64 - 1.
+        size: side in pixels.
+
+    Raises:
+        KeyError: the recipe is unknown.
     """
     return RECIPES[recipe](generator(f"mask/{recipe}/{seed}", index), size)
 
 
 def generator(stream: str, index: int) -> np.random.Generator:
-    """Random numbers that depend on the name of a stream and an index in it, nothing else."""
+    """Return a generator that depends only on the name of a stream and an index in it."""
     import numpy as np
 
     key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
@@ -42,10 +50,10 @@ def generator(stream: str, index: int) -> np.random.Generator:
 
 
 def _free_form(rng: np.random.Generator, size: int) -> Mask:
-    """Zigzag brush strokes of DeepFill v2 (Yu et al., ICCV 2019, `brush_stroke_mask`).
+    """Draw zigzag brush strokes as DeepFill v2 (Yu et al., ICCV 2019, `brush_stroke_mask`).
 
-    Strokes lean to one side, so the authors meant to flip the mask at random (their code drops the
-    flipped picture); we do flip.
+    Strokes lean to one side. The authors meant to flip the mask at random, but their code discards
+    the flipped image. We do flip.
     """
     import cv2
     import numpy as np
@@ -62,7 +70,7 @@ def _free_form(rng: np.random.Generator, size: int) -> Mask:
         dx, dy = lengths * np.cos(angles), lengths * np.sin(angles)
         points = _walk(rng.integers(0, size, 2), dx, dy, size)
         width = _scaled(rng.uniform(12, 40), size)
-        # OpenCV rounds the ends and joints of thick lines, which the authors draw as discs.
+        # OpenCV rounds the ends and joints of thick lines; the authors draw discs there.
         cv2.polylines(mask, [np.array(points, np.int32)], False, HOLE, width)
     flips = rng.integers(0, 2, 2)
     if flips[0]:
@@ -73,15 +81,18 @@ def _free_form(rng: np.random.Generator, size: int) -> Mask:
 
 
 def _free_form_box(rng: np.random.Generator, size: int) -> Mask:
-    """`free-form` and a box with sides of 16 to 128."""
+    """Draw `free-form` and a box with sides of 16 to 128."""
     mask = _free_form(rng, size)
     _add_box(mask, rng, _scaled(16, size), _scaled(128, size))
     return mask
 
 
 def _strokes(rng: np.random.Generator, size: int) -> Mask:
-    """Irregular strokes as RFR and DSNet draw them (`generate_stroke_mask`), after the style of
-    partial convolution's masks: every segment has its own direction, length and width."""
+    """Draw irregular strokes as RFR and DSNet do (`generate_stroke_mask`).
+
+    They imitate the masks of partial convolution: each segment has its own direction, length and
+    width.
+    """
     mask = _empty(size)
     parts = int(rng.integers(1, 15))
     segments = rng.integers(0, 26, parts)
@@ -95,11 +106,16 @@ def _strokes(rng: np.random.Generator, size: int) -> Mask:
 def _lama(
     strokes: tuple[int, int], width: int, length: int, boxes: tuple[int, int, int] | None
 ) -> Callable[[np.random.Generator, int], Mask]:
-    """LaMa's random masks at 256 (Suvorov et al., WACV 2022, `MixedMaskGenerator`).
+    """Return the recipe of LaMa's masks at 256 (Suvorov et al., WACV 2022, `MixedMaskGenerator`).
 
-    `strokes` are the fewest and most; a width is 5 + U(0, `width`), a length 10 + U(0, `length`).
-    `boxes` = (most, shortest side, longest side): boxes *instead of* strokes, with weight 0.3
-    beside the strokes' 1. Masks with more than half hole are drawn again.
+    Masks with more than half hole are drawn again.
+
+    Args:
+        strokes: least and greatest number of strokes.
+        width: of a stroke is 5 + U(0, `width`).
+        length: of a segment is 10 + U(0, `length`).
+        boxes: most boxes, shortest side, longest side. Boxes replace the strokes with weight 0.3,
+            compared with the weight 1 of strokes.
     """
 
     def draw_once(rng: np.random.Generator, size: int) -> Mask:
@@ -128,7 +144,7 @@ def _lama(
 
 
 def _box(rng: np.random.Generator, size: int) -> Mask:
-    """The centred square of half the side (128 x 128 at 256), half of the paper's masks."""
+    """Draw the centred square of half the side (128 x 128 at 256): half of the paper's masks."""
     mask = _empty(size)
     margin = (size - size // 2) // 2
     mask[margin : margin + size // 2, margin : margin + size // 2] = HOLE
@@ -136,14 +152,14 @@ def _box(rng: np.random.Generator, size: int) -> Mask:
 
 
 def _box_random(rng: np.random.Generator, size: int) -> Mask:
-    """One box anywhere, its sides between an eighth and three quarters of the picture's."""
+    """Draw one box anywhere, with sides of one eighth to three quarters of the image's."""
     mask = _empty(size)
     _add_box(mask, rng, _scaled(32, size), _scaled(192, size))
     return mask
 
 
 def _half(rng: np.random.Generator, size: int) -> Mask:
-    """The left, right, upper or lower half."""
+    """Draw the left, right, upper or lower half."""
     mask = _empty(size)
     half = size // 2
     side = int(rng.integers(0, 4))
@@ -156,7 +172,10 @@ def _half(rng: np.random.Generator, size: int) -> Mask:
 
 
 def _outpaint(rng: np.random.Generator, size: int) -> Mask:
-    """Each side is missing with p 1/2 (at least one), 4 to 25 % deep, as LaMa draws outpainting."""
+    """Draw strips at the sides, each with probability 1/2 and at least one, 4 to 25 % deep.
+
+    LaMa draws its masks for outpainting so.
+    """
     mask = _empty(size)
     missing = rng.random(4) < 0.5
     if not missing.any():
@@ -175,7 +194,7 @@ def _empty(size: int) -> Mask:
 
 
 def _scaled(length: float, size: int) -> int:
-    """A length of the 256 picture in pixels of one of side `size`, at least 1."""
+    """Scale a length of the 256 image to an image of side `size`, to at least 1 pixel."""
     return max(1, round(length * size / REFERENCE_SIDE))
 
 
@@ -187,8 +206,16 @@ def _brush(
     lengths: NDArray[np.number],
     widths: NDArray[np.int64],
 ) -> None:
-    """Strokes from random points. Stroke i has its first `segments[i]` columns of the other three;
-    lengths and widths are those of the 256 picture, angles are turned from the y axis."""
+    """Draw strokes that start at random points.
+
+    Args:
+        mask: drawn on.
+        rng: gives the starting points.
+        segments: number of segments of each stroke, [strokes].
+        angles: from the y axis in radians, [strokes, most segments].
+        lengths: pixels of the 256 image, of the same shape as `angles`.
+        widths: pixels of the 256 image, of the same shape as `angles`.
+    """
     import cv2
     import numpy as np
 
@@ -206,12 +233,12 @@ def _brush(
 def _walk(
     start: NDArray[np.int64], dx: NDArray[np.float64], dy: NDArray[np.float64], size: int
 ) -> list[tuple[int, int]]:
-    """Points (x, y) from `start`, step by step, held inside the picture."""
+    """Return the points (x, y) from `start`, step by step, clipped to the image."""
     x, y = float(start[0]), float(start[1])
     points = [(int(x), int(y))]
     end = size - 1.0
     for step_x, step_y in zip(dx.tolist(), dy.tolist(), strict=True):
-        x += step_x  # comparisons rather than min and max: a mask has a thousand of these
+        x += step_x  # comparisons are faster than min and max, and a mask has a thousand of them
         if x < 0:
             x = 0.0
         elif x > end:
@@ -226,7 +253,7 @@ def _walk(
 
 
 def _add_box(mask: Mask, rng: np.random.Generator, short: int, long: int) -> None:
-    """A box with sides of `short` to `long` pixels anywhere inside."""
+    """Draw a box with sides of `short` to `long` pixels anywhere inside."""
     size = mask.shape[0]
     height, width = (int(v) for v in rng.integers(short, long + 1, 2))
     y, x = int(rng.integers(0, size - height + 1)), int(rng.integers(0, size - width + 1))
@@ -234,7 +261,7 @@ def _add_box(mask: Mask, rng: np.random.Generator, short: int, long: int) -> Non
 
 
 def hole_ratio(mask: Mask) -> float:
-    """Share of hole pixels, in [0, 1]."""
+    """Return the share of hole pixels, in [0, 1]."""
     import cv2
 
     return float(cv2.countNonZero(mask)) / mask.size

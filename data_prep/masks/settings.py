@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,21 +15,15 @@ from pydantic import (
 )
 
 from data_prep.core.errors import ConfigError
-from data_prep.masks.external import (
-    EXTERNAL,
-)
-from data_prep.masks.mask_file import Polarity
-from data_prep.masks.plan import Border
-from data_prep.masks.recipes import RECIPES, RECIPES_VERSION
-
-if TYPE_CHECKING:
-    pass
+from data_prep.masks.recipes import EXTERNAL, RECIPES, RECIPES_VERSION
 
 KNOWN = (*RECIPES, EXTERNAL)
+Polarity = Literal["white-hole", "black-hole"]
+Border = Literal["any", "inside", "touching"]
 
 
 class MasksSettings(BaseModel):
-    """Which masks to draw, and how many."""
+    """Settings that say which masks to draw, and how many."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -54,30 +48,29 @@ class MasksSettings(BaseModel):
     )
     eval_border: Border = Field(
         "any",
-        description="Evaluation masks that keep clear of the picture's border (by 50 pixels at a"
-        " side of 512), that touch it, or any.",
+        description="Evaluation masks inside the image's border (by 50 pixels at a side of 512),"
+        " touching it, or any.",
     )
     max_attempts: int = Field(
         2_000,
         ge=1,
         le=1_000_000,
-        description="Evaluation masks drawn in a row without one for a ratio bin before that bin"
-        " is given up.",
+        description="Evaluation masks in a row outside a ratio bin before it is given up.",
     )
     external: str | None = Field(
         None,
         min_length=1,
         description="Mask files for the recipe `external`: a folder, an archive or an s3:// address"
-        " of black and white pictures; where both splits draw from them each has half.",
+        " of black and white images. If both splits draw from them, each gets half.",
     )
     external_polarity: Literal["auto", "white-hole", "black-hole"] = Field(
-        "auto", description="What is the hole in the mask files; auto finds out and says it."
+        "auto", description="The colour of the holes in the mask files; auto finds and reports it."
     )
     external_dilate: int = Field(
         0, ge=0, le=256, description="Pixels by which the holes of mask files grow on every side."
     )
     external_flips: bool = Field(
-        False, description="Mask files are flipped at random, left to right and upside down."
+        False, description="Flip mask files at random, left to right and upside down."
     )
     seed: int = Field(0, ge=0, le=2**53, description="Another seed draws other masks.")
     shard_samples: int = Field(2_000, ge=1, le=100_000, description="Masks in one shard.")
@@ -89,13 +82,13 @@ class MasksSettings(BaseModel):
         for name, weight in weights.items():
             if name not in KNOWN:
                 raise ConfigError(
-                    f"masks.{info.field_name}: {name!r} is no mask recipe: choose from"
+                    f"masks.{info.field_name}: {name!r} is not a mask recipe: choose from"
                     f" {', '.join(KNOWN)}."
                 )
             if not (math.isfinite(weight) and weight > 0):
                 raise ConfigError(
-                    f"masks.{info.field_name}.{name} is {weight}: a weight must be above 0; leave"
-                    " the recipe out to do without it."
+                    f"masks.{info.field_name}.{name} is {weight}: a weight must be above 0. To do"
+                    " without the recipe, leave it out."
                 )
         if not weights and info.field_name == "recipes":
             raise ConfigError(f"masks.recipes is empty: name at least one of {', '.join(KNOWN)}.")
@@ -110,23 +103,23 @@ class MasksSettings(BaseModel):
             )
         if self.external is not None and not self.file_splits:
             raise ConfigError(
-                "masks.external is given but no recipe draws from it: add external to masks.recipes"
+                "masks.external is set, but no recipe draws from it: add external to masks.recipes"
                 " or masks.eval_recipes, for example with --set masks.eval_recipes.external=1."
             )
         return self
 
     @property
     def weights(self) -> dict[str, dict[str, float]]:
-        """The weights of the recipes of each split."""
+        """Return the weights of the recipes of each split."""
         return {"train": self.recipes, "eval": self.eval_recipes or self.recipes}
 
     @property
     def file_splits(self) -> list[str]:
-        """The splits that draw from mask files."""
+        """Return the splits that draw from mask files."""
         return [split for split, weights in self.weights.items() if EXTERNAL in weights]
 
     def request_settings(self, polarity: Polarity | None) -> dict[str, Any]:
-        """The part that changes the output; `polarity` is that of the mask files."""
+        """Return the part that changes the output; `polarity` is that of the mask files, if any."""
         common = {"size", "recipes", "train", "eval_per_bin", "max_attempts", "seed"}
         settings = self.model_dump(include={*common, "shard_samples"})
         settings["eval_recipes"] = self.weights["eval"]

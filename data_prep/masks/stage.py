@@ -1,42 +1,41 @@
-"""The mask stage: hole masks as verified shards, one split to train on and one to evaluate on.
+"""The masks stage: hole masks as verified shards, with a train and an eval split.
 
-A stored mask is a 1-bit PNG with 255 = hole. Everywhere else in the code a mask is `valid`, 1 =
-known pixel and 0 = hole; `valid_from_png` is the one place where the meaning is turned round.
-
-Training and evaluation masks come from different random streams.
+Training and evaluation masks come from different random streams. See `codec.py` for the meaning of
+a stored mask.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord, StageRef, read_manifest
 from data_prep.core.paths import MANIFEST, masks_folder
 from data_prep.core.pool import Map, cores, run_tasks
-from data_prep.core.progress import Progress, say
+from data_prep.core.progress import Progress
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
-from data_prep.masks.external import (
+from data_prep.masks.external import FilePool, find_polarity, make_pools
+from data_prep.masks.mask_file import Conversion
+from data_prep.masks.plan import BINS, Candidate, border_counts
+from data_prep.masks.read_files import (
     COLUMNS,
-    EXTERNAL,
-    FilePool,
+    Kind,
     MaskFile,
-    Source,
+    Reading,
     files_digest,
-    find_polarity,
-    made_masks,
-    pools,
+    load_masks,
     read_files,
 )
-from data_prep.masks.mask_file import Making, Polarity
-from data_prep.masks.plan import BINS, border_counts
+from data_prep.masks.recipes import EXTERNAL
+from data_prep.masks.settings import MasksSettings, Polarity
 from data_prep.masks.shard_task import evaluation_masks, make_shard, shards
 from data_prep.shards.shards import (
     Folder,
@@ -47,22 +46,20 @@ from data_prep.shards.shards import (
     write_urls,
 )
 
-if TYPE_CHECKING:
-    pass
-from data_prep.masks.settings import MasksSettings
+log = logging.getLogger(__name__)
 
-POOL_MASKS = 10_000  # fewer are drawn here sooner than worker processes start
-FILES_TABLE = "sources.parquet"  # the mask files: what each became, and what spares reading it
-FAILURES_SAID = 5  # broken mask files that are named; all are in the table
+POOL_MASKS = 10_000  # with fewer masks, starting worker processes costs more time than it saves
+FILES_TABLE = "sources.parquet"  # the facts about each mask file
+NAMED_FAILURES = 5  # broken mask files that messages name; the table holds all
 
 
 def prepare_masks(settings: MasksSettings, store: Store, run: Map = run_tasks) -> StageRef:
-    """The committed mask set for `settings`, made unless it is there; `run` does the work.
+    """Make the mask set for `settings`, unless it exists; `run` says where tasks run.
 
-    Raises ConfigError if no ratio bin of the evaluation split can be filled.
+    Raises ConfigError if no ratio bin of the eval split can be filled.
     """
     top = masks_folder(settings.name)
-    files = _mask_files(settings, store, top, run) if settings.file_splits else None
+    files = _read_mask_files(settings, store, top, run) if settings.file_splits else None
     request = Request(
         "masks",
         settings.name,
@@ -75,32 +72,32 @@ def prepare_masks(settings: MasksSettings, store: Store, run: Map = run_tasks) -
 
 @dataclass(frozen=True)
 class _Files:
-    """The mask files, and what is the hole in them."""
+    """The mask files and the colour of their holes."""
 
-    source: Source
+    reading: Reading
     found: Sequence[MaskFile]
     polarity: Polarity
-    sentence: str  # how that is known; empty where the settings say it
+    explanation: str  # how the polarity was found; empty if the settings give it
 
 
-def _mask_files(settings: MasksSettings, store: Store, top: str, run: Map) -> _Files:
+def _read_mask_files(settings: MasksSettings, store: Store, top: str, run: Map) -> _Files:
     from data_prep.raw.source import open_source
 
     assert settings.external is not None
     source = open_source(settings.external, "files")
-    known = _known_files(store, top)
-    found = read_files(source, _making(settings), known, run, settings.workers or cores())
+    conversion = Conversion(settings.size, settings.external_dilate)
+    reading = Reading(source, conversion, run, settings.workers or cores())
+    found = read_files(reading, _known_files(store, top))
     if settings.external_polarity != "auto":
-        return _Files(source, found, settings.external_polarity, "")
-    return _Files(source, found, *find_polarity(found, source.uri))
-
-
-def _making(settings: MasksSettings) -> Making:
-    return Making(settings.size, settings.external_dilate)
+        return _Files(reading, found, settings.external_polarity, "")
+    return _Files(reading, found, *find_polarity(found, source.uri))
 
 
 def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
-    """Rows of the newest committed set's table of mask files, by key; a cache, so none will do."""
+    """Return the rows of the newest set's table of mask files, by key.
+
+    They only save time, so without a readable table the result is empty.
+    """
     keys = {entry.key for entry in store.list(top)}
     made = []
     for key in keys:
@@ -126,24 +123,18 @@ def _build(settings: MasksSettings, files: _Files | None, run: Map, work: Work) 
     summary: dict[str, Any] = {}
     pool: Mapping[str, FilePool] = {}
     if files is not None:
-        pool, summary[EXTERNAL] = _file_pools(settings, files, run)
+        pool, summary[EXTERNAL] = _file_pools(settings, files)
         rows = [file.row() for file in files.found]
         records.append(write_file(work, FILES_TABLE, encode_table(rows, COLUMNS), content=False))
     if wanted > POOL_MASKS:
-        say(f"masks: drawing until each ratio bin has {settings.eval_per_bin} evaluation masks")
+        log.info(
+            "masks: drawing until each ratio bin has %d evaluation masks", settings.eval_per_bin
+        )
     bins, notes = evaluation_masks(settings, pool.get("eval"), run, workers)
     for note in notes:
-        say(note)
+        log.warning("%s", note)
     totals = {"train": settings.train, "eval": sum(len(masks) for masks in bins.values())}
-    make = partial(make_shard, settings, Folder(work.store, work.folder))
-    done, total = 0, sum(totals.values())
-    with (
-        Progress("masks", total, "masks") as progress,
-        closing(run(make, shards(settings, bins, pool), workers)) as made,
-    ):
-        for masks, written in made:
-            records += written
-            progress.update(done := done + masks)
+    records += _make_shards(settings, work, bins, pool, run, workers)
     names = {
         split: [shard_name(split, n) for n in range(math.ceil(count / settings.shard_samples))]
         for split, count in totals.items()
@@ -159,30 +150,49 @@ def _build(settings: MasksSettings, files: _Files | None, run: Map, work: Work) 
     return Produced(records, summary)
 
 
+def _make_shards(
+    settings: MasksSettings,
+    work: Work,
+    bins: Mapping[str, Sequence[Candidate]],
+    pool: Mapping[str, FilePool],
+    run: Map,
+    workers: int,
+) -> list[FileRecord]:
+    """Make all shards and return their files.
+
+    Args:
+        settings: of the mask set.
+        work: the stage's folder.
+        bins: the evaluation masks.
+        pool: the file masks of each split that draws from files.
+        run: where tasks run.
+        workers: number of processes.
+    """
+    make = partial(make_shard, settings, Folder(work.store, work.folder))
+    total = settings.train + sum(len(masks) for masks in bins.values())
+    records: list[FileRecord] = []
+    done = 0
+    with (
+        Progress("masks", total, "masks") as progress,
+        closing(run(make, shards(settings, bins, pool), workers)) as made,
+    ):
+        for masks, written in made:
+            records += written
+            progress.update(done := done + masks)
+    return records
+
+
 def _file_pools(
-    settings: MasksSettings, files: _Files, run: Map
+    settings: MasksSettings, files: _Files
 ) -> tuple[dict[str, FilePool], dict[str, Any]]:
-    """The files' masks for each split that draws from them, and how many files became what."""
-    workers = settings.workers or cores()
-    made = made_masks(files.source, _making(settings), files.found, files.polarity, run, workers)
-    pool = pools(made, settings.file_splits, settings.external_flips, files.source.uri)
+    """Return the file masks of each split that draws from them, and the counts of the files."""
+    source = files.reading.source
+    masks = load_masks(files.reading, files.found, files.polarity)
+    pool = make_pools(masks, settings.file_splits, settings.external_flips, source.uri)
     kinds = Counter(file.kind for file in files.found)
     used = {split: len(own) for split, own in pool.items()}
-    outside = len(made) - sum(used.values())
-    if files.sentence:
-        say(files.sentence)
-    skipped = {
-        "outside 1 to 60 % hole": outside,
-        "all hole or all known": kinds["blank"],
-        "broken": kinds["failed"],
-        "no picture": kinds["ignored"],
-    }
-    if any(skipped.values()):
-        words = ", ".join(f"{number} {why}" for why, number in skipped.items() if number)
-        used_files = f"{sum(used.values())} of {len(files.found)} mask files are used"
-        say(f"masks: {used_files}; skipped: {words}")
-    for file in [file for file in files.found if file.kind == "failed"][:FAILURES_SAID]:
-        say(f"masks: {file.key} cannot be used: {file.reason}")
+    outside = len(masks) - sum(used.values())
+    _log_files(files, sum(used.values()), outside, kinds)
     return pool, {
         "polarity": files.polarity,
         "files": len(files.found),
@@ -192,3 +202,27 @@ def _file_pools(
         "failed": kinds["failed"],
         "ignored": kinds["ignored"],
     }
+
+
+def _log_files(files: _Files, used: int, outside: int, kinds: Counter[Kind]) -> None:
+    """Log how the polarity was found, and which files are not used.
+
+    Args:
+        files: all files.
+        used: number of files that are used.
+        outside: number of masks outside all ratio bins.
+        kinds: number of files of each kind.
+    """
+    if files.explanation:
+        log.info("%s", files.explanation)
+    skipped = {
+        "outside 1 to 60 % hole": outside,
+        "all hole or all known": kinds["blank"],
+        "broken": kinds["failed"],
+        "not images": kinds["ignored"],
+    }
+    if any(skipped.values()):
+        words = ", ".join(f"{number} {why}" for why, number in skipped.items() if number)
+        log.info("masks: %d of %d mask files are used; skipped: %s", used, len(files.found), words)
+    for file in [file for file in files.found if file.kind == "failed"][:NAMED_FAILURES]:
+        log.warning("masks: %s cannot be used: %s", file.key, file.reason)

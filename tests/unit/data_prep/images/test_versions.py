@@ -783,7 +783,7 @@ def test_a_manifest_tells_of_its_parent_and_what_was_asked(folder: Path, store: 
     }
     assert manifest["settings"] == small(folder).request_settings()
     found = versions(store, "photographs")
-    assert [v["folder"] for v in found] == [first.folder, second.folder]
+    assert [version.folder for version in found] == [first.folder, second.folder]
 
 
 def test_a_version_is_not_built_on_a_shard_that_is_gone(folder: Path, store: LocalStore) -> None:

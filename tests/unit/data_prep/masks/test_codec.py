@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_prep.core.errors import PipelineError
-from data_prep.masks.codec import _unpacked, encode_png, valid_from_png
+from data_prep.masks.codec import _decode_own_png, encode_png, valid_from_png
 from data_prep.masks.recipes import RECIPES, draw
 
 
@@ -66,11 +66,11 @@ def with_pillow(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_mask_of_our_own_is_unpacked_as_a_general_reader_reads_it(recipe: str) -> None:
+def test_a_mask_of_our_own_is_decode_own_png_as_a_general_reader_reads_it(recipe: str) -> None:
     for index, size in enumerate([*range(16, 34), 63, 64, 65, 100, 256]):
         hole = draw(recipe, 0, index, size)
         png = encode_png(hole)
-        unpacked = _unpacked(png)
+        unpacked = _decode_own_png(png)
         assert unpacked is not None
         assert unpacked.dtype == np.uint8
         assert (unpacked == (hole == 0)).all()
@@ -92,7 +92,7 @@ def test_a_mask_of_our_own_is_unpacked_as_a_general_reader_reads_it(recipe: str)
 def test_a_png_that_another_program_wrote_is_read_too(how: dict, unpacked: bool, size: int) -> None:
     hole = draw("free-form", 1, 2, size)
     png = png_of(hole, **how)
-    assert (_unpacked(png) is not None) == unpacked
+    assert (_decode_own_png(png) is not None) == unpacked
     assert (valid_from_png(png) == (hole == 0)).all()
     assert (with_pillow(png) == (hole == 0)).all()
 
@@ -129,7 +129,7 @@ def test_a_mask_that_was_cut_short_is_an_error() -> None:
             valid_from_png(png[:length])
     short = png_of(np.zeros((15, 16), np.uint8))
     longer = short.replace(struct.pack(">II", 16, 15), struct.pack(">II", 16, 16))
-    assert _unpacked(longer) is None  # fewer pixels than it says
+    assert _decode_own_png(longer) is None  # fewer pixels than it says
 
 
 @pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])

@@ -13,16 +13,10 @@ from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.pool import run_tasks
 from data_prep.core.storage.local import LocalStore
 from data_prep.masks.codec import valid_from_png
-from data_prep.masks.external import (
-    FilePool,
-    MaskFile,
-    files_digest,
-    find_polarity,
-    made_masks,
-    read_files,
-)
-from data_prep.masks.mask_file import Made, Making, hole_mask, white_pixels
+from data_prep.masks.external import FilePool, find_polarity
+from data_prep.masks.mask_file import Conversion, PackedMask, hole_mask, white_pixels
 from data_prep.masks.plan import BINS, split_seed
+from data_prep.masks.read_files import MaskFile, Reading, files_digest, load_masks, read_files
 from data_prep.masks.recipes import draw, hole_ratio
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
@@ -81,8 +75,12 @@ def with_files(folder: Path, **changes: object) -> MasksSettings:
     return CONFIG.model_copy(update={"external": str(folder), **changes})
 
 
+def reading_of(folder: Path, size: int = SIZE, dilate: int = 0) -> Reading:
+    return Reading(open_source(str(folder), "files"), Conversion(size, dilate), run_tasks, 1)
+
+
 def found_in(folder: Path, size: int = SIZE, dilate: int = 0) -> list[MaskFile]:
-    return read_files(open_source(str(folder), "files"), Making(size, dilate), {}, run_tasks, 1)
+    return read_files(reading_of(folder, size, dilate), {})
 
 
 def rows_of(store: LocalStore, ref: StageRef, split: str) -> list[dict]:
@@ -143,7 +141,7 @@ def test_a_file_that_is_no_mask_has_a_reason(data: bytes, reason: str) -> None:
 @pytest.mark.parametrize("side", [20, 32, 57, 64, 100, 512])
 def test_a_mask_of_any_side_keeps_its_share_of_hole(side: int) -> None:
     white = draw("free-form", 0, 5, side) > 0
-    mask = hole_mask(white, "white-hole", Making(SIZE, 0))
+    mask = hole_mask(white, "white-hole", Conversion(SIZE, 0))
     assert mask.shape == (SIZE, SIZE)
     assert set(np.unique(mask)) == {0, 255}
     assert hole_ratio(mask) == pytest.approx(white.mean(), abs=0.03)
@@ -152,7 +150,7 @@ def test_a_mask_of_any_side_keeps_its_share_of_hole(side: int) -> None:
 def test_a_wide_mask_is_stretched_whole() -> None:
     white = np.zeros((50, 200), bool)
     white[:, :50] = True
-    mask = hole_mask(white, "white-hole", Making(SIZE, 0))
+    mask = hole_mask(white, "white-hole", Conversion(SIZE, 0))
     assert (mask[:, : SIZE // 4] == 255).all()
     assert not mask[:, SIZE // 4 :].any()
 
@@ -167,7 +165,7 @@ def test_strokes_thinner_than_a_pixel_are_kept_when_a_mask_is_made_smaller(
     white[:, side // 3 + offset] = True
     rows = np.arange(side)
     white[rows, np.minimum(rows // 2 + side // 2 + offset, side - 1)] = True
-    mask = hole_mask(white, "white-hole", Making(SIZE, 0)) > 0
+    mask = hole_mask(white, "white-hole", Conversion(SIZE, 0)) > 0
     per_row = mask.sum(axis=1)
     assert per_row.min() >= 2
     assert per_row.max() <= 6
@@ -177,7 +175,7 @@ def test_the_edge_of_a_large_hole_stays_where_it_is_when_a_mask_is_made_smaller(
     rows, columns = np.indices((256, 256))
     disc = (rows - 128) ** 2 + (columns - 128) ** 2 < 80**2
     for hole in (disc, rows + columns < 200):
-        mask = hole_mask(hole, "white-hole", Making(64, 0))
+        mask = hole_mask(hole, "white-hole", Conversion(64, 0))
         whole = hole.reshape(64, 4, 64, 4).mean(axis=(1, 3))
         assert ((mask > 0) == (whole >= 0.5)).all()
         assert hole_ratio(mask) == pytest.approx(hole.mean(), rel=0.02)
@@ -186,7 +184,7 @@ def test_the_edge_of_a_large_hole_stays_where_it_is_when_a_mask_is_made_smaller(
 def test_holes_grow_by_the_pixels_asked_for() -> None:
     white = np.zeros((SIZE, SIZE), bool)
     white[10, 20] = True
-    rows, columns = np.nonzero(hole_mask(white, "white-hole", Making(SIZE, 3)))
+    rows, columns = np.nonzero(hole_mask(white, "white-hole", Conversion(SIZE, 3)))
     assert (rows.min(), rows.max()) == (7, 13)
     assert (columns.min(), columns.max()) == (17, 23)
     assert len(rows) < 49  # a disc
@@ -194,12 +192,12 @@ def test_holes_grow_by_the_pixels_asked_for() -> None:
 
 def test_black_can_be_the_hole() -> None:
     hole = draw("box", 0, 0, SIZE)
-    assert (hole_mask(hole == 0, "black-hole", Making(SIZE, 0)) == hole).all()
+    assert (hole_mask(hole == 0, "black-hole", Conversion(SIZE, 0)) == hole).all()
 
 
 def test_a_mask_is_packed_and_unpacked_unchanged() -> None:
     mask = draw("strokes", 0, 3, 33)
-    made = Made.of(mask)
+    made = PackedMask.of(mask)
     assert (made.mask(33) == mask).all()
     assert made.ratio == hole_ratio(mask)
 
@@ -221,7 +219,7 @@ def test_what_is_the_hole_is_told_from_the_set_and_said(
         save(tmp_path / f"{index}.png", mask if hole == "white" else 255 - mask)
     polarity, sentence = find_polarity(found_in(tmp_path), "the set")
     assert polarity == f"{hole}-hole"
-    assert sentence.startswith(f"masks: {hole} is taken as hole in the set, because 20 of its 20")
+    assert sentence.startswith(f"masks: {hole} is the hole in the set, because 20 of its 20")
     assert "masks.external_polarity" in sentence
 
 
@@ -276,7 +274,7 @@ def test_more_than_a_few_broken_files_are_an_error_that_names_some(folder: Path)
 
 def test_a_folder_without_masks_is_an_error(tmp_path: Path) -> None:
     save(tmp_path / "white.png", np.full((9, 9), 255, np.uint8))
-    with pytest.raises(PipelineError, match=r"holds no mask \(1 files, 1 of one colour"):
+    with pytest.raises(PipelineError, match=r"holds no mask \(1 files, 1 of only one colour"):
         found_in(tmp_path)
 
 
@@ -291,17 +289,17 @@ def test_the_digest_is_that_of_keys_and_contents(folder: Path, tmp_path: Path) -
 
 
 def test_a_file_that_changes_between_two_readings_is_an_error(folder: Path) -> None:
-    source = open_source(str(folder), "files")
+    reading = reading_of(folder)
     rows = {file.key: file.row() for file in found_in(folder)}
-    known = read_files(source, Making(SIZE, 0), rows, run_tasks, 1)
-    assert not any(file.made for file in known)
+    known = read_files(reading, rows)
+    assert not any(file.masks for file in known)
     save(folder / "0" / "0 0.png", bar(0.3, 100, 1))
     with pytest.raises(PipelineError, match=r"0/0 0\.png .* has changed"):
-        made_masks(source, Making(SIZE, 0), known, "white-hole", run_tasks, 1)
+        load_masks(reading, known, "white-hole")
 
 
 def test_each_turn_goes_through_all_files_in_another_order() -> None:
-    made = [(str(n), Made(0.2, False, b"")) for n in range(16)]
+    made = [(str(n), PackedMask(0.2, False, b"")) for n in range(16)]
     pool = FilePool(made, flips=False)
     turns = [
         [pool.mask(pool.candidate(7, turn * 16 + n)).key for n in range(16)] for turn in range(3)
@@ -313,7 +311,7 @@ def test_each_turn_goes_through_all_files_in_another_order() -> None:
 
 def test_flips_are_drawn_by_index_and_only_when_asked_for() -> None:
     mask = draw("free-form", 0, 2, 16)
-    made = [("a", Made.of(mask))]
+    made = [("a", PackedMask.of(mask))]
     pool = FilePool(made, flips=True)
     drawn = [pool.mask(pool.candidate(7, n)).mask(16) for n in range(40)]
     expected = {m.tobytes() for m in (mask, mask[::-1], mask[:, ::-1], mask[::-1, ::-1])}
@@ -327,7 +325,7 @@ def test_flips_are_drawn_by_index_and_only_when_asked_for() -> None:
 
 
 def test_evaluation_masks_come_from_the_files(
-    store: LocalStore, folder: Path, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ref = prepare_masks(with_files(folder), store)
     assert ref.summary["bins"] == dict.fromkeys(BINS, 4)
@@ -337,7 +335,7 @@ def test_evaluation_masks_come_from_the_files(
     assert len({row["file"] for row in rows}) == 24
     for row, hole in zip(rows, holes, strict=True):
         white = white_pixels((folder / row["file"]).read_bytes())
-        assert (hole == (hole_mask(white, "white-hole", Making(SIZE, 0)) > 0)).all()
+        assert (hole == (hole_mask(white, "white-hole", Conversion(SIZE, 0)) > 0)).all()
         assert row["hole_ratio"] == pytest.approx(hole.mean())
         assert row["touches_border"]
     assert {row["file"] for row in rows_of(store, ref, "train")} == {""}
@@ -350,7 +348,7 @@ def test_evaluation_masks_come_from_the_files(
         "failed": 0,
         "ignored": 0,
     }
-    assert "white is taken as hole" in capsys.readouterr().err
+    assert "white is the hole" in caplog.text
 
 
 def test_an_archive_gives_the_same_set_as_its_folder(
@@ -376,7 +374,7 @@ def test_an_unchanged_folder_is_not_read_again_and_a_changed_file_makes_a_new_se
         read.append("")
         return original(data)
 
-    monkeypatch.setattr("data_prep.masks.external.white_pixels", counted)
+    monkeypatch.setattr("data_prep.masks.read_files.white_pixels", counted)
     again = prepare_masks(with_files(folder), store)
     assert again.skipped
     assert not read
@@ -435,8 +433,8 @@ def test_the_same_files_give_the_same_bytes_in_any_number_of_processes(
     one, two = LocalStore(tmp_path / "one"), LocalStore(tmp_path / "two")
     first = prepare_masks(config.model_copy(update={"workers": 1}), one)
     monkeypatch.setattr("data_prep.masks.stage.POOL_MASKS", 0)
-    monkeypatch.setattr("data_prep.masks.external.POOL_FILES", 0)
-    monkeypatch.setattr("data_prep.masks.external.CHUNK", 5)
+    monkeypatch.setattr("data_prep.masks.read_files.POOL_FILES", 0)
+    monkeypatch.setattr("data_prep.masks.read_files.CHUNK", 5)
     second = prepare_masks(config.model_copy(update={"workers": 2}), two)
     assert first.content_digest == second.content_digest
 

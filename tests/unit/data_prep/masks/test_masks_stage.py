@@ -233,7 +233,7 @@ def test_finished_shards_are_taken_up_and_damaged_ones_made_again(tmp_path: Path
 
 
 def test_a_bin_that_cannot_be_filled_is_left_out_and_said(
-    store: LocalStore, capsys: pytest.CaptureFixture[str]
+    store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = SMALL.model_copy(update={"recipes": {"box": 1.0, "half": 1.0}, "max_attempts": 100})
     ref = prepare_masks(config, store)
@@ -244,7 +244,7 @@ def test_a_bin_that_cannot_be_filled_is_left_out_and_said(
     note = ref.summary["notes"][-1]
     assert "0.50-0.60" in note
     assert "strokes" in note
-    assert note in capsys.readouterr().err
+    assert note in caplog.text
 
 
 def test_no_bin_that_can_be_filled_is_an_error_and_nothing_is_left(store: LocalStore) -> None:

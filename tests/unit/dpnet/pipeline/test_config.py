@@ -100,7 +100,7 @@ def test_an_option_unlike_any_lists_those_of_its_section() -> None:
         ("train.gpus=maybe", 'train.gpus is "maybe": it must be true or false'),
         ("train=5", "train is 5: it must be a section with the options steps, "),
         ("name=a/b", "it must be text of length 60 at most that matches"),
-        ("masks.recipes={circles: 1}", "'circles' is no mask recipe: choose from free-form"),
+        ("masks.recipes={circles: 1}", "'circles' is not a mask recipe: choose from free-form"),
     ],
 )
 def test_a_value_out_of_range_names_the_option_and_what_it_may_be(
