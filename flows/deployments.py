@@ -24,6 +24,15 @@ MISSED_HEARTBEATS = 4  # after which a run counts as crashed
 PREFIX = "dpnet: "  # of the names of our automations
 PROGRESS = "dpnet.progress"  # the event that a run sends while it makes progress
 
+_STATE = "prefect.flow-run."
+_ENDS = [f"{_STATE}{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Skipped")]
+_RUN = {"prefect.resource.id": f"{_STATE}*"}
+_OURS = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
+_PAYLOAD = {  # the event's payload as a dictionary; a plain template would make it a string
+    "__prefect_kind": "json",
+    "value": {"__prefect_kind": "jinja", "template": "{{ event.payload | tojson }}"},
+}
+
 
 class DeploySettings(BaseModel):
     """The settings of `dpnet deploy`: the parameters of the deployments, and their schedules."""
@@ -230,16 +239,6 @@ def _alerts(settings: DeploySettings, block: UUID) -> list[AutomationCore]:
             "{{ event.payload.reason }}",
         ),
     ]
-
-
-_STATE = "prefect.flow-run."
-_ENDS = [f"{_STATE}{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Skipped")]
-_RUN = {"prefect.resource.id": f"{_STATE}*"}
-_OURS = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
-_PAYLOAD = {  # the event's payload as a dictionary; a plain template would make it a string
-    "__prefect_kind": "json",
-    "value": {"__prefect_kind": "jinja", "template": "{{ event.payload | tojson }}"},
-}
 
 
 def _presence(event: str, match: dict[str, str]) -> dict[str, Any]:

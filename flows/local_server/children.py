@@ -131,7 +131,14 @@ def server(setup: LocalSetup, listener: socket.socket) -> Child:
 
 
 def mlflow(setup: LocalSetup, database: Path, artifacts: str, port: int) -> Child:
-    """Return MLflow's server, with its UI, on a SQLite file."""
+    """Return MLflow's server with its UI.
+
+    Args:
+        setup: The root, the home and the environment.
+        database: The SQLite file of the runs and the registry.
+        artifacts: The URI of the folder of the artifacts.
+        port: The port to listen on.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
     command += ["--artifacts-destination", artifacts]
@@ -155,7 +162,14 @@ def mlflow(setup: LocalSetup, database: Path, artifacts: str, port: int) -> Chil
 
 
 def ray_head(setup: LocalSetup, port: int, agent_port: int, start: RayStart) -> Child:
-    """Return a Ray cluster on this machine with a dashboard that accepts jobs."""
+    """Return a Ray cluster on this machine with a dashboard that accepts jobs.
+
+    Args:
+        setup: The root, the home and the environment.
+        port: The port of the dashboard.
+        agent_port: The port of the dashboard's agent.
+        start: The scratch folder and the environment of Ray.
+    """
     env = {
         "RAY_AUTH_MODE": "disabled",
         **start.environment,

@@ -19,7 +19,7 @@ from PIL import Image
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import load_config
 from dpnet.pipeline.cost import estimated, measured
-from dpnet.pipeline.exporter import RootReader
+from dpnet.pipeline.root_metrics import RootReader
 from dpnet.pipeline.settings import CostSettings
 from dpnet.tracking.run_log import read_log
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dpnet.pipeline.exporter import HOST, METRICS, PORT
+from dpnet.pipeline.exporter import HOST, PORT
+from dpnet.pipeline.root_metrics import METRICS
 
 FOLDER = Path(__file__).parents[3] / "infra" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dpnet.json").read_text("utf-8"))

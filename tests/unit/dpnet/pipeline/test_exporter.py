@@ -23,7 +23,8 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.pipeline import exporter
-from dpnet.pipeline.exporter import KEEP_ENDED_S, METRICS, MetricValue, RootReader, serve
+from dpnet.pipeline.exporter import serve
+from dpnet.pipeline.root_metrics import KEEP_ENDED_S, METRICS, MetricValue, RootReader
 
 Scraped = dict[tuple[str, tuple[str, ...]], float]
 TRAIN = {
