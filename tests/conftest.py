@@ -1,7 +1,4 @@
-"""One thread for each test process: on small tensors more threads only wait for one another.
-
-And the S3 servers, which every test that wants one shares.
-"""
+"""Settings and fixtures of all tests: one thread a process, S3 servers, logging."""
 
 import logging
 import os
@@ -17,13 +14,13 @@ from servers import Server, ceph_server, moto_server
 
 from data_prep.core.logs import PACKAGES
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.pop("MLFLOW_TRACKING_URI", None)  # nothing is tracked outside of a test
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with small tensors, more threads only wait
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # the user's MLflow gets nothing from tests
 
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[Server]:
-    """moto's server with an empty bucket."""
+    """Start moto's server with an empty bucket, for all tests of the process."""
     with moto_server() as server:
         server.make_bucket()
         yield server
@@ -31,7 +28,7 @@ def moto() -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def ceph() -> Iterator[Server]:
-    """A real Ceph with an empty bucket; skips where there is none. For tests marked `slow`."""
+    """Start a real Ceph with an empty bucket, or skip the test. For tests marked `slow`."""
     with ceph_server() as server:
         server.make_bucket()
         yield server
@@ -39,21 +36,21 @@ def ceph() -> Iterator[Server]:
 
 @pytest.fixture
 def moto_root(moto: Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of a fresh prefix on moto, with this test's AWS settings leading there."""
+    """Return the URI of an empty prefix on moto, and point this test's AWS settings to it."""
     moto.use(monkeypatch)
     return moto.fresh_root()
 
 
 @pytest.fixture
 def s3_root(ceph: Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The same on a real server, with rights, durability and races."""
+    """Return an empty prefix on a real server, which has rights, durability and races."""
     ceph.use(monkeypatch)
     return ceph.fresh_root()
 
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    """Let `caplog` see our records from INFO, and undo what a command under test has set up."""
+    """Let `caplog` see our records from INFO, and undo the logging of a tested command."""
     loggers = [logging.getLogger(name) for name in PACKAGES]
     before = [(each, each.level, each.propagate, list(each.handlers)) for each in loggers]
     for each in loggers:

@@ -1,4 +1,4 @@
-"""The folder of a demo: claimed when it is new or empty, and only then ever cleared."""
+"""The root of a demo: a new or empty folder is marked, and only a marked folder is cleared."""
 
 from __future__ import annotations
 
@@ -7,48 +7,39 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from data_prep.core import paths
 from data_prep.core.errors import PipelineError, storage_error
-from data_prep.core.paths import (
-    EVALUATIONS,
-    IMAGES,
-    MASKS,
-    MLFLOW_ARTIFACTS,
-    MLFLOW_DATABASE,
-    PHOTOS,
-    PREFECT,
-    REGISTRY,
-    RETRAINS,
-    RUNS,
-    UP,
-)
 from data_prep.core.storage.local import LocalStore
 
 MARKER = "made-by-dpnet-demo.txt"
 _TEXT = b"`dpnet demo` made this folder; `dpnet demo --fresh` removes what it stored here.\n"
+_OF_BOTH = (paths.MLFLOW_DATABASE, paths.MLFLOW_ARTIFACTS)  # the demo and `dpnet up` write them
 _MADE = (
-    PHOTOS,
-    IMAGES,
-    MASKS,
-    RUNS,
-    EVALUATIONS,
-    REGISTRY,
-    RETRAINS,
-    MLFLOW_DATABASE,
-    MLFLOW_ARTIFACTS,
-    PREFECT,
+    paths.PHOTOS,
+    paths.IMAGES,
+    paths.MASKS,
+    paths.RUNS,
+    paths.EVALUATIONS,
+    paths.REGISTRY,
+    paths.RETRAINS,
+    paths.PREFECT,
+    *_OF_BOTH,
 )
 
 
 def claim_root(store: LocalStore) -> None:
-    """Mark the folder as a demo's. Raises PipelineError if it holds something else."""
+    """Mark a folder as the root of a demo.
+
+    Raises:
+        PipelineError: the folder contains files of others.
+    """
     if store.exists(MARKER):
         return
-    hidden = (".probe-", ".staged-")  # what a command that was killed while writing may leave
-    of_up = (UP, MLFLOW_DATABASE, MLFLOW_ARTIFACTS)
-    there = [path.name for path in store.folder.iterdir()] if store.folder.is_dir() else []
-    if UP in there:
-        there = [name for name in there if name not in of_up]
-    if any(not name.startswith(hidden) for name in there):
+    temporary = (".probe-", ".staged-")  # a command that was killed may leave such files
+    present = [path.name for path in store.folder.iterdir()] if store.folder.is_dir() else []
+    if paths.UP in present:  # `dpnet up` may have used the folder first
+        present = [name for name in present if name not in (paths.UP, *_OF_BOTH)]
+    if any(not name.startswith(temporary) for name in present):
         raise PipelineError(
             f"{store.folder} is not empty and no demo made it: choose another --root, or use it"
             f" with `dpnet pipeline run demo --root {store.folder}`."
@@ -57,7 +48,11 @@ def claim_root(store: LocalStore) -> None:
 
 
 def clear_root(store: LocalStore) -> None:
-    """Remove what the demo stored. Raises PipelineError where no demo was, or one is at work."""
+    """Remove everything that a demo stored in its root, and nothing else.
+
+    Raises:
+        PipelineError: no demo made the folder, or a command is using it.
+    """
     if not store.folder.exists():
         return
     if not store.exists(MARKER):
@@ -78,12 +73,12 @@ def clear_root(store: LocalStore) -> None:
 
 
 def _refuse_if_in_use(folder: Path) -> None:
-    """A running command holds such a lock, see `flows/local_server`."""
-    for home in (PREFECT, UP):
+    """Raise PipelineError if a running command holds a lock of `flows/local_server`."""
+    for home in (paths.PREFECT, paths.UP):
         with suppress(FileNotFoundError), (folder / home / "lock").open("rb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise PipelineError(
-                    f"another dpnet command is at work in {folder}: stop it before --fresh."
+                    f"another dpnet command is using {folder}: stop it before --fresh."
                 ) from None

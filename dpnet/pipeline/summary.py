@@ -1,4 +1,4 @@
-"""The summary at the end of a pipeline run: as JSON values, and as text of at most 100 columns."""
+"""The summary of a pipeline run: JSON values, text of at most 100 columns, and Markdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ Summary = dict[str, Any]
 
 
 def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float) -> Summary:
-    """What the run of all five stages came to. Reads the evaluation's report.json."""
+    """Return the summary of a run of all five stages as JSON values.
+
+    Args:
+        name: name of the config.
+        store: the root; the evaluation's report.json is read from it.
+        refs: references of the five stages.
+        seconds: duration of the run.
+    """
     by_stage = {ref.stage: ref for ref in refs}
     evaluation = by_stage["evaluate"].folder
     report = json.loads(store.read(f"{evaluation}/report.json"))
@@ -52,7 +59,7 @@ def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float)
 
 
 def as_text(summary: Summary, again: str) -> str:
-    """The summary for a terminal. `again` is the command that runs the pipeline again."""
+    """Return the summary for a terminal; `again` is the command that repeats the run."""
     registered = summary["registered"]
     model = f"{registered['model']} version {registered['version']}, {registered['alias']}"
     lines = [
@@ -61,12 +68,12 @@ def as_text(summary: Summary, again: str) -> str:
         stages_text(summary["stages"]),
         "",
         figures_text(summary),
-        "The smooth fill that DPNet's decoder is shown has"
-        f" {summary['smooth_fill_psnr']:.2f} dB by itself.",
+        "For comparison: the smooth fill, an input of DPNet's decoder, has a hole PSNR of"
+        f" {summary['smooth_fill_psnr']:.2f} dB.",
         "",
         f"report      {summary['report']}",
         f"registered  {model}: {registered['reason']}",
-        *_worked(summary["stages"]),
+        *_training_hours(summary["stages"]),
         f"total       {_duration(summary['seconds'])}",
         "",
         *_next(summary, again),
@@ -77,10 +84,18 @@ def as_text(summary: Summary, again: str) -> str:
 def as_markdown(
     name: str, store: Store, refs: Sequence[StageRef], cost: str, links: Mapping[str, str]
 ) -> str:
-    """What came of a run of some stages, for the Prefect UI: tables, cost and links."""
+    """Return the summary of a run of some stages for the Prefect UI.
+
+    Args:
+        name: name of the config.
+        store: the root.
+        refs: references of the stages that ran or were skipped.
+        cost: cost of training in words; "" if it is unknown.
+        links: paths or URLs by their titles.
+    """
     lines = [f"**{name}** in `{store.label}`", ""]
     lines += _markdown_table(
-        ["stage", "state", "time", "digest", "holds", "output"],
+        ["stage", "state", "time", "digest", "contains", "output"],
         [
             [
                 ref.stage,
@@ -108,7 +123,7 @@ def as_markdown(
 
 
 def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
-    """For each metric a row for each bin of hole share, a column for each method."""
+    """Return a table for each metric: rows are bins of hole ratio, columns are methods."""
     lines: list[str] = []
     for metric, (title, digits, _) in METRICS.items():
         rows = [
@@ -133,7 +148,8 @@ def _link(where: str) -> str:
 
 
 def stages_text(stages: Iterable[Mapping[str, Any]]) -> str:
-    rows = [("stage", "", "time", "output", "digest", "holds")]
+    """Return a table with one row for each stage."""
+    rows = [("stage", "", "time", "output", "digest", "contains")]
     for stage in stages:
         rows.append(
             (
@@ -149,7 +165,7 @@ def stages_text(stages: Iterable[Mapping[str, Any]]) -> str:
 
 
 def holds(stage: str, summary: Mapping[str, Any]) -> str:
-    """What a stage made, in a few words."""
+    """Return in a few words what a stage has made."""
     match stage:
         case "images" | "masks":
             samples = sum(split["samples"] for split in summary["splits"].values())
@@ -164,8 +180,8 @@ def holds(stage: str, summary: Mapping[str, Any]) -> str:
             return f"version {summary['version']}"
 
 
-def _worked(stages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """What training has used, where the version that trained has told it."""
+def _training_hours(stages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line about the hours of training; older versions did not record them."""
     for stage in stages:
         summary = stage["summary"]
         if stage["stage"] == "train" and "gpu_hours" in summary:
@@ -173,7 +189,7 @@ def _worked(stages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def figures_text(summary: Summary) -> str:
-    """A row for each bin of hole share: every metric of every method."""
+    """Return a table of every metric and method, with one row for each bin of hole ratio."""
     names = [*METHODS.values()]
     widths = [max(len(name), 6) for name in names]
     group = sum(widths) + 2 * (len(widths) - 1)
@@ -194,23 +210,23 @@ def figures_text(summary: Summary) -> str:
 
 
 def _next(summary: Summary, again: str) -> list[str]:
-    """What to type next, with the commands as they can be typed here."""
+    """Return the commands that people may type next, with paths that work here."""
     root = _short_path(summary["root"])
     at = "" if shutil.which("dpnet") else f"{_short_path(str(Path(sys.executable).parent))}/"
     steps = next(s["summary"]["steps"] for s in summary["stages"] if s["stage"] == "train")
     commands = [
-        (f"dpnet inpaint PHOTO MASK -o out.png --root {root}", "fill what is white in MASK"),
+        (f"dpnet inpaint PHOTO MASK -o out.png --root {root}", "fill the white part of MASK"),
         (f"dpnet verify {root}", "check every file"),
         (f"{again} --set train.steps={5 * steps}", "train longer"),
     ]
     if "://" not in root:
         uri = mlflow_uri(root)
-        commands.append((f"mlflow ui --backend-store-uri {uri}", "the registry"))
+        commands.append((f"mlflow ui --backend-store-uri {uri}", "show the registry"))
     return ["next:", *(f"  {at}{command}  # {what}" for command, what in commands)]
 
 
 def _short_path(path: str) -> str:
-    """Relative to the working directory where that is below it."""
+    """Return the path relative to the working directory if it is below it."""
     if "://" in path:
         return path
     short = os.path.relpath(path)
@@ -218,12 +234,13 @@ def _short_path(path: str) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Return a duration such as "40.0 s" or "2 min 5 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def _table(rows: Sequence[Sequence[str]], aligned: str) -> str:
-    """Columns two blanks apart, each to the left (<) or the right (>)."""
+    """Return rows as text: columns two blanks apart, aligned to the left (<) or right (>)."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,4 +1,4 @@
-"""The demo as a newcomer meets it: killed in the middle, run again, and its model used."""
+"""The demo of a newcomer: it is killed and run again, and its model is used."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def command(*argv: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The user's, in which no other Prefect, Ray or root is set up."""
+    """Return the user's environment without settings of Prefect, Ray and dpnet."""
     return {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "RAY_", "DPNET_"))}
 
 
 def run(*argv: str, cwd: Path) -> dict[str, Any]:
-    """The object that a command which succeeds prints with --json."""
+    """Run a command with --json that must succeed, and return its object."""
     done = subprocess.run(
         command(*argv, "--json"),
         cwd=cwd,
@@ -53,20 +53,20 @@ def demo(cwd: Path, *more: str) -> dict[str, Any]:
 
 
 def processes_of(session: int) -> set[int]:
-    """Living processes of a session."""
+    """Return the running processes of a session."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
-            continue  # it has ended meanwhile
+            continue  # it has ended in the meantime
         if int(fields[3]) == session and fields[0] != "Z":
             found.add(int(folder.name))
     return found
 
 
 def kill_tree(session: int) -> None:
-    """kill -9 of every process, as often as new ones turn up."""
+    """Send SIGKILL to every process of a session until none is left."""
     while left := processes_of(session):
         for process in left:
             try:
@@ -77,13 +77,13 @@ def kill_tree(session: int) -> None:
 
 
 def checkpoints(cwd: Path) -> list[Path]:
-    """Whole ones: the newest may be half written."""
+    """Return the complete checkpoints; the newest may be incomplete."""
     return sorted(cwd.glob("dpnet-demo/runs/demo-*/step-*/"))[:-1]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a demo was killed in its training, after at least one whole checkpoint."""
+    """Kill a demo during training, after a complete checkpoint, and return its folder."""
     cwd = tmp_path_factory.mktemp("newcomer")
     argv = command("demo", *(f"--set={setting}" for setting in SETTINGS))
     process = subprocess.Popen(argv, cwd=cwd, env=environment(), start_new_session=True)
@@ -102,7 +102,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     return demo(folder)
 
 
-def test_after_a_kill_the_same_command_goes_on_from_the_last_checkpoint(
+def test_after_a_kill_the_same_command_resumes_from_the_last_checkpoint(
     resumed: dict[str, Any],
 ) -> None:
     stages = {stage["stage"]: stage for stage in resumed["stages"]}
@@ -128,7 +128,7 @@ def test_the_shards_are_read_by_webdataset(folder: Path, resumed: dict[str, Any]
     assert {"__key__", "png", "json"} <= set(sample)
 
 
-def test_every_file_verifies_and_an_altered_one_is_found(
+def test_verify_finds_only_the_altered_file(
     folder: Path, resumed: dict[str, Any], tmp_path: Path
 ) -> None:
     assert run("verify", "dpnet-demo", cwd=folder)["problems"] == []
@@ -142,7 +142,7 @@ def test_every_file_verifies_and_an_altered_one_is_found(
     assert "train-000000.tar: was altered" in done.stdout
 
 
-def test_the_champion_fills_a_photograph_of_any_size(
+def test_the_champion_fills_a_photo_of_any_size(
     folder: Path, resumed: dict[str, Any], tmp_path: Path
 ) -> None:
     photo = data.chelsea()[:211, :301]
@@ -158,7 +158,7 @@ def test_the_champion_fills_a_photograph_of_any_size(
     assert (filled[mask == 255] != photo[mask == 255]).any()
 
 
-def test_ctrl_c_ends_it_with_one_sentence_and_no_process_is_left(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_demo_with_one_sentence_and_leaves_no_process(tmp_path: Path) -> None:
     with subprocess.Popen(
         command("demo"),
         cwd=tmp_path,
@@ -169,9 +169,9 @@ def test_ctrl_c_ends_it_with_one_sentence_and_no_process_is_left(tmp_path: Path)
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("prepare images: done"):
+            if "prepare images: done" in line:
                 break
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        os.killpg(process.pid, signal.SIGINT)  # like a terminal
         rest = process.stderr.read()
     assert process.returncode == 130, rest
     assert rest.splitlines()[-1] == "dpnet: stopped; the same command resumes."

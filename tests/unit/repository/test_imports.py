@@ -1,4 +1,4 @@
-"""The rules of who may import whom, and what stays cheap to import."""
+"""The rules for imports: their direction, and which ones must stay cheap."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[3]
 OURS = ("data_prep", "dpnet", "flows")
 HEAVY = ("torch", "ray", "prefect", "mlflow", "pyarrow", "cv2", "skimage", "matplotlib")
-FRONT_DOOR = "dpnet/cli/commands"  # the command starts the flow
+COMMANDS = "dpnet/cli/commands"  # they start the flow
 
 
 def modules(folder: str) -> list[Path]:
@@ -23,7 +23,7 @@ def modules(folder: str) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of every import in a file, also those inside functions."""
+    """Return the top-level names of every import in a file, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -35,7 +35,7 @@ def imported(path: Path) -> set[str]:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after `statement`."""
+    """Return the top-level modules in a new interpreter after `statement`."""
     code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
@@ -44,18 +44,18 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", modules("data_prep"), ids=lambda p: p.name)
-def test_data_prep_knows_nothing_of_models_flows_and_their_libraries(path: Path) -> None:
+def test_data_prep_imports_no_models_flows_or_their_libraries(path: Path) -> None:
     assert not imported(path) & {"dpnet", "flows", "torch", "ray", "prefect", "mlflow"}
 
 
 @pytest.mark.parametrize("path", modules("dpnet"), ids=lambda p: p.name)
 def test_dpnet_does_not_import_flows_except_to_start_them(path: Path) -> None:
-    if path.parent.relative_to(REPOSITORY).as_posix() != FRONT_DOOR:
+    if path.parent.relative_to(REPOSITORY).as_posix() != COMMANDS:
         assert not imported(path) & {"flows", "prefect"}
 
 
 @pytest.mark.parametrize("path", modules("dpnet/model"), ids=lambda p: p.name)
-def test_the_network_needs_torch_alone(path: Path) -> None:
+def test_the_network_needs_only_torch(path: Path) -> None:
     assert imported(path) <= {"torch", "dpnet"} | sys.stdlib_module_names
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dpnet"):
@@ -71,7 +71,7 @@ def test_the_command_starts_without_any_library() -> None:
     assert not loaded_by("import dpnet.cli.main") & {*HEAVY, "numpy", "pydantic", "yaml"}
 
 
-def test_a_pipeline_whose_stages_are_all_done_needs_no_heavy_library() -> None:
+def test_a_pipeline_of_finished_stages_needs_no_heavy_library() -> None:
     assert not loaded_by("import dpnet.pipeline.chain, dpnet.cli.commands.pipeline") & set(HEAVY)
 
 
@@ -84,12 +84,12 @@ def test_a_pipeline_whose_stages_are_all_done_needs_no_heavy_library() -> None:
         "benchmarks/inpaint.py",
     ],
 )
-def test_the_training_step_and_the_benchmarks_of_the_network_need_torch_alone(script: str) -> None:
+def test_the_training_step_and_the_benchmarks_of_the_network_need_only_torch(script: str) -> None:
     libraries = ("pydantic", "ray", "prefect", "mlflow", "boto3", "yaml", "PIL", "cv2", "skimage")
     code = (
         f"import runpy, sys; sys.path[:0] = ['.', 'benchmarks'];"
         f" sys.modules.update(dict.fromkeys({libraries})); runpy.run_path({script!r})"
-    )  # what sys.modules has as None cannot be imported
+    )  # a module that is None in sys.modules cannot be imported
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 

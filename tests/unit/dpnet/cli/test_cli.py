@@ -1,4 +1,4 @@
-"""The command: usage, how failures are told, stopping, and what --fresh may remove."""
+"""The command: usage, results, error sentences, signals, and --fresh."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ def untouched_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and those of all its commands."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -50,7 +51,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one sentence that a failing command prints."""
+    """Run a command that fails, and return its one sentence."""
     assert cli.main(argv) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -106,7 +107,7 @@ def test_every_command_has_help_with_an_example(parser: argparse.ArgumentParser)
 
 
 @pytest.mark.parametrize("parser", list(parsers(build_parser())), ids=lambda p: p.prog)
-def test_every_command_is_carried_out_by_a_function(parser: argparse.ArgumentParser) -> None:
+def test_every_command_has_a_function_that_does_its_work(parser: argparse.ArgumentParser) -> None:
     command = parser.get_default("command")
     assert command is None or callable(cli.function_of(command))
 
@@ -134,20 +135,20 @@ def test_model_describe_prints_layers_and_totals(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["--preset", "huge"], "must be one of tiny, base, large"),
         (["--set", "depth=3"], "model.depth is no option"),
         (["--size", "100"], "give a multiple of 32 pixels"),
     ],
 )
-def test_model_describe_tells_what_cannot_be(
-    argv: list[str], told: str, capsys: pytest.CaptureFixture[str]
+def test_model_describe_reports_bad_options(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told in fails(capsys, "model", "describe", *argv)
+    assert message in fails(capsys, "model", "describe", *argv)
 
 
-def test_model_describe_loads_torch_and_no_other_heavy_library() -> None:
+def test_model_describe_imports_torch_and_no_other_heavy_library() -> None:
     code = "import sys; from dpnet.cli.main import main;"
     code += " main(['model', 'describe', '--preset', 'tiny']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -156,7 +157,7 @@ def test_model_describe_loads_torch_and_no_other_heavy_library() -> None:
     assert not loaded & {"ray", "prefect", "mlflow", "pyarrow", "cv2", "matplotlib", "skimage"}
 
 
-def test_export_writes_a_folder_and_tells_what_was_checked(
+def test_export_writes_a_folder_and_prints_the_differences(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dpnet.model import ModelConfig, build_generator
@@ -169,23 +170,23 @@ def test_export_writes_a_folder_and_tells_what_was_checked(
     assert (status, found["model"], found["out"]) == (0, run, out)
     assert found["files"]["generator.ts"] == (tmp_path / "out" / "generator.ts").stat().st_size
     assert found["differences"]["generator.ts"] <= 1e-3
-    again = ["export", out, "-o", f"{out}2", "--format", "torchscript"]  # from what was exported
+    again = ["export", out, "-o", f"{out}2", "--format", "torchscript"]  # from the exported model
     assert cli.main(again) == 0
     text = capsys.readouterr().out
-    assert "generator.ts differs from the network by" in text
+    assert "generator.ts differs from the network by at most" in text
     assert "README.md: " in text
 
 
-def test_export_of_what_is_no_model_is_told(
+def test_export_of_a_missing_model_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = fails(capsys, "export", str(tmp_path / "none"), "-o", str(tmp_path / "out"))
-    assert "holds no model" in told
+    sentence = fails(capsys, "export", str(tmp_path / "none"), "-o", str(tmp_path / "out"))
+    assert "holds no model" in sentence
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("share", ["0", "1.5", "-1", "nan", "some"])
-def test_a_share_of_nothing_or_of_more_than_all_is_wrong_usage(
+def test_a_share_outside_0_to_1_is_wrong_usage(
     share: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -199,20 +200,20 @@ def test_a_share_of_nothing_or_of_more_than_all_is_wrong_usage(
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
-    """A root with real images and masks of the name small."""
+    """Return a root with real images and masks named small."""
     store = LocalStore(tmp_path_factory.mktemp("prepared"))
     small_root.real_data(store)
     return store
 
 
 def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, Any]]:
-    """The exit status and the object that a command prints with --json."""
+    """Run a command with --json, and return its exit status and object."""
     status = cli.main([*argv, "--json"])
     found: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return status, found
 
 
-def test_verify_says_what_it_read_and_what_not(
+def test_verify_prints_how_much_it_has_read(
     prepared: LocalStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = str(prepared.folder)
@@ -225,7 +226,7 @@ def test_verify_says_what_it_read_and_what_not(
     assert text.rstrip().endswith(": no problems")
 
 
-def test_verify_lists_what_is_wrong_and_exits_1(
+def test_verify_lists_problems_and_exits_with_1(
     prepared: LocalStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(prepared.folder, tmp_path / "copy")
@@ -255,7 +256,7 @@ def test_inspect_shows_a_set_and_writes_a_contact_sheet(
 
 
 @pytest.mark.parametrize("out", ["nosuch/sheet.png", "."])
-def test_a_contact_sheet_that_cannot_be_written_is_told(
+def test_a_contact_sheet_that_cannot_be_written_is_an_error(
     prepared: LocalStore, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("images", "inspect", "small", "--root", str(prepared.folder), "-o", out)
@@ -272,11 +273,13 @@ def test_the_log_lists_the_versions(
     assert "has no images named 'other': there are small." in fails(capsys, *words)
 
 
-def test_a_misspelt_option_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_option_is_reported_with_the_nearest_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert "the nearest is train.steps" in fails(capsys, "demo", "--set", "train.stepz=1")
 
 
-def test_a_failure_is_also_an_object_with_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_with_json_an_error_is_also_an_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "no-such-config", "--json"]) == 1
     out, err = capsys.readouterr()
     answer = json.loads(out.strip().splitlines()[-1])
@@ -284,7 +287,7 @@ def test_a_failure_is_also_an_object_with_json(capsys: pytest.CaptureFixture[str
     assert answer["error"] in err
 
 
-def test_a_root_that_is_a_file_is_told_before_any_work(
+def test_a_root_that_is_a_file_is_reported_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
@@ -295,15 +298,15 @@ def test_a_root_that_is_a_file_is_told_before_any_work(
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
-def test_a_root_that_cannot_be_created_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_root_that_cannot_be_created_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be created" in fails(capsys, "demo", "--root", "/proc/dpnet")
 
 
-def test_without_a_root_it_says_how_to_give_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_root_the_error_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--root DIR" in fails(capsys, "masks", "build", "places2")
 
 
-def test_an_address_without_the_launcher_that_goes_there_is_refused(
+def test_an_address_needs_the_launcher_ray_job(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     words = ["train", "demo", "--root", str(tmp_path), "--address", "http://head:8265"]
@@ -322,20 +325,20 @@ def test_an_operating_system_error_is_one_sentence(
     assert "cannot use /data/x: the disk is full" in sentence
 
 
-def test_a_bug_names_the_error_and_debug_shows_the_traceback(
+def test_an_internal_error_is_named_and_debug_shows_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(args: argparse.Namespace) -> Outcome:
-        raise ValueError("of a kind\nnobody foresaw")
+        raise ValueError("an unexpected\nvalue")
 
     monkeypatch.setattr(pipeline, "stage", broken)
     sentence = fails(capsys, "train", "demo")
-    assert "internal error: ValueError: of a kind nobody foresaw" in sentence
+    assert "internal error: ValueError: an unexpected value" in sentence
     assert cli.main(["train", "demo", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_result_that_is_not_ok_exits_1_and_is_the_last_line(
+def test_a_result_that_is_not_ok_is_printed_and_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(data, "verify", lambda args: ({"ok": False, "files": 3}, "text"))
@@ -361,7 +364,7 @@ sys.exit(cli.main(["train", "demo"]))
 
 
 def stopped_by(*signals: signal.Signals, cleaning: float = 0.0) -> tuple[int, str, float]:
-    """Status, standard error and seconds until the end of a command that gets `signals`."""
+    """Send signals to a command; return its status, standard error and seconds until its end."""
     with subprocess.Popen(
         [sys.executable, "-c", STOPPABLE.format(cleaning=cleaning)],
         stdout=subprocess.PIPE,
@@ -379,18 +382,18 @@ def stopped_by(*signals: signal.Signals, cleaning: float = 0.0) -> tuple[int, st
 
 
 @pytest.mark.parametrize("each", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_command_says_that_it_resumes(each: signal.Signals) -> None:
+def test_a_stopped_command_says_how_to_resume(each: signal.Signals) -> None:
     status, err, _ = stopped_by(each)
     assert (status, err) == (130, "dpnet: stopped; the same command resumes.\n")
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_cleaning_up() -> None:
+def test_a_second_ctrl_c_ends_the_command_at_once() -> None:
     status, err, seconds = stopped_by(signal.SIGINT, signal.SIGINT, cleaning=20)
     assert (status, err) == (130, "dpnet: stopped; the same command resumes.\n")
     assert seconds < 10
 
 
-def test_a_reader_that_has_gone_is_no_error_of_ours() -> None:
+def test_a_closed_standard_output_prints_no_error() -> None:
     code = (
         "import sys; from dpnet.cli import main as cli; from dpnet.cli.commands import data;"
         "data.verify = lambda args: ({'ok': True}, 'x' * 1_000_000);"
@@ -408,27 +411,27 @@ def demo_root(tmp_path: Path) -> LocalStore:
     return store
 
 
-def test_a_demo_takes_a_new_or_empty_folder_and_its_own(tmp_path: Path) -> None:
+def test_a_demo_uses_a_new_or_empty_folder_or_its_own(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("new", "empty", "new"):
         claim_root(LocalStore(tmp_path / name))
         assert (tmp_path / name / MARKER).is_file()
 
 
-def test_a_demo_takes_a_folder_in_which_one_was_killed_at_its_first_step(tmp_path: Path) -> None:
+def test_a_demo_uses_a_folder_in_which_a_demo_was_killed_at_its_start(tmp_path: Path) -> None:
     (tmp_path / ".probe-1234").write_bytes(b"")
     claim_root(LocalStore(tmp_path))
     assert (tmp_path / MARKER).is_file()
 
 
-def test_a_demo_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+def test_a_demo_refuses_a_folder_with_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(PipelineError, match="is not empty and no demo made it"):
         claim_root(LocalStore(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_fresh_removes_what_a_demo_stored_and_nothing_else(demo_root: LocalStore) -> None:
+def test_fresh_removes_only_the_files_of_a_demo(demo_root: LocalStore) -> None:
     for key in ("images/demo/x/manifest.json", "runs/a/step-1/state.pt", "photos/train/cat.png"):
         demo_root.write(key, b"made by the demo")
     for key in ("mlflow.db", "holiday.jpg", "notes/plan.txt"):
@@ -437,7 +440,7 @@ def test_fresh_removes_what_a_demo_stored_and_nothing_else(demo_root: LocalStore
     assert [e.key for e in demo_root.list()] == ["holiday.jpg", MARKER, "notes/plan.txt"]
 
 
-def test_fresh_removes_nothing_in_a_folder_that_no_demo_made(tmp_path: Path) -> None:
+def test_fresh_removes_nothing_in_a_folder_without_a_demo(tmp_path: Path) -> None:
     LocalStore(tmp_path).write("images/thesis/figure.png", b"years of work")
     with pytest.raises(PipelineError, match="removes nothing"):
         clear_root(LocalStore(tmp_path))
@@ -454,7 +457,7 @@ def test_fresh_does_not_follow_a_link_out_of_the_root(
     assert (tmp_path / "elsewhere/big.tar").read_bytes() == b"kept"
 
 
-def test_fresh_waits_for_no_one_and_removes_nothing_under_a_running_demo(
+def test_fresh_removes_nothing_while_a_demo_is_running(
     demo_root: LocalStore,
 ) -> None:
     demo_root.write("images/demo/x/manifest.json", b"{}")
@@ -466,13 +469,13 @@ def test_fresh_waits_for_no_one_and_removes_nothing_under_a_running_demo(
     assert demo_root.exists("images/demo/x/manifest.json")
 
 
-def test_fresh_on_a_folder_that_is_not_there_does_nothing(tmp_path: Path) -> None:
+def test_fresh_on_a_missing_folder_does_nothing(tmp_path: Path) -> None:
     clear_root(LocalStore(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("command", [["train"], ["pipeline", "run"], ["demo"]])
-def test_a_missing_file_of_vgg_weights_is_told_before_anything_is_built(
+def test_a_missing_file_of_vgg_weights_is_reported_before_any_work(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = [] if command == ["demo"] else ["demo"]
@@ -481,15 +484,15 @@ def test_a_missing_file_of_vgg_weights_is_told_before_anything_is_built(
     assert not (tmp_path / "root" / "images").exists()
 
 
-def test_what_a_stop_becomes_on_its_way_is_still_a_stop(
+def test_a_stop_that_prefect_turns_into_another_error_is_still_a_stop(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def told_to_stop(args: object) -> None:
+    def stopped(args: object) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
-            raise CancelledError from None  # as Prefect's futures do it
+            raise CancelledError from None  # like Prefect's futures
 
-    monkeypatch.setattr(data, "verify", told_to_stop)
+    monkeypatch.setattr(data, "verify", stopped)
     assert cli.main(["verify", "somewhere"]) == 130
     assert capsys.readouterr().err == "dpnet: stopped; the same command resumes.\n"

@@ -1,4 +1,4 @@
-"""`dpnet notify`: which notifications concern a config, and what becomes of a look."""
+"""`dpnet notify`: which notifications concern a config, and what it sends to Prefect."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from flows.run_from_command import QUIET
 
 
 def notification(*uris: str) -> str:
-    """What S3 sends of new objects."""
+    """Return the notification of S3 about new objects."""
     records = []
     for uri in uris:
         bucket, _, key = uri.partition("/")
@@ -48,9 +48,9 @@ def config(tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("DPNET_ROOT", raising=False)
-    for name, value in QUIET.items():  # so that what a look sets ends with the test
+    for name, value in QUIET.items():  # so that the test undoes what the command sets
         monkeypatch.setenv(name, value)
-    use_api(monkeypatch, 9)  # nothing listens there
+    use_api(monkeypatch, 9)  # no server listens there
     yield
     monkeypatch.undo()
     refresh_global_settings_context()
@@ -65,19 +65,19 @@ def notify(*argv: str) -> tuple[dict[str, Any], str]:
     return pipeline.notify(build_parser().parse_args(["notify", *argv]))
 
 
-def test_keys_of_a_notification_are_decoded() -> None:
+def test_the_keys_of_a_notification_are_decoded() -> None:
     text = notification("bucket/my+photos/caf%C3%A9+1.png", "bucket/a%2Bb.png")
     assert notified(text) == ["s3://bucket/my photos/café 1.png", "s3://bucket/a+b.png"]
 
 
-def test_only_what_lies_in_the_source_concerns_it() -> None:
+def test_only_objects_in_the_source_concern_a_config() -> None:
     uris = ["s3://b/photos/1.png", "s3://b/photos-old/1.png", "s3://b/x.tar", "s3://c/photos/1.png"]
     assert below(uris, "s3://b/photos/") == ["s3://b/photos/1.png"]
     assert below(uris, "s3://b/x.tar") == ["s3://b/x.tar"]
     assert below(uris, "/data/photos") == []
 
 
-def test_the_notification_that_tests_the_way_is_of_no_object() -> None:
+def test_a_test_notification_of_s3_has_no_object() -> None:
     assert notified('{"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}') == []
 
 
@@ -94,18 +94,18 @@ def test_the_notification_that_tests_the_way_is_of_no_object() -> None:
         b"\xff\xfe",
     ],
 )
-def test_what_is_no_notification_is_told_in_a_sentence(text: str | bytes) -> None:
+def test_other_text_is_not_a_notification(text: str | bytes) -> None:
     with pytest.raises(PipelineError, match=r"no notification of S3: give the JSON"):
         notified(text)
 
 
-def test_the_server_of_the_root_is_told_where_no_other_is_configured(
+def test_the_event_goes_to_the_server_of_the_root_if_no_other_is_configured(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str | None] = []
+    servers: list[str | None] = []
 
     def look(*given: Any, **options: Any) -> dict[str, Any]:
-        told.append(os.environ.get("PREFECT_API_URL"))
+        servers.append(os.environ.get("PREFECT_API_URL"))
         return {"dataset": "own", "announced": False, "reason": "It is a test."}
 
     def running(root: str) -> SimpleNamespace:
@@ -116,10 +116,10 @@ def test_the_server_of_the_root_is_told_where_no_other_is_configured(
     notify(config)
     monkeypatch.delenv("PREFECT_API_URL")
     notify(config)
-    assert told == ["http://127.0.0.1:9/api", "http://up-of-root/api"]
+    assert servers == ["http://127.0.0.1:9/api", "http://up-of-root/api"]
 
 
-def test_an_event_of_other_objects_does_nothing(
+def test_an_event_about_other_objects_does_nothing(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     event = notification("elsewhere/photos/1.png").encode()
@@ -130,12 +130,12 @@ def test_an_event_of_other_objects_does_nothing(
     assert not (tmp_path / "root").exists()
 
 
-def test_an_event_file_that_is_not_there_is_told(config: str) -> None:
+def test_a_missing_event_file_is_an_error(config: str) -> None:
     with pytest.raises(PipelineError, match=r"--event none\.json cannot be read: No such file"):
         notify(config, "--event", "none.json")
 
 
-def test_a_server_that_is_away_is_told_and_nothing_is_remembered(
+def test_a_missing_server_is_an_error_and_nothing_is_remembered(
     config: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PipelineError, match=r"127\.0\.0\.1:9/api cannot be reached"):
@@ -153,7 +153,7 @@ def test_an_option_out_of_range_is_wrong_usage(
 
 
 class Api(BaseHTTPRequestHandler):
-    """As much of Prefect's API as a look needs; `refuses` the events with a status, if not 0."""
+    """The part of Prefect's API that the command uses; `refuses` is the status for events or 0."""
 
     events: list[dict[str, Any]]
     refuses: int
@@ -178,7 +178,7 @@ class Api(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_change_is_told_once_and_again_only_if_it_could_not_be(
+def test_a_change_is_sent_once_and_again_only_if_sending_failed(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Api.events, Api.refuses = [], 403
@@ -190,19 +190,19 @@ def test_a_change_is_told_once_and_again_only_if_it_could_not_be(
         Api.refuses = 0
         assert "no event sent. 6 of 7 new images" in notify(config, "--min-new", "7")[1]
         assert Api.events == []
-        told, text = notify(config)
+        sent, text = notify(config)
         assert text == "own: event sent to Prefect. 6 new, 0 changed and 0 removed images in all."
         assert "It was announced before." in notify(config)[1]
         notify(config, "--again")
         server.shutdown()
-    assert (told["announced"], told["new"]) == (True, 6)
+    assert (sent["announced"], sent["new"]) == (True, 6)
     first, second = Api.events
     assert first["event"] == "dpnet.raw-data.changed"
     assert first["resource"] == {
         "prefect.resource.id": "dpnet.dataset.own",
         "prefect.resource.name": "own",
     }
-    assert first["payload"]["digest"] == told["digest"]
+    assert first["payload"]["digest"] == sent["digest"]
     assert set(first["payload"]) == {
         "dataset", "digest", "new", "changed", "removed", "version", "root",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The summary that ends a run."""
+"""The summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def summary(tmp_path: Path) -> dict[str, Any]:
     return summarize("demo", store, refs, 125.04)
 
 
-def test_it_holds_the_figures_of_each_method_by_bin_and_over_all(summary: dict[str, Any]) -> None:
+def test_the_summary_contains_the_figures_of_each_method_by_bin_and_as_means(
+    summary: dict[str, Any],
+) -> None:
     assert summary["bins"]["0.10-0.20"]["telea"] == {
         "hole_psnr": 24.0,
         "ssim": 0.91234,
@@ -62,7 +64,7 @@ def test_it_holds_the_figures_of_each_method_by_bin_and_over_all(summary: dict[s
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_the_text_names_output_digest_model_report_time_and_what_is_next(
+def test_the_text_shows_output_digest_model_report_time_and_the_next_commands(
     summary: dict[str, Any],
 ) -> None:
     text = as_text(summary, "dpnet demo")

@@ -1,3 +1,5 @@
+"""`dpnet verify`: every missing or altered file, manifest and record is named."""
+
 import json
 
 import pytest
@@ -18,7 +20,7 @@ def store(tmp_path):
 
 @pytest.fixture
 def chain(store):
-    """data → run → evaluation, and other data that nothing uses."""
+    """Commit data → run → evaluation, and other data that no stage uses."""
     files = {"train-000000.tar": b"t" * 100, "train.urls": b"train-000000.tar\n"}
     images = small_root.commit(store, "data", "data/a", files)
     small_root.commit(store, "data", "data/b", {"x.tar": b"x" * 10})
@@ -46,7 +48,7 @@ def edit(store, key, **changes):
     store.write(key, json.dumps(json.loads(store.read(key)) | changes).encode())
 
 
-def test_a_whole_root_is_found_in_order(store, chain):
+def test_a_sound_root_has_no_problems(store, chain):
     result = verify(store)
     assert problems(result) == []
     assert result.ok
@@ -71,14 +73,14 @@ def test_a_missing_file_is_named(store, chain):
     assert problems(verify(store)) == [(key, "is missing")]
 
 
-def test_a_manifest_that_is_no_json_is_named_and_the_others_are_checked(store, chain):
+def test_a_manifest_that_is_not_json_is_named_and_the_others_are_checked(store, chain):
     store.write(f"{chain[2].folder}/manifest.json", b"not json")
     result = verify(store)
     assert [where for where, _ in problems(result)] == [f"{chain[2].folder}/manifest.json"]
     assert result.stages == 3
 
 
-def test_a_manifest_without_its_parts_is_named(store, chain):
+def test_a_manifest_with_a_missing_part_is_named(store, chain):
     where = f"{chain[2].folder}/manifest.json"
     manifest = json.loads(store.read(where))
     del manifest["files"]
@@ -106,7 +108,7 @@ def test_a_hash_changed_with_its_file_is_noticed(store, chain):
     )
 
 
-def test_an_input_that_was_made_again_differently_is_noticed(store, chain):
+def test_an_input_with_another_content_digest_is_noticed(store, chain):
     where = f"{chain[0].folder}/manifest.json"
     manifest = json.loads(store.read(where))
     manifest["files"] = manifest["files"][:1]
@@ -121,14 +123,14 @@ def test_an_input_that_was_made_again_differently_is_noticed(store, chain):
     ]
 
 
-def test_an_input_that_is_gone_is_noticed(store, chain):
+def test_a_missing_input_is_noticed(store, chain):
     store.delete(f"{chain[0].folder}/manifest.json")
     (problem,) = problems(verify(store))
     assert problem[0] == f"{chain[1].folder}/manifest.json"
     assert "its input 'images' does not exist" in problem[1]
 
 
-def test_a_stage_is_verified_with_everything_it_was_made_from_and_nothing_else(store, chain):
+def test_a_stage_is_verified_with_all_its_inputs_and_nothing_else(store, chain):
     result = verify(store, chain[2].folder)
     assert (result.stages, result.files) == (3, 4)
     store.write(f"{chain[0].folder}/train.urls", b"")
@@ -150,7 +152,7 @@ def test_a_folder_without_a_finished_stage_is_refused_with_advice(tmp_path):
         verify_uri(str(tmp_path))
 
 
-def test_an_unfinished_stage_is_told(store, chain):
+def test_an_unfinished_stage_is_an_error(store, chain):
     with pytest.raises(PipelineError, match="never finished"):
         verify(store, "data/a/other")
 
@@ -163,13 +165,13 @@ def test_a_root_a_stage_and_a_manifest_can_be_given_by_path_and_uri(store, chain
     assert verify_uri(f"{folder.as_uri()}/manifest.json").stages == 3
 
 
-def test_a_stage_that_was_moved_is_told(store, chain, tmp_path):
+def test_a_moved_stage_is_an_error(store, chain, tmp_path):
     (store.folder / chain[0].folder).rename(tmp_path / "moved")
     with pytest.raises(PipelineError, match="was moved"):
         verify_uri(str(tmp_path / "moved"))
 
 
-def test_a_registered_model_is_walked_back(registered):
+def test_a_registered_model_is_verified_with_its_run_and_data(registered):
     store, run = registered
     for reference in ("models:/dpnet@champion", "models:/dpnet/1"):
         result = verify_uri(reference, str(store.folder))
@@ -213,7 +215,7 @@ def test_a_record_of_another_version_is_named(registered):
     )
 
 
-def test_a_record_that_is_no_record_is_named(registered):
+def test_a_damaged_record_is_named(registered):
     store, _ = registered
     store.write("registry/dpnet/champion.json", b"[]")
     assert ("registry/dpnet/champion.json", "was altered: it is not a whole record") in problems(
@@ -237,7 +239,7 @@ def test_a_large_file_is_hashed_in_pieces(store, monkeypatch):
     assert not verify(store).ok
 
 
-def test_what_is_not_there_or_no_folder_is_told(tmp_path):
+def test_a_missing_folder_or_a_file_is_an_error(tmp_path):
     with pytest.raises(PipelineError, match="nosuch does not exist: name a root"):
         verify_uri(str(tmp_path / "nosuch"))
     (tmp_path / "file").write_bytes(b"")
