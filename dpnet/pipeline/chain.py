@@ -1,7 +1,7 @@
-"""The five stages in their order: what each takes from those before it.
+"""The five stages in their order, each with its inputs from the stages before it.
 
-`call` runs a stage; the flow passes one that makes it a Prefect task. A stage that is committed is
-skipped by itself, so running the chain up to a stage builds only what is missing.
+`call` runs one stage; the flow passes a `call` that runs it as a Prefect task. A committed stage is
+skipped, so the chain builds only missing stages.
 """
 
 from __future__ import annotations
@@ -25,20 +25,28 @@ from dpnet.training.stage import train
 
 log = logging.getLogger(__name__)
 
-SAMPLE = "sample-photographs"  # as images.source: those that scikit-image carries
+SAMPLE = "sample-photographs"  # a value of images.source: the photos in scikit-image
 
 StageName = Literal["images", "masks", "train", "evaluate", "register"]
 Call = Callable[..., StageRef]
 
 
 def call_plainly(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+    """Run a stage in this process, without Prefect."""
     return stage(*arguments)
 
 
 def run_chain(
     config: Config, store: Store, wanted: StageName = "register", call: Call = call_plainly
 ) -> list[StageRef]:
-    """Run the stages that `wanted` needs, and it last; their references in that order."""
+    """Run `wanted` and the stages before it. Return their references in that order.
+
+    Args:
+        config: Settings of all stages.
+        store: The root.
+        wanted: The last stage to run.
+        call: Runs one stage: `call(title, stage, *arguments)`.
+    """
     refs: list[StageRef] = []
 
     def run(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
@@ -65,10 +73,10 @@ def run_chain(
 
 
 def _tracking(config: Config, store: Store) -> str | None:
-    """The MLflow that training tells how it goes; None where there is none."""
+    """Return the MLflow that training reports to, or None without one."""
     try:
         return tracking_uri(config.registry, store)
-    except ConfigError:  # registering needs one, training does not
+    except ConfigError:  # the stage `register` needs MLflow, training does not
         return None
 
 
@@ -87,7 +95,7 @@ def check_config(config: Config, wanted: StageName = "register") -> None:
 
 
 def with_photographs(config: Config, store: Store) -> Config:
-    """`config` with the sample photographs written out as files, if it asks for them."""
+    """Return `config` with a folder of photos, after writing the sample photos if it names them."""
     if config.images.source != SAMPLE:
         return config
     top = store.local_folder or cache_folder()

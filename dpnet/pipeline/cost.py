@@ -1,6 +1,6 @@
-"""What training costs: hours that workers worked, and money, before it begins and after.
+"""The cost of training in hours and money: estimated before it starts, measured afterwards.
 
-Prices are the config's; they change nothing that comes out, so they are in no digest.
+Prices come from the config. They do not change any result, so no digest contains them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpnet.tracking.run_log import hours_worked
 
 @dataclass(frozen=True)
 class Cost:
-    """Hours of training workers with a GPU each and without, and what an hour of each costs."""
+    """Hours of training workers with and without a GPU, and the prices of such an hour."""
 
     gpu_hours: float
     cpu_hours: float
@@ -29,16 +29,16 @@ class Cost:
 
     @property
     def money(self) -> float:
-        """In `prices.currency`."""
+        """Return the total price in `prices.currency`."""
         return self.gpu_hours * self.prices.gpu_hour + self.cpu_hours * self.prices.cpu_hour
 
 
 def measured(store: Store, folder: str, prices: CostSettings) -> Cost:
-    """What the run in `folder` has used so far, by its log.
+    """Return what the run in `folder` has cost so far, by its log.
 
-    Counted is what the log has: the time from the first step to the last record, with validation
-    and checkpoints in between. So it leaves out the start of the workers, and steps that were lost
-    with a worker and made again count once.
+    The log covers the time from the first step to the last record, with validation and checkpoints.
+    It does not cover the start of the workers. A step that was lost with a worker and repeated
+    counts once.
     """
     return Cost(*hours_worked(_log(store, folder)), prices)
 
@@ -46,24 +46,32 @@ def measured(store: Store, folder: str, prices: CostSettings) -> Cost:
 def estimated(
     config: Config, store: Store, images: StageRef | None = None, masks: StageRef | None = None
 ) -> Cost | None:
-    """What training will use, by the speed of the newest run of the root with the same network,
-    size and kind of device; None where there is none.
+    """Estimate the cost of training from the speed of an earlier run.
 
-    With the data that it trains on, the steps that need not be made are left out: those up to the
-    last checkpoint, of another run too where this one extends it, or all.
+    The estimate uses the newest run of the root with the same network, image size and kind of
+    device.
+
+    Args:
+        config: The config to train.
+        store: The root.
+        images: The image shards, if known. With both kinds of shards, finished steps do not count.
+        masks: The mask shards, if known.
+
+    Returns:
+        The cost, or None without such a run.
     """
     speed = _known_speed(store, config)
     if speed is None:
         return None
     steps = config.train.steps
     if images is not None and masks is not None:
-        steps -= _steps_there(config, store, images, masks)
+        steps -= _finished_steps(config, store, images, masks)
     hours = steps * config.train.batch_size / speed / 3600
     return Cost(hours, 0.0, config.cost) if config.train.gpus else Cost(0.0, hours, config.cost)
 
 
 def cost_text(cost: Cost) -> str:
-    """As "3.2 GPU-hours, 8.00 USD (at 2.50 an hour)"; the hours alone where they have no price."""
+    """Return the cost as text, such as "3.2 GPU-hours, 8.00 USD (at 2.50 an hour)"."""
     prices = cost.prices
     used = ((cost.gpu_hours, prices.gpu_hour), (cost.cpu_hours, prices.cpu_hour))
     rates = [price for hours, price in used if hours and price]
@@ -75,7 +83,7 @@ def cost_text(cost: Cost) -> str:
 
 
 def hours_text(gpu_hours: float, cpu_hours: float) -> str:
-    """As "3.2 GPU-hours", "0.05 worker-hours", or both where both kinds have worked."""
+    """Return hours as text: "3.2 GPU-hours", "0.05 worker-hours", or both."""
     parts = []
     if gpu_hours:
         parts.append(f"{_number(gpu_hours)} GPU-hours")
@@ -91,7 +99,7 @@ def _number(hours: float) -> str:
 
 
 def _known_speed(store: Store, config: Config) -> float | None:
-    """Images per second and worker, validation and checkpoints counted in."""
+    """Return images per second and worker, with validation and checkpoints in the time."""
     alike = []
     for folder in store.folders(RUNS):
         status = read_status(store, folder)
@@ -107,7 +115,7 @@ def _known_speed(store: Store, config: Config) -> float | None:
 
 
 def _network(store: Store, folder: str) -> Any:
-    """The `model` section that a run was asked for; None where that cannot be read."""
+    """Return the `model` section of a run's request, or None if it cannot be read."""
     import yaml
 
     try:
@@ -118,14 +126,15 @@ def _network(store: Store, folder: str) -> Any:
 
 
 def _log(store: Store, folder: str) -> list[dict[str, Any]]:
-    """A run's log; nothing where it is damaged, which is `dpnet verify`'s to tell."""
+    """Return a run's log. A damaged log counts as empty; `dpnet verify` reports it."""
     try:
         return read_log(store, folder)
     except ValueError:
         return []
 
 
-def _steps_there(config: Config, store: Store, images: StageRef, masks: StageRef) -> int:
+def _finished_steps(config: Config, store: Store, images: StageRef, masks: StageRef) -> int:
+    """Return how many steps training will not repeat, because a checkpoint has them."""
     from dpnet.training.job import plan_training
 
     request, job = plan_training(config.training(images, masks), store)

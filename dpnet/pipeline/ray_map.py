@@ -1,7 +1,7 @@
-"""The tasks of `data_prep.core.pool.run_tasks` on a Ray cluster.
+"""Run the tasks of `data_prep.core.pool.run_tasks` on a Ray cluster.
 
-Plain Ray tasks, because what a task writes must depend on nothing but the task: Ray Data would cut
-the work into blocks of its own choice. Ray itself sets OMP_NUM_THREADS to the one core of a task.
+It uses plain Ray tasks, because the output of a task must depend only on the task. Ray Data would
+cut the work into blocks of its own choice. Ray sets OMP_NUM_THREADS to 1, the cores of one task.
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ from dpnet.training.ray.start import connect, prepare_start
 T = TypeVar("T")
 R = TypeVar("R")
 
-RETRIES = 3  # of a task whose worker or node died
+RETRIES = 3  # of a task after its worker or node died
 
 
 def ray_map(address: str = "auto") -> Map:
-    """A `Map` that runs its tasks on the Ray cluster at `address`.
+    """Return a `Map` that runs its tasks on the Ray cluster at `address`.
 
-    "auto" is the cluster that this machine belongs to, "local" one started for the time of the
-    call. A connection that this process has already is used, whatever `address` says. What tasks
-    name must be the same on all machines: absolute paths on a shared disk, or object storage.
-    `workers` of the `Map` is how many tasks may run at once, 0: what keeps every core busy. Raises
-    PipelineError when no cluster can be reached or a task does not survive four tries.
+    If this process is already connected to Ray, that connection is used. Paths in tasks must mean
+    the same on all machines: use absolute paths on a shared disk, or object storage. The argument
+    `workers` of the `Map` is the number of tasks to run at the same time; 0 keeps all cores busy.
+    The `Map` raises PipelineError if it cannot reach a cluster, or if a task fails four times.
+
+    Args:
+        address: HOST:PORT of the cluster; "auto" for the cluster of this machine; "local" to start
+            one on this machine for the duration of a call.
     """
 
     def run_on_ray(
@@ -50,14 +53,15 @@ def ray_map(address: str = "auto") -> Map:
 def _run(
     ray: Any, function: Callable[[T], R], tasks: Iterable[T], workers: int
 ) -> Generator[R, None, None]:
-    # An error of the function is its own and would come again.
+    # No retry after an error of the function: it would fail again.
     remote = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(_call)
     rest = iter(tasks)
-    window: deque[tuple[Any, T]] = deque()  # in order; also what is done before its turn
+    window: deque[tuple[Any, T]] = deque()  # in order, with results that wait for their turn
     running: list[Any] = []
     try:
         while True:
-            # The cluster may grow. Twice its cores, so that a node has the next task at hand.
+            # Read each time, because the cluster may grow. Twice its cores, so that each node has
+            # its next task ready.
             most = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             room = min(most - len(running), 2 * most - len(window))
             for task in islice(rest, max(0, room)):
@@ -70,7 +74,7 @@ def _run(
                 _, running = ray.wait(running, num_returns=1)
                 continue
             yield _result(ray, *window.popleft())
-            if running:  # others may have ended while this result was used
+            if running:  # others may have ended while the caller used this result
                 _, running = ray.wait(running, num_returns=len(running), timeout=0)
     finally:
         for reference in running:
@@ -83,7 +87,7 @@ def _call(function: Callable[[T], R], task: T) -> R:
 
 
 def _result(ray: Any, reference: Any, task: Any) -> Any:
-    """The result of a finished task. Raises the function's own error, or a PipelineError."""
+    """Return the result of a finished task. Raises the function's own error, or PipelineError."""
     lost: str
     try:
         return ray.get(reference)
@@ -101,13 +105,13 @@ def _result(ray: Any, reference: Any, task: Any) -> Any:
 
 
 def _find(address: str) -> None:
-    """Raise OSError when nothing listens at the address. Ray would try for ten minutes."""
+    """Raise OSError if nothing listens at the address. Ray would try for ten minutes."""
     if address == "auto":
         latest = Path(
             os.environ.get("RAY_TMPDIR") or tempfile.gettempdir(), "ray/ray_current_cluster"
         )
         address = os.environ.get("RAY_ADDRESS", "")
-        if not address and latest.exists():  # perhaps of a cluster that has ended
+        if not address and latest.exists():  # the cluster may have ended
             address = latest.read_text().strip()
     url = urlsplit(address if "://" in address else f"//{address}")
     if url.hostname and url.port:

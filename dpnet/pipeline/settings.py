@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import BaseModel, ConfigDict, Field
-
-if TYPE_CHECKING:  # the config is composed of this module's settings
-    pass
 
 
 class CostSettings(BaseModel):
-    """Prices, for the estimate and the account of training."""
+    """Prices for the estimated and the measured cost of training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    gpu_hour: float = Field(0.0, ge=0, le=1e6, description="Price of an hour of one GPU.")
+    gpu_hour: float = Field(0.0, ge=0, le=1e6, description="Price of one GPU for one hour.")
     cpu_hour: float = Field(
-        0.0, ge=0, le=1e6, description="Price of an hour of one training worker without a GPU."
+        0.0, ge=0, le=1e6, description="Price of one training worker without a GPU for one hour."
     )
     currency: str = Field(
-        "USD", min_length=1, max_length=8, description="What prices are in, as it is shown."
+        "USD", min_length=1, max_length=8, description="Currency of the prices, as it is shown."
     )

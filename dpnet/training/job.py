@@ -112,18 +112,18 @@ def plan_training(training: TrainRequest, store: Store) -> tuple[Request, TrainJ
 
 
 def check_settings(settings: TrainSettings) -> None:
-    """Raise ConfigError where numbers of workers, samples and lanes do not go together."""
+    """Raise ConfigError if the numbers of workers, samples and lanes contradict each other."""
     s = settings
     if s.min_workers is not None and s.min_workers > s.workers:
         raise ConfigError(
-            f"train.min_workers is {s.min_workers} and train.workers {s.workers}: the first may not"
-            " be more."
+            f"train.min_workers is {s.min_workers} and train.workers is {s.workers}: lower"
+            " train.min_workers to train.workers or less."
         )
     for option, most in (("batch_size", s.batch_size), ("lanes", s.lanes)):
         if s.workers > most:
             raise ConfigError(
-                f"train.workers is {s.workers} and train.{option} {most}: each worker needs one of"
-                f" its own, so raise train.{option} or lower train.workers."
+                f"train.workers is {s.workers} and train.{option} is {most}, but each worker needs"
+                f" at least one: raise train.{option} or lower train.workers."
             )
 
 
@@ -190,17 +190,17 @@ def requested(request: Request) -> dict[str, Any]:
 
 
 def check_vgg_file(losses: LossSettings) -> None:
-    """Raise ConfigError where `losses.vgg_weights` names no file."""
+    """Raise ConfigError if `losses.vgg_weights` names a missing file."""
     name = losses.vgg_weights
     if name is not None and not Path(name).expanduser().is_file():
         raise ConfigError(
-            f"losses.vgg_weights names {name!r}, which is no file: make it with"
+            f"losses.vgg_weights names {name!r}, which does not exist: make the file with"
             f" `{vgg_command(losses.vgg, name)}`, or leave the option out."
         )
 
 
 def vgg_command(kind: str, file: str) -> str:
-    """What makes a file of torchvision's weights, where torchvision and a network are at hand."""
+    """Return the command that makes a file of VGG weights. It needs torchvision and a network."""
     return (
         'python -c "import sys, torch, torchvision.models as m;'
         f" torch.save(m.{kind}(weights='DEFAULT').state_dict(), sys.argv[1])\""
@@ -209,5 +209,11 @@ def vgg_command(kind: str, file: str) -> str:
 
 
 def is_finished(job: TrainJob, step: int, finished: str) -> bool:
-    """Whether a checkpoint at `step` is the run's last."""
+    """Return whether a checkpoint at `step` ends the run.
+
+    Args:
+        job: The run.
+        step: Steps done at the checkpoint.
+        finished: Why training ended early there, or "".
+    """
     return step == job.settings.steps or bool(finished)

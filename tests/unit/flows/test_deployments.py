@@ -75,9 +75,9 @@ def test_without_a_notification_block_there_are_no_alerts_but_all_other_automati
         ("retrain='61 * * * *'", "retrain is .* must be a cron expression"),
         ("timezone=Mars", "must be the name of a time zone"),
         ("trainings=0", "trainings is 0: it must be a whole number of at least 1"),
-        ("pol=x", "pol is no option: the nearest is pool"),
+        ("pol=x", "pol is not an option: the nearest is pool"),
         ("parameters.train.steps=0", "parameters.train.steps is 0: it must be a whole number"),
-        ("parameters.train.step=1", "parameters.train.step is no option: the nearest is steps"),
+        ("parameters.train.step=1", "parameters.train.step is not an option: the nearest is steps"),
         ("parameters.trein.steps=1", "parameters.trein is not a section"),
         ("config=nowhere.yaml", "'nowhere.yaml' is neither .* set parameters.images.name"),
     ],
@@ -92,7 +92,7 @@ def test_a_wrong_setting_is_refused_before_the_server_is_contacted(
 def test_a_deploy_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "deploy.yaml"
     file.write_text("trainigs: 3")
-    with pytest.raises(ConfigError, match=r"deploy\.yaml: trainigs is no option: .* trainings"):
+    with pytest.raises(ConfigError, match=r"deploy\.yaml: trainigs is not an option: .* trainings"):
         load_settings(DeploySettings, file)
 
 

@@ -138,7 +138,7 @@ def test_model_describe_prints_layers_and_totals(capsys: pytest.CaptureFixture[s
     ("argv", "message"),
     [
         (["--preset", "huge"], "must be one of tiny, base, large"),
-        (["--set", "depth=3"], "model.depth is no option"),
+        (["--set", "depth=3"], "model.depth is not an option"),
         (["--size", "100"], "give a multiple of 32 pixels"),
     ],
 )
@@ -480,7 +480,7 @@ def test_a_missing_file_of_vgg_weights_is_reported_before_any_work(
 ) -> None:
     config = [] if command == ["demo"] else ["demo"]
     given = ["--root", str(tmp_path / "root"), "--set", "losses.vgg_weights=none.pth"]
-    assert "which is no file" in fails(capsys, *command, *config, *given)
+    assert "which does not exist" in fails(capsys, *command, *config, *given)
     assert not (tmp_path / "root" / "images").exists()
 
 

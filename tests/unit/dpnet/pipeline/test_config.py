@@ -76,7 +76,7 @@ def test_the_config_is_saved_and_read_back_the_same() -> None:
 
 
 def test_a_misspelt_option_names_the_nearest_one() -> None:
-    assert "train.stepz is no option: the nearest is train.steps." in message(
+    assert "train.stepz is not an option: the nearest is train.steps." in message(
         "demo", "train.stepz=1"
     )
 
@@ -87,7 +87,7 @@ def test_an_option_in_the_wrong_section_names_the_right_one() -> None:
 
 def test_an_option_unlike_any_lists_those_of_its_section() -> None:
     text = message("demo", "register.zzz=1")
-    assert "register.zzz is no option: the options here are register.model" in text
+    assert "register.zzz is not an option: the options here are register.model" in text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_several_mistakes_are_told_as_the_first_and_a_count() -> None:
 
 def test_a_misspelt_section_is_told_before_what_is_missing_for_it(written) -> None:  # type: ignore[no-untyped-def]
     text = message(written("name: a\nimagse: {source: b}\nmasks: {name: c}\n"))
-    assert "imagse is no option: the nearest is images" in text
+    assert "imagse is not an option: the nearest is images" in text
 
 
 def test_images_and_masks_of_different_size_are_refused() -> None:
@@ -151,8 +151,8 @@ def test_a_file_that_is_no_config_says_why(written, content: str, expected: str)
 
 def test_a_file_that_is_not_text_and_a_folder_say_why(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    assert "is not text in UTF-8" in message(str(tmp_path / "binary.yaml"))
-    assert "cannot be read: Is a directory" in message(str(tmp_path))
+    assert "is not UTF-8 text" in message(str(tmp_path / "binary.yaml"))
+    assert "cannot be read (Is a directory)" in message(str(tmp_path))
 
 
 def test_the_root_is_the_given_one_then_the_environments_then_the_configs(

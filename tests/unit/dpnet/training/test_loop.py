@@ -362,8 +362,11 @@ def test_the_run_tells_how_it_goes_while_it_goes_on(prepared):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"workers": 5, "batch_size": 4}, r"train\.workers is 5 and train\.batch_size 4"),
-        ({"workers": 9, "batch_size": 16, "lanes": 8}, r"train\.workers is 9 and train\.lanes 8"),
+        ({"workers": 5, "batch_size": 4}, r"train\.workers is 5 and train\.batch_size is 4"),
+        (
+            {"workers": 9, "batch_size": 16, "lanes": 8},
+            r"train\.workers is 9 and train\.lanes is 8",
+        ),
         ({"workers": 2, "min_workers": 3, "batch_size": 4}, r"train\.min_workers is 3"),
     ],
 )
@@ -415,7 +418,9 @@ def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp
 
 def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepared, tmp_path):
     losses = LossSettings(vgg_weights=str(tmp_path / "vgg.pth"))
-    with pytest.raises(ConfigError, match=r"no file: make it with `python -c .*vgg\.pth`"):
+    with pytest.raises(
+        ConfigError, match=r"does not exist: make the file with `python -c .*vgg\.pth`"
+    ):
         make_job(prepared, losses)
 
 
