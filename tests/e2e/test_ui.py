@@ -11,18 +11,15 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from platforms import Platform, environment, platform
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Locator, Page, expect  # noqa: E402
@@ -56,61 +53,31 @@ evaluate: {{max_pairs: 12}}
 STAGES = ["prepare images", "prepare masks", "train", "evaluate", "register"]
 
 
-@dataclass
-class Up:
-    """A `dpnet up` with all deployments."""
-
-    root: Path
-    addresses: dict[str, Any]
-
-    def ask(self, path: str, about: dict[str, Any]) -> Any:
-        """Send a request to the Prefect API, and return the answer."""
-        url = f"{self.addresses['api_url']}/{path}"
-        body = json.dumps(about).encode()
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    def stages(self, run_url: str, attempt: int) -> dict[str, str]:
-        """Return the last state of each stage in one attempt of a flow run."""
-        about = {"flow_runs": {"id": {"any_": [run_url.rpartition("/")[2]]}}}
-        found = {}
-        for task in self.ask("task_runs/filter", about):
-            if task["flow_run_run_count"] == attempt:
-                found[task["name"].rpartition("-")[0]] = task["state"]["name"]
-        return {stage: found[stage] for stage in STAGES if stage in found}
+def stages(up: Platform, run_url: str, attempt: int) -> dict[str, str]:
+    """Return the last state of each stage in one attempt of a flow run."""
+    about = {"flow_runs": {"id": {"any_": [run_url.rpartition("/")[2]]}}}
+    found = {}
+    for task in up.ask("/task_runs/filter", about):
+        if task["flow_run_run_count"] == attempt:
+            found[task["name"].rpartition("-")[0]] = task["state"]["name"]
+    return {stage: found[stage] for stage in STAGES if stage in found}
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """Run `dpnet up` and deploy to it."""
     folder = tmp_path_factory.mktemp("ui")
     root = Path("/tmp/dpnet") if SHOTS else folder / "root"  # a short name for the screenshots
     if SHOTS:
         shutil.rmtree(root, ignore_errors=True)
-    hidden = ("PREFECT_", "RAY_", "DPNET_", "AWS_", "MLFLOW_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
-    dpnet = [sys.executable, "-m", "dpnet"]
-    with (folder / "up.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*dpnet, "up", "--root", str(root), "--json"],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=log,
-        )
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line, (folder / "up.log").read_text()
-        file = folder / "deploy.yaml"
-        # The schedules create runs, but none of them is due during the test.
-        own = f"config: {config(folder)}\nwatch: {NEW_YEAR}\nretrain: {NEW_YEAR}\n"
-        file.write_text("config: demo\n" if SHOTS else own)
-        subprocess.run([*dpnet, "deploy", str(file), "--root", str(root)], env=env, check=True)
-        yield Up(root, json.loads(line))
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-        process.stdout.close()
+    file = folder / "deploy.yaml"
+    # The schedules create runs, but none of them is due during the test.
+    tiny = f"config: {config(folder)}\nwatch: {NEW_YEAR}\nretrain: {NEW_YEAR}\n"
+    file.write_text("config: demo\n" if SHOTS else tiny)
+    deploy = [sys.executable, "-m", "dpnet", "deploy", str(file), "--root", str(root)]
+    with platform(root) as found:
+        subprocess.run(deploy, env=environment(), check=True)
+        yield found
 
 
 def config(folder: Path) -> Path:
@@ -148,8 +115,8 @@ def shoot(page: Page, name: str) -> None:
         palette.save(Path(SHOTS, f"{name}.png"), optimize=True)
 
 
-def open_form(page: Page, up: Up) -> None:
-    page.goto(f"{up.addresses['ui_url']}/deployments")
+def open_form(page: Page, up: Platform) -> None:
+    page.goto(f"{up.running.ui_url}/deployments")
     deployment = page.locator("a[href*='/deployments/deployment/']", has_text="dpnet-pipeline")
     expect(page.get_by_text("watch-raw-data").first).to_be_visible()
     shoot(page, "deployments")
@@ -163,7 +130,7 @@ def field(page: Page, name: str) -> Locator:
     return page.locator(".schema-form-property").filter(has=label).last.locator("input")
 
 
-def start(page: Page, up: Up, steps: int) -> str:
+def start(page: Page, up: Platform, steps: int) -> str:
     """Fill in and send the form. Return the address of the run's page, which is open now."""
     open_form(page, up)
     field(page, "steps").fill(str(steps))
@@ -171,7 +138,7 @@ def start(page: Page, up: Up, steps: int) -> str:
     page.get_by_role("button", name="Submit").click()
     page.wait_for_url("**tab=Runs*")
     newest = {"sort": "EXPECTED_START_TIME_DESC", "limit": 1}
-    (run,) = up.ask("flow_runs/filter", newest | OF_PIPELINE)
+    (run,) = up.ask("/flow_runs/filter", newest | OF_PIPELINE)
     # The page reloads the list only from time to time.
     page.locator(f"a[href*='/flow-run/{run['id']}']").first.click(timeout=LONG)
     page.wait_for_url("**/flow-run/*")
@@ -189,7 +156,7 @@ def expect_state(page: Page, state: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def completed(page: Page, up: Up) -> str:
+def completed(page: Page, up: Platform) -> str:
     """Start a run in the form, watch it until it completes, and return its address."""
     url = start(page, up, STEPS)
     expect_state(page, "Running")
@@ -222,25 +189,25 @@ def widths(page: Page) -> list[int]:
     )
 
 
-def test_a_value_out_of_range_is_refused_before_anything_starts(page: Page, up: Up) -> None:
+def test_a_value_out_of_range_is_refused_before_anything_starts(page: Page, up: Platform) -> None:
     open_form(page, up)
     field(page, "steps").fill("0")
     page.get_by_role("button", name="Submit").click()
     error = page.get_by_text("Validation failed for field 'train.steps'").first
     expect(error).to_contain_text("0 is less than the minimum of 1")
-    assert up.ask("flow_runs/filter", OF_PIPELINE) == []
+    assert up.ask("/flow_runs/filter", OF_PIPELINE) == []
 
 
 def test_the_name_of_a_run_has_the_changed_options_and_every_stage_completes(
-    page: Page, up: Up, completed: str
+    page: Page, up: Platform, completed: str
 ) -> None:
     page.goto(completed)
     heading = page.get_by_text(re.compile(rf"(tiny\.yaml|demo), train\.steps={STEPS}$")).first
     expect(heading).to_be_visible()
-    assert up.stages(completed, 1) == dict.fromkeys(STAGES, "Completed")
+    assert stages(up, completed, 1) == dict.fromkeys(STAGES, "Completed")
 
 
-def test_the_summary_has_digests_and_figures(page: Page, up: Up, completed: str) -> None:
+def test_the_summary_has_digests_and_figures(page: Page, up: Platform, completed: str) -> None:
     artifact(page, completed, "summary")
     expect(page.get_by_text("hole PSNR, dB, by hole")).to_be_visible()
     for manifest in up.root.glob("*/*/*/manifest.json"):
@@ -266,10 +233,10 @@ def test_the_link_to_the_report_opens_the_report(page: Page, completed: str) -> 
 
 
 def test_the_link_to_mlflow_opens_the_run_of_the_training(
-    page: Page, up: Up, completed: str
+    page: Page, up: Platform, completed: str
 ) -> None:
     artifact(page, completed, "summary")
-    link = page.get_by_role("link", name=up.addresses["mlflow_url"]).get_attribute("href") or ""
+    link = page.get_by_role("link", name=up.running.mlflow_url).get_attribute("href") or ""
     (training,) = (up.root / "runs").iterdir()
     page.goto(link)
     expect(page.get_by_text(training.name).first).to_be_visible()
@@ -277,14 +244,14 @@ def test_the_link_to_mlflow_opens_the_run_of_the_training(
 
 
 def test_a_failed_stage_is_explained_in_a_sentence_and_retry_runs_only_unfinished_stages(
-    page: Page, up: Up, completed: str
+    page: Page, up: Platform, completed: str
 ) -> None:
     folder, aside = up.root / "evaluations", up.root / "aside"
     folder.rename(aside)
     folder.write_text("in the way")  # the stage needs a folder of this name
     run = start(page, up, MORE_STEPS)
     expect_state(page, "Failed")
-    assert up.stages(run, 1) == {
+    assert stages(up, run, 1) == {
         "prepare images": "Skipped",
         "prepare masks": "Skipped",
         "train": "Completed",
@@ -302,7 +269,7 @@ def test_a_failed_stage_is_explained_in_a_sentence_and_retry_runs_only_unfinishe
     page.get_by_role("button", name="Retry").click()
     page.get_by_role("dialog").get_by_role("button", name="Retry").click()
     expect_state(page, "Completed")
-    assert up.stages(run, 2) == {
+    assert stages(up, run, 2) == {
         "prepare images": "Skipped",
         "prepare masks": "Skipped",
         "train": "Skipped",
