@@ -1,9 +1,10 @@
-"""One flow run: its name, its tasks, the errors in its log, and its job on a cluster."""
+"""One flow run: its name, its log, its tasks, and its job on a cluster."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from prefect import runtime, task
@@ -11,10 +12,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.logging import get_logger
+from prefect.logging import get_logger, get_run_logger
 from prefect.states import Completed
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.logs import add_handler, remove_handler
 from data_prep.core.manifest import StageRef
 from dpnet.pipeline.summary import holds
 
@@ -35,6 +37,30 @@ def run_name() -> str:
         parts.append(f"in {parameters['root']}")
     name = ", ".join(parts)
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
+
+
+class RunLogHandler(logging.Handler):
+    """A logging handler that copies records to a Prefect run's log, with their levels."""
+
+    def __init__(self, run_log: logging.LoggerAdapter[logging.Logger] | logging.Logger) -> None:
+        super().__init__()
+        self._run_log = run_log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log the formatted record in the run's log."""
+        # As an argument: a "%" in the message is text.
+        self._run_log.log(record.levelno, "%s", self.format(record))
+
+
+@contextmanager
+def log_to_run() -> Iterator[None]:
+    """Copy the log of our packages to the run's log, from level INFO, inside the block."""
+    handler = RunLogHandler(get_run_logger())
+    add_handler(handler)
+    try:
+        yield
+    finally:
+        remove_handler(handler)
 
 
 def shorten_logged_errors() -> None:

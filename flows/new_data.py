@@ -33,7 +33,13 @@ from dpnet.pipeline.config import Config, load_config, resolve_root
 from dpnet.pipeline.retrain import NothingToDo
 from dpnet.pipeline.retrain import retrain as retrain_stage
 from dpnet.training.ray.launch import leaves_job
-from flows.flow_run import job_keeps_running, run_as_task, run_name, shorten_logged_errors
+from flows.flow_run import (
+    job_keeps_running,
+    log_to_run,
+    run_as_task,
+    run_name,
+    shorten_logged_errors,
+)
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of
 from flows.run_page import RunPage
 
@@ -71,7 +77,8 @@ def watch_raw_data(
     resolved = load_config(config, [*overrides_of(images=images), *overrides])
     check_config(resolved, "images")
     store = open_store(resolve_root(root, resolved))
-    found = check_source(resolved, store, min_new, quiet_minutes * 60, again=again)
+    with log_to_run():
+        found = check_source(resolved, store, min_new, quiet_minutes * 60, again=again)
     if found["announced"]:
         return found
     return Completed(name="Skipped", message=found["reason"], data=found)

@@ -25,16 +25,15 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
-from prefect.logging import get_run_logger
 
 from data_prep.core import progress
-from data_prep.core.logs import add_handler, remove_handler
 from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown
 from flows.deployments import PROGRESS, TAG
+from flows.flow_run import log_to_run
 from flows.local_server.process_tree import survive_closed_output
 
 SEND_EVERY_S = 2.0
@@ -43,19 +42,6 @@ LAST_SEND_S = 5.0  # how long the end of the run waits for the last update
 MAX_IMAGE_BYTES = 400_000  # of all result images together
 
 log = logging.getLogger(__name__)
-
-
-class RunLogHandler(logging.Handler):
-    """A logging handler that copies records to a Prefect run's log, with their levels."""
-
-    def __init__(self, run_log: logging.LoggerAdapter[logging.Logger] | logging.Logger) -> None:
-        super().__init__()
-        self._run_log = run_log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Log the formatted record in the run's log."""
-        # As an argument: a "%" in the message is text.
-        self._run_log.log(record.levelno, "%s", self.format(record))
 
 
 @dataclass
@@ -79,7 +65,7 @@ class RunPage:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._last_event = 0.0
-        self._handler = RunLogHandler(get_run_logger())
+        self._log = log_to_run()
         # The thread needs the settings of the flow run's context to find the server.
         self._thread = threading.Thread(
             target=contextvars.copy_context().run, args=(self._send_until_ended,), daemon=True
@@ -89,7 +75,7 @@ class RunPage:
         if "PREFECT__FLOW_RUN_ID" in os.environ:  # a worker started this process
             survive_closed_output()
         progress.watchers.append(self._note_progress)
-        add_handler(self._handler)
+        self._log.__enter__()
         self._thread.start()
         return self
 
@@ -100,7 +86,7 @@ class RunPage:
         traceback: TracebackType | None,
     ) -> None:
         progress.watchers.remove(self._note_progress)
-        remove_handler(self._handler)
+        self._log.__exit__(kind, value, traceback)
         self._ended.set()
         self._thread.join(LAST_SEND_S)
 

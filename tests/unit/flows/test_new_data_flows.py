@@ -14,7 +14,7 @@ from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import Config, config_of_source
 from dpnet.pipeline.retrain import NothingToDo
-from flows import new_data
+from flows import flow_run, new_data
 
 SUMMARY = {
     "model": "dpnet",
@@ -51,6 +51,25 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
         new_data, "create_markdown_artifact", lambda text, **about: server.pages.append(text)
     )
     return server
+
+
+def test_the_result_of_watching_is_in_the_runs_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    records: list[str] = []
+    run_log = logging.Logger("the log of a run")
+    run_log.addFilter(lambda record: records.append(record.getMessage()) or True)  # type: ignore[func-returns-value]
+
+    def check_source(*arguments: Any, **options: Any) -> dict[str, Any]:
+        logging.getLogger("flows.new_data").info("watch own: nothing is new")
+        return {"announced": False, "reason": "Nothing is new."}
+
+    monkeypatch.setattr(flow_run, "get_run_logger", lambda: run_log)
+    monkeypatch.setattr(new_data, "check_source", check_source)
+    state = new_data.watch_raw_data.fn("demo", str(tmp_path))
+    assert isinstance(state, State)
+    assert (state.name, state.message) == ("Skipped", "Nothing is new.")
+    assert records == ["watch own: nothing is new"]
 
 
 def run_flow(

@@ -10,7 +10,7 @@ import pytest
 from data_prep.core.progress import Moment
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import load_config
-from flows import run_page
+from flows import flow_run
 from flows.run_page import RunPage, progress_line
 
 
@@ -22,7 +22,7 @@ def run_log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     handler = logging.Handler()
     handler.emit = lambda record: records.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
     logger.addHandler(handler)
-    monkeypatch.setattr(run_page, "get_run_logger", lambda: logger)
+    monkeypatch.setattr(flow_run, "get_run_logger", lambda: logger)
     return records
 
 
