@@ -1,7 +1,7 @@
-"""Errors a user can act on.
+"""Errors that a user can act on.
 
-Every message is one sentence that names the thing and says what to do. The command prints it
-without a traceback and exits 1; anything else that escapes is a bug and shows its traceback.
+Every message says what failed, why, and what to do. The command prints the message without a
+traceback and exits with status 1. Any other exception is a bug and is shown with its traceback.
 """
 
 from __future__ import annotations
@@ -15,40 +15,41 @@ class PipelineError(Exception):
 
 
 class ConfigError(PipelineError):
-    """A config value that cannot be used; the message names the option and its allowed range."""
+    """A value of the config cannot be used. The message names the option and its allowed range."""
 
 
 class StorageError(PipelineError):
-    """Storage did not do what it was asked; what was committed before stays."""
+    """Storage refused an operation. Everything committed before it stays."""
 
 
 class LeaseLostError(PipelineError):
-    """Another runner has taken this stage over, so this one may no longer commit."""
+    """Another runner has taken over this stage, so this one may no longer commit."""
 
 
 class ItemError(Exception):
-    """One item of a source cannot be used, by a fault of its own; the message is the reason.
+    """One item of a source is itself damaged or unusable. The message is the reason.
 
-    It is recorded as that item's failure. What may pass (network, rights, a full disk) is a
-    `PipelineError` instead, and ends the build.
+    The build records it as a failure of that item and continues. A temporary problem, such as the
+    network, permissions or a full disk, is a `PipelineError` instead and ends the build.
     """
 
 
+_FILE_IN_THE_WAY = "there is a file where a folder is needed. Choose another --root or move it"
 _OS_ADVICE = {
-    errno.ENOSPC: "the disk is full: free some space and run the same command again, it resumes",
-    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
-    errno.EROFS: "it is on a read-only file system: choose another --root",
-    errno.EACCES: "permission denied: choose another --root or change its permissions",
-    errno.EPERM: "not permitted: choose another --root or change its permissions",
-    errno.ENOTDIR: "a file stands where a folder is needed: choose another --root or move the file",
-    errno.EEXIST: "a file stands where a folder is needed: choose another --root or move the file",
-    errno.EISDIR: "a folder stands where a file is needed: move it away",
-    errno.ENAMETOOLONG: "the path is too long: choose a shorter --root",
+    errno.ENOSPC: "the disk is full. Free some space and run the same command again. It resumes",
+    errno.EDQUOT: "the disk quota is used up. Free some space and run the same command again",
+    errno.EROFS: "it is on a read-only file system. Choose another --root",
+    errno.EACCES: "permission denied. Choose another --root or change its permissions",
+    errno.EPERM: "not permitted. Choose another --root or change its permissions",
+    errno.ENOTDIR: _FILE_IN_THE_WAY,
+    errno.EEXIST: _FILE_IN_THE_WAY,
+    errno.EISDIR: "there is a folder where a file is needed. Move the folder",
+    errno.ENAMETOOLONG: "the path is too long. Choose a shorter --root",
 }
 
 
 def storage_error_in(text: str, where: str) -> StorageError | None:
-    """The same for an error that came from another process as text, where it is one of storage."""
+    """Return the storage error that a text from another process names, or None."""
     for code in _OS_ADVICE:
         if os.strerror(code) in text:
             return storage_error(OSError(code, os.strerror(code)), where)
@@ -56,7 +57,7 @@ def storage_error_in(text: str, where: str) -> StorageError | None:
 
 
 def storage_error(error: OSError, where: str) -> StorageError:
-    """The sentence for an operating system error met while using `where`."""
+    """Return the error to raise for an operating system error in using `where`."""
     code = error.errno if error.errno is not None else -1
     advice = _OS_ADVICE.get(code, f"{error.strerror or error}")
     return StorageError(f"cannot use {where}: {advice}.")

@@ -1,6 +1,7 @@
-"""Which process wrote something, and whether it is still running: by boot, number and start time.
+"""Identify a process by boot, number and start time, to know whether it is still running.
 
-A process number alone is used again; together with the kernel's start tick and the boot it is not.
+The system uses a process number again after a while. Together with the boot and the start time it
+is unique.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from pathlib import Path
 
 
 def boot() -> str:
-    """The running kernel's id with the process namespace, so that a container is not mistaken.
+    """Return an id of the running kernel and of the process namespace (the container).
 
-    Empty where there is no /proc to tell it.
+    It is the empty string on a system without /proc.
     """
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -22,7 +23,7 @@ def boot() -> str:
 
 
 def process_start(pid: int) -> str:
-    """The kernel's start tick of a process, empty if it has ended."""
+    """Return the start time of a process in kernel ticks; an empty string if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:

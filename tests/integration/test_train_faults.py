@@ -563,7 +563,7 @@ def test_when_the_disk_is_full_training_goes_on_and_what_stays_full_is_told_and_
         first.wait_to_say("is written now.")
         fill(ballast)
         sentence = first.fail()
-        assert "the disk is full: free some space and run the same command again" in sentence
+        assert "the disk is full. Free some space and run the same command again" in sentence
         assert not first.said("workers failed")
         ballast.unlink()
         second = trainer.start(folder, "train.workers=1")

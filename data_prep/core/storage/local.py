@@ -19,7 +19,7 @@ from data_prep.core.storage.store import Entry, checked_key
 
 
 class LocalStore:
-    """A folder. `replace` holds a file lock for its compare-and-swap."""
+    """A folder. `replace` holds a file lock while it compares and writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().absolute()
@@ -40,7 +40,7 @@ class LocalStore:
     def open(self, key: str) -> BinaryIO:
         try:
             return self.path(key).open("rb")
-        except (IsADirectoryError, NotADirectoryError) as error:  # as on S3: no such object
+        except (IsADirectoryError, NotADirectoryError) as error:  # S3 too has no such object
             raise FileNotFoundError(error.errno, error.strerror, error.filename) from None
 
     def read(self, key: str) -> bytes:
@@ -66,7 +66,7 @@ class LocalStore:
         yield from self._walk(self.path(prefix) if prefix else self.folder)
 
     def _walk(self, folder: Path) -> Iterator[Entry]:
-        """Files below `folder` in the order of their keys; what vanishes meanwhile is left out."""
+        """Yield the files below `folder` in key order, except those removed meanwhile."""
         for name in _names(folder):
             path = folder / name
             if name.endswith("/"):
@@ -76,7 +76,7 @@ class LocalStore:
                     stat = path.stat()
                 except FileNotFoundError:
                     continue
-                if not S_ISDIR(stat.st_mode):  # a link to a folder is not followed
+                if not S_ISDIR(stat.st_mode):  # links to folders are not followed
                     key = path.relative_to(self.folder).as_posix()
                     yield Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
 
@@ -101,7 +101,7 @@ class LocalStore:
             file.flush()
             os.fsync(file.fileno())
             try:
-                os.link(path, self.path(key))  # atomic, and fails where the key exists
+                os.link(path, self.path(key))  # atomic; fails if the key exists
             except FileExistsError:
                 return None
         return sha256_bytes(data)
@@ -121,7 +121,7 @@ class LocalStore:
 
     @contextmanager
     def _staged(self, key: str) -> Iterator[tuple[BinaryIO, Path]]:
-        """A new file beside `key`, removed afterwards unless it was moved into place."""
+        """Open a new temporary file next to `key`; remove it at the end if it is still there."""
         target = self.path(key)
         staged = target.with_name(_temporary_name())
         try:
@@ -134,10 +134,8 @@ class LocalStore:
         except OSError as error:
             raise storage_error(error, str(target)) from error
         finally:
-            try:
+            with suppress(OSError):  # if the parent is a file, the error above reports it
                 staged.unlink(missing_ok=True)
-            except OSError:  # the parent is no folder, which is reported above
-                pass
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -147,16 +145,14 @@ class LocalStore:
 
 
 _TEMPORARY = ".staged-"
-
-
 _LOCK = ".lock"
 
 
 def _names(folder: Path) -> list[str]:
-    """What is right in `folder`, those of folders with a slash, in the order of their keys."""
+    """Return the names directly in `folder` in key order; those of folders end with a slash."""
     try:
         with os.scandir(folder) as found:
-            # With its slash a folder sorts among the files as its keys do.
+            # With the slash, a folder sorts among the files in the order of its keys.
             return sorted(
                 f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
                 for entry in found
@@ -168,7 +164,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _temporary_name() -> str:
-    """Says who writes it, so that it can be removed once that process has ended."""
+    """Return a name that identifies this process, so that `_sweep` knows when it has ended."""
     pid = os.getpid()
     writer = f"{_boot_mark()}-{pid}-{process_start(pid)}"
     return f"{_TEMPORARY}{writer}-{secrets.token_hex(4)}"
@@ -179,13 +175,13 @@ def _boot_mark() -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes of this machine left in `folder` when they were killed in a write."""
+    """Remove temporary files of processes of this machine that were killed while writing."""
     mark = _boot_mark()
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
     for name in names:
-        whose, pid, started = [*name.removeprefix(_TEMPORARY).split("-"), "", "", ""][:3]
-        if mark and whose == mark and pid.isdecimal() and process_start(int(pid)) != started:
+        written_on, pid, started = [*name.removeprefix(_TEMPORARY).split("-"), "", "", ""][:3]
+        if mark and written_on == mark and pid.isdecimal() and process_start(int(pid)) != started:
             with suppress(OSError):
                 (folder / name).unlink()
 

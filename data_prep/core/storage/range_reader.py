@@ -1,4 +1,4 @@
-"""A seekable file over anything that can be read by ranges."""
+"""A seekable file on top of range reads."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import io
 from collections.abc import Callable
 
 SMALLEST_BLOCK = 256 << 10  # bytes; after a jump, so that scattered small reads waste little
-LARGEST_BLOCK = 8 << 20  # bytes; reading on doubles the block up to here
+LARGEST_BLOCK = 8 << 20  # bytes; reading in order doubles the block up to this size
 
 
 class RangeReader(io.BufferedIOBase):
-    """Reads ahead in blocks that grow while the reading goes on; a seek costs nothing by itself.
+    """A file that reads ahead in blocks. Not thread-safe.
 
-    `fetch(offset, size)` returns exactly those bytes; it is never asked beyond `size`, the length
-    of the whole in bytes. One block is held, so memory is bounded whatever the object's size, and a
-    seek backward inside of it asks nothing of the server. Not thread-safe.
+    Blocks grow while the file is read in order. Only one block is in memory, whatever the size of
+    the object. A seek by itself sends no request, and neither does reading the held block again.
     """
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        """Read `size` bytes by `fetch(offset, size)`, which is never called beyond the end."""
         self._fetch, self._size = fetch, size
         self._position = 0
-        self._buffer, self._start = b"", 0  # the block held, and its offset
+        self._buffer, self._start = b"", 0  # the held block and its offset
         self._ahead = 0
 
     def readable(self) -> bool:
@@ -50,7 +50,7 @@ class RangeReader(io.BufferedIOBase):
             at = self._position - self._start
             if 0 <= at < len(self._buffer):
                 piece = self._buffer[at : at + wanted]
-            elif wanted >= LARGEST_BLOCK:  # no copy of what was asked for in one go
+            elif wanted >= LARGEST_BLOCK:  # one request, without a copy
                 piece = self._fetch(self._position, wanted)
                 self._buffer, self._start = b"", self._position + wanted
             else:
@@ -65,13 +65,13 @@ class RangeReader(io.BufferedIOBase):
         return self.read(LARGEST_BLOCK if size < 0 else size)
 
     def _load(self, wanted: int) -> None:
-        """Hold the block that starts at the position and has at least `wanted` bytes."""
+        """Fetch the block that starts at the position and has at least `wanted` bytes."""
         end = self._start + len(self._buffer)
-        # A short skip forward (padding, a member that is passed over) is still reading on.
+        # A short skip forward, such as over padding, still counts as reading in order.
         onward = self._ahead and end <= self._position <= end + self._ahead
         self._ahead = min(2 * self._ahead, LARGEST_BLOCK) if onward else SMALLEST_BLOCK
         size = min(max(wanted, self._ahead), self._size - self._position)
-        self._buffer = b""  # let go of the old block before the new one comes
+        self._buffer = b""  # free the old block before the new one arrives
         self._buffer, self._start = self._fetch(self._position, size), self._position
 
     def _check_open(self) -> None:

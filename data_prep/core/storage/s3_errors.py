@@ -1,7 +1,7 @@
-"""What went wrong on S3: whether it may pass by itself, and one sentence for people.
+"""Explain S3 errors: decide whether to retry, and write one message for people.
 
-The sentences are made of the error's code or class alone. What the libraries say is never shown and
-never chained: it can hold an address with a password in it, or parts of a signature.
+The messages use the error's code or class only. The libraries' own messages are never shown or
+chained, because they can hold an address with a password or parts of a signature.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from data_prep.core.errors import StorageError
 
 
 class BrokenAnswerError(Exception):
-    """An answer that came, but not whole, or that was overtaken by a change: worth asking again."""
+    """An answer that was incomplete or out of date, so the request is worth repeating."""
 
 
 _ABSENT = {"NoSuchKey", "404", "NotFound"}
@@ -23,17 +23,17 @@ _SKEWED = {"RequestTimeTooSkewed", "RequestInTheFuture"}
 _ELSEWHERE = {"PermanentRedirect", "301", "AuthorizationHeaderMalformed"}
 _THROTTLED = {"SlowDown", "Throttling", "ThrottlingException", "TooManyRequests", "429"}
 _PASSING = _THROTTLED | {
-    "RequestTimeout",  # these come with status 400 or 409
+    "RequestTimeout",  # with status 400 or 409
     "IncompleteBody",
     "OperationAborted",
     "ConditionalRequestConflict",
 }
 _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
-_AGAIN = "run the same command again, it resumes."
+_AGAIN = "run the same command again. It resumes."
 
 
 def s3_errors() -> tuple[type[Exception], ...]:
-    """Everything that a call of the S3 client, or reading its answer, fails with."""
+    """Return the classes of errors that a request, or reading its answer, can raise."""
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -42,27 +42,27 @@ def s3_errors() -> tuple[type[Exception], ...]:
 
 
 def code_of(error: Exception) -> str:
-    """The code that the server answered, or the error's class where no answer came."""
+    """Return the server's error code, or the error's class name if there was no answer."""
     response: Any = getattr(error, "response", None)
     return str(response["Error"]["Code"]) if isinstance(response, dict) else type(error).__name__
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status of the answer; 0 if there was none."""
+    """Return the HTTP status of the answer; 0 if there was no answer."""
     response: Any = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     return int(metadata.get("HTTPStatusCode", 0))
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Return whether the same request may succeed a little later."""
     if status := status_of(error):
         return status in _PASSING_STATUS or code_of(error) in _PASSING
     return _is_broken(error)
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Whether no connection was made at all: a wrong address as well as a server that is down."""
+    """Return whether no connection was made: the address is wrong or the server is down."""
     from botocore import exceptions as e
 
     no_connection = (e.EndpointConnectionError, e.ConnectTimeoutError, e.ProxyConnectionError)
@@ -79,45 +79,52 @@ def _is_broken(error: Exception) -> bool:
 
 
 def explain(error: Exception, where: str, bucket: str, server: str) -> Exception:
-    """What to raise for an error that stays: FileNotFoundError or StorageError.
+    """Return the exception to raise for a lasting error.
 
-    `where` is the object's URI and `server` the host asked.
+    Args:
+        error: One of `s3_errors()`.
+        where: The object's URI.
+        bucket: The bucket's name.
+        server: The host and port of the server.
+
+    Returns:
+        FileNotFoundError if the object does not exist, otherwise StorageError.
     """
     code, status = code_of(error), status_of(error)
     if code in _ABSENT:
         return FileNotFoundError(where)
     if code == "NoSuchBucket":
-        return StorageError(f"bucket {bucket!r} does not exist: create it or correct the URI.")
+        return StorageError(f"bucket {bucket!r} does not exist. Create it or correct the URI.")
     what = _answered(code, status) if status else _unanswered(error, server)
     return StorageError(f"{where}: {what}")
 
 
 def _answered(code: str, status: int) -> str:
     if code in _EXPIRED:
-        return f"the AWS credentials have expired ({code}): renew them, then {_AGAIN}"
+        return f"the AWS credentials have expired ({code}). Renew them, then {_AGAIN}"
     if code in _REFUSED:
         return (
-            f"access denied: the server does not accept the AWS credentials ({code}): check the"
+            f"access denied: the server does not accept the AWS credentials ({code}). Check the"
             " access key and its secret."
         )
     if code in _SKEWED:
-        return f"this machine's clock is too far from the server's ({code}): set it, then {_AGAIN}"
+        return f"the clocks of this machine and the server differ ({code}). Set them, then {_AGAIN}"
     if code in _DENIED:
         return (
             f"access denied ({code}): the AWS credentials need the rights to get, put, delete and"
-            " list there."
+            " list objects."
         )
     if code in _ELSEWHERE:
-        return f"the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it."
+        return f"the bucket is in another region ({code}). Set AWS_DEFAULT_REGION to that region."
     if code == "InvalidObjectState":
-        return "the object is archived: restore it first."
+        return "the object is archived. Restore it first."
     if code in _THROTTLED:
-        return f"the S3 server is overloaded ({code}): use fewer workers or wait, then {_AGAIN}"
-    if status == 400 and code in ("400", "BadRequest"):  # an answer without a body, to HEAD
-        return f"the S3 server refuses the request ({code}): the AWS credentials may have expired."
+        return f"the S3 server is overloaded ({code}). Use fewer workers or wait, then {_AGAIN}"
+    if status == 400 and code in ("400", "BadRequest"):  # an answer to HEAD has no body
+        return f"the S3 server refuses the request ({code}). The AWS credentials may have expired."
     if status >= 500:
-        return f"the S3 server fails ({code}): wait until it is well, then {_AGAIN}"
-    return f"the S3 server refuses the request ({code}): check the URI and AWS_ENDPOINT_URL."
+        return f"the S3 server fails ({code}). Wait until it works, then {_AGAIN}"
+    return f"the S3 server refuses the request ({code}). Check the URI and AWS_ENDPOINT_URL."
 
 
 def _unanswered(error: Exception, server: str) -> str:
@@ -125,16 +132,18 @@ def _unanswered(error: Exception, server: str) -> str:
 
     name = type(error).__name__
     if isinstance(error, e.SSLError):
-        return f"no safe connection to {server} ({name}): check AWS_ENDPOINT_URL and AWS_CA_BUNDLE."
+        return (
+            f"no secure connection to {server} ({name}). Check AWS_ENDPOINT_URL and AWS_CA_BUNDLE."
+        )
     if is_unreachable(error):
-        return f"cannot reach the S3 server {server}: check AWS_ENDPOINT_URL and the network."
+        return f"cannot reach the S3 server {server}. Check AWS_ENDPOINT_URL and the network."
     if _is_broken(error):
         return (
-            f"the connection to {server} keeps breaking ({name}): check the network, then {_AGAIN}"
+            f"the connection to {server} keeps breaking ({name}). Check the network, then {_AGAIN}"
         )
     if isinstance(error, e.ParamValidationError):
-        return "this is no name that a bucket or an object can have: correct the URI."
-    return (  # what is left comes from looking for credentials: none, a part, an ended login …
-        f"no usable AWS credentials or settings ({name}): set AWS_ACCESS_KEY_ID and"
+        return "a bucket or an object cannot have this name. Correct the URI."
+    return (  # other errors come from the search for credentials: none, a part, an expired login
+        f"no usable AWS credentials or settings ({name}). Set AWS_ACCESS_KEY_ID and"
         " AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or log in again."
     )

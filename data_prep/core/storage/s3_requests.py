@@ -125,6 +125,6 @@ def new_client() -> Any:
     except (BotoCoreError, ValueError) as error:  # ValueError: a malformed address
         reason = type(error).__name__
     raise StorageError(
-        f"the AWS settings cannot be used ({reason}): check AWS_ENDPOINT_URL (http://host:port),"
+        f"the AWS settings cannot be used ({reason}). Check AWS_ENDPOINT_URL (http://host:port),"
         " AWS_PROFILE, the credentials and ~/.aws."
     )

@@ -1,8 +1,8 @@
-"""Object storage: a local folder or an S3 prefix (`s3.py`) behind one small interface.
+"""The interface of object storage: a local folder (`local.py`) or an S3 prefix (`s3.py`).
 
 Keys are POSIX paths relative to the store. Every write is atomic: a reader sees the old object or
-the new one, never a part. `create` and `replace` are conditional (compare-and-swap); leases and
-commit markers are built on them.
+the new one, never a part. `create` and `replace` are conditional (compare-and-swap). Leases and
+manifests rely on them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data_prep.core.errors import StorageError
 
 @dataclass(frozen=True)
 class Entry:
-    """One object: its key, its size in bytes, and a mark that changes when it is rewritten."""
+    """One object: its key, its size in bytes, and a mark that changes with each write."""
 
     key: str
     size: int
@@ -25,58 +25,70 @@ class Entry:
 
 
 class Store(Protocol):
-    """What every stage needs of storage.
+    """The operations that every stage needs of storage.
 
-    Reading raises FileNotFoundError for a key that is absent. An S3 store raises StorageError for
-    whatever else goes wrong; of a folder, what the operating system says on reading passes through.
+    Reading an absent key raises FileNotFoundError. An S3 store raises StorageError for every other
+    failure. A folder store raises StorageError if it cannot write; other OSErrors pass through.
     """
 
     uri: str
 
     @property
     def local_folder(self) -> Path | None:
-        """Return the folder of this machine that the store is, or None for S3."""
+        """Return the path of a folder store, or None for S3."""
 
     @property
     def label(self) -> str:
         """Return the store as people write it: a path or an S3 URI."""
 
-    def read(self, key: str) -> bytes: ...
+    def read(self, key: str) -> bytes:
+        """Return the whole object."""
+
     def read_range(self, key: str, offset: int, size: int) -> bytes:
-        """At most `size` bytes from `offset`: what there is, nothing beyond the end."""
+        """Return at most `size` bytes from `offset`, fewer at the end of the object."""
 
     def read_tagged(self, key: str) -> tuple[bytes, str]:
-        """The object's bytes and the tag that `replace` compares."""
+        """Return the object's bytes and the tag that `replace` compares."""
 
     def open(self, key: str) -> BinaryIO:
-        """A seekable file for one thread, read in place: for zip, tar and Parquet readers."""
+        """Open the object as a seekable file, read in place, for use in one thread."""
 
-    def download(self, key: str, path: Path) -> None: ...
-    def exists(self, key: str) -> bool: ...
+    def download(self, key: str, path: Path) -> None:
+        """Copy the object to a local file, whole or not at all."""
+
+    def exists(self, key: str) -> bool:
+        """Return whether there is such an object. A folder is not an object."""
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Every object under the folder `prefix`, sorted by key, listed while it is asked for."""
+        """Yield every object in the folder `prefix` and below, sorted by key."""
 
     def folders(self, prefix: str = "") -> Iterator[str]:
-        """The keys of the folders right under the folder `prefix`, sorted, whatever is in them: as
-        quick as there are few of them."""
+        """Yield the keys of the folders directly under `prefix`, sorted.
 
-    def write(self, key: str, data: bytes) -> None: ...
+        Their contents are not listed, so this takes time only for the number of folders.
+        """
+
+    def write(self, key: str, data: bytes) -> None:
+        """Store `data` under `key`, in place of an older object."""
+
     def upload(self, key: str, path: Path) -> None:
-        """Store a local file's bytes under `key`; the file itself stays."""
+        """Store a copy of a local file under `key`."""
 
     def create(self, key: str, data: bytes) -> str | None:
-        """Write only if absent: the new tag, or None if the key exists."""
+        """Write only if the key does not exist. Return the new tag, or None if it exists."""
 
     def replace(self, key: str, data: bytes, tag: str) -> str | None:
-        """Write only if the tag is still `tag`: the new tag, or None if it is not."""
+        """Write only if the tag is still `tag`. Return the new tag, or None if it differs."""
 
     def delete(self, key: str) -> None:
-        """Remove the object; absent is fine."""
+        """Remove the object, if it exists."""
 
 
 def checked_key(key: str) -> str:
-    """`key` itself, if it stays inside the store."""
+    """Return `key`. Raises StorageError if it leads out of the store."""
     path = PurePosixPath(key)
     if not key or path.is_absolute() or ".." in path.parts or "\\" in key or "\0" in key:
-        raise StorageError(f"{key!r} is not a key inside the store.")
+        raise StorageError(
+            f"{key!r} is not a key inside the store: use a relative path without '..'."
+        )
     return key

@@ -293,7 +293,7 @@ def test_a_root_that_is_a_file_is_reported_before_any_work(
     (tmp_path / "file").write_text("mine")
     sentence = fails(capsys, "masks", "build", "demo", "--root", str(tmp_path / "file"))
     assert str(tmp_path / "file") in sentence
-    assert "a file stands where a folder is needed" in sentence
+    assert "there is a file where a folder is needed" in sentence
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -250,7 +250,9 @@ def test_a_shard_that_is_here_is_had_while_another_is_fetched(far: Far, folder: 
 
 def test_a_file_in_place_of_the_folder_is_told_at_once(far: Far, folder: Path) -> None:
     folder.write_bytes(b"")
-    with pytest.raises(StorageError, match=r"cannot use train\.cache .*cache: a file stands where"):
+    with pytest.raises(
+        StorageError, match=r"cannot use train\.cache .*cache: there is a file where"
+    ):
         ShardCache(folder, SIZE)
 
 
@@ -292,7 +294,7 @@ def test_a_full_disk_is_told_once_and_what_is_there_is_still_used(
     assert taken(cache, far, "b") is None
     assert taken(cache, far, "c") is None
     assert taken(cache, far, "a") == b"a" * SIZE
-    assert caplog.text.count("the disk is full: free some space") == 1
+    assert caplog.text.count("the disk is full. Free some space") == 1
     (small_disk / "other").unlink()
     assert taken(cache, far, "b") == b"b" * SIZE
     assert far.downloads.count("a") == 1
