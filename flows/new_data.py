@@ -26,6 +26,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from data_prep.core.text import markdown_table
 from data_prep.images.next_version import Changes, look
 from data_prep.images.watch import watch
 from dpnet.pipeline.chain import check_config, with_photographs
@@ -198,17 +199,15 @@ def comparison_table(summary: Mapping[str, Any]) -> str:
     images, champion = summary["images"], summary["champion"]
     decision = "promoted to champion" if summary["promoted"] else "kept as challenger"
     counts = ", ".join(f"{images[key]} {key}" for key in ("added", "changed", "removed"))
-    rows = [(summary["version"], summary["hole_psnr"], f"new, {decision}")]
+    rows = [(f"{summary['version']}", f"{summary['hole_psnr']:.2f}", f"new, {decision}")]
     if champion is not None:
-        rows.insert(0, (champion["version"], champion["hole_psnr"], "previous champion"))
-    lines = [f"| {version} | {psnr:.2f} | {what} |" for version, psnr, what in rows]
+        previous = (f"{champion['version']}", f"{champion['hole_psnr']:.2f}", "previous champion")
+        rows.insert(0, previous)
     return "\n".join(
         [
             f"**{summary['model']} version {summary['version']}: {decision}.** {summary['reason']}",
             "",
-            "| version | hole PSNR, dB | |",
-            "|---|---|---|",
-            *lines,
+            *markdown_table(["version", "hole PSNR, dB", ""], rows),
             "",
             f"Both use the same frozen pairs ({summary['pairs_digest'][:12]}) of {images['name']}"
             f" version {images['version']} ({counts}).",

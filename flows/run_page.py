@@ -30,6 +30,7 @@ from data_prep.core import progress
 from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
 from data_prep.core.storage.store import Store
+from data_prep.core.text import duration
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown
 from flows.deployments import PROGRESS, TAG
@@ -185,7 +186,7 @@ def progress_line(moment: Moment) -> str:
     if moment.per_second:
         text += f", {moment.per_second:.1f}/s"
     if moment.seconds_left is not None and moment.count < moment.total:
-        text += f", {progress.duration(moment.seconds_left)} left"
+        text += f", {duration(moment.seconds_left)} left"
     return f"{text}, {moment.note}" if moment.note else text
 
 

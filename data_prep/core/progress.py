@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
+from data_prep.core.text import duration
+
 log = logging.getLogger(__name__)
 
 PLAIN_EVERY_S = 10.0
@@ -136,10 +138,3 @@ def _tell(moment: Moment) -> None:
     for watcher in list(watchers):
         with suppress(Exception):  # the work goes on, whatever becomes of the showing
             watcher(moment)
-
-
-def duration(seconds: float) -> str:
-    """As "40 s", "12 min" or "5.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -20,7 +20,7 @@ from data_prep.core.storage.store import Store
 from data_prep.images.findings import OUTCOMES
 from data_prep.images.keys import Hashes, key_hashes
 from data_prep.raw.listing import SPLITS, Item
-from data_prep.shards.shards import UNTHREADED
+from data_prep.shards.shards import read_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,12 +169,10 @@ def versions(store: Store, name: str) -> list[Manifest]:
 
 def load_version(store: Store, manifest: Manifest) -> Version:
     """Read a version's table of sources. Raises PipelineError if it is missing or damaged."""
-    import pyarrow.parquet as pq
-
     key = f"{manifest.folder}/{SOURCES}"
     try:
         with store.open(key) as file:
-            table = pq.read_table(file, **UNTHREADED)
+            table = read_table(file)
     except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
         raise PipelineError(
             f"{store.uri}/{key} is missing or damaged. Restore it, or delete"

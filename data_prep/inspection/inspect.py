@@ -15,9 +15,10 @@ from data_prep.core.manifest import Manifest, read_manifest
 from data_prep.core.paths import MANIFEST
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from data_prep.core.text import aligned_table, count_of
 from data_prep.images.versions import versions
 from data_prep.shards.ledger import FAILURES, SOURCES, OldTableError, TableError, read_batches
-from data_prep.shards.shards import UNTHREADED, read_index, split_shards
+from data_prep.shards.shards import index_key, read_index, split_shards
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -179,21 +180,18 @@ def _reasons(store: Store, folder: str) -> list[dict[str, Any]]:
 
 def inspect_masks(store: Store, folder: str) -> dict[str, Any]:
     """Figures of a set of masks: how many by split, and by ratio bin and recipe."""
-    import pyarrow.parquet as pq
-
     manifest = _looked_at(store, folder)
     counts: dict[str, Counter[tuple[str, str]]] = {}
     for split in manifest.summary["splits"]:
         own = counts.setdefault(split, Counter())
         for tar in split_shards(store, folder, split):
-            key = f"{tar.removesuffix('.tar')}.parquet"
             try:
-                with store.open(key) as file:
-                    table = pq.read_table(file, columns=["ratio_bin", "recipe"], **UNTHREADED)
-                own.update(zip(*(table[c].to_pylist() for c in table.column_names), strict=True))
+                rows = read_index(store, tar, ("ratio_bin", "recipe"))
+                own.update((row["ratio_bin"], row["recipe"]) for row in rows)
             except (FileNotFoundError, ValueError, KeyError):  # ArrowInvalid is a ValueError
                 raise PipelineError(
-                    f"{store.uri}/{key} is missing or damaged: `dpnet verify` says what is wrong."
+                    f"{store.uri}/{index_key(tar)} is missing or damaged: run `dpnet verify` for"
+                    " details."
                 ) from None
     return {
         **_described(manifest),
@@ -220,7 +218,7 @@ def image_sheet(store: Store, folder: str) -> Image.Image:
         tars = split_shards(store, folder, split)
         pictures = [picture for tar in tars_for(tars) for picture in _some(store, *tar)]
         samples, shards = int(numbers["samples"]), int(numbers["shards"])
-        caption = f"{split}: {_many(samples, 'image')} in {_many(shards, 'shard')}"
+        caption = f"{split}: {count_of(samples, 'image')} in {count_of(shards, 'shard')}"
         rows.append((caption, pictures))
     return contact_sheet(rows, CELL, ACROSS)
 
@@ -293,10 +291,6 @@ def log_images(store: Store, name: str) -> list[dict[str, Any]]:
     return found
 
 
-def _many(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s'[: number != 1]}"
-
-
 def images_text(found: Mapping[str, Any]) -> str:
     """`inspect_images` for people."""
     items = found["items"]
@@ -319,7 +313,7 @@ def images_text(found: Mapping[str, Any]) -> str:
 
 def _split_lines(splits: Mapping[str, Any], what: str) -> list[str]:
     return [
-        f"{split:<8} {n['samples']:,} {what} in {_many(n['shards'], 'shard')},"
+        f"{split:<8} {n['samples']:,} {what} in {count_of(n['shards'], 'shard')},"
         f" {n['bytes'] / 1e6:.1f} MB"
         for split, n in splits.items()
     ]
@@ -342,7 +336,7 @@ def masks_text(found: Mapping[str, Any]) -> str:
         rows = [["hole ratio", *recipes, "all"]]
         for name, own in bins.items():
             rows.append([name, *(f"{own.get(r, 0):,}" for r in recipes), f"{sum(own.values()):,}"])
-        lines += ["", f"{split} masks", *aligned(rows)]
+        lines += ["", f"{split} masks", *aligned_table(rows)]
     if found["unreachable"]:
         lines += ["", f"no evaluation masks with {', '.join(found['unreachable'])} hole"]
     return "\n".join(lines)
@@ -367,16 +361,4 @@ def log_text(found: Sequence[Mapping[str, Any]]) -> str:
                 v["parent"] or other,
             ]
         )
-    return "\n".join(aligned(rows))
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; all but the last column are aligned, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    right = [rows[-1][column][:1].isdigit() for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, right, strict=True)
-        line = "  ".join(f"{cell:>{wide}}" if r else f"{cell:<{wide}}" for cell, wide, r in cells)
-        lines.append(line.rstrip())
-    return lines
+    return "\n".join(aligned_table(rows))

@@ -29,6 +29,7 @@ from data_prep.core.tar_format import (
     padded,
     padding,
 )
+from data_prep.shards.shards import index_key
 
 Originals = Callable[[str], tuple[int, int] | None]  # a relative key's width and height, if known
 
@@ -125,7 +126,7 @@ def read_marked_index(
     import pyarrow.parquet as pq
 
     try:
-        data = store.read(f"{tar_key.removesuffix('.tar')}.parquet")
+        data = store.read(index_key(tar_key))
     except FileNotFoundError:
         say("its index is missing")
         return None

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
@@ -25,9 +25,12 @@ from data_prep.core.manifest import FileRecord
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import BLOCK, END, file_header, padding
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 # For reading small tables: a command that ends while Arrow's threads are being started is aborted.
-UNTHREADED = {"use_threads": False, "pre_buffer": False}
+_UNTHREADED = {"use_threads": False, "pre_buffer": False}
 _PIECE = 8 << 20  # bytes read at a time
 _TAR_SHA256, _TAR_SIZE = b"tar_sha256", b"tar_size"
 
@@ -122,11 +125,28 @@ def encode_table(
     return sink.getvalue()
 
 
-def decode_table(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a parquet file."""
+def read_table(source: bytes | BinaryIO, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a parquet file into memory, in this thread.
+
+    Args:
+        source: the file, or its bytes.
+        columns: the columns to read; all without it.
+
+    Raises:
+        ValueError: it is damaged, or lacks one of the columns.
+    """
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data), **UNTHREADED).to_pylist()
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    table = pq.read_table(file, columns=columns and list(columns), **_UNTHREADED)
+    if missing := set(columns or ()) - set(table.column_names):
+        raise ValueError(f"it has no column {min(missing)!r}")
+    return table
+
+
+def decode_table(data: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a parquet file."""
+    rows: list[dict[str, Any]] = read_table(data).to_pylist()
     return rows
 
 
@@ -202,9 +222,12 @@ def split_shards(store: Store, folder: str, split: str) -> list[str]:
     return [posixpath.normpath(posixpath.join(folder, line)) for line in lines]
 
 
-def read_index(store: Store, tar_key: str) -> list[dict[str, Any]]:
-    """Rows of the parquet beside the tar, in tar order (see `write_shard`)."""
-    return decode_table(store.read(index_key(tar_key)))
+def read_index(
+    store: Store, tar_key: str, columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of a shard's index in the order of the tar (see `write_shard`)."""
+    rows: list[dict[str, Any]] = read_table(store.read(index_key(tar_key)), columns).to_pylist()
+    return rows
 
 
 def index_key(tar_key: str) -> str:

@@ -31,7 +31,7 @@ from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.manifest import FileRecord, StageRef, read_manifest
 from data_prep.core.storage.store import Store, checked_key
-from data_prep.shards.shards import UNTHREADED, index_key
+from data_prep.shards.shards import index_key, read_table
 from dpnet.loading.shard_cache import ShardCache
 
 if TYPE_CHECKING:
@@ -257,11 +257,8 @@ class ShardFiles:
         return True
 
     def _index(self, shard: Shard, columns: Sequence[str] = ()) -> pa.Table:
-        import pyarrow.parquet as pq
-
         data = _read_index(self.store, shard.key, shard.index_sha256)
-        names = [*_COLUMNS, *columns]
-        table = pq.read_table(io.BytesIO(data), columns=names, **UNTHREADED)
+        table = read_table(data, [*_COLUMNS, *columns])
         if table.num_rows != shard.samples:
             raise PipelineError(
                 f"the index of {self.store.uri}/{shard.key} has {table.num_rows} samples, not the"

@@ -14,6 +14,7 @@ from data_prep.core.digest import SHORT
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import mlflow_uri
 from data_prep.core.storage.store import Store
+from data_prep.core.text import aligned_table, duration, markdown_table
 from dpnet.evaluation import protocol
 from dpnet.pipeline.cost import hours_text
 
@@ -74,7 +75,7 @@ def as_text(summary: Summary, again: str) -> str:
         f"report      {summary['report']}",
         f"registered  {model}: {registered['reason']}",
         *_training_hours(summary["stages"]),
-        f"total       {_duration(summary['seconds'])}",
+        f"total       {duration(summary['seconds'])}",
         "",
         *_next(summary, again),
     ]
@@ -94,13 +95,13 @@ def as_markdown(
         links: paths or URLs by their titles.
     """
     lines = [f"**{name}** in `{store.label}`", ""]
-    lines += _markdown_table(
+    lines += markdown_table(
         ["stage", "state", "time", "digest", "contains", "output"],
         [
             [
                 ref.stage,
                 "skipped" if ref.skipped else "done",
-                _duration(ref.seconds),
+                duration(ref.seconds),
                 f"`{ref.content_digest[:SHORT]}`",
                 holds(ref.stage, ref.summary),
                 f"`{ref.folder}`",
@@ -133,14 +134,9 @@ def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
         ]
         mean = figures["mean_over_bins"]
         rows.append(["mean", "", *(f"{mean[m][metric]:.{digits}f}" for m in METHODS)])
-        lines += _markdown_table([f"{title}, by hole", "pairs", *METHODS.values()], rows)
+        lines += markdown_table([f"{title}, by hole", "pairs", *METHODS.values()], rows)
         lines.append("")
     return lines
-
-
-def _markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def _link(where: str) -> str:
@@ -161,7 +157,7 @@ def stages_text(stages: Iterable[Mapping[str, Any]]) -> str:
                 holds(stage["stage"], stage["summary"]),
             )
         )
-    return _table(rows, "<<><<<")
+    return "\n".join(aligned_table(rows, "<<><<<"))
 
 
 def holds(stage: str, summary: Mapping[str, Any]) -> str:
@@ -231,20 +227,3 @@ def _short_path(path: str) -> str:
         return path
     short = os.path.relpath(path)
     return path if short.startswith("..") else short
-
-
-def _duration(seconds: float) -> str:
-    """Return a duration such as "40.0 s" or "2 min 5 s"."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def _table(rows: Sequence[Sequence[str]], aligned: str) -> str:
-    """Return rows as text: columns two blanks apart, aligned to the left (<) or right (>)."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            f"{cell:{side}{width}}" for cell, side, width in zip(row, aligned, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    )

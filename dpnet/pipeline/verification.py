@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from data_prep.core.text import count_of
 from data_prep.shards.check_set import Depth
 
 EVERYTHING = Depth()
@@ -65,12 +66,12 @@ class Verification:
         """Return notes and problems, one a line, and a last line that sums them up."""
         lines = [*self.notes, *(f"{each.where}: {each.problem}" for each in self.problems)]
         number = len(self.problems)
-        found = f"{number} problem{'s'[: number > 1]}" if number else "no problems"
+        found = count_of(number, "problem") if number else "no problems"
         return "\n".join([*lines, f"{self._covered()}: {found}"])
 
     def _covered(self) -> str:
         """Return in words what was read and what was not."""
-        stages = f"{self.stages} stage{'s'[: self.stages != 1]}"
+        stages = count_of(self.stages, "stage")
         text = f"read {self.files} files ({self.bytes / 1e6:.1f} MB) of {stages}"
         if self.depth.everything:
             return text
