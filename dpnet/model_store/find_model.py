@@ -10,7 +10,16 @@ from dpnet.model_store.weights import find_layout
 
 
 def find_model(reference: str, root: str) -> tuple[Store, str, str]:
-    """Where the model that `reference` names lies, store and run's folder, and what to call it."""
+    """Find a model. Return its store, its folder, and its name for messages.
+
+    Args:
+        reference: a run's folder, the folder of an exported model, a model reference such as
+            models:/NAME@champion, or "" for the champion of the only model.
+        root: the root of runs and model references.
+
+    Raises:
+        PipelineError: there is no such model.
+    """
     if not reference or reference.startswith("models:/"):
         from dpnet.model_store.records import find_record
 
@@ -26,6 +35,6 @@ def find_model(reference: str, root: str) -> tuple[Store, str, str]:
         if find_layout(store, folder):
             return store, folder, reference
     raise PipelineError(
-        f"{reference!r} holds no model: give a run's folder (ROOT/runs/NAME), an exported model's,"
-        " or models:/NAME@champion with the --root it is registered in."
+        f"{reference!r} holds no model: give a run's folder (ROOT/runs/NAME), the folder"
+        " of an exported model, or models:/NAME@champion and the --root of its registry."
     )

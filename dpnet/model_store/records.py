@@ -1,4 +1,4 @@
-"""Registry records in storage: which version is where."""
+"""The records of the registry in storage: each version of a model, and the champion."""
 
 from __future__ import annotations
 
@@ -17,25 +17,23 @@ from data_prep.core.paths import (
 from data_prep.core.storage.store import Store
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-
-
 RECORD = "record.json"
-
-
 INPUTS = ("run", "evaluation")
-
-
-AGAINST = "against"  # a third input, where a new evaluation of the champion was compared with
-
+AGAINST = "against"  # an optional third input: a new evaluation of the champion, to compare with
 
 _REFERENCE = re.compile(r"models:/([A-Za-z0-9][\w.-]*)(?:@(\w+)|/(\d+))")
 
 
 def find_record(store: Store, reference: str = "") -> dict[str, Any]:
-    """The registry record that `reference` names, from storage.
+    """Return the record of a version.
 
-    `reference` is `models:/NAME@champion`, `models:/NAME/VERSION`, or "" for the champion of the
-    only model. Raises PipelineError if there is none.
+    Args:
+        store: the root.
+        reference: `models:/NAME@champion`, `models:/NAME/VERSION`, or "" for the champion of the
+            only model.
+
+    Raises:
+        PipelineError: there is no such version, or "" could mean several.
     """
     if not reference:
         named = [parse_record_key(entry.key) for entry in store.list(REGISTRY)]
@@ -52,7 +50,7 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     match = _REFERENCE.fullmatch(reference)
     if match is None or match[2] not in (None, CHAMPION):
         raise PipelineError(
-            f"{reference!r} is no model reference: write models:/NAME@{CHAMPION} or"
+            f"{reference!r} is not a model reference: write models:/NAME@{CHAMPION} or"
             " models:/NAME/VERSION."
         )
     model = match[1]
@@ -60,17 +58,18 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     if not store.exists(key):
         known = sorted(read_records(store, match[1]))
         there = f"its versions are {', '.join(map(str, known))}" if known else "no such model"
-        raise PipelineError(f"{store.uri} has no {reference}: {there}; check --root and the name.")
+        raise PipelineError(f"{store.uri} has no {reference}: {there}. Check --root and the name.")
     return read_record(store, key)
 
 
 def find_champion(store: Store, model: str) -> dict[str, Any] | None:
-    """The record of the model's champion; None where it has no version yet."""
+    """Return the record of a model's champion, or None if the model has no version yet."""
     key = champion_key(model)
     return read_record(store, key) if store.exists(key) else None
 
 
 def read_record(store: Store, key: str) -> dict[str, Any]:
+    """Read and check a record. Raises PipelineError if it was altered."""
     try:
         record = json.loads(store.read(key))
         folder = record["run"]["folder"]
@@ -79,12 +78,12 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise PipelineError(
-        f"{store.uri}/{key} was altered: `dpnet verify` tells more; put the file back as it was."
+        f"{store.uri}/{key} was altered: run `dpnet verify` for details, and restore the file."
     )
 
 
 def read_records(store: Store, model: str) -> dict[int, dict[str, Any]]:
-    """Every version's record in storage."""
+    """Read the records of all versions of a model, by number."""
     records = {}
     for entry in store.list(registry_folder(model)):
         if (named := parse_record_key(entry.key)) and named[1] is not None:

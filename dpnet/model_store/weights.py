@@ -1,4 +1,4 @@
-"""A trained generator on storage: safetensors weights with their config beside them."""
+"""A trained generator in storage: safetensors weights, and their config next to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 class Layout(NamedTuple):
-    """Where a folder has its weights and their config."""
+    """The paths of the weights and of their config in a folder."""
 
     weights: str
     config: str
@@ -34,7 +34,18 @@ EXPORTED = Layout("model.safetensors", "config.json")
 def save_generator(
     store: Store, folder: str, generator: Generator, facts: Mapping[str, Any], layout: Layout = RUN
 ) -> list[FileRecord]:
-    """Write the weights, then the config with the weights' hash and `facts`."""
+    """Write the weights, then the config with the hash of the weights.
+
+    Args:
+        store: the store to write to.
+        folder: key of the folder.
+        generator: the generator to save.
+        facts: further entries of the config.
+        layout: paths in the folder.
+
+    Returns:
+        The records of both files.
+    """
     state = {name: t.detach().cpu().contiguous() for name, t in generator.state_dict().items()}
     weights = save(state)
     record = {
@@ -52,15 +63,17 @@ def save_generator(
 
 
 def find_layout(store: Store, folder: str) -> Layout | None:
-    """Whether a folder is a run's, an exported model's or (None) holds no model."""
+    """Return the layout of a folder with a model: a run's or an exported one. Otherwise None."""
     return next((each for each in (RUN, EXPORTED) if store.exists(f"{folder}/{each.config}")), None)
 
 
 def load_generator(store: Store, folder: str) -> Generator:
-    """The generator of a run's folder or of an exported one, in eval mode on the CPU.
+    """Load the generator of a run or of an exported model, in eval mode on the CPU.
 
-    It lies in channels_last. Raises PipelineError when files are missing, altered or of another
-    version.
+    Its memory format is channels_last.
+
+    Raises:
+        PipelineError: a file is missing, was altered, or is of another version.
     """
     record, layout = read_config(store, folder)
     where = f"{store.uri}/{folder}/{layout.weights}"
@@ -80,9 +93,10 @@ def load_generator(store: Store, folder: str) -> Generator:
 
 
 def read_config(store: Store, folder: str) -> tuple[dict[str, Any], Layout]:
-    """The record beside a folder's weights, and how the folder is laid out.
+    """Read the config next to a folder's weights. Return it and the folder's layout.
 
-    Raises PipelineError when there is none, or it is altered or of another version.
+    Raises:
+        PipelineError: there is no config, or it was altered, or it is of another version.
     """
     layout = find_layout(store, folder)
     if layout is None:
@@ -103,39 +117,41 @@ def read_config(store: Store, folder: str) -> tuple[dict[str, Any], Layout]:
         or not isinstance(record.get("model"), dict)
         or not isinstance(record.get("weights_sha256"), str)
     ):
-        raise PipelineError(f"{where} is no model's config of dpnet: it was altered, restore it.")
+        raise PipelineError(
+            f"{where} is not the config of a dpnet model: it was altered, restore it."
+        )
     return record, layout
 
 
 def _state(weights: bytes, sha256: str, where: str, layout: Layout) -> dict[str, Tensor]:
-    """The tensors of a file with this hash."""
+    """Decode the weights, after a check of their hash."""
     if sha256_bytes(weights) != sha256:
         try:
             load(weights)
         except SafetensorError:
-            told = "it is no whole safetensors file"
+            why = "it is not a complete safetensors file"
         else:
-            told = f"its hash is not the one that {layout.config} names"
+            why = f"its hash is not the one in {layout.config}"
         raise PipelineError(
-            f"{where} was altered or cut short: {told}; restore the file, or train again."
+            f"{where} was altered or cut short: {why}. Restore the file, or train again."
         )
     return load(weights)
 
 
 def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """What keeps `found` from being loaded as `wanted`, in a few words; empty if nothing does."""
-    told = []
+    """Describe the differences of two sets of tensors in a few words. Return "" if they match."""
+    differences = []
     for what, names in (("lacks", wanted.keys() - found.keys()), ("has", found.keys() - wanted)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             extra = "" if what == "lacks" else ", unknown to its config"
-            told.append(f"{what} {min(names)}{more}{extra}")
+            differences.append(f"{what} {min(names)}{more}{extra}")
     for name in sorted(wanted.keys() & found.keys()):
         if wanted[name].shape != found[name].shape:
             shapes = tuple(found[name].shape), tuple(wanted[name].shape)
-            told.append(f"has {name} in {shapes[0]} where its config asks for {shapes[1]}")
+            differences.append(f"has {name} in {shapes[0]} where its config asks for {shapes[1]}")
             break
-    return "; ".join(told)
+    return "; ".join(differences)
 
 
 def _other_version(where: str, reason: str) -> PipelineError:

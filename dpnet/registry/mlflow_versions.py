@@ -1,7 +1,7 @@
-"""What we ask of MLflow's registry, versions and aliases, and how MLflow is reached.
+"""Versions and aliases in MLflow's registry.
 
-Its tracking of use is off, it prints nothing, and each call here can be repeated: a version is
-found again by its request digest. Of runs, `dpnet.tracking.mlflow_runs` knows.
+All calls here can be repeated: a version is found again by its request digest. The MLflow run of a
+training is in `dpnet.tracking.mlflow_runs`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,16 @@ log = logging.getLogger(__name__)
 def restore_versions(
     client: Any, store: Store, model: str, records: Mapping[int, dict[str, Any]]
 ) -> None:
-    """Make versions again that storage has and MLflow has not: its database was lost.
+    """Create the versions that storage has and MLflow does not, because its database was lost.
 
-    Raises PipelineError where MLflow's version of a number is another one than storage's.
+    Args:
+        client: MLflow's client.
+        store: the root.
+        model: name of the model.
+        records: the records in storage, by version.
+
+    Raises:
+        PipelineError: MLflow has another version under one of the numbers.
     """
     from mlflow.exceptions import MlflowException
 
@@ -54,7 +61,7 @@ def restore_versions(
 
 def _refuse(model: str, number: int) -> NoReturn:
     raise PipelineError(
-        f"version {number} of {model} in MLflow is not the one that this root's registry has:"
+        f"version {number} of {model} in MLflow is not the one in the registry of this root:"
         " choose another register.model or register.tracking_uri."
     )
 
@@ -67,10 +74,18 @@ def ensure_version(
     training: Manifest,
     evaluation: Manifest,
 ) -> int:
-    """The number of the version with the record's request digest, made if it is not there.
+    """Return the number of the version with the record's request digest, created if needed.
 
-    `training` and `evaluation` are the two stages' manifests; a new version gets the training's
-    MLflow run, with the evaluation's figures added.
+    A new version belongs to the MLflow run of the training, which also gets the figures of the
+    evaluation.
+
+    Args:
+        client: MLflow's client.
+        store: the root.
+        model: name of the model.
+        record: the record of the version, without its number.
+        training: manifest of the train stage.
+        evaluation: manifest of the evaluation.
     """
     digest = record["request_digest"]
     for version in _versions(client, model):
@@ -91,10 +106,10 @@ def _versions(client: Any, model: str) -> Iterator[Any]:
 
 
 def _source(client: Any, store: Store, folder: str) -> str:
-    """Where a version's model lies.
+    """Return the address of a version's model.
 
-    MLflow's server refuses a path, which it would take for one of its own, and a file:// URI of
-    another machine too: so it is told in a scheme that it does not know.
+    MLflow's server refuses paths and file:// URIs, because it takes them for its own files. So a
+    folder gets a scheme that the server does not know.
     """
     uri = store.uri
     if store.local_folder and client.tracking_uri.startswith("http"):
@@ -113,18 +128,20 @@ def _tags(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _log_run(client: Any, store: Store, training: Manifest, evaluation: Manifest) -> str:
-    """Add the evaluation's figures to the training's MLflow run; its id.
+    """Add the figures of the evaluation to the training's MLflow run. Return the run's id.
 
-    The training's course is added too where it is missing: the database was lost, or MLflow could
-    not be reached while it went on.
+    Missing records of the training's log are added too. They are missing if the database was lost,
+    or if MLflow could not be reached during training.
     """
     run_id = training_run(client, store, training)
     LogUploader(client, run_id).add(read_log(store, training.folder))
     client.set_tag(run_id, evaluation.stage, f"{store.uri}/{evaluation.folder}")
-    # A fixed time, so that repeating the call adds no second point.
+    # With a fixed time a repeated call adds no second point.
     at = calendar.timegm(time.strptime(evaluation.created, "%Y-%m-%dT%H:%M:%SZ")) * 1000
     figures = flatten(evaluation.summary["figures"])
     log_figures(client, run_id, {k: v for k, v in figures.items() if v is not None}, at)
-    if client.get_run(run_id).info.status != "FINISHED":  # would take now for the training's end
+    if (
+        client.get_run(run_id).info.status != "FINISHED"
+    ):  # else it would change the end time of the run
         client.set_terminated(run_id)
     return run_id

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class RegisterSettings(BaseModel):
-    """Where and under which name a model is registered."""
+    """The name and the address under which a model is registered."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -18,6 +18,6 @@ class RegisterSettings(BaseModel):
     )
     tracking_uri: str | None = Field(
         None,
-        description="MLflow's server or database; by default that of MLFLOW_TRACKING_URI, else"
+        description="MLflow's server or database. By default it is MLFLOW_TRACKING_URI, or else"
         " ROOT/mlflow.db (SQLite).",
     )

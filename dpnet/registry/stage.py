@@ -1,17 +1,16 @@
-"""Register a trained model with its evaluation, and read the registry back from storage.
+"""The register stage: make a trained model a version, champion or challenger.
 
-MLflow is the registry that people look at; `registry/<model>/v<N>.json` in storage is the copy that
-the pipeline itself reads, so inpainting needs no MLflow and a lost MLflow database is made again
-from it. `champion.json` is the record of the version that is in use.
+People look at MLflow's registry. The pipeline reads the records in storage
+(`registry/<model>/v<N>.json`), so inpainting needs no MLflow, and a lost MLflow database is
+restored from them. `champion.json` is the record of the version in use.
 
-One registration at a time holds the lease of the model. Its steps can each be repeated, so a run
-that is killed between any two of them goes on where it stopped and never makes a second version.
+One registration at a time holds the lease of the model. Each of its steps can be repeated. So a
+registration that was killed resumes, and never creates a second version.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -40,8 +39,6 @@ from dpnet.model_store.records import (
 )
 from dpnet.registry.settings import RegisterSettings
 
-log = logging.getLogger(__name__)
-
 
 def register(
     settings: RegisterSettings,
@@ -50,18 +47,24 @@ def register(
     store: Store,
     against: StageRef | None = None,
 ) -> StageRef:
-    """Make `run` a version of the model, and the champion if it beats the present one.
+    """Register `run` as a version of the model, and as the champion if it is better.
 
-    The version becomes champion if there is none, or if the champion was evaluated on the same
-    pairs and has a lower hole PSNR (the mean over bins); otherwise challenger. `against` is an
-    evaluation of the champion that counts instead of the one that it was registered with.
+    The version becomes champion if there is no champion, or if the champion was evaluated on the
+    same pairs and has a lower hole PSNR (mean over the bins). Otherwise it becomes challenger.
+
+    Args:
+        settings: settings of the registry.
+        run: the train stage.
+        evaluation: the evaluation of `run`.
+        store: the root.
+        against: a new evaluation of the champion, to compare with instead of its first one.
     """
     uri = tracking_uri(settings, store)
     request = Request(
         stage="register",
         name=settings.model,
         top=registry_folder(settings.model),
-        settings={"model": settings.model},  # where MLflow runs changes no version
+        settings={"model": settings.model},  # MLflow's address does not change a version
         inputs={
             "run": run,
             "evaluation": evaluation,
@@ -72,7 +75,7 @@ def register(
 
 
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
-    """MLflow's address. Raises ConfigError where the root cannot hold the database."""
+    """Return MLflow's address. Raises ConfigError if none is set and the root is on S3."""
     if given := settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return given
     if store.local_folder:
@@ -92,31 +95,30 @@ def _build(work: Work, model: str, uri: str) -> Produced:
     with Lease(store, lease_key(top)) as lease, connect(uri) as client:
         records = read_records(store, model)
         mlflow.restore_versions(client, store, model, records)
-        crown = champion_key(model)
         champion = find_champion(store, model)
         mine = [r for r in records.values() if r["request_digest"] == work.request.digest]
-        if mine:  # written by an earlier call, which was killed afterwards
+        if mine:  # an earlier call wrote it, and was killed afterwards
             record = mine[0]
         else:
-            judged = _judged(work, champion)
-            run, evaluation = (read_manifest(store, judged[r]["folder"]) for r in INPUTS)
-            version = mlflow.ensure_version(client, store, model, judged, run, evaluation)
-            record = {"model": model, "version": version, **judged}
+            new = _new_record(work, champion)
+            run, evaluation = (read_manifest(store, new[r]["folder"]) for r in INPUTS)
+            version = mlflow.ensure_version(client, store, model, new, run, evaluation)
+            record = {"model": model, "version": version, **new}
             lease.check()
-            _keep(store, version_key(model, version), record)
+            _write_once(store, version_key(model, version), record)
         if record["champion_before"] == (champion["version"] if champion else None):
             client.set_registered_model_alias(model, record["alias"], str(record["version"]))
             if record["alias"] == CHAMPION:
-                store.write(crown, _bytes(record))
+                store.write(champion_key(model), _bytes(record))
     summary = {key: record[key] for key in ("model", "version", "alias", "reason", "hole_psnr")}
     return Produced([write_file(work, RECORD, _bytes(record))], summary)
 
 
-def _judged(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The record of a version yet without its number: no times and no absolute paths in it."""
+def _new_record(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the record of a new version without its number, times or absolute paths."""
     summary = read_manifest(work.store, work.request.inputs["evaluation"].folder).summary
     psnr, pairs = summary["hole_psnr"], summary["pairs_digest"]
-    alias, reason = judge(psnr, pairs, _measured_again(work, champion))
+    alias, reason = choose_alias(psnr, pairs, _with_new_figures(work, champion))
     return {
         "alias": alias,
         "reason": reason,
@@ -135,9 +137,11 @@ def _judged(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _measured_again(work: Work, champion: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The champion with the figures of `against`, unless that is of one that was champion before:
-    another may have been registered since it was evaluated."""
+def _with_new_figures(work: Work, champion: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return the champion with the figures of `against`, if there is such an evaluation.
+
+    It is ignored if it is of a former champion: another version can become champion in between.
+    """
     against = work.request.inputs.get(AGAINST)
     if champion is None or against is None:
         return champion
@@ -147,26 +151,34 @@ def _measured_again(work: Work, champion: Mapping[str, Any] | None) -> Mapping[s
     return {**champion, **{key: manifest.summary[key] for key in ("hole_psnr", "pairs_digest")}}
 
 
-def judge(psnr: float, pairs: str, champion: Mapping[str, Any] | None) -> tuple[str, str]:
-    """The alias of a new version with hole PSNR `psnr` on `pairs`, and why, in one sentence."""
+def choose_alias(psnr: float, pairs: str, champion: Mapping[str, Any] | None) -> tuple[str, str]:
+    """Return the alias of a new version, and the reason in one sentence.
+
+    The sentences are content of the record, so a change of a word changes its digest.
+
+    Args:
+        psnr: the version's hole PSNR in dB.
+        pairs: digest of the pairs.
+        champion: the record of the champion, if there is one.
+    """
     if champion is None:
         return CHAMPION, "It is the first version."
     name, its = f"version {champion['version']}", champion["hole_psnr"]
     if champion["pairs_digest"] != pairs:
         return CHALLENGER, f"The champion, {name}, was evaluated on other pairs: not comparable."
-    # By what people are shown: a gain that vanishes in rounding is none.
+    # Compare the figures that people see: a gain that disappears by rounding does not count.
     if round(psnr, 2) > round(its, 2):
         return CHAMPION, f"Its hole PSNR of {psnr:.2f} dB is above the {its:.2f} dB of {name}."
     return CHALLENGER, f"Its hole PSNR of {psnr:.2f} dB is not above the {its:.2f} dB of {name}."
 
 
-def _keep(store: Store, key: str, record: Mapping[str, Any]) -> None:
-    """Write a version's record once and for all."""
+def _write_once(store: Store, key: str, record: Mapping[str, Any]) -> None:
+    """Write a version's record, which never changes afterwards."""
     data = _bytes(record)
-    # A put that is repeated after a lost answer finds its own bytes.
+    # A write that is repeated after a lost answer finds its own bytes.
     if store.create(key, data) is None and store.read(key) != data:
         raise PipelineError(
-            f"{store.uri}/{key} is another registration's: run the same command again."
+            f"{store.uri}/{key} belongs to another registration: run the same command again."
         )
 
 

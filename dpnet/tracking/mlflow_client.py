@@ -1,4 +1,4 @@
-"""How MLflow is reached."""
+"""Connect to MLflow."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from data_prep.core.paths import MLFLOW_DATABASE
 from data_prep.core.storage.local import LocalStore
 
 _SQLITE = "sqlite:///"
-
-
-_LONGEST = 300  # characters of an error's text that are shown
+_LONGEST = 300  # characters of an error text, at most
 
 
 @contextmanager
 def connect(uri: str) -> Iterator[Any]:
-    """An MLflow client for tracking and registry at `uri`; its errors become PipelineError."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
+    """Connect to tracking and registry at `uri`. MLflow's errors become PipelineError."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # mlflow reads this at its import
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -38,14 +36,14 @@ def connect(uri: str) -> Iterator[Any]:
 
 
 def new_client(uri: str) -> Any:
-    """An MLflow client for tracking and registry at `uri`; its errors are MLflow's."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # that is for results
+    """Return an MLflow client for tracking and registry at `uri`. It raises MLflow's errors."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # mlflow reads this at its import
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # standard output is for results
     # Servers other than AWS refuse or mangle boto3's newer default checksums.
     os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     from mlflow.tracking import MlflowClient
 
-    # They would tell every migration of the schema, and tracebacks of what is raised anyway.
+    # They log each migration of the schema, and tracebacks of errors that are raised anyway.
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith(_SQLITE):
@@ -54,21 +52,21 @@ def new_client(uri: str) -> Any:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of MLflow's says, in one line and without credentials."""
-    # SQLAlchemy may begin with advice to programmers, in a line of its own.
+    """Return the text of an MLflow error in one line, without credentials."""
+    # The first line of SQLAlchemy's errors can be advice to programmers.
     lines = [line for line in str(error).splitlines() if not line.startswith("(raised as")]
     if not lines:
         return type(error).__name__
-    # Of a server that is not reached, the last of several errors within one another.
+    # If the server cannot be reached, the innermost of several nested errors is the cause.
     cause = re.search(r"Caused by .*?: ([^\"]*)", lines[0])
     return without_credentials(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
 
 
 def _create_database(path: Path) -> None:
-    """Make MLflow's SQLite file unless it is there, all at once.
+    """Create MLflow's SQLite file in one step, if it does not exist.
 
-    MLflow builds it by some hundred migrations, and killed among them it leaves a file that it
-    refuses for ever after (seen with 3.17).
+    MLflow creates it with a hundred migrations. If it is killed between two of them, it refuses
+    the file from then on (seen with 3.17).
     """
     if path.exists():
         return
@@ -81,5 +79,5 @@ def _create_database(path: Path) -> None:
 
 
 def without_credentials(text: str) -> str:
-    """A URI, or a text with URIs in it, without users and passwords."""
+    """Return a text without the users and passwords in its URIs."""
     return re.sub(r"://\S*@", "://", text)

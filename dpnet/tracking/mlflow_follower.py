@@ -1,10 +1,9 @@
-"""The course of a training in MLflow while it goes on.
+"""Copy the log of a running training to MLflow.
 
-A thread of the process that follows a training, wherever that runs, reads what it tells in its
-folder (`dpnet.tracking.run_log`) and adds to MLflow what is not there yet. Only this process
-writes, so
-SQLite will do. Training neither waits for MLflow nor fails with it: an error is told once, and at
-the next look it is tried again.
+A thread of the process that waits for the training reads the files in the run's folder
+(`dpnet.tracking.run_log`) and adds new records to MLflow. The training can run on other machines.
+Only this process writes, so SQLite is enough. Training never waits for MLflow and never fails with
+it: an error is logged once, and the thread tries again at its next look.
 """
 
 from __future__ import annotations
@@ -24,19 +23,23 @@ from dpnet.tracking.run_log import read_log, read_status
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 5.0  # between two looks at what training tells
-FLUSH_S = 60.0  # for which the last of it is waited for
-ABORT_S = 10.0  # the same where training has failed or was interrupted
+EVERY_S = 5.0  # between two looks at the run's folder
+FLUSH_S = 60.0  # longest wait for the last records
+ABORT_S = 10.0  # the same if training has failed or was interrupted
 PICTURES = "pictures"
-# The next look is the retry; by itself MLflow would try one request for minutes.
+# The next look is the retry. By default MLflow repeats one request for minutes.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 class MlflowFollower:
-    """Keeps MLflow at `uri` up to date on the training of `work` while in the `with` block.
+    """Copies the log of a training to MLflow during a `with` block.
 
-    Without `uri` nothing is tracked. The MLflow run is the training's, whoever began it, and is
-    RUNNING until the block ends: then FINISHED, FAILED after an error, or KILLED.
+    Until the block ends the MLflow run is RUNNING, then FINISHED, FAILED after an error, or KILLED
+    after an interrupt.
+
+    Args:
+        uri: MLflow's address. Nothing is copied without it.
+        work: the train stage.
     """
 
     def __init__(self, uri: str | None, work: Work) -> None:
@@ -45,8 +48,8 @@ class MlflowFollower:
         self._status = "RUNNING"
         self._environment: list[str] = []
         self._run: _Run | None = None
-        self._read = -1  # records of the log at the last look
-        self._told: set[str] = set()
+        self._read = -1  # number of records at the last look
+        self._warned: set[str] = set()
         self._thread = threading.Thread(target=self._follow, name="dpnet-mlflow", daemon=True)
 
     def __enter__(self) -> MlflowFollower:
@@ -72,34 +75,34 @@ class MlflowFollower:
         seconds = FLUSH_S if kind is None else ABORT_S
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._warn_not_logged(f"it needs more than {seconds:.0f} s for the last of it")
+            self._warn_not_logged(f"it needs more than {seconds:.0f} s for the last records")
         for name in self._environment:
             os.environ.pop(name, None)
 
     def _follow(self) -> None:
         store, folder = self._work.store, self._work.folder
-        before = read_status(store, folder)  # what an earlier attempt has left
+        before = read_status(store, folder)  # of an earlier attempt
         begun = ended = False
         while not ended:
             ended = self._ended.wait(EVERY_S)
             try:
                 status = read_status(store, folder)
-                # Not before it has begun: MLflow is slow to import, and so is Ray, which starts.
+                # Wait for the start of training: the imports of MLflow would slow down that of Ray.
                 begun = begun or status != before
                 if ended and (begun or self._status == "FINISHED"):
                     self._look(self._status)
                 elif begun and status.get("records") != self._read:
                     self._look()
             except Exception as error:
-                self._run = None  # what of it has come through is asked anew
+                self._run = None  # ask MLflow again for the records that it has
                 self._warn_not_logged(reason_of(error))
 
     def _look(self, status: str | None = None) -> None:
-        """Add what is new, and how training ended. Raises whatever MLflow raises."""
+        """Add new records and images, and the final status if there is one."""
         if self._run is None:
             self._run = _Run(str(self._uri), self._work)
         records = read_log(self._work.store, self._work.folder)
-        self._run.course.add(records)
+        self._run.log.add(records)
         self._read = len(records)
         if status:
             self._run.client.set_terminated(self._run.id, status)
@@ -107,7 +110,7 @@ class MlflowFollower:
             self._run.add_pictures()
         except Exception as error:
             self._warn(
-                f"MLflow does not take the validation pictures ({reason_of(error)}): they are in"
+                f"MLflow does not take the validation images ({reason_of(error)}): they are in"
                 f" {self._work.store.uri}/{self._work.folder}/{PICTURES}",
                 PICTURES,
             )
@@ -120,26 +123,26 @@ class MlflowFollower:
             "log",
         )
 
-    def _warn(self, sentence: str, about: str) -> None:
-        """Once about the same."""
-        if about not in self._told:
-            self._told.add(about)
+    def _warn(self, sentence: str, subject: str) -> None:
+        """Log a sentence, once for each subject."""
+        if subject not in self._warned:
+            self._warned.add(subject)
             log.warning("%s", sentence)
 
 
 class _Run:
-    """The training's MLflow run, set to be at work."""
+    """The training's MLflow run, with status RUNNING."""
 
     def __init__(self, uri: str, work: Work) -> None:
         self.work = work
         self.client = new_client(uri)
         self.id = training_run(self.client, work.store, work.request.draft())
         self.client.update_run(self.id, "RUNNING")
-        self.course = LogUploader(self.client, self.id)
-        self._pictures: set[str] | None = None  # names of those that MLflow has
+        self.log = LogUploader(self.client, self.id)
+        self._pictures: set[str] | None = None  # names of the images that MLflow has
 
     def add_pictures(self) -> None:
-        """Store new pictures as artifacts."""
+        """Store new images as artifacts."""
         if self._pictures is None:
             there = self.client.list_artifacts(self.id, PICTURES)
             self._pictures = {posixpath.basename(file.path) for file in there}

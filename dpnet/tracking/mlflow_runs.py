@@ -1,7 +1,7 @@
-"""The MLflow run of a training: who trains, whoever resumes it and the registration share one.
+"""The MLflow run of a training. The first attempt, later attempts and the registration share it.
 
-It is found again by the digest of the train stage's request, in the experiment that has the
-training's name. What is asked of MLflow here can be repeated and adds nothing twice.
+The experiment has the name of the training. In it, the run is found by the request digest of the
+train stage. All calls here can be repeated: nothing is added twice.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from data_prep.core.paths import MLFLOW_ARTIFACTS
 from data_prep.core.storage.store import Store
 
 _CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
-# Of each kind of record, a figure that every one has.
+# A metric that every record of a kind has.
 _MARKS = {"train": "throughput.images_per_second", "validation": "validation.hole_psnr"}
 
 
 def training_run(client: Any, store: Store, training: Manifest) -> str:
-    """The id of the MLflow run of a training, made if it is not there.
+    """Return the id of a training's MLflow run. Create the run if it does not exist.
 
-    `training` is a train stage's manifest, or the draft of one.
+    Args:
+        client: MLflow's client.
+        store: the root.
+        training: manifest of the train stage, or the draft of one.
     """
     from mlflow.entities import Param
 
     digest, place = training.request_digest, f"{store.uri}/{training.folder}"
     experiment = _experiment(client, store, training.name)
     found = client.search_runs([experiment], f"tags.train_digest = '{digest}'")
-    # A server may serve several roots, in which the same is trained.
+    # One server can serve several roots with the same training.
     ids = [run.info.run_id for run in found if run.data.tags.get("train") == place]
     if ids:
         run_id = str(ids[0])
@@ -47,8 +50,10 @@ def training_run(client: Any, store: Store, training: Manifest) -> str:
 
 
 def run_page(uri: str, store: Store, training: StageRef) -> str | None:
-    """The address of a training's MLflow run in the UI of the server at `uri`; None where there is
-    no server or no such run."""
+    """Return the address of a training's MLflow run in the web page of the server at `uri`.
+
+    Return None if `uri` is not a server, or has no such run.
+    """
     if not uri.startswith("http"):
         return None
     from mlflow.tracking import MlflowClient
@@ -68,15 +73,15 @@ def run_page(uri: str, store: Store, training: StageRef) -> str | None:
 def _experiment(client: Any, store: Store, name: str) -> str:
     if experiment := client.get_experiment_by_name(name):
         return str(experiment.experiment_id)
-    # Without a location it would be a folder of the working directory.
+    # By default it would be a folder in the working directory.
     return str(client.create_experiment(name, artifact_location=f"{store.uri}/{MLFLOW_ARTIFACTS}"))
 
 
 class LogUploader:
-    """The course of a training in its MLflow run: adds of the log what is not there yet.
+    """Adds new records of a training's log to its MLflow run.
 
-    A training that is taken up from a checkpoint does some of its steps again, and the same comes
-    out of them; those that MLflow has are passed over.
+    A training that resumes from a checkpoint repeats some steps, with the same results. Records
+    that MLflow already has are skipped.
     """
 
     def __init__(self, client: Any, run_id: str) -> None:
@@ -87,12 +92,12 @@ class LogUploader:
         }
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """`records`: the whole log."""
+        """Add the new records of the whole log."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         batch: list[Any] = []
-        trained = 0  # steps before the record
+        trained = 0  # steps of training before the record
         for record in records:
             kind, step = record["kind"], record["step"]
             before = trained
@@ -111,13 +116,13 @@ class LogUploader:
 
 
 def _figures(record: Mapping[str, Any], steps: int) -> dict[str, float]:
-    """What MLflow is told of a record of the log; one of training is about `steps` steps."""
+    """Return the metrics of a record. A record of training covers `steps` steps."""
     if record["kind"] == "validation":
         return {f"validation.{name}": record[name] for name in ("hole_psnr", "mean_fill_psnr")}
     seconds = record["seconds"]
     figures = flatten({name: record.get(name, {}) for name in ("losses", "gradients")})
     figures["throughput.images_per_second"] = record["images"] / max(seconds, 1e-9)
-    if "data_seconds" in record:  # not in logs of earlier versions
+    if "data_seconds" in record:  # logs of earlier versions do not have it
         data = record["data_seconds"]
         figures |= {
             "throughput.data_wait_share": data / max(seconds, 1e-9),
@@ -133,7 +138,14 @@ def _figures(record: Mapping[str, Any], steps: int) -> dict[str, float]:
 
 
 def log_figures(client: Any, run_id: str, figures: Mapping[str, float], at: int) -> None:
-    """Figures of the whole run, of the time `at` (ms): at a fixed one, a repetition adds none."""
+    """Add figures of the whole run. With a fixed time, a repeated call adds nothing.
+
+    Args:
+        client: MLflow's client.
+        run_id: id of the run.
+        figures: values by name.
+        at: time of the figures, in ms since 1970.
+    """
     from mlflow.entities import Metric
 
     metrics = [Metric(name, float(value), at, 0) for name, value in figures.items()]
@@ -142,7 +154,7 @@ def log_figures(client: Any, run_id: str, figures: Mapping[str, float], at: int)
 
 
 def flatten(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings under dotted names, with the characters MLflow allows."""
+    """Flatten nested mappings to dotted names. Replace characters that MLflow does not allow."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         name = before + re.sub(r"[^\w. /-]", "_", str(key))

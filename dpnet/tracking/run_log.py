@@ -1,7 +1,7 @@
-"""What a run tells while it goes on, in its folder: `status.json`, `log.jsonl` and pictures.
+"""The files that a running training publishes: `status.json`, `log.jsonl` and validation images.
 
-Written by a thread, so that training never waits for storage; what cannot be written is left out,
-for the log is in every checkpoint too.
+A thread writes them, so training never waits for storage. A write that fails is skipped, since
+each checkpoint holds the log too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from data_prep.core.errors import StorageError
 from data_prep.core.storage.store import Store
 
 STATUS, LOG = "status.json", "log.jsonl"
-LOCAL_S, REMOTE_S = 0.5, 5.0  # least time between two writes of the same object
+LOCAL_S, REMOTE_S = 0.5, 5.0  # shortest time between two writes of the same object
 
 
 class Journal:
-    """Publishes the newest status and log of a run. Close it to have the last ones written."""
+    """Publishes the newest status and log of a run. Closing it writes the last ones."""
 
     def __init__(self, store: Store, run: str) -> None:
         self.store, self.run = store, run
@@ -32,17 +32,19 @@ class Journal:
         self._thread.start()
 
     def status(self, record: Mapping[str, Any]) -> None:
-        """`record` with the `time` of now, in seconds since 1970."""
+        """Publish `record` with the present `time`, in seconds since 1970."""
         self._put(STATUS, json.dumps({**record, "time": round(time.time(), 3)}).encode())
 
     def log(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Publish the whole log."""
         self._put(LOG, encode_log(records))
 
     def picture(self, step: int, png: bytes) -> None:
-        """The strip of validation pictures at a step."""
+        """Publish the strip of validation images at a step."""
         self._put(f"pictures/step-{step:08d}.png", png)
 
     def close(self) -> None:
+        """Write the newest status and log, and stop the thread."""
         self._closed = True
         self._wake.set()
         self._thread.join()
@@ -72,7 +74,7 @@ class Journal:
 
 
 def read_status(store: Store, run: str) -> dict[str, Any]:
-    """The newest status; empty where there is none yet, or it cannot be had now."""
+    """Return the newest status, or {} if there is none or it cannot be read now."""
     try:
         record = json.loads(store.read(f"{run}/{STATUS}"))
     except (OSError, ValueError, StorageError):
@@ -81,7 +83,7 @@ def read_status(store: Store, run: str) -> dict[str, Any]:
 
 
 def read_log(store: Store, folder: str) -> list[dict[str, Any]]:
-    """The records of a run's log so far; none where there is no log."""
+    """Return the records of a run's log so far, or [] if there is no log."""
     try:
         data = store.read(f"{folder}/{LOG}")
     except FileNotFoundError:
@@ -104,8 +106,10 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
 
 
 def hours_worked(log: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
-    """Hours of workers with a GPU and without, of a log; where it does not tell their number, as
-    those of earlier versions, it was one."""
+    """Return the hours of workers with a GPU and without one.
+
+    Logs of earlier versions do not hold the number of workers, which was one then.
+    """
     gpu = cpu = 0.0
     for record in log:
         if record.get("kind") != "train":

@@ -79,14 +79,16 @@ def test_a_generator_is_loaded_as_it_was_saved(store: LocalStore, layout: Layout
 def test_weights_cut_short_are_refused(store: LocalStore, layout: Layout, keep: int) -> None:
     store.write(f"m/{layout.weights}", store.read(f"m/{layout.weights}")[:keep])
     told = refused(store)
-    assert f"{layout.weights} was altered or cut short: it is no whole safetensors file" in told
+    assert (
+        f"{layout.weights} was altered or cut short: it is not a complete safetensors file" in told
+    )
 
 
 def test_weights_with_another_hash_are_refused(store: LocalStore, layout: Layout) -> None:
     weights = bytearray(store.read(f"m/{layout.weights}"))
     weights[-1] ^= 1
     store.write(f"m/{layout.weights}", bytes(weights))
-    assert f"its hash is not the one that {layout.config} names" in refused(store)
+    assert f"its hash is not the one in {layout.config}" in refused(store)
 
 
 def test_weights_that_are_not_there_are_told(store: LocalStore, layout: Layout) -> None:
@@ -114,7 +116,7 @@ def test_a_config_of_something_else_is_refused(
     store: LocalStore, layout: Layout, content: bytes
 ) -> None:
     store.write(f"m/{layout.config}", content)
-    assert f"{layout.config} is no model's config of dpnet" in refused(store)
+    assert f"{layout.config} is not the config of a dpnet model" in refused(store)
 
 
 def test_a_model_of_another_format_is_refused(store: LocalStore, layout: Layout) -> None:

@@ -13,7 +13,7 @@ from dpnet.model_store.records import CHALLENGER, CHAMPION, find_record
 from dpnet.registry import mlflow_versions as mlflow_registry
 from dpnet.registry import stage as register_module
 from dpnet.registry.settings import RegisterSettings
-from dpnet.registry.stage import judge, register, tracking_uri
+from dpnet.registry.stage import choose_alias, register, tracking_uri
 from dpnet.tracking import mlflow_client
 
 
@@ -106,7 +106,7 @@ def test_a_model_evaluated_on_other_pairs_becomes_challenger(store):
 @pytest.mark.parametrize(("psnr", "alias"), [(20.0, CHALLENGER), (20.01, CHAMPION)])
 def test_only_a_higher_figure_beats_the_champion(psnr, alias):
     champion = {"version": 3, "hole_psnr": 20.0, "pairs_digest": "p"}
-    assert judge(psnr, "p", champion)[0] == alias
+    assert choose_alias(psnr, "p", champion)[0] == alias
 
 
 def test_the_same_request_is_skipped(store):
@@ -121,7 +121,7 @@ def test_the_same_request_is_skipped(store):
     ("module", "step"),
     [
         (mlflow_registry, "_source"),  # MLflow's run is logged, the version not yet made
-        (register_module, "_keep"),  # the version is made, its record not yet written
+        (register_module, "_write_once"),  # the version is made, its record not yet written
         (register_module, "write_file"),  # all is written, the stage not yet committed
     ],
 )

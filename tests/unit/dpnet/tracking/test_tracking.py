@@ -238,7 +238,7 @@ def test_pictures_that_cannot_be_stored_are_told_once_and_stop_nothing(store, ur
         tell(work, COURSE, pictures=[75])
     assert only_run(uri).info.status == "FINISHED"
     assert len(points(uri, "losses.hole")) == 3
-    assert caplog.text.count("does not take the validation pictures") == 1
+    assert caplog.text.count("does not take the validation images") == 1
 
 
 @contextmanager
