@@ -1,4 +1,4 @@
-"""`dpnet images build` killed at any moment, run again: the same bytes as if nothing had been."""
+"""`dpnet images build` killed at any moment and run again: the same bytes as without a kill."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from dpnet.pipeline.verify import verify
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-PHOTOGRAPHS = 600
+PHOTOS = 600
 MOMENTS = 20
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs, a few of them twice or broken, so that every step has something to do."""
+    """Make photos, some of them twice or broken, so that every step has work."""
     folder = tmp_path_factory.mktemp("photos")
     random_numbers = np.random.Generator(np.random.Philox(0))
-    for number in range(PHOTOGRAPHS):
+    for number in range(PHOTOS):
         small = random_numbers.integers(0, 256, (12, 12, 3), dtype=np.uint8)
         image = Image.fromarray(small).resize((300, 300), Image.Resampling.BICUBIC)
         image.save(folder / f"{number:03d}.jpg", quality=90)
-    for number in range(0, PHOTOGRAPHS, 50):
+    for number in range(0, PHOTOS, 50):
         (folder / f"copy {number}.jpg").write_bytes((folder / f"{number:03d}.jpg").read_bytes())
     (folder / "broken.jpg").write_bytes(b"broken")
     (folder / "notes.txt").write_text("notes")
@@ -57,19 +57,19 @@ def start(photos: Path, root: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a group of its own, which is killed as a whole
+        start_new_session=True,  # its own process group, which is killed as a whole
     )
 
 
 def finish(process: subprocess.Popen[str]) -> StageRef:
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    told = json.loads(out.splitlines()[-1])
-    return load_reference(open_store(told["root"]), told["folder"])
+    result = json.loads(out.splitlines()[-1])
+    return load_reference(open_store(result["root"]), result["folder"])
 
 
 def living(group: int) -> bool:
-    """Whether any process of the group is alive."""
+    """Return whether any process of the group is alive."""
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
@@ -81,8 +81,8 @@ def living(group: int) -> bool:
 
 
 def kill_group(process: subprocess.Popen[str]) -> bool:
-    """End the command and its workers with SIGKILL; whether there was something to end."""
-    there = process.poll() is None
+    """Kill the command and its workers; return whether the command was still running."""
+    was_running = process.poll() is None
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -92,29 +92,29 @@ def kill_group(process: subprocess.Popen[str]) -> bool:
     while living(process.pid):
         assert time.monotonic() < deadline, "processes survived"
         time.sleep(0.01)
-    return there
+    return was_running
 
 
 @pytest.fixture(scope="module")
 def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The folder of a build that nobody disturbed, and how many seconds it took."""
+    """Return the folder of a build without interruption, and its seconds."""
     root = tmp_path_factory.mktemp("undisturbed") / "root"
     begun = time.monotonic()
     ref = finish(start(photos, root))
     seconds = time.monotonic() - begun
-    assert ref.summary["photographs"] == PHOTOGRAPHS
-    assert ref.summary["duplicates"] == PHOTOGRAPHS // 50
+    assert ref.summary["photographs"] == PHOTOS
+    assert ref.summary["duplicates"] == PHOTOS // 50
     assert sum(figures["shards"] for figures in ref.summary["splits"].values()) > 35
     return root / ref.folder, seconds
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of every shard and index in a version's folder."""
+    """Return the SHA-256 of every shard and index in a version's folder."""
     paths = [p for p in folder.iterdir() if p.name.startswith(("train-", "val-", "test-"))]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def test_killed_at_any_moment_a_build_ends_with_the_same_shards(
+def test_a_build_killed_at_any_moment_resumes_to_the_same_shards(
     photos: Path, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     expected, seconds = hashes(undisturbed[0]), undisturbed[1]
@@ -123,7 +123,7 @@ def test_killed_at_any_moment_a_build_ends_with_the_same_shards(
     moments = random.Random(0)
     killed = committed = begun = 0
     for number in range(MOMENTS):
-        # One in each twentieth of the time, so that every phase is met.
+        # One moment in each twentieth of the time, so that every phase is hit.
         after = seconds * (number + moments.random()) / MOMENTS
         root = tmp_path / f"root {number}"
         process = start(photos, root)
@@ -138,12 +138,12 @@ def test_killed_at_any_moment_a_build_ends_with_the_same_shards(
         assert files_of(store, ref) == files_of(whole, own)
         assert table(store, ref, "sources") == table(whole, own, "sources")
         assert verify(store).problems == []
-    # The moments were worth something: most of them hit a build that had begun and was not done.
+    # Most moments must hit a build that has started and is not finished.
     assert killed >= MOMENTS // 2
     assert begun - committed >= MOMENTS // 5
 
 
-def test_killed_again_and_again_a_build_goes_on_and_ends_with_the_same_shards(
+def test_a_build_killed_several_times_resumes_to_the_same_shards(
     photos: Path, undisturbed: tuple[Path, float], tmp_path: Path
 ) -> None:
     expected, seconds = hashes(undisturbed[0]), undisturbed[1]
@@ -155,10 +155,10 @@ def test_killed_again_and_again_a_build_goes_on_and_ends_with_the_same_shards(
         time.sleep(seconds * moments.uniform(0.5, 0.7))
         if not kill_group(process):
             break
-        if any(root.rglob("manifest.json")):  # committed; only the process had not ended yet
+        if any(root.rglob("manifest.json")):  # committed, although the process has not ended yet
             break
         records = len(list(root.rglob("work/*.parquet")))
-        assert records >= done  # what was done stays done
+        assert records >= done  # finished shards are never lost
         done = records
     ref = finish(start(photos, root))
     assert hashes(root / ref.folder) == expected

@@ -1,4 +1,4 @@
-"""Image shards made on Ray: the same bytes as on this machine, and Ray Data reads them."""
+"""Image shards built on Ray: the same bytes as without Ray, and Ray Data reads them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[object]:
-    """A real Ray of this machine."""
+    """Start a real Ray on this machine."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("ray")
 @pytest.mark.parametrize("make", [crops, tiles])
-def test_ray_and_the_pool_make_the_same_bytes_version_after_version(
+def test_ray_and_the_pool_make_the_same_bytes_in_every_version(
     folder: Path, tmp_path: Path, make: object
 ) -> None:
     config = make(folder, shard_samples=6 if make is crops else 200)  # type: ignore[operator]

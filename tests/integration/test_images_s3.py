@@ -1,4 +1,4 @@
-"""Image shards on a real S3 server (Ceph): the same bytes as in a folder, taken up where killed."""
+"""Image shards on a real S3 server (Ceph): the same bytes as in a folder, also after a kill."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def small(source: object) -> ImagesSettings:
 
 
 def put(folder: Path, prefix: str) -> str:
-    """Upload a folder; the prefix."""
+    """Upload a folder, and return the prefix."""
     store = open_store(prefix)
     for path in folder.rglob("*"):
         if path.is_file():
@@ -65,11 +65,11 @@ def content(store: Store, ref: StageRef) -> tuple[str, dict[str, str]]:
 
 
 def objects(store: Store, ref: StageRef) -> dict[str, str]:
-    """The ETag of every object of a version."""
+    """Return the ETag of every object of a version."""
     return {entry.key: entry.fingerprint for entry in store.list(ref.folder)}
 
 
-def test_from_a_folder_and_from_a_prefix_the_bytes_are_those_of_a_local_root(
+def test_a_root_on_s3_gets_the_same_bytes_as_a_local_root_from_a_folder_and_a_prefix(
     folder: Path, s3_root: str, tmp_path: Path
 ) -> None:
     local = LocalStore(tmp_path / "root")
@@ -86,7 +86,7 @@ def test_from_a_folder_and_from_a_prefix_the_bytes_are_those_of_a_local_root(
     assert content(again, prepare_images(small(prefix), again)) == content(local, expected)
 
 
-def test_a_prefix_that_has_not_changed_is_not_read_again(
+def test_an_unchanged_prefix_is_not_read_again(
     folder: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix, remote = put(folder, f"{s3_root}/photos"), open_store(f"{s3_root}/root")
@@ -106,7 +106,7 @@ def test_a_prefix_that_has_not_changed_is_not_read_again(
     assert objects(remote, first) == before
 
 
-def test_more_photographs_make_only_new_shards(folder: Path, s3_root: str) -> None:
+def test_more_photos_make_only_new_shards(folder: Path, s3_root: str) -> None:
     prefix, remote = put(folder, f"{s3_root}/photos"), open_store(f"{s3_root}/root")
     first = prepare_images(small(prefix), remote)
     before = objects(remote, first)
@@ -126,7 +126,7 @@ def test_more_photographs_make_only_new_shards(folder: Path, s3_root: str) -> No
     assert verify(remote).problems == []
 
 
-def test_an_archive_on_the_server_gives_what_its_files_give(
+def test_an_archive_on_s3_gives_the_same_bytes_as_on_disk(
     folder: Path, s3_root: str, tmp_path: Path
 ) -> None:
     packed = io.BytesIO()
@@ -145,7 +145,7 @@ def test_an_archive_on_the_server_gives_what_its_files_give(
     assert "new\nline é 漢.png" in homes(remote, refs[1])
 
 
-def test_odd_names_of_objects_are_read(s3_root: str, tmp_path: Path) -> None:
+def test_objects_with_unusual_names_are_read(s3_root: str, tmp_path: Path) -> None:
     names = ["new\nline", "a b+c%20", "漢😀", "q?x#y&z=1", "tab\t", "'\"<&>", " lead", *"abcdef"]
     store = open_store(f"{s3_root}/photos")
     for number, name in enumerate(names):
@@ -157,7 +157,7 @@ def test_odd_names_of_objects_are_read(s3_root: str, tmp_path: Path) -> None:
     assert {f"{name}.jpg" for name in names} == set(homes(root, ref))
 
 
-def test_a_build_broken_off_at_any_shard_is_taken_up(
+def test_a_build_interrupted_at_any_shard_resumes(
     folder: Path, s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = LocalStore(tmp_path / "root")
@@ -196,7 +196,7 @@ def command(source: object, root: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_killed_build_goes_on_and_no_output_holds_the_key(
+def test_a_killed_build_resumes_and_no_output_contains_the_credentials(
     folder: Path, s3_root: str, tmp_path: Path
 ) -> None:
     prefix = put(folder, f"{s3_root}/photos")
@@ -212,19 +212,17 @@ def test_a_killed_build_goes_on_and_no_output_holds_the_key(
     again = command(prefix, f"{s3_root}/root")
     more, more_errors = again.communicate(timeout=120)
     assert again.returncode == 0, more_errors
-    told = json.loads(more.splitlines()[-1])
+    result = json.loads(more.splitlines()[-1])
     local = LocalStore(tmp_path / "root")
     done = command(prefix, str(local.folder)).communicate(timeout=120)
-    assert json.loads(done[0].splitlines()[-1])["content_digest"] == told["content_digest"]
+    assert json.loads(done[0].splitlines()[-1])["content_digest"] == result["content_digest"]
     assert verify(store).problems == []
     for secret in (os.environ["AWS_SECRET_ACCESS_KEY"], os.environ["AWS_ACCESS_KEY_ID"]):
         assert not any(secret in text for text in (out, errors, more, more_errors, *done))
         assert not any(secret.encode() in store.read(entry.key) for entry in store.list("images"))
 
 
-def test_a_flipped_byte_of_an_object_is_found_and_its_shard_named(
-    folder: Path, s3_root: str
-) -> None:
+def test_verify_finds_a_changed_byte_and_names_its_shard(folder: Path, s3_root: str) -> None:
     remote = open_store(f"{s3_root}/root")
     ref = prepare_images(small(folder), remote)
     tar = split_shards(remote, ref.folder, "train")[1]
@@ -236,7 +234,7 @@ def test_a_flipped_byte_of_an_object_is_found_and_its_shard_named(
     assert {problem.where for problem in problems} == {tar}
 
 
-def test_wrong_keys_are_told_in_one_sentence_without_them(
+def test_wrong_credentials_are_reported_without_showing_them(
     folder: Path, s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photograph(folder / "one more.png", 700)

@@ -1,4 +1,4 @@
-"""Bad input: each item is counted and named, none ends the build, none leaves the output folder."""
+"""Bad input: every item is counted and named, the build continues, nothing is written outside."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def build(source: object, store: LocalStore) -> StageRef:
-    """A build that bears any failures; what it made is verified, and nothing lies elsewhere."""
+    """Run a build that accepts any failures, verify it, and check that all items are counted."""
     ref = prepare_images(crops(source, max_failure_ratio=1, val=0.2, test=0.2), store)
     assert verify(store).problems == []
     outside = {str(path.relative_to(store.folder)).split("/")[0] for path in store.folder.iterdir()}
     assert outside == {"images"}
-    told = ("photographs", "failed", "ignored", "duplicates")
-    assert sum(ref.summary[kind] for kind in told) == ref.summary["listed"]
+    kinds = ("photographs", "failed", "ignored", "duplicates")
+    assert sum(ref.summary[kind] for kind in kinds) == ref.summary["listed"]
     assert len(homes(store, ref)) == ref.summary["photographs"]
     return ref
 
@@ -72,19 +72,17 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def bomb(path: Path, side: int = 50_000) -> None:
-    """A black RGB PNG of side x side pixels: 7.5 GB in a file of some megabytes."""
+    """Write a black RGB PNG of side x side pixels: 7.5 GB in a file of some megabytes."""
     pack = zlib.compressobj(9)
     packed = [pack.compress(bytes(3 * side + 1)) for _ in range(side // 10)]
-    # A tenth of the rows: whoever believes the header fails on memory or time before it is missed.
+    # A tenth of the rows: a decoder that trusts the header fails before it misses the rest.
     data = b"".join([*packed, pack.flush()])
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     ending = chunk(b"IDAT", data) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + ending)
 
 
-def test_files_that_are_no_whole_pictures_fail_with_the_reason(
-    folder: Path, store: LocalStore
-) -> None:
+def test_damaged_images_and_other_files_fail_with_a_reason(folder: Path, store: LocalStore) -> None:
     jpeg, png = encoded("jpeg"), bytearray(encoded("png"))
     (folder / "truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (folder / "header only.jpg").write_bytes(jpeg[:30])
@@ -107,7 +105,7 @@ def test_files_that_are_no_whole_pictures_fail_with_the_reason(
     assert {"png as.jpg", "jpeg as.png"} < set(homes(store, ref))
 
 
-def test_a_decompression_bomb_fails_by_its_header(folder: Path, store: LocalStore) -> None:
+def test_a_decompression_bomb_is_refused_from_its_header(folder: Path, store: LocalStore) -> None:
     import resource
 
     bomb(folder / "bomb.png")
@@ -118,7 +116,7 @@ def test_a_decompression_bomb_fails_by_its_header(folder: Path, store: LocalStor
     assert grown < 200 << 10
 
 
-def test_a_zip_bomb_fails_and_its_neighbours_do_not(tmp_path: Path, store: LocalStore) -> None:
+def test_a_zip_bomb_fails_and_its_neighbours_are_stored(tmp_path: Path, store: LocalStore) -> None:
     path = tmp_path / "photos.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(6):
@@ -132,9 +130,7 @@ def test_a_zip_bomb_fails_and_its_neighbours_do_not(tmp_path: Path, store: Local
     assert ref.summary["photographs"] == 6
 
 
-def test_a_member_that_lies_about_its_size_is_not_expanded(
-    tmp_path: Path, store: LocalStore
-) -> None:
+def test_a_member_with_a_false_size_is_not_expanded(tmp_path: Path, store: LocalStore) -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for number in range(12):
@@ -153,7 +149,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_odd_names_are_kept_in_the_tables_and_are_plain_in_the_tars(
+def test_unusual_names_are_kept_in_tables_and_plain_in_tars(
     folder: Path, store: LocalStore
 ) -> None:
     for number, name in enumerate(NAMES):
@@ -169,7 +165,7 @@ def test_odd_names_are_kept_in_the_tables_and_are_plain_in_the_tars(
     assert all(key.isascii() and key.replace("_", "").replace("-", "").isalnum() for key in keys)
 
 
-def test_items_with_one_stem_are_different_samples(folder: Path, store: LocalStore) -> None:
+def test_items_with_the_same_stem_become_different_samples(folder: Path, store: LocalStore) -> None:
     for seed, kind in enumerate(("jpeg", "png", "bmp", "webp")):
         (folder / f"same.{kind}").write_bytes(encoded(kind, 30 + seed))
     (folder / "same.jpg").write_bytes(encoded("jpeg", 40))
@@ -201,7 +197,7 @@ def tarred(path: Path, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "pack"), [("p.zip", zipped), ("p.tar", tarred), ("p.tar.gz", tarred)]
 )
-def test_members_whose_names_leave_the_archive_are_named_and_leave_nothing(
+def test_members_with_names_outside_the_archive_fail_and_write_nothing_outside(
     tmp_path: Path, store: LocalStore, name: str, pack: Callable[[Path, list[str]], None]
 ) -> None:
     inside = tmp_path / "in"
@@ -212,7 +208,7 @@ def test_members_whose_names_leave_the_archive_are_named_and_leave_nothing(
     for source in (inside / name, inside):
         ref = build(source, store)
         failed = reasons(store, ref)
-        assert len(failed) >= len(ESCAPES) - 1  # ".." may be no file's name at all
+        assert len(failed) >= len(ESCAPES) - 1  # an archive may drop ".."
         assert all("leaves the archive" in r for k, r in failed.items() if not k.endswith(".."))
         assert {key.rpartition("/")[2] for key in homes(store, ref)} == {*good, "new\nline é.jpg"}
     now = [path for path in tmp_path.rglob("*") if store.folder not in path.parents]
@@ -222,7 +218,7 @@ def test_members_whose_names_leave_the_archive_are_named_and_leave_nothing(
 
 @pytest.mark.parametrize("name", ["p.zip", "p.tar", "p.tar.gz", "p.parquet"])
 @pytest.mark.parametrize("how", ["cut off", "empty", "zeros", "text"])
-def test_a_broken_archive_among_photographs_is_one_failure_or_refused(
+def test_a_broken_archive_next_to_photos_is_one_failure_or_refused(
     folder: Path, store: LocalStore, name: str, how: str
 ) -> None:
     import pyarrow as pa
@@ -231,14 +227,14 @@ def test_a_broken_archive_among_photographs_is_one_failure_or_refused(
     path = folder / name
     names = [f"{n}.jpg" for n in range(6)]
     if name == "p.parquet":
-        pictures = [encoded("jpeg", 10 + n) for n in range(6)]
-        pq.write_table(pa.table({"image": pa.array(pictures, pa.binary())}), path)
+        photos = [encoded("jpeg", 10 + n) for n in range(6)]
+        pq.write_table(pa.table({"image": pa.array(photos, pa.binary())}), path)
     else:
         (zipped if name == "p.zip" else tarred)(path, names)
     data = path.read_bytes()
     harmed = {"cut off": data[: len(data) // 2], "empty": b"", "text": b"not an archive at all"}
     path.write_bytes(harmed.get(how, bytes(20_000)))
-    if how == "cut off" and ".tar" in name:  # some of it was listed; what follows is not known
+    if how == "cut off" and ".tar" in name:  # the members after the cut are unknown
         with pytest.raises(PipelineError, match=r"cut off.*Give the complete archive"):
             build(folder, store)
         return
@@ -262,7 +258,7 @@ def test_links_and_devices_in_a_tar_are_not_followed(tmp_path: Path, store: Loca
     assert not any("link" in key for key in homes(store, ref))
 
 
-def test_pipes_sockets_and_dangling_links_in_a_folder_do_not_hang_the_build(
+def test_pipes_and_broken_links_in_a_folder_do_not_block_the_build(
     folder: Path, store: LocalStore
 ) -> None:
     os.mkfifo(folder / "pipe.jpg")
@@ -274,7 +270,7 @@ def test_pipes_sockets_and_dangling_links_in_a_folder_do_not_hang_the_build(
     assert reasons(store, ref)["dangling.jpg"] == "it is a link to a file that does not exist"
 
 
-def test_a_list_that_names_missing_files_counts_them(folder: Path, store: LocalStore) -> None:
+def test_missing_files_of_a_list_are_counted_as_failed(folder: Path, store: LocalStore) -> None:
     keys = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
     (folder / "list.txt").write_text("\n".join([*keys, "missing.jpg", "../up/missing.jpg", ""]))
     ref = build(folder / "list.txt", store)
@@ -283,14 +279,16 @@ def test_a_list_that_names_missing_files_counts_them(folder: Path, store: LocalS
     assert build(folder / "list.txt", store).folder == ref.folder
 
 
-def test_a_list_with_a_wrong_split_is_refused_by_its_line(folder: Path, store: LocalStore) -> None:
+def test_an_unknown_split_in_a_list_is_refused_with_its_line_number(
+    folder: Path, store: LocalStore
+) -> None:
     (folder / "list.csv").write_text("path,split\ntrip 0/0.png,train\ntrip 0/3.png,half\n")
     with pytest.raises(ConfigError, match=r"line 3 of .*list\.csv: the split 'half' is unknown"):
         build(folder / "list.csv", store)
 
 
 def between(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
-    """Let something happen after the listing, before the first picture is read."""
+    """Call `happens` after the listing, before the first photo is read."""
     real, done = LocalFiles.read, threading.Event()
 
     def read(files: LocalFiles, key: str, limit: int) -> bytes:
@@ -302,7 +300,7 @@ def between(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> N
     monkeypatch.setattr(LocalFiles, "read", read)
 
 
-def test_a_file_that_vanishes_after_it_was_listed_is_a_failure(
+def test_a_file_deleted_after_the_listing_is_a_failure(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     between(monkeypatch, (folder / "trip 1/4.png").unlink)
@@ -312,7 +310,7 @@ def test_a_file_that_vanishes_after_it_was_listed_is_a_failure(
     assert (second.summary["listed"], second.summary["removed"]) == (11, 1)
 
 
-def test_a_file_that_changes_after_it_was_listed_is_stored_as_it_was_read(
+def test_a_file_changed_after_the_listing_is_stored_as_it_was_read(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from data_prep.core.digest import sha256_bytes
@@ -322,14 +320,14 @@ def test_a_file_that_changes_after_it_was_listed_is_stored_as_it_was_read(
     ref = build(folder, store)
     (row,) = (r for r in table(store, ref, "sources") if r["key"] == "trip 1/4.png")
     assert row["sha256"] == sha256_bytes(path.read_bytes())
-    assert build(folder, store).folder == ref.folder  # it was met already
+    assert build(folder, store).folder == ref.folder  # the build has already read it so
     photograph(path, 78)
     third = build(folder, store)
     (row,) = (r for r in table(store, third, "sources") if r["key"] == "trip 1/4.png")
     assert row["sha256"] == sha256_bytes(path.read_bytes())
 
 
-def test_an_archive_that_changes_after_it_was_listed_ends_the_build_and_the_next_is_right(
+def test_an_archive_changed_after_the_listing_stops_the_build_and_the_next_build_is_right(
     tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from data_prep.images import shard_task as image_shards
@@ -351,8 +349,8 @@ def test_an_archive_that_changes_after_it_was_listed_ends_the_build_and_the_next
     assert build(path, store).summary["photographs"] == 20
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_ends_the_build_in_one_sentence(
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_a_file_without_read_permission_stops_the_build_with_one_sentence(
     folder: Path, store: LocalStore
 ) -> None:
     path = folder / "trip 1/4.png"
@@ -363,7 +361,7 @@ def test_a_file_without_permission_ends_the_build_in_one_sentence(
     assert build(folder, store).summary["failed"] == 0
 
 
-def test_a_disk_error_ends_the_build_instead_of_becoming_a_failure(
+def test_a_disk_error_stops_the_build_and_is_not_a_failed_photo(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real_open = open
@@ -381,7 +379,7 @@ def test_a_disk_error_ends_the_build_instead_of_becoming_a_failure(
     assert build(folder, store).summary["failed"] == 0
 
 
-def test_a_bucket_that_is_not_there_is_told_in_one_sentence(
+def test_a_missing_bucket_is_reported_in_one_sentence(
     moto: Server, monkeypatch: pytest.MonkeyPatch, store: LocalStore, folder: Path
 ) -> None:
     moto.use(monkeypatch)
@@ -394,14 +392,14 @@ def test_a_bucket_that_is_not_there_is_told_in_one_sentence(
         assert "\n" not in str(caught.value)
 
 
-def test_a_prefix_with_nothing_below_it_is_told_in_one_sentence(
-    moto_root: str, store: LocalStore
-) -> None:
+def test_an_empty_prefix_is_reported_in_one_sentence(moto_root: str, store: LocalStore) -> None:
     with pytest.raises(PipelineError, match=f"there is nothing at {moto_root}"):
         prepare_images(crops(moto_root), store)
 
 
-def test_odd_and_bad_objects_of_a_bucket_are_counted(moto_root: str, store: LocalStore) -> None:
+def test_unusual_and_broken_objects_of_a_bucket_are_counted(
+    moto_root: str, store: LocalStore
+) -> None:
     remote = open_store(moto_root)
     for number in range(6):
         remote.write(f"{number}.jpg", encoded("jpeg", number))
@@ -420,7 +418,7 @@ def test_odd_and_bad_objects_of_a_bucket_are_counted(moto_root: str, store: Loca
     assert {record(files)["split"] for _, files in all_samples(store, ref)} == set(SPLITS)
 
 
-def test_pictures_beside_the_split_folders_are_refused_where_they_are_many(
+def test_many_photos_outside_the_split_folders_are_refused(
     tmp_path: Path, store: LocalStore
 ) -> None:
     for number in range(6):
@@ -433,18 +431,18 @@ def test_pictures_beside_the_split_folders_are_refused_where_they_are_many(
     assert prepare_images(crops(source, layout="files"), store).summary["photographs"] == 18
 
 
-def test_pictures_that_cannot_be_read_here_are_failures_and_not_ignored(
+def test_photos_of_unsupported_formats_fail_and_are_not_ignored(
     folder: Path, store: LocalStore
 ) -> None:
     (folder / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(2000))
     assert build(folder, store).summary["failed"] == 1
 
 
-def test_a_build_that_fails_for_many_broken_files_lists_them_all(
+def test_a_build_that_stops_because_of_broken_files_lists_all_of_them(
     folder: Path, store: LocalStore
 ) -> None:
     for number in range(9):
-        (folder / f"broken {number}.jpg").write_bytes(b"\xff\xd8\xff no picture")
+        (folder / f"broken {number}.jpg").write_bytes(b"\xff\xd8\xff not an image")
     with pytest.raises(PipelineError, match="cannot be used") as caught:
         prepare_images(crops(folder), store)
     (listed,) = Path(store.folder).rglob("failures.jsonl")

@@ -1,4 +1,4 @@
-"""Duplicates: which copy stays, and which pictures are nearly the same."""
+"""Duplicates: the copy that stays, and photos that are nearly the same."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def test_of_the_same_bytes_in_one_split_the_lowest_key_stays() -> None:
     assert kept.tolist() == [0, 0, 1]
 
 
-def test_a_picture_in_two_splits_leaves_the_one_that_is_worth_less() -> None:
+def test_a_copy_in_two_splits_leaves_the_split_of_lower_rank() -> None:
     dropped, kept = same_content(digests("aabbccc"), np.ones(7, bool), splits("tvvetve"))
     assert dict(zip(dropped.tolist(), kept.tolist(), strict=True)) == {0: 1, 2: 3, 4: 6, 5: 6}
 
 
-def test_rows_that_are_not_usable_neither_stay_nor_drop_others() -> None:
+def test_unusable_rows_neither_stay_nor_remove_others() -> None:
     dropped, _ = same_content(digests("aaa"), np.array([False, True, True]), splits("ttt"))
     assert dropped.tolist() == [2]
 
 
 def brute_force(phash: np.ndarray, split: np.ndarray) -> list[tuple[int, int]]:
-    """(row, distance) of every row with a near one in a split worth more."""
+    """Return (row, distance) of every row with a near one in a split of higher rank."""
     found = []
     for row in range(len(phash)):
         apart = [
@@ -51,7 +51,7 @@ def brute_force(phash: np.ndarray, split: np.ndarray) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 5])
-def test_near_pairs_are_those_that_comparing_all_finds(
+def test_near_pairs_equal_the_result_of_comparing_all_pairs(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duplicates, "_PAIRS", chunk)

@@ -1,8 +1,7 @@
-"""The plan: splits, shards, tiles, keys and order; and what of a parent version is made again."""
+"""The plan of a version: splits, shards and order, with and without a parent."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,19 @@ from data_prep.images.plan import (
     storage_order,
 )
 from data_prep.images.splits import assign_splits
-from data_prep.pictures.tiling import choose_tiles, sample_key, square_tiles
 from data_prep.raw.listing import SPLITS, Item, Listing, collect
 
 MANY = [f"trip {n // 40}/photo {n}.jpg" for n in range(2000)]
 
 
 def listing(keys: list[str], **columns: Any) -> Listing:
-    """Items of 10 bytes; further columns by the place in `keys`."""
+    """Make a listing of items of 10 bytes; other columns have one value for each key."""
     own = [{name: values[n] for name, values in columns.items()} for n in range(len(keys))]
     return collect(Item(key, 10, 1, **rest) for key, rest in zip(keys, own, strict=True))
 
 
 def drawn(keys: list[str], **options: Any) -> tuple[dict[str, str], list[str]]:
-    """The split of every key where the source says none, and the notes."""
+    """Return the split of every key, drawn if the source gives none, and the notes."""
     table = listing(keys).table["key"]
     given = options.pop("given", np.full(len(keys), -1, np.int8))
     shares = {"val": 0.05, "test": 0.05, **options}
@@ -52,7 +50,7 @@ def members(splits: dict[str, str], split: str) -> set[str]:
     return {key for key, own in splits.items() if own == split}
 
 
-def test_the_shares_are_met_and_a_photograph_keeps_its_split_when_others_arrive() -> None:
+def test_the_shares_are_met_and_a_photo_keeps_its_split_when_others_arrive() -> None:
     splits, notes = drawn(MANY, val=0.1, test=0.2)
     assert not notes
     assert 150 < len(members(splits, "val")) < 250
@@ -61,7 +59,7 @@ def test_the_shares_are_met_and_a_photograph_keeps_its_split_when_others_arrive(
     assert all(splits[key] == split for key, split in before.items())
 
 
-def test_with_another_share_only_those_at_the_bounds_move() -> None:
+def test_a_larger_share_only_adds_photos_to_its_split() -> None:
     less, _ = drawn(MANY, val=0.1, test=0.1)
     more, _ = drawn(MANY, val=0.1, test=0.3)
     assert members(less, "val") == members(more, "val")
@@ -69,14 +67,14 @@ def test_with_another_share_only_those_at_the_bounds_move() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4, 5, 8])
-def test_in_a_tiny_set_every_split_has_a_photograph(count: int) -> None:
+def test_in_a_tiny_set_every_split_has_a_photo(count: int) -> None:
     for start in range(0, 400, count):
         splits, _ = drawn(MANY[start : start + count])
         assert set(splits.values()) == {"train", "val", "test"}
         assert len(members(splits, "train")) >= count - 4
 
 
-def test_a_split_is_filled_with_pictures_alone() -> None:
+def test_an_empty_split_is_filled_only_with_usable_photos() -> None:
     given, usable = np.full(20, -1, np.int8), np.arange(20) >= 16
     splits, _ = assign_splits(given, usable, key_hashes(listing(MANY[:20]).table["key"]).draw, 0, 0)
     assert set(splits[usable]) == {0, 1, 2}
@@ -91,19 +89,19 @@ def test_a_split_of_the_parent_version_is_kept() -> None:
     assert all(splits[key] == SPLITS[before[n]] for n, key in enumerate(keys) if n != 7)
 
 
-def test_two_photographs_are_too_few_for_three_splits() -> None:
+def test_two_photos_are_too_few_for_three_splits() -> None:
     with pytest.raises(PipelineError, match=r"too few photos: 2, but at least 3 are needed"):
         drawn(MANY[:2])
 
 
-def test_what_the_source_says_counts_even_against_the_parent() -> None:
+def test_a_split_given_by_the_source_wins_over_the_parents() -> None:
     given = np.array([0, 0, 1, 2, 2], np.int8)
     splits, notes = drawn(list("abcde"), given=given, before=given[::-1].copy())
     assert list(splits.values()) == ["train", "train", "val", "test", "test"]
     assert not notes
 
 
-def test_a_split_that_the_source_lacks_is_taken_out_of_train_and_said() -> None:
+def test_a_missing_split_is_drawn_from_train_with_a_note() -> None:
     keys = [f"{n:03d}" for n in range(201)]
     given = np.zeros(201, np.int8)
     given[200] = 2
@@ -113,24 +111,24 @@ def test_a_split_that_the_source_lacks_is_taken_out_of_train_and_said() -> None:
     assert notes == ["the source has no split val: a part of train is used instead"]
 
 
-def test_splits_with_nothing_usable_in_train_are_an_error() -> None:
+def test_a_source_without_usable_photos_in_train_is_an_error() -> None:
     with pytest.raises(PipelineError, match="too few photos: 0 in train"):
         drawn(["a", "b"], given=np.array([1, 2], np.int8))
 
 
-def test_kinds_of_items_go_by_their_names() -> None:
+def test_names_give_the_kinds_of_items() -> None:
     keys = ["a.JPG", "b.tar.jpeg", "c", "d/e", "f.txt", "g.jpg.txt", "d.x/h", "i.j/k.webp", "p.png"]
     found = listing(keys)
     found = Listing(found.table, (), {"p.png": "missing"})
     kinds = dict(zip(found.table["key"].to_pylist(), item_kinds(found, "photos"), strict=True))
-    picture = {"a.JPG", "b.tar.jpeg", "i.j/k.webp"}
+    photo = {"a.JPG", "b.tar.jpeg", "i.j/k.webp"}
     unsure, other = {"c", "d/e", "d.x/h"}, {"f.txt", "g.jpg.txt"}
-    expected = dict.fromkeys(picture, PHOTO) | dict.fromkeys(unsure, UNSURE)
+    expected = dict.fromkeys(photo, PHOTO) | dict.fromkeys(unsure, UNSURE)
     expected |= dict.fromkeys(other, OTHER) | {"p.png": PROBLEM}
     assert kinds == expected
 
 
-def test_rows_of_a_table_are_pictures_whatever_they_are_called() -> None:
+def test_rows_of_a_table_are_photos_under_any_name() -> None:
     rows = [Item("t.parquet/1", 5, 1, "", 0, 0, 0), Item("z.zip/1.txt", 5, 1, "", 1, 0, 0)]
     found = collect(rows, ["t.parquet", "z.zip"])
     assert item_kinds(found, "photos").tolist() == [PHOTO, OTHER]
@@ -138,7 +136,7 @@ def test_rows_of_a_table_are_pictures_whatever_they_are_called() -> None:
     assert item_kinds(alone, "x/t.parquet").tolist() == [PHOTO]
 
 
-def test_keys_are_matched_with_those_of_before() -> None:
+def test_keys_are_matched_with_the_old_keys() -> None:
     old, new = [*MANY[::2], "gone"], [*MANY[:100], "new"]
     tables = [listing(keys).table["key"] for keys in (new, old)]
     rows = match_keys(key_hashes(tables[0]), tables[0], key_hashes(tables[1]), tables[1])
@@ -147,7 +145,7 @@ def test_keys_are_matched_with_those_of_before() -> None:
         assert (olds[row] == key) if key in old else row == -1
 
 
-def test_shards_are_of_even_size_and_hold_everything_once() -> None:
+def test_shards_have_even_sizes_and_hold_every_row_once() -> None:
     rows = np.arange(2003)[::-1]
     shards = list(cut_into_shards(rows, "val", 7, 100))
     assert [shard.name for shard in shards] == [f"val-{n:06d}" for n in range(7, 28)]
@@ -156,13 +154,13 @@ def test_shards_are_of_even_size_and_hold_everything_once() -> None:
     assert list(cut_into_shards(rows[:0], "val", 0, 100)) == []
 
 
-def test_shards_of_large_files_hold_fewer() -> None:
+def test_shards_of_large_files_hold_fewer_rows() -> None:
     sizes = np.full(100, 1 << 28)  # 25 GiB in all
     assert len(list(cut_into_shards(np.arange(100), "train", 0, 1000, sizes))) == 25
     assert len(list(cut_into_shards(np.arange(3), "train", 0, 1000, sizes << 4))) == 3
 
 
-def test_the_order_is_that_of_the_hash_and_blocks_of_archives_stay_together() -> None:
+def test_hashes_give_the_order_and_blocks_of_archives_stay_together() -> None:
     plain = listing(MANY[:50])
     order = key_hashes(plain.table["key"]).order
     rows = storage_order(plain, order, np.arange(50))
@@ -191,7 +189,7 @@ def planned(found: Listing, split: Any = None, parent: ParentState | None = None
 
 
 def state_of(first: Plan, found: Listing, holds: Any = None) -> ParentState:
-    """What a version made of `first`, without failures, says of the items of `found`."""
+    """Return the parent state for the items of `found`, if `first` was built without failures."""
     keys = [x.table["key"] for x in (found, first.listing)]
     row = match_keys(key_hashes(keys[0]), keys[0], key_hashes(keys[1]), keys[1])
     names = sorted(shard.name for shard in first.shards)
@@ -206,7 +204,7 @@ def state_of(first: Plan, found: Listing, holds: Any = None) -> ParentState:
 KEYS = [f"{n:02d}.jpg" for n in range(16)]
 
 
-def test_a_first_plan_holds_every_picture_once_and_nothing_else() -> None:
+def test_a_first_plan_holds_every_photo_once_and_nothing_else() -> None:
     plan = planned(listing([*KEYS, "a.txt"]), [n % 3 for n in range(17)])
     held = np.concatenate([shard.rows for shard in plan.shards])
     assert sorted(held) == list(range(16))
@@ -215,14 +213,14 @@ def test_a_first_plan_holds_every_picture_once_and_nothing_else() -> None:
     assert not plan.same_as_parent
 
 
-def test_a_plan_of_the_same_items_is_the_parents() -> None:
+def test_a_plan_of_the_same_items_is_the_same_as_the_parent() -> None:
     found = listing([*KEYS, "a.txt"])
     again = planned(found, parent=state_of(planned(found), found))
     assert again.same_as_parent
     assert again.shards == []
 
 
-def test_new_items_go_into_shards_whose_numbers_go_on() -> None:
+def test_new_items_go_into_shards_with_the_next_numbers() -> None:
     first = planned(listing(KEYS))
     more = listing([*KEYS, *(f"new {n}.jpg" for n in range(5))])
     plan = planned(more, parent=state_of(first, more))
@@ -265,7 +263,7 @@ def test_an_item_that_moves_to_another_split_leaves_its_shard() -> None:
     assert np.flatnonzero(plan.before < 0).tolist() == [moved]
 
 
-def test_a_shard_that_lost_all_is_neither_kept_nor_written() -> None:
+def test_a_shard_that_lost_all_items_is_neither_inherited_nor_written() -> None:
     first = planned(listing(KEYS))
     left = listing([key for n, key in enumerate(KEYS) if n not in first.shards[3].rows])
     plan = planned(left, parent=state_of(first, left))
@@ -275,7 +273,7 @@ def test_a_shard_that_lost_all_is_neither_kept_nor_written() -> None:
     assert not plan.same_as_parent
 
 
-def test_pictures_that_cannot_be_tried_any_more_are_a_change() -> None:
+def test_photos_that_cannot_be_read_any_more_are_a_change() -> None:
     found = listing(KEYS)
     first = planned(found)
     keys = [KEYS[n] for n in first.shards[3].rows]
@@ -284,43 +282,3 @@ def test_pictures_that_cannot_be_tried_any_more_are_a_change() -> None:
     assert plan.inherited == [f"train-{n:06d}" for n in range(3)]
     assert plan.changed == 4
     assert not plan.same_as_parent
-
-
-def test_tiles_lie_inside_cover_the_photograph_and_differ() -> None:
-    boxes = square_tiles(100, 70, [32, 64], 0.5)
-    assert len(set(boxes)) == len(boxes)
-    covered = {
-        (x, y)
-        for left, top, side in boxes
-        if side == 32
-        for x in range(left, left + side)
-        for y in range(top, top + side)
-    }
-    assert covered == {(x, y) for x in range(100) for y in range(70)}
-    assert {(left, top) for left, top, side in boxes if side == 64} == {
-        (left, top) for left in (0, 32, 36) for top in (0, 6)
-    }
-
-
-def test_a_photograph_of_the_tiles_size_is_one_tile_and_a_smaller_one_none() -> None:
-    assert square_tiles(64, 64, [64], 0.25) == [(0, 0, 64)]
-    assert square_tiles(64, 63, [64], 0.25) == []
-
-
-def test_of_many_tiles_some_are_drawn_the_same_each_time() -> None:
-    boxes = square_tiles(640, 640, [64], 0.5)
-    drawn = choose_tiles("a.jpg", boxes, 20)
-    assert len(set(drawn)) == 20
-    assert set(drawn) <= set(boxes)
-    assert choose_tiles("a.jpg", boxes[::-1], 20) == drawn
-    assert choose_tiles("b.jpg", boxes, 20) != drawn
-
-
-@pytest.mark.parametrize("key", ["Ferien/Übung 1.jpeg", "a.b/c..d.png", "x" * 200 + ".png", "..a"])
-def test_a_sample_key_is_plain_and_short(key: str) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9_-]{1,80}", sample_key(key, (8191, 12345, 512)))
-
-
-def test_names_that_look_alike_have_different_keys() -> None:
-    keys = ["a b.jpg", "a_b.jpg", "a b.png", "ä b.jpg", "a/b.jpg"]
-    assert len({sample_key(key) for key in keys}) == 5

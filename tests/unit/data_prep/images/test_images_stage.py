@@ -1,4 +1,4 @@
-"""The images stage: photographs in, shards out; the same bytes however it got there."""
+"""The images stage: photos in, shards out, with the same bytes after any interruption."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalFiles, "read", read)
 
 
-def note_writes(monkeypatch: pytest.MonkeyPatch, most: int = 1_000) -> list[str]:
-    """The names of the shards that are written from now on; a Ctrl-C comes at one too many."""
+def record_writes(monkeypatch: pytest.MonkeyPatch, most: int = 1_000) -> list[str]:
+    """Return a list that gets the names of written shards; Ctrl-C is raised after `most`."""
     written: list[str] = []
 
     def write(place: Any, name: str, found: Iterator[Any]) -> list[FileRecord]:
@@ -88,31 +88,31 @@ def note_writes(monkeypatch: pytest.MonkeyPatch, most: int = 1_000) -> list[str]
     return written
 
 
-def test_a_center_crop_is_the_mean_of_the_middle_and_says_where_it_comes_from(
+def test_a_center_crop_is_the_mean_of_the_middle_and_names_its_photo(
     folder: Path, store: LocalStore
 ) -> None:
     ref = prepare_images(crops(folder, format="png"), store)
     found = all_samples(store, ref)
     assert len(found) == ref.summary["photographs"] == 12
     for key, files in found:
-        told = record(files)
-        data = (folder / told["relative_key"]).read_bytes()
+        sidecar = record(files)
+        data = (folder / sidecar["relative_key"]).read_bytes()
         middle = pixels(data)[:, 8:72]  # of 80 x 64 pixels
         means = middle.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
         assert np.abs(pixels(files["png"]) - means).max() <= 1
-        assert told == {
+        assert sidecar == {
             "key": key,
             "width": 32,
             "height": 32,
             "original_width": 80,
             "original_height": 64,
-            "relative_key": told["relative_key"],
+            "relative_key": sidecar["relative_key"],
             "source_sha256": sha256_bytes(data),
-            "split": told["split"],
+            "split": sidecar["split"],
         }
 
 
-def test_short_side_keeps_all_of_the_picture(folder: Path, store: LocalStore) -> None:
+def test_short_side_keeps_the_whole_photo(folder: Path, store: LocalStore) -> None:
     ref = prepare_images(crops(folder, mode="short-side", format="webp"), store)
     for _, files in all_samples(store, ref):
         with Image.open(io.BytesIO(files["webp"])) as image:
@@ -120,7 +120,7 @@ def test_short_side_keeps_all_of_the_picture(folder: Path, store: LocalStore) ->
         assert (record(files)["width"], record(files)["height"]) == (40, 32)
 
 
-def test_keep_stores_the_files_as_they_are_by_what_they_are(
+def test_keep_stores_unchanged_files_with_the_extension_of_their_true_format(
     folder: Path, store: LocalStore
 ) -> None:
     photograph(folder / "Straße.JPG", 90)
@@ -136,32 +136,32 @@ def test_keep_stores_the_files_as_they_are_by_what_they_are(
     assert set(found["a.tif"]) == {"bmp", "json"}
 
 
-def test_tiles_are_cut_at_every_scale_and_a_photograph_is_in_one_split(
+def test_tiles_are_cut_at_every_scale_and_all_tiles_of_a_photo_are_in_one_split(
     folder: Path, store: LocalStore
 ) -> None:
     ref = prepare_images(tiles(folder, format="png"), store)
     sides = set()
     for _, files in all_samples(store, ref):
-        told = record(files)
-        left, top, side = told["tile"]
+        sidecar = record(files)
+        left, top, side = sidecar["tile"]
         sides.add(side)
         if side == 32:
-            whole = pixels((folder / told["relative_key"]).read_bytes())
+            whole = pixels((folder / sidecar["relative_key"]).read_bytes())
             assert (pixels(files["png"]) == whole[top : top + 32, left : left + 32]).all()
     assert sides == {32, 48}
-    split = homes(store, ref)  # asserts one split of each
+    split = homes(store, ref)  # asserts that each photo has one split
     assert len(split) == 12
     assert set(split.values()) == set(SPLITS)
 
 
-def test_most_tiles_of_one_photograph_can_be_bounded(folder: Path, store: LocalStore) -> None:
+def test_max_tiles_limits_the_tiles_of_one_photo(folder: Path, store: LocalStore) -> None:
     ref = prepare_images(tiles(folder, max_tiles=5), store)
     assert sum(figures["samples"] for figures in ref.summary["splits"].values()) == 60
     assert {row["samples"] for row in table(store, ref, "sources")} == {5}
 
 
 @pytest.mark.parametrize("make", [crops, tiles])
-def test_the_summary_and_the_index_tell_what_the_shards_hold(
+def test_the_summary_and_the_index_describe_the_shards(
     folder: Path, store: LocalStore, make: Any
 ) -> None:
     ref = prepare_images(make(folder, shard_samples=120 if make is tiles else 3), store)
@@ -171,18 +171,18 @@ def test_the_summary_and_the_index_tell_what_the_shards_hold(
         own = [(shard, row) for shard in shards for row in read_index(store, shard)]
         assert len(own) == figures["samples"]
         for (shard, row), (key, files) in zip(own, samples(store, ref, split), strict=True):
-            told = record(files)
+            sidecar = record(files)
             assert row["key"] == key
-            assert row["split"] == told["split"] == split
+            assert row["split"] == sidecar["split"] == split
             assert store.read_range(shard, row["offset"], row["size"]) == files["jpg"]
             assert row["sha256"] == sha256_bytes(files["jpg"])
             same = ("width", "height", "relative_key", "source_sha256")
-            assert [row[name] for name in same] == [told[name] for name in same]
+            assert [row[name] for name in same] == [sidecar[name] for name in same]
     assert ref.summary["splits"]["train"]["shards"] > 1
     assert verify(store, ref.folder).problems == []
 
 
-def test_samples_are_stored_by_the_hash_of_their_keys_and_shards_are_of_even_size(
+def test_samples_are_stored_in_the_order_of_key_hashes_in_shards_of_even_size(
     folder: Path, store: LocalStore
 ) -> None:
     ref = prepare_images(crops(folder, shard_samples=4), store)
@@ -211,20 +211,20 @@ def test_one_and_two_workers_write_the_same_bytes(
     assert len(made[0][2]) >= 10
 
 
-def test_a_run_broken_off_is_taken_up_shard_by_shard(
+def test_an_interrupted_build_resumes_at_the_next_shard(
     folder: Path, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = crops(folder, shard_samples=3)
     whole = LocalStore(tmp_path / "whole")
     expected = prepare_images(config, whole)
-    written = note_writes(monkeypatch, most=2)
+    written = record_writes(monkeypatch, most=2)
     with pytest.raises(KeyboardInterrupt):
         prepare_images(config, store)
     left = [entry.key for entry in store.list()]
     assert not any(key.endswith("manifest.json") for key in left)
     assert sum("/work/" in key for key in left) == len(written) == 2
     begun = list(written)
-    written = note_writes(monkeypatch)
+    written = record_writes(monkeypatch)
     ref = prepare_images(config, store)
     assert not set(written) & set(begun)
     assert {f"{name}.tar" for name in written + begun} <= set(files_of(store, ref))
@@ -236,11 +236,11 @@ def test_a_run_broken_off_is_taken_up_shard_by_shard(
 
 
 @pytest.mark.parametrize("harm", ["flip a byte", "remove the index", "break the record"])
-def test_a_shard_that_was_damaged_after_the_break_is_made_again(
+def test_a_shard_damaged_after_the_interruption_is_built_again(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
     config = crops(folder, shard_samples=3)
-    written = note_writes(monkeypatch, most=2)
+    written = record_writes(monkeypatch, most=2)
     with pytest.raises(KeyboardInterrupt):
         prepare_images(config, store)
     first = written[0]
@@ -253,13 +253,13 @@ def test_a_shard_that_was_damaged_after_the_break_is_made_again(
         place.with_suffix(".parquet").unlink()
     else:
         (place.parent / f"work/{first}.parquet").write_bytes(b"PAR1 no table PAR1")
-    written = note_writes(monkeypatch)
+    written = record_writes(monkeypatch)
     ref = prepare_images(config, store)
     assert written[0] == first
     assert verify(store, ref.folder).problems == []
 
 
-def test_a_run_broken_off_while_duplicates_are_dropped_is_taken_up(
+def test_a_build_interrupted_while_it_drops_duplicates_resumes(
     folder: Path, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(0, 12, 2):
@@ -269,32 +269,32 @@ def test_a_run_broken_off_while_duplicates_are_dropped_is_taken_up(
     whole = LocalStore(tmp_path / "whole")
     expected = prepare_images(config, whole)
     assert expected.summary["duplicates"] == 6
-    planned = len(note_all(monkeypatch, config, LocalStore(tmp_path / "count")))
-    for most in range(planned - 3, planned):  # where some were dropped already
+    planned = len(record_all_writes(monkeypatch, config, LocalStore(tmp_path / "count")))
+    for most in range(planned - 3, planned):  # interrupted after some were dropped
         monkeypatch.undo()
-        written = note_writes(monkeypatch, most=most)
+        written = record_writes(monkeypatch, most=most)
         again = LocalStore(tmp_path / f"root {most}")
         with pytest.raises(KeyboardInterrupt):
             prepare_images(config, again)
-        rest = note_writes(monkeypatch)
+        rest = record_writes(monkeypatch)
         ref = prepare_images(config, again)
         assert len(written) + len(rest) == planned  # nothing twice
         assert files_of(again, ref) == files_of(whole, expected)
         assert table(again, ref, "sources") == table(whole, expected, "sources")
 
 
-def note_all(
+def record_all_writes(
     monkeypatch: pytest.MonkeyPatch, config: ImagesSettings, store: LocalStore
 ) -> list[str]:
-    written = note_writes(monkeypatch)
+    written = record_writes(monkeypatch)
     prepare_images(config, store)
     return written
 
 
-def test_pictures_that_change_after_a_break_leave_no_trace_of_what_they_were(
+def test_photos_changed_after_an_interruption_leave_no_old_content(
     folder: Path, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The copy of a picture is dropped, the run breaks off, and then it is no copy any more."""
+    """A copy is dropped and the build is interrupted; then the photo is not a copy any more."""
     for number in range(6):
         photograph(folder / f"more/{number}.bmp", 50 + number)
     twin = folder / "more/9.bmp"
@@ -304,7 +304,7 @@ def test_pictures_that_change_after_a_break_leave_no_trace_of_what_they_were(
     with pytest.raises(ZeroDivisionError):
         prepare_images(config, store)
     monkeypatch.undo()
-    photograph(folder / "more/0.bmp", 99)  # of the same size, so it is the same request
+    photograph(folder / "more/0.bmp", 99)  # the size is the same, so the request is the same
     ref = prepare_images(config, store)
     assert ref.summary["duplicates"] == 0
     whole = LocalStore(tmp_path / "whole")
@@ -312,13 +312,13 @@ def test_pictures_that_change_after_a_break_leave_no_trace_of_what_they_were(
     assert verify(store, ref.folder).problems == []
 
 
-def test_a_second_call_is_skipped_and_reads_no_photograph(
+def test_a_second_call_is_skipped_and_reads_no_photo(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "broken.jpg").write_bytes(b"no image")
     first = prepare_images(crops(folder), store)
     forbid_reading(monkeypatch)
-    written = note_writes(monkeypatch)
+    written = record_writes(monkeypatch)
     before = list(store.list())
     again = prepare_images(crops(folder), store)
     assert (first.skipped, again.skipped) == (False, True)
@@ -327,7 +327,7 @@ def test_a_second_call_is_skipped_and_reads_no_photograph(
     assert list(store.list()) == before
 
 
-def test_touching_photographs_or_moving_the_folder_makes_nothing_new(
+def test_new_file_dates_or_a_moved_folder_make_no_new_version(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare_images(crops(folder), store)
@@ -343,7 +343,7 @@ def test_touching_photographs_or_moving_the_folder_makes_nothing_new(
     assert moved.folder == first.folder
 
 
-def test_files_that_are_no_images_are_ignored_with_the_reason(
+def test_files_that_are_not_images_are_ignored_with_a_reason(
     folder: Path, store: LocalStore
 ) -> None:
     (folder / "notes.txt").write_text("nice trip")
@@ -367,7 +367,9 @@ def test_files_that_are_no_images_are_ignored_with_the_reason(
     ]
 
 
-def test_a_broken_image_is_recorded_and_the_others_go_on(folder: Path, store: LocalStore) -> None:
+def test_a_broken_photo_is_recorded_and_the_others_are_stored(
+    folder: Path, store: LocalStore
+) -> None:
     (folder / "broken.jpg").write_bytes(b"no image at all")
     ref = prepare_images(crops(folder), store)
     assert (ref.summary["photographs"], ref.summary["failed"]) == (12, 1)
@@ -377,7 +379,7 @@ def test_a_broken_image_is_recorded_and_the_others_go_on(folder: Path, store: Lo
     assert row["reason"] == "it is not an image, or of an unknown format"
 
 
-def test_photographs_out_of_the_limits_are_recorded(folder: Path, store: LocalStore) -> None:
+def test_photos_outside_the_limits_are_recorded(folder: Path, store: LocalStore) -> None:
     photograph(folder / "small.png", 50, width=31, height=64)
     photograph(folder / "large.png", 51, width=200, height=64)
     (folder / "long.png").write_bytes(bytes(50_000))
@@ -389,7 +391,7 @@ def test_photographs_out_of_the_limits_are_recorded(folder: Path, store: LocalSt
     }
 
 
-def test_too_many_failures_commit_nothing_and_what_is_done_is_kept(
+def test_with_too_many_failures_nothing_is_committed_and_finished_shards_are_kept(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("x.jpg", "y.jpg", "z.jpg"):
@@ -401,13 +403,13 @@ def test_too_many_failures_commit_nothing_and_what_is_done_is_kept(
     assert not any(entry.key.endswith("manifest.json") for entry in store.list())
     done = {path.stem for path in store.folder.rglob("*.tar")}
     assert done
-    written = note_writes(monkeypatch)
+    written = record_writes(monkeypatch)
     ref = prepare_images(crops(folder, shard_samples=5, max_failure_ratio=0.2), store)
     assert ref.summary["failed"] == 3
     assert not done & set(written)
 
 
-def test_too_many_failures_end_the_work_before_all_is_read(
+def test_too_many_failures_stop_the_build_before_all_files_are_read(
     tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = photographs(tmp_path / "photos", 3)
@@ -423,7 +425,7 @@ def test_too_many_failures_end_the_work_before_all_is_read(
     assert len(read) < 20
 
 
-def test_a_single_failure_is_always_borne(tmp_path: Path, store: LocalStore) -> None:
+def test_one_failure_is_always_accepted(tmp_path: Path, store: LocalStore) -> None:
     folder = photographs(tmp_path / "photos", 4)
     (folder / "x.jpg").write_bytes(b"")
     ref = prepare_images(crops(folder, max_failure_ratio=0), store)
@@ -454,7 +456,7 @@ def split_folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_a_picture_in_two_splits_leaves_train_and_val_loses_to_test(
+def test_of_copies_in_two_splits_test_wins_over_val_and_val_over_train(
     split_folder: Path, store: LocalStore
 ) -> None:
     def copy(source: str, target: str) -> None:
@@ -465,8 +467,8 @@ def test_a_picture_in_two_splits_leaves_train_and_val_loses_to_test(
     copy("val/d.png", "test/y.png")
     copy("train/c.png", "train/z.png")
     ref = prepare_images(crops(split_folder), store)
-    told = {r["key"]: (r["kept"], r["reason"]) for r in table(store, ref, "duplicates")}
-    assert told == {
+    found = {r["key"]: (r["kept"], r["reason"]) for r in table(store, ref, "duplicates")}
+    assert found == {
         "train/a.png": ("val/z.png", "the same bytes in another split"),
         "train/b.png": ("test/z.png", "the same bytes in another split"),
         "val/d.png": ("test/y.png", "the same bytes in another split"),
@@ -483,7 +485,7 @@ def test_a_picture_in_two_splits_leaves_train_and_val_loses_to_test(
 
 
 @pytest.mark.parametrize("what", ["report", "drop", "off"])
-def test_nearly_the_same_pictures_are_reported_and_dropped_only_if_asked(
+def test_near_duplicates_are_reported_and_dropped_only_on_request(
     split_folder: Path, store: LocalStore, what: str
 ) -> None:
     with Image.open(split_folder / "test/f.png") as image:
@@ -507,7 +509,7 @@ def test_nearly_the_same_pictures_are_reported_and_dropped_only_if_asked(
     assert verify(store, ref.folder).problems == []
 
 
-def test_split_folders_are_the_splits_and_what_lies_outside_is_ignored(
+def test_split_folders_are_the_splits_and_photos_outside_are_ignored(
     split_folder: Path, store: LocalStore
 ) -> None:
     photograph(split_folder / "other/x.png", 80)
@@ -521,7 +523,7 @@ def test_split_folders_are_the_splits_and_what_lies_outside_is_ignored(
     assert homes(store, ref)["test/f.png"] == "test"
 
 
-def test_every_listed_file_is_in_sources_and_in_exactly_one_place(
+def test_every_listed_file_is_in_sources_and_has_exactly_one_outcome(
     folder: Path, store: LocalStore
 ) -> None:
     (folder / "a.txt").write_text("text")
@@ -536,7 +538,7 @@ def test_every_listed_file_is_in_sources_and_in_exactly_one_place(
     assert sum(places) == 15
 
 
-def test_sources_says_of_every_item_what_is_known(folder: Path, store: LocalStore) -> None:
+def test_sources_has_the_facts_about_every_item(folder: Path, store: LocalStore) -> None:
     (folder / "a.txt").write_text("text")
     (folder / "b.jpg").write_text("text")
     ref = prepare_images(crops(folder, shard_samples=4), store)
@@ -559,8 +561,8 @@ def test_sources_says_of_every_item_what_is_known(folder: Path, store: LocalStor
     assert failed == [sha256_bytes(b"text"), None, "failed", 0]
 
 
-@pytest.mark.parametrize("fault", ["lose an item", "put one into two places", "forget a shard"])
-def test_accounts_that_do_not_add_up_commit_nothing(
+@pytest.mark.parametrize("fault", ["lose an item", "give one item two outcomes", "forget a shard"])
+def test_nothing_is_committed_if_the_accounts_do_not_add_up(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     real = Outcomes.add_findings
@@ -569,7 +571,7 @@ def test_accounts_that_do_not_add_up_commit_nothing(
         real(self, *rest)
         if fault == "lose an item":
             self.code[0] = -1
-        elif fault == "put one into two places":
+        elif fault == "give one item two outcomes":
             self.code[0] = OUTCOMES.index("failed")
         else:
             self.shard[0] = -1
@@ -580,7 +582,7 @@ def test_accounts_that_do_not_add_up_commit_nothing(
     assert not any(entry.key.endswith("manifest.json") for entry in store.list())
 
 
-def test_a_worker_that_does_not_tell_of_every_item_commits_nothing(
+def test_nothing_is_committed_if_a_worker_does_not_report_every_item(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = image_build.build_shard
@@ -595,7 +597,7 @@ def test_a_worker_that_does_not_tell_of_every_item_commits_nothing(
     assert not any(entry.key.endswith("manifest.json") for entry in store.list())
 
 
-def test_files_that_tell_of_this_machine_are_no_content(folder: Path, store: LocalStore) -> None:
+def test_files_about_this_machine_do_not_count_as_content(folder: Path, store: LocalStore) -> None:
     ref = prepare_images(crops(folder), store)
     assert set(files_of(store, ref)) == set(shards_of(store, ref))
     every = {file.path for file in read_manifest(store, ref.folder).files}
@@ -615,7 +617,7 @@ def test_files_that_tell_of_this_machine_are_no_content(folder: Path, store: Loc
         ([], "is empty"),
     ],
 )
-def test_a_folder_without_a_usable_photograph_is_told_in_one_sentence(
+def test_a_folder_without_a_usable_photo_is_reported_in_one_sentence(
     tmp_path: Path, store: LocalStore, names: list[str], sentence: str
 ) -> None:
     (tmp_path / "photos").mkdir()
@@ -626,13 +628,13 @@ def test_a_folder_without_a_usable_photograph_is_told_in_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_two_photographs_are_too_few(tmp_path: Path, store: LocalStore) -> None:
+def test_two_photos_are_too_few(tmp_path: Path, store: LocalStore) -> None:
     photographs(tmp_path / "photos", 2)
     with pytest.raises(PipelineError, match="too few photos: 2, but at least 3 are needed"):
         prepare_images(crops(tmp_path / "photos"), store)
 
 
-def test_a_split_with_nothing_usable_left_commits_nothing(
+def test_nothing_is_committed_if_a_split_has_no_usable_photo(
     split_folder: Path, store: LocalStore
 ) -> None:
     for path in (split_folder / "val").iterdir():
@@ -642,9 +644,7 @@ def test_a_split_with_nothing_usable_left_commits_nothing(
     assert not any(entry.key.endswith("manifest.json") for entry in store.list())
 
 
-def test_the_shards_are_read_by_webdataset_tarfile_and_gnu_tar(
-    folder: Path, store: LocalStore
-) -> None:
+def test_webdataset_tarfile_and_gnu_tar_read_the_shards(folder: Path, store: LocalStore) -> None:
     photograph(folder / "ä b\n%.d/é漢.x.jpg", 60)
     ref = prepare_images(crops(folder, shard_samples=4), store)
     mine = all_samples(store, ref)
@@ -669,7 +669,7 @@ def test_the_shards_are_read_by_webdataset_tarfile_and_gnu_tar(
     assert listed == [f"{key}.{extension}" for key, files in mine for extension in files]
 
 
-def test_a_picture_of_a_tar_is_one_range_read(folder: Path, store: LocalStore) -> None:
+def test_one_range_read_gets_an_image_from_a_tar(folder: Path, store: LocalStore) -> None:
     ref = prepare_images(crops(folder), store)
     config = crops(folder)
     for split in SPLITS:
@@ -737,10 +737,10 @@ def test_only_options_that_change_the_output_are_in_the_digest(folder: Path) -> 
         {"mode": "squeeze"},
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ImagesSettings(**{"source": "photos", **options})
 
 
-def test_one_tile_side_may_be_given_as_a_number() -> None:
+def test_one_tile_side_can_be_given_as_a_number() -> None:
     assert ImagesSettings(source="photos", tile=128).tile == (128,)  # type: ignore[arg-type]

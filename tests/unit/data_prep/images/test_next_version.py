@@ -1,4 +1,4 @@
-"""Looking at a source and deciding whether to tell of it: nothing is prepared by either."""
+"""Compare a source with its newest version, and decide whether to announce the changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counts(seen: Changes) -> tuple[int, int, int, int]:
     return seen.new, seen.changed, seen.removed, seen.unchanged
 
 
-def test_of_a_source_never_prepared_everything_is_new_and_nothing_is_written(
+def test_a_new_source_has_only_new_items_and_nothing_is_written(
     folder: Path, store: LocalStore
 ) -> None:
     seen = look(crops(folder), store)
@@ -43,7 +43,7 @@ def test_of_a_source_never_prepared_everything_is_new_and_nothing_is_written(
     assert list(store.list()) == []
 
 
-def test_a_prepared_source_shows_what_came_went_and_changed_since(
+def test_a_prepared_source_shows_new_removed_and_changed_items(
     folder: Path, store: LocalStore
 ) -> None:
     prepare_images(crops(folder), store)
@@ -61,7 +61,7 @@ def test_a_prepared_source_shows_what_came_went_and_changed_since(
     assert not look(crops(folder), store)
 
 
-def test_touched_files_are_no_change(folder: Path, store: LocalStore) -> None:
+def test_new_file_dates_are_not_a_change(folder: Path, store: LocalStore) -> None:
     prepare_images(crops(folder), store)
     before = look(crops(folder), store)
     for path in folder.rglob("*.png"):
@@ -76,10 +76,10 @@ def test_other_settings_are_compared_with_their_own_versions(
     assert look(crops(folder, size=48), store).version is None
 
 
-def test_the_digest_tells_two_states_of_a_file_of_one_size_apart(
+def test_two_contents_of_the_same_size_have_different_digests(
     folder: Path, store: LocalStore
 ) -> None:
-    path = folder / "a.bmp"  # its size does not depend on what it shows
+    path = folder / "a.bmp"  # its size does not depend on its content
     photograph(path, 50)
     prepare_images(crops(folder), store)
     digests = set()
@@ -93,7 +93,7 @@ def test_the_digest_tells_two_states_of_a_file_of_one_size_apart(
     assert len(digests) == 2
 
 
-def test_a_state_that_returns_after_another_version_has_another_digest(
+def test_a_state_that_returns_after_another_version_has_a_new_digest(
     folder: Path, store: LocalStore
 ) -> None:
     prepare_images(crops(folder), store)
@@ -129,7 +129,7 @@ def test_a_state_that_returns_after_another_version_has_another_digest(
         (SOME, Watched("d1", 0.0, "d1"), {}, "It was announced before."),
     ],
 )
-def test_a_change_is_kept_back_with_the_reason(changes, watched, options, reason):  # type: ignore[no-untyped-def]
+def test_a_change_is_not_announced_and_the_reason_is_given(changes, watched, options, reason):  # type: ignore[no-untyped-def]
     decision = decide(changes, watched, 1000.0, **options)
     assert not decision.announce
     assert decision.reason.startswith(reason)
@@ -147,20 +147,20 @@ def test_a_change_is_kept_back_with_the_reason(changes, watched, options, reason
         (SOME, Watched("d1", 0.0, "d1"), {"again": True}),
     ],
 )
-def test_a_change_that_is_large_enough_and_at_rest_is_announced(changes, watched, options):  # type: ignore[no-untyped-def]
+def test_a_change_that_is_large_enough_and_old_enough_is_announced(changes, watched, options):  # type: ignore[no-untyped-def]
     decision = decide(changes, watched, 1000.0, **options)
     assert decision.announce
     assert decision.reason.endswith("images since version 1.")
 
 
-def test_every_change_begins_the_quiet_time_anew() -> None:
+def test_every_change_restarts_the_quiet_time() -> None:
     seen = decide(SOME, Watched("d0", 0.0, "d0"), 1000.0, quiet_s=600).watched
     assert seen == Watched("d1", 1000.0, "d0")
     assert decide(SOME, seen, 1500.0, quiet_s=600).watched == seen
     assert decide(replace(SOME, digest="d2"), seen, 1500.0).watched.since == 1500.0
 
 
-def test_what_could_not_be_announced_is_announced_the_next_time(store: LocalStore) -> None:
+def test_a_failed_announcement_is_repeated_at_the_next_call(store: LocalStore) -> None:
     announced: list[str] = []
 
     def away(changes: Changes) -> None:
@@ -177,13 +177,13 @@ def test_what_could_not_be_announced_is_announced_the_next_time(store: LocalStor
     assert json.loads(store.read("images/x/watch.json"))["announced"] == "d1"
 
 
-def test_of_two_watchers_at_once_one_announces(store: LocalStore) -> None:
+def test_only_one_of_two_watchers_announces(store: LocalStore) -> None:
     announced: list[str] = []
-    begun, go_on = threading.Event(), threading.Event()
+    begun, proceed = threading.Event(), threading.Event()
 
     def announce(changes: Changes) -> None:
         begun.set()
-        assert go_on.wait(20)
+        assert proceed.wait(20)
         announced.append(changes.digest)
 
     def run() -> None:
@@ -194,13 +194,13 @@ def test_of_two_watchers_at_once_one_announces(store: LocalStore) -> None:
     assert begun.wait(20)
     second = threading.Thread(target=run)
     second.start()
-    go_on.set()
+    proceed.set()
     first.join(20)
     second.join(20)
     assert announced == ["d1"]
 
 
-def test_an_altered_memory_is_told(store: LocalStore) -> None:
+def test_an_altered_state_file_is_an_error(store: LocalStore) -> None:
     store.write("images/x/watch.json", b"[]")
     with pytest.raises(PipelineError, match=r"was altered\. Delete it"):
         watch(store, "x", lambda: SOME, lambda changes: None, lambda: 1.0)

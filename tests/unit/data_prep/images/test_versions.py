@@ -1,4 +1,4 @@
-"""Versions of an image dataset: each holds what its source does, and reuses what was made."""
+"""Versions of an image dataset: each holds the photos of its source and reuses older shards."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def small(source: object, **options: Any) -> ImagesSettings:
 
 
 def own_shards(store: LocalStore, ref: StageRef) -> set[str]:
-    """The names of the shards that lie in the version's own folder."""
+    """Return the names of the shards in the version's own folder."""
     return {path.stem for path in store.path(ref.folder).glob("*.tar")}
 
 
@@ -69,7 +69,7 @@ def parent_of(store: Store, ref: StageRef) -> str:
 
 
 def home(store: Store, ref: StageRef, key: str) -> str:
-    """The shard that holds an item."""
+    """Return the name of the shard that holds an item."""
     return next(row["shard"] for row in table(store, ref, "sources") if row["key"] == key)
 
 
@@ -78,7 +78,7 @@ def counts(ref: StageRef) -> tuple[int, int, int]:
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
-    """When every file was written, and which file it is."""
+    """Return the time and the inode of every file."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_file():
@@ -91,7 +91,7 @@ def clean(store: Store, ref: StageRef) -> None:
     assert verify(store, ref.folder).problems == []
 
 
-def test_added_photographs_go_into_new_shards_and_the_parents_are_referred_to(
+def test_added_photos_go_into_new_shards_and_the_version_refers_to_the_parents_shards(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare_images(small(folder), store)
@@ -121,7 +121,7 @@ def test_added_photographs_go_into_new_shards_and_the_parents_are_referred_to(
     clean(store, second)
 
 
-def test_the_lists_give_any_reader_the_whole_version(folder: Path, store: LocalStore) -> None:
+def test_any_reader_gets_the_whole_version_from_the_lists(folder: Path, store: LocalStore) -> None:
     prepare_images(small(folder), store)
     photograph(folder / "new.png", 100)
     prepare_images(small(folder), store)
@@ -137,7 +137,7 @@ def test_the_lists_give_any_reader_the_whole_version(folder: Path, store: LocalS
     assert sorted(keys) == sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
 
 
-def test_removed_photographs_rewrite_only_the_shards_that_held_them(
+def test_removed_photos_rewrite_only_the_shards_that_held_them(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare_images(small(folder), store)
@@ -153,7 +153,9 @@ def test_removed_photographs_rewrite_only_the_shards_that_held_them(
     clean(store, second)
 
 
-def test_a_shard_whose_photographs_are_all_removed_is_gone(folder: Path, store: LocalStore) -> None:
+def test_a_shard_with_all_photos_removed_is_not_in_the_next_version(
+    folder: Path, store: LocalStore
+) -> None:
     first = prepare_images(small(folder), store)
     held = home(store, first, "trip 1/4.png")
     for row in table(store, first, "sources"):
@@ -171,7 +173,7 @@ def test_a_shard_whose_photographs_are_all_removed_is_gone(folder: Path, store: 
 
 
 @pytest.mark.parametrize("make", [small, lambda f: tiles(f, val=0.2, test=0.2)])
-def test_a_changed_photograph_rewrites_its_shard_in_place(
+def test_a_changed_photo_rewrites_its_shard_in_place(
     folder: Path, store: LocalStore, tmp_path: Path, make: Callable[[Path], ImagesSettings]
 ) -> None:
     first = prepare_images(make(folder), store)
@@ -179,14 +181,14 @@ def test_a_changed_photograph_rewrites_its_shard_in_place(
     second = prepare_images(make(folder), store)
     assert counts(second) == (0, 0, 1)
     assert own_shards(store, second) == {home(store, first, "trip 1/4.png")}
-    # The order is by key alone, so it is what a build from nothing makes.
+    # The order depends on the keys only, so a first build makes the same shards.
     whole = LocalStore(tmp_path / "whole")
     assert shards_of(store, second) == shards_of(whole, prepare_images(make(folder), whole))
     assert second.content_digest != first.content_digest
     clean(store, second)
 
 
-def test_the_same_shards_have_the_same_content_digest_however_they_came_about(
+def test_the_same_shards_have_the_same_content_digest_after_any_history(
     folder: Path, store: LocalStore
 ) -> None:
     first = prepare_images(small(folder), store)
@@ -201,8 +203,8 @@ def test_the_same_shards_have_the_same_content_digest_however_they_came_about(
     clean(store, back)
 
 
-def test_each_of_several_changes_back_and_forth_is_met(tmp_path: Path, store: LocalStore) -> None:
-    """Bitmaps of one shape have one size, so only their content tells that they changed."""
+def test_each_of_several_changes_back_and_forth_is_found(tmp_path: Path, store: LocalStore) -> None:
+    """Bitmaps of one shape have the same size, so only their content shows a change."""
     folder = tmp_path / "photos"
     for number in range(8):
         photograph(folder / f"{number}.bmp", number)
@@ -214,7 +216,7 @@ def test_each_of_several_changes_back_and_forth_is_met(tmp_path: Path, store: Lo
         check(store, ref, small(folder), folder)
 
 
-def test_a_photograph_that_comes_again_with_other_content_is_not_taken_for_the_old_one(
+def test_a_photo_that_returns_with_other_content_is_a_new_photo(
     tmp_path: Path, store: LocalStore
 ) -> None:
     folder = tmp_path / "photos"
@@ -228,7 +230,7 @@ def test_a_photograph_that_comes_again_with_other_content_is_not_taken_for_the_o
         check(store, prepare_images(small(folder), store), small(folder), folder)
 
 
-def test_repacking_looks_at_every_photograph_again(tmp_path: Path, store: LocalStore) -> None:
+def test_repacking_reads_every_photo_again(tmp_path: Path, store: LocalStore) -> None:
     folder = tmp_path / "photos"
     for number in range(8):
         photograph(folder / f"{number}.bmp", number)
@@ -258,7 +260,7 @@ def test_repacking_makes_full_shards_of_many_small_ones(folder: Path, store: Loc
     clean(store, last)
 
 
-def test_a_kept_copy_that_is_removed_gives_way_to_its_duplicate(
+def test_after_the_kept_copy_is_removed_its_duplicate_is_stored(
     folder: Path, store: LocalStore
 ) -> None:
     (folder / "trip 1/z.png").write_bytes((folder / "trip 1/4.png").read_bytes())
@@ -271,7 +273,7 @@ def test_a_kept_copy_that_is_removed_gives_way_to_its_duplicate(
     check(store, second, small(folder), folder)
 
 
-def test_a_kept_copy_that_changes_gives_way_to_its_duplicate(
+def test_after_the_kept_copy_changes_its_duplicate_is_stored(
     folder: Path, store: LocalStore
 ) -> None:
     (folder / "trip 1/z.png").write_bytes((folder / "trip 1/4.png").read_bytes())
@@ -284,13 +286,13 @@ def test_a_kept_copy_that_changes_gives_way_to_its_duplicate(
     check(store, second, small(folder), folder)
 
 
-def test_a_new_copy_that_is_worth_more_takes_the_old_one_out_of_its_shard(
+def test_a_new_copy_of_higher_rank_removes_the_old_one_from_its_shard(
     folder: Path, store: LocalStore
 ) -> None:
     first = prepare_images(small(folder), store)
     held = home(store, first, "trip 1/4.png")
     split = homes(store, first)["trip 1/4.png"]
-    # Of the copies in one split the lowest key stays, so this one of the same split wins.
+    # Of copies in one split the lowest key stays, so the new copy wins in the same split.
     for number in range(100):
         copy = folder / f"a copy {number}.png"
         copy.write_bytes((folder / "trip 1/4.png").read_bytes())
@@ -304,7 +306,7 @@ def test_a_new_copy_that_is_worth_more_takes_the_old_one_out_of_its_shard(
     assert held in own_shards(store, second)
 
 
-def test_near_duplicates_of_new_pictures_leave_train_and_come_back(
+def test_near_duplicates_of_new_photos_leave_train_and_return_when_those_are_removed(
     tmp_path: Path, store: LocalStore
 ) -> None:
     from PIL import Image
@@ -327,7 +329,7 @@ def test_near_duplicates_of_new_pictures_leave_train_and_come_back(
     clean(store, third)
 
 
-def test_retrying_reads_only_what_failed(
+def test_retrying_reads_only_the_failed_items(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("x.jpg", "y.jpg"):
@@ -352,7 +354,7 @@ def test_retrying_reads_only_what_failed(
     clean(store, second)
 
 
-def test_retrying_tries_again_each_time_it_is_asked(
+def test_each_retry_tries_the_failed_items_again(
     folder: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "x.jpg").write_bytes(b"broken")
@@ -363,19 +365,19 @@ def test_retrying_tries_again_each_time_it_is_asked(
     monkeypatch.setattr(
         LocalFiles, "read", lambda files, key, limit: real(files, "trip 1/4.png", limit) + b"more"
     )
-    at_last = prepare_images(small(folder), store, retry_failed=True)
-    assert at_last.summary["failed"] == 0
-    clean(store, at_last)
+    repaired = prepare_images(small(folder), store, retry_failed=True)
+    assert repaired.summary["failed"] == 0
+    clean(store, repaired)
 
 
-def test_retrying_where_nothing_failed_is_no_new_version(folder: Path, store: LocalStore) -> None:
+def test_retrying_without_failed_items_makes_no_new_version(
+    folder: Path, store: LocalStore
+) -> None:
     first = prepare_images(small(folder), store)
     assert prepare_images(small(folder), store, retry_failed=True).folder == first.folder
 
 
-def test_a_failed_photograph_that_is_repaired_is_met_without_asking(
-    folder: Path, store: LocalStore
-) -> None:
+def test_a_repaired_photo_is_found_without_a_retry_option(folder: Path, store: LocalStore) -> None:
     (folder / "x.png").write_bytes(b"broken")
     prepare_images(small(folder), store)
     photograph(folder / "x.png", 60)
@@ -384,9 +386,7 @@ def test_a_failed_photograph_that_is_repaired_is_met_without_asking(
     check(store, second, small(folder), folder)
 
 
-def test_other_settings_begin_a_line_of_versions_of_their_own(
-    folder: Path, store: LocalStore
-) -> None:
+def test_other_settings_start_a_separate_line_of_versions(folder: Path, store: LocalStore) -> None:
     first = prepare_images(small(folder), store)
     photograph(folder / "new.png", 100)
     large = prepare_images(small(folder, size=48), store)
@@ -418,10 +418,8 @@ def test_a_new_text_file_makes_a_version_with_the_same_content(
     clean(store, second)
 
 
-def test_a_photograph_keeps_its_split_for_ever_when_more_arrive(
-    tmp_path: Path, store: LocalStore
-) -> None:
-    folder = photographs(tmp_path / "photos", 4)  # so few that splits are filled by hand
+def test_a_photo_keeps_its_split_when_more_arrive(tmp_path: Path, store: LocalStore) -> None:
+    folder = photographs(tmp_path / "photos", 4)  # so few that empty splits get a photo
     config = crops(folder, val=0.1, test=0.1, shard_samples=10)
     known: dict[str, str] = {}
     for generation in range(4):
@@ -450,7 +448,7 @@ def listed(folder: Path) -> tuple[Path, dict[str, str]]:
     return path, lines
 
 
-def test_a_changed_split_in_a_list_moves_the_photograph(
+def test_a_changed_split_in_a_list_moves_the_photo(
     listed: tuple[Path, dict[str, str]], store: LocalStore
 ) -> None:
     path, lines = listed
@@ -463,7 +461,7 @@ def test_a_changed_split_in_a_list_moves_the_photograph(
     second = prepare_images(config, store)
     assert homes(store, second) == lines
     assert counts(second) == (0, 0, 1)
-    assert len(own_shards(store, second)) == 2  # the one it left, and the new one
+    assert len(own_shards(store, second)) == 2  # the shard that it left, and the new one
     clean(store, second)
     lines[moved] = "train"
     write_list(path, lines)
@@ -472,7 +470,7 @@ def test_a_changed_split_in_a_list_moves_the_photograph(
     clean(store, third)
 
 
-def test_copies_whose_splits_change_in_a_list_are_sorted_out_anew(
+def test_duplicates_are_decided_again_when_a_list_changes_their_splits(
     listed: tuple[Path, dict[str, str]], store: LocalStore, folder: Path
 ) -> None:
     path, lines = listed
@@ -490,7 +488,7 @@ def test_copies_whose_splits_change_in_a_list_are_sorted_out_anew(
         clean(store, ref)
 
 
-def test_a_photograph_that_goes_missing_from_a_list_leaves_its_shard(
+def test_a_listed_photo_that_is_missing_leaves_its_shard(
     listed: tuple[Path, dict[str, str]], store: LocalStore, folder: Path
 ) -> None:
     path, lines = listed
@@ -509,7 +507,7 @@ def test_a_photograph_that_goes_missing_from_a_list_leaves_its_shard(
     clean(store, third)
 
 
-def test_a_zip_that_grows_reads_only_what_is_new_into_shards(
+def test_of_a_zip_with_more_members_only_the_new_ones_go_into_new_shards(
     folder: Path, store: LocalStore, tmp_path: Path
 ) -> None:
     import zipfile
@@ -533,7 +531,9 @@ def test_a_zip_that_grows_reads_only_what_is_new_into_shards(
     clean(store, second)
 
 
-def test_a_version_whose_parent_is_damaged_says_what_to_do(folder: Path, store: LocalStore) -> None:
+def test_a_damaged_parent_gives_an_error_that_says_what_to_do(
+    folder: Path, store: LocalStore
+) -> None:
     first = prepare_images(small(folder), store)
     store.write(f"{first.folder}/sources.parquet", b"no table")
     photograph(folder / "new.png", 100)
@@ -541,7 +541,7 @@ def test_a_version_whose_parent_is_damaged_says_what_to_do(folder: Path, store: 
         prepare_images(small(folder), store)
 
 
-def test_a_version_with_a_damaged_manifest_is_left_out(
+def test_a_version_with_a_damaged_manifest_is_reported_and_not_used(
     folder: Path, store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare_images(small(folder), store)
@@ -553,7 +553,7 @@ def test_a_version_with_a_damaged_manifest_is_left_out(
     clean(store, second)
 
 
-def test_a_child_that_is_broken_off_is_taken_up(
+def test_an_interrupted_later_version_resumes(
     folder: Path, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small(folder)
@@ -569,17 +569,17 @@ def test_a_child_that_is_broken_off_is_taken_up(
     for most in range(6):
         again = LocalStore(tmp_path / f"root {most}")
         shutil.copytree(store.folder, again.folder)
-        break_at(monkeypatch, config, again, most)
+        interrupt_at(monkeypatch, config, again, most)
         ref = prepare_images(config, again)
         assert files_of(again, ref) == files_of(whole, expected)
         assert table(again, ref, "sources") == table(whole, expected, "sources")
         clean(again, ref)
 
 
-def break_at(
+def interrupt_at(
     monkeypatch: pytest.MonkeyPatch, config: ImagesSettings, store: LocalStore, most: int
 ) -> None:
-    """Begin a build that a Ctrl-C ends when it has written `most` shards."""
+    """Run a build that Ctrl-C interrupts after `most` shards."""
     from data_prep.images import shard_task as image_shards
     from data_prep.shards.shards import write_shard
 
@@ -597,11 +597,11 @@ def break_at(
             prepare_images(config, store)
 
 
-# What a version must hold, worked out in the plainest way.
+# The expected contents of a version, computed in the simplest way.
 
 
 def usable(folder: Path, config: ImagesSettings) -> dict[str, tuple[str, list[bytes]]]:
-    """Every item that can be used: its sha256 and samples, made by themselves."""
+    """Return the SHA-256 and the samples of every usable photo, by key."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix[1:].lower() in EXTENSIONS:
@@ -615,7 +615,7 @@ def usable(folder: Path, config: ImagesSettings) -> dict[str, tuple[str, list[by
 
 
 def check(store: Store, ref: StageRef, config: ImagesSettings, folder: Path) -> None:
-    """The version holds just what the folder does now, each picture once, and verifies clean."""
+    """Check that the version holds each photo of the folder exactly once, and verify it."""
     items = usable(folder, config)
     split = {row["key"]: row["split"] for row in table(store, ref, "sources")}
     best: dict[str, str] = {}
@@ -625,10 +625,10 @@ def check(store: Store, ref: StageRef, config: ImagesSettings, folder: Path) -> 
             best[sha256] = key
     stored: dict[str, list[bytes]] = {}
     for _, files in all_samples(store, ref):
-        told = record(files)
-        stored.setdefault(told["relative_key"], []).append(payload(files))
-        assert told["source_sha256"] == items[told["relative_key"]][0]
-        assert told["split"] == split[told["relative_key"]]
+        sidecar = record(files)
+        stored.setdefault(sidecar["relative_key"], []).append(payload(files))
+        assert sidecar["source_sha256"] == items[sidecar["relative_key"]][0]
+        assert sidecar["split"] == split[sidecar["relative_key"]]
     assert stored == {key: items[key][1] for key in best.values()}
     every = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert sorted(split) == every
@@ -637,7 +637,7 @@ def check(store: Store, ref: StageRef, config: ImagesSettings, folder: Path) -> 
 
 
 class Editor:
-    """Edits a folder at random."""
+    """Random edits of a folder."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random, self.count = folder, random.Random(seed), 0
@@ -667,7 +667,7 @@ class Editor:
             self.some().unlink()
 
     def change(self) -> None:
-        photograph(self.some(), self.random.randrange(8), 40, 36)  # also back again
+        photograph(self.some(), self.random.randrange(8), 40, 36)  # also back to an earlier content
 
     def move(self) -> None:
         path = self.some()
@@ -696,7 +696,7 @@ class Editor:
 
 
 @pytest.mark.parametrize("seed", range(15))
-def test_after_any_edits_a_version_holds_what_a_look_at_the_folder_says(
+def test_after_random_edits_a_version_holds_exactly_the_photos_of_the_folder(
     tmp_path: Path, store: LocalStore, seed: int
 ) -> None:
     folder = tmp_path / "photos"
@@ -714,7 +714,9 @@ def test_after_any_edits_a_version_holds_what_a_look_at_the_folder_says(
         try:
             ref = prepare_images(config, store)
         except PipelineError as error:
-            if "has no usable photo for" not in str(error):  # val or test may have lost all it had
+            if "has no usable photo for" not in str(
+                error
+            ):  # the edits may have emptied val or test
                 raise
             continue
         check(store, ref, config, folder)
@@ -722,14 +724,14 @@ def test_after_any_edits_a_version_holds_what_a_look_at_the_folder_says(
         now = {r["key"]: r["split"] for r in table(store, ref, "sources") if r["split"]}
         both = known.keys() & now.keys()
         moved = [key for key in both if known[key] != now[key]]
-        assert len(moved) <= 2, done  # only where a split would be empty
+        assert len(moved) <= 2, done  # only to fill a split that would be empty
         known |= now
     assert len(versions(store, config.name)) >= 2
     assert verify(store).problems == []
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_after_any_edits_of_a_list_a_version_holds_what_it_says(
+def test_after_random_edits_of_a_list_a_version_holds_exactly_its_photos(
     tmp_path: Path, store: LocalStore, seed: int
 ) -> None:
     chance = random.Random(seed)
@@ -765,12 +767,14 @@ def test_after_any_edits_of_a_list_a_version_holds_what_it_says(
                 del lines[key]
             else:
                 photograph(folder / key, chance.randrange(30), 40, 36)
-        for number, split in enumerate(SPLITS):  # none is ever empty
+        for number, split in enumerate(SPLITS):  # no split is empty
             lines[f"{number}.bmp"] = split
             photograph(folder / f"{number}.bmp", 1000 + number, 40, 36)
 
 
-def test_a_manifest_tells_of_its_parent_and_what_was_asked(folder: Path, store: LocalStore) -> None:
+def test_a_manifest_names_the_parent_and_the_requested_settings(
+    folder: Path, store: LocalStore
+) -> None:
     first = prepare_images(small(folder), store)
     photograph(folder / "new.png", 100)
     second = prepare_images(small(folder), store)
@@ -786,7 +790,7 @@ def test_a_manifest_tells_of_its_parent_and_what_was_asked(folder: Path, store: 
     assert [version.folder for version in found] == [first.folder, second.folder]
 
 
-def test_a_version_is_not_built_on_a_shard_that_is_gone(folder: Path, store: LocalStore) -> None:
+def test_a_version_is_not_built_on_a_missing_shard(folder: Path, store: LocalStore) -> None:
     ref = prepare_images(small(folder), store)
     tar = split_shards(store, ref.folder, "train")[0]
     store.delete(tar)

@@ -16,13 +16,13 @@ from data_prep.masks.codec import _decode_own_png, encode_png, valid_from_png
 from data_prep.masks.recipes import RECIPES, draw
 
 
-def test_a_mask_is_stored_with_white_holes_and_read_as_1_for_known() -> None:
+def test_a_mask_is_stored_with_white_holes_and_read_with_1_for_known() -> None:
     hole = np.zeros((17, 17), np.uint8)
     hole[2:5, 3:11] = 255
     png = encode_png(hole)
-    picture = Image.open(io.BytesIO(png))
-    assert picture.mode == "1"
-    assert (np.asarray(picture.convert("L")) == hole).all()
+    image = Image.open(io.BytesIO(png))
+    assert image.mode == "1"
+    assert (np.asarray(image.convert("L")) == hole).all()
     valid = valid_from_png(png)
     assert valid.dtype == np.uint8
     assert (valid == (hole == 0)).all()
@@ -46,12 +46,12 @@ ADAM7 = [
 def png_of(
     hole: np.ndarray, *, filtered: bool = False, interlaced: bool = False, parts: int = 1
 ) -> bytes:
-    """A 1-bit PNG as another program may write it."""
+    """Encode a 1-bit PNG as another program may write it."""
     lines = b""
     for top, left, down, right in ADAM7 if interlaced else [(0, 0, 1, 1)]:
         part = hole[top::down, left::right]
         for row in np.packbits(part > 0, axis=1) if part.size else []:
-            if filtered:  # each byte less the one before
+            if filtered:  # filter "Sub": each byte minus the previous one
                 row = np.diff(row, prepend=np.uint8(0))
             lines += bytes([filtered]) + row.tobytes()
     packed = zlib.compress(lines)
@@ -66,7 +66,7 @@ def with_pillow(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_mask_of_our_own_is_decode_own_png_as_a_general_reader_reads_it(recipe: str) -> None:
+def test_the_fast_decoder_agrees_with_a_general_one_on_our_masks(recipe: str) -> None:
     for index, size in enumerate([*range(16, 34), 63, 64, 65, 100, 256]):
         hole = draw(recipe, 0, index, size)
         png = encode_png(hole)
@@ -79,7 +79,7 @@ def test_a_mask_of_our_own_is_decode_own_png_as_a_general_reader_reads_it(recipe
 
 
 @pytest.mark.parametrize(
-    ("how", "unpacked"),
+    ("how", "fast"),
     [
         ({}, True),
         ({"filtered": True}, False),
@@ -89,10 +89,10 @@ def test_a_mask_of_our_own_is_decode_own_png_as_a_general_reader_reads_it(recipe
     ],
 )
 @pytest.mark.parametrize("size", [17, 64])
-def test_a_png_that_another_program_wrote_is_read_too(how: dict, unpacked: bool, size: int) -> None:
+def test_png_files_of_other_programs_are_read(how: dict, fast: bool, size: int) -> None:
     hole = draw("free-form", 1, 2, size)
     png = png_of(hole, **how)
-    assert (_decode_own_png(png) is not None) == unpacked
+    assert (_decode_own_png(png) is not None) == fast
     assert (valid_from_png(png) == (hole == 0)).all()
     assert (with_pillow(png) == (hole == 0)).all()
 
@@ -110,7 +110,7 @@ def test_a_mask_with_any_bit_flipped_is_the_same_mask_or_an_error() -> None:
     refused = 0
     for at in range(8 * len(png)):
         if at // 8 in (33, 34):
-            continue  # a length of gigabytes, for which the general reader takes memory: slow
+            continue  # a length of gigabytes: the general decoder would be slow
         altered = bytearray(png)
         altered[at // 8] ^= 1 << at % 8
         try:
@@ -119,27 +119,27 @@ def test_a_mask_with_any_bit_flipped_is_the_same_mask_or_an_error() -> None:
             refused += 1
         else:
             assert (valid == (hole == 0)).all()
-    assert refused > 8 * (len(png) - 30)  # what is not: check sums, the end mark
+    assert refused > 8 * (len(png) - 30)  # except checksums and the end chunk
 
 
-def test_a_mask_that_was_cut_short_is_an_error() -> None:
+def test_a_truncated_mask_is_an_error() -> None:
     png = encode_png(draw("strokes", 0, 0, 32))
-    for length in range(len(png) - 12):  # the end mark has nothing to say
+    for length in range(len(png) - 12):  # the end chunk is not needed
         with pytest.raises(PipelineError, match="not a readable PNG"):
             valid_from_png(png[:length])
     short = png_of(np.zeros((15, 16), np.uint8))
     longer = short.replace(struct.pack(">II", 16, 15), struct.pack(">II", 16, 16))
-    assert _decode_own_png(longer) is None  # fewer pixels than it says
+    assert _decode_own_png(longer) is None  # it has fewer pixels than its header says
 
 
-@pytest.mark.parametrize("data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n"])
-def test_bytes_that_are_no_picture_are_an_error(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])
+def test_bytes_that_are_not_an_image_are_an_error(data: bytes) -> None:
     with pytest.raises(PipelineError, match="not a readable PNG"):
         valid_from_png(data)
 
 
 @pytest.mark.parametrize("module", ["data_prep.masks.codec", "dpnet.loading.loader"])
-def test_reading_masks_needs_neither_settings_nor_the_stage_nor_processes(module: str) -> None:
+def test_reading_masks_imports_no_settings_no_stage_and_no_process_pool(module: str) -> None:
     found = subprocess.run(
         [sys.executable, "-c", f"import sys, {module}; print(*sys.modules)"],
         capture_output=True,

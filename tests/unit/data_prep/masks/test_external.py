@@ -43,7 +43,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """24 masks with white holes, four in each ratio bin, under two folders."""
+    """Make 24 masks with white holes, four in each ratio bin, in two folders."""
     folder = tmp_path / "masks"
     for number, (low, high) in enumerate(BINS.values()):
         for copy in range(4):
@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def bar(share: float, side: int, turns: int) -> NDArray[np.uint8]:
-    """A mask with a block of this share in a corner."""
+    """Return a mask with a white block of this share in a corner."""
     block = round(side * share**0.5)
     mask = np.zeros((side, side), np.uint8)
     mask[:block, :block] = 255
@@ -114,11 +114,11 @@ HALF[:, 4:] = 255
         (Image.fromarray(np.dstack([255 - HALF, HALF])), "gray and alpha"),
     ],
 )
-def test_white_is_what_is_bright_or_opaque(image: Image.Image, name: str) -> None:
+def test_bright_or_opaque_pixels_are_white(image: Image.Image, name: str) -> None:
     assert (white_pixels(encoded(image)) == (HALF > 0)).all(), name
 
 
-def test_a_jpeg_of_a_mask_is_thresholded() -> None:
+def test_a_mask_stored_as_jpeg_is_thresholded() -> None:
     mask = draw("strokes", 0, 1, 256)
     white = white_pixels(encoded(Image.fromarray(mask), "JPEG"))
     assert (white != (mask > 0)).mean() < 0.005
@@ -133,13 +133,13 @@ def test_a_jpeg_of_a_mask_is_thresholded() -> None:
         (encoded(Image.new("1", (10_000, 9_000))), "10000x9000 pixels"),
     ],
 )
-def test_a_file_that_is_no_mask_has_a_reason(data: bytes, reason: str) -> None:
+def test_a_file_that_is_not_a_mask_has_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ItemError, match=reason):
         white_pixels(data)
 
 
 @pytest.mark.parametrize("side", [20, 32, 57, 64, 100, 512])
-def test_a_mask_of_any_side_keeps_its_share_of_hole(side: int) -> None:
+def test_a_mask_of_any_side_keeps_its_hole_ratio(side: int) -> None:
     white = draw("free-form", 0, 5, side) > 0
     mask = hole_mask(white, "white-hole", Conversion(SIZE, 0))
     assert mask.shape == (SIZE, SIZE)
@@ -147,7 +147,7 @@ def test_a_mask_of_any_side_keeps_its_share_of_hole(side: int) -> None:
     assert hole_ratio(mask) == pytest.approx(white.mean(), abs=0.03)
 
 
-def test_a_wide_mask_is_stretched_whole() -> None:
+def test_a_wide_mask_is_stretched_and_not_cropped() -> None:
     white = np.zeros((50, 200), bool)
     white[:, :50] = True
     mask = hole_mask(white, "white-hole", Conversion(SIZE, 0))
@@ -157,7 +157,7 @@ def test_a_wide_mask_is_stretched_whole() -> None:
 
 @pytest.mark.parametrize("scale", [2, 3.5, 8, 31, 40])
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
-def test_strokes_thinner_than_a_pixel_are_kept_when_a_mask_is_made_smaller(
+def test_strokes_thinner_than_a_pixel_are_kept_when_a_mask_shrinks(
     scale: float, offset: int
 ) -> None:
     side = round(SIZE * scale)
@@ -171,7 +171,7 @@ def test_strokes_thinner_than_a_pixel_are_kept_when_a_mask_is_made_smaller(
     assert per_row.max() <= 6
 
 
-def test_the_edge_of_a_large_hole_stays_where_it_is_when_a_mask_is_made_smaller() -> None:
+def test_the_edge_of_a_large_hole_does_not_move_when_a_mask_shrinks() -> None:
     rows, columns = np.indices((256, 256))
     disc = (rows - 128) ** 2 + (columns - 128) ** 2 < 80**2
     for hole in (disc, rows + columns < 200):
@@ -181,7 +181,7 @@ def test_the_edge_of_a_large_hole_stays_where_it_is_when_a_mask_is_made_smaller(
         assert hole_ratio(mask) == pytest.approx(hole.mean(), rel=0.02)
 
 
-def test_holes_grow_by_the_pixels_asked_for() -> None:
+def test_holes_grow_by_the_requested_pixels() -> None:
     white = np.zeros((SIZE, SIZE), bool)
     white[10, 20] = True
     rows, columns = np.nonzero(hole_mask(white, "white-hole", Conversion(SIZE, 3)))
@@ -202,7 +202,7 @@ def test_a_mask_is_packed_and_unpacked_unchanged() -> None:
     assert made.ratio == hole_ratio(mask)
 
 
-# What is the hole
+# The hole colour
 
 
 def shares(*pairs: tuple[float, float]) -> list[MaskFile]:
@@ -211,7 +211,7 @@ def shares(*pairs: tuple[float, float]) -> list[MaskFile]:
 
 @pytest.mark.parametrize("recipe", ["free-form", "lama-medium", "box", "box-random"])
 @pytest.mark.parametrize("hole", ["white", "black"])
-def test_what_is_the_hole_is_told_from_the_set_and_said(
+def test_the_hole_colour_is_found_from_the_set_and_explained(
     tmp_path: Path, recipe: str, hole: str
 ) -> None:
     for index in range(20):
@@ -223,19 +223,19 @@ def test_what_is_the_hole_is_told_from_the_set_and_said(
     assert "masks.external_polarity" in sentence
 
 
-def test_a_mask_that_is_more_hole_than_not_does_not_decide_for_the_set() -> None:
+def test_one_mask_with_a_large_hole_does_not_decide_for_the_set() -> None:
     few = [(0.3, 0.2)] * 3 + [(0.8, 0.9)]
     assert find_polarity(shares(*few), "it")[0] == "white-hole"
     assert find_polarity(shares(*[(1 - w, 1 - r) for w, r in few]), "it")[0] == "black-hole"
 
 
-def test_edges_count_beside_the_area() -> None:
+def test_edges_count_as_much_as_the_area() -> None:
     assert find_polarity(shares((0.55, 0.0)), "it")[0] == "white-hole"
     assert find_polarity(shares((0.45, 1.0)), "it")[0] == "black-hole"
 
 
 @pytest.mark.parametrize("pairs", [[(0.3, 0.2)] * 7 + [(0.8, 0.9)] * 3, [(0.5, 0.5)] * 4])
-def test_a_set_that_does_not_agree_on_what_is_the_hole_is_an_error_that_asks(
+def test_a_set_without_agreement_is_an_error_that_asks_for_the_option(
     pairs: list[tuple[float, float]],
 ) -> None:
     with pytest.raises(ConfigError, match=r"not clear.*set masks\.external_polarity"):
@@ -245,7 +245,7 @@ def test_a_set_that_does_not_agree_on_what_is_the_hole_is_an_error_that_asks(
 # The set
 
 
-def test_every_file_is_accounted_for(folder: Path) -> None:
+def test_every_file_has_a_kind(folder: Path) -> None:
     save(folder / "white.png", np.full((9, 9), 255, np.uint8))
     save(folder / "black.bmp", np.zeros((9, 9), np.uint8))
     (folder / "notes.txt").write_text("hello")
@@ -263,7 +263,7 @@ def test_every_file_is_accounted_for(folder: Path) -> None:
     assert "broken" in next(file.reason for file in found if file.key == "cut.png")
 
 
-def test_more_than_a_few_broken_files_are_an_error_that_names_some(folder: Path) -> None:
+def test_many_broken_files_are_an_error_that_names_some(folder: Path) -> None:
     for number in range(2):
         (folder / f"cut{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(
@@ -278,7 +278,7 @@ def test_a_folder_without_masks_is_an_error(tmp_path: Path) -> None:
         found_in(tmp_path)
 
 
-def test_the_digest_is_that_of_keys_and_contents(folder: Path, tmp_path: Path) -> None:
+def test_the_digest_depends_on_keys_and_contents_only(folder: Path, tmp_path: Path) -> None:
     first = files_digest(found_in(folder))
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
@@ -288,7 +288,7 @@ def test_the_digest_is_that_of_keys_and_contents(folder: Path, tmp_path: Path) -
     assert files_digest(found_in(moved)) != first
 
 
-def test_a_file_that_changes_between_two_readings_is_an_error(folder: Path) -> None:
+def test_a_file_changed_between_two_reads_is_an_error(folder: Path) -> None:
     reading = reading_of(folder)
     rows = {file.key: file.row() for file in found_in(folder)}
     known = read_files(reading, rows)
@@ -298,7 +298,7 @@ def test_a_file_that_changes_between_two_readings_is_an_error(folder: Path) -> N
         load_masks(reading, known, "white-hole")
 
 
-def test_each_turn_goes_through_all_files_in_another_order() -> None:
+def test_all_files_are_used_once_before_they_repeat_in_another_order() -> None:
     made = [(str(n), PackedMask(0.2, False, b"")) for n in range(16)]
     pool = FilePool(made, flips=False)
     turns = [
@@ -309,7 +309,7 @@ def test_each_turn_goes_through_all_files_in_another_order() -> None:
     assert turns[0] != [pool.mask(pool.candidate(8, n)).key for n in range(16)]
 
 
-def test_flips_are_drawn_by_index_and_only_when_asked_for() -> None:
+def test_the_index_decides_the_flips_and_they_are_optional() -> None:
     mask = draw("free-form", 0, 2, 16)
     made = [("a", PackedMask.of(mask))]
     pool = FilePool(made, flips=True)
@@ -388,14 +388,14 @@ def test_an_unchanged_folder_is_not_read_again_and_a_changed_file_makes_a_new_se
     assert sources[0]["external"] != sources[1]["external"]
 
 
-def test_another_size_is_made_of_files_that_are_known(store: LocalStore, folder: Path) -> None:
+def test_known_files_can_make_masks_of_another_size(store: LocalStore, folder: Path) -> None:
     prepare_masks(with_files(folder), store)
     larger = prepare_masks(with_files(folder, size=64), store)
     assert {row["width"] for row in rows_of(store, larger, "eval")} == {64}
     assert all(hole.shape == (64, 64) for hole in holes_of(store, larger, "eval"))
 
 
-def test_saying_the_polarity_that_is_found_asks_for_the_same_set(
+def test_setting_the_polarity_that_auto_finds_requests_the_same_set(
     store: LocalStore, folder: Path
 ) -> None:
     found = prepare_masks(with_files(folder), store)
@@ -406,7 +406,7 @@ def test_saying_the_polarity_that_is_found_asks_for_the_same_set(
     assert other.summary["external"]["outside"] > 0
 
 
-def test_files_are_a_recipe_among_others(store: LocalStore, folder: Path) -> None:
+def test_external_can_be_mixed_with_other_recipes(store: LocalStore, folder: Path) -> None:
     config = with_files(folder, recipes={"box": 1.0, "external": 1.0}, train=60, eval_recipes=BOX)
     rows = rows_of(store, prepare_masks(config, store), "train")
     recipes = [row["recipe"] for row in rows]
@@ -447,7 +447,7 @@ def test_masks_outside_all_ratio_bins_are_not_used(store: LocalStore, folder: Pa
     assert "much.png" not in {row["file"] for row in rows_of(store, ref, "train")}
 
 
-def test_files_that_leave_no_mask_to_use_are_an_error(store: LocalStore, folder: Path) -> None:
+def test_a_source_without_a_usable_mask_is_an_error(store: LocalStore, folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"no mask between 1 and 60 % hole for the eval split"):
         prepare_masks(with_files(folder, external_dilate=32), store)
 
@@ -459,6 +459,6 @@ def test_files_that_leave_no_mask_to_use_are_an_error(store: LocalStore, folder:
         ({"external": "somewhere"}, "no recipe draws from it"),
     ],
 )
-def test_files_and_their_recipe_go_together(options: dict, sentence: str) -> None:
+def test_the_option_external_and_its_recipe_need_each_other(options: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         MasksSettings(**options)

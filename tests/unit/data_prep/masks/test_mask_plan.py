@@ -1,4 +1,4 @@
-"""Which masks are drawn and kept."""
+"""The plan of a mask set: the masks that are drawn and kept."""
 
 from collections import Counter
 
@@ -86,7 +86,7 @@ def test_bins_are_filled_in_order_until_full_or_given_up(
 @pytest.mark.parametrize(
     ("border", "kept"), [("any", [0, 1]), ("inside", [0, 2]), ("touching", [1, 3])]
 )
-def test_bins_can_hold_masks_clear_of_the_border_alone_or_at_it_alone(
+def test_bins_can_hold_only_masks_inside_the_border_or_only_masks_that_touch_it(
     border: str, kept: list[int]
 ) -> None:
     drawn = [Candidate("box", 0, index, 0.25, index % 2 == 1) for index in range(6)]
@@ -96,14 +96,14 @@ def test_bins_can_hold_masks_clear_of_the_border_alone_or_at_it_alone(
     assert border_counts(filled)["0.20-0.30"] == counts
 
 
-def test_advice_on_a_bin_heeds_the_border() -> None:
+def test_the_recipes_advised_for_a_bin_fit_the_border_option() -> None:
     inside = recipes_by_bin(64, "inside")
     assert "box" in inside["0.20-0.30"]
     assert not {"half", "outpaint"} & {recipe for found in inside.values() for recipe in found}
     assert "half" in recipes_by_bin(64, "touching")["0.40-0.50"]
 
 
-def test_recipes_are_picked_by_weight_whatever_their_order() -> None:
+def test_recipes_are_picked_by_weight_in_any_order() -> None:
     weights = {"strokes": 3.0, "box": 1.0}
     picks = [pick_recipe(weights, 1, n) for n in range(2000)]
     assert 0.72 < Counter(picks)["strokes"] / 2000 < 0.78
@@ -111,7 +111,7 @@ def test_recipes_are_picked_by_weight_whatever_their_order() -> None:
     assert picks != [pick_recipe(weights, 2, n) for n in range(2000)]
 
 
-def test_a_training_mask_is_redrawn_with_the_same_recipe_until_it_lies_in_a_bin() -> None:
+def test_a_training_mask_is_drawn_again_with_the_same_recipe_until_it_is_in_a_bin() -> None:
     weights = {"strokes": 1.0, "box": 1.0}
     redrawn = 0
     for number in range(60):

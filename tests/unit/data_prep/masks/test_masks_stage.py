@@ -47,7 +47,7 @@ def contents(store: LocalStore, ref: StageRef) -> dict[str, bytes]:
     return {key: store.read(key) for key in keys if not key.endswith(MANIFEST)}
 
 
-# Config
+# Settings
 
 
 @pytest.mark.parametrize("field", ["recipes", "eval_recipes"])
@@ -62,7 +62,7 @@ def test_a_weight_that_is_not_above_0_is_an_error(weight: float) -> None:
         MasksSettings(recipes={"box": weight})
 
 
-def test_no_recipe_at_all_is_an_error() -> None:
+def test_no_recipe_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"masks\.recipes is empty"):
         MasksSettings(recipes={})
 
@@ -70,7 +70,7 @@ def test_no_recipe_at_all_is_an_error() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"sise": 64}, {"size": 8}, {"train": 0}, {"name": "../up"}, {"name": ""}]
 )
-def test_a_misspelt_key_or_a_value_out_of_range_is_an_error(wrong: dict) -> None:
+def test_a_wrong_option_name_or_value_is_an_error(wrong: dict) -> None:
     with pytest.raises(ValidationError):
         MasksSettings(**wrong)
 
@@ -96,7 +96,7 @@ def test_every_bin_gets_the_same_number_of_evaluation_masks(store: LocalStore) -
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_a_row_says_what_the_stored_mask_is(store: LocalStore, split: str) -> None:
+def test_a_row_describes_the_stored_mask(store: LocalStore, split: str) -> None:
     ref = prepare_masks(SMALL, store)
     rows, samples = rows_of(store, ref, split), samples_of(store, ref, split)
     assert len(rows) == len(samples) == ref.summary["splits"][split]["samples"]
@@ -114,7 +114,7 @@ def test_a_row_says_what_the_stored_mask_is(store: LocalStore, split: str) -> No
         assert {"hole_ratio", "ratio_bin", "recipe", "seed", "touches_border"} <= set(sidecar)
 
 
-def test_a_mask_is_one_range_read_of_its_shard(store: LocalStore) -> None:
+def test_one_range_read_gets_a_mask_from_its_shard(store: LocalStore) -> None:
     ref = prepare_masks(SMALL, store)
     tar = split_shards(store, ref.folder, "train")[1]
     row = read_index(store, tar)[3]
@@ -141,15 +141,15 @@ def test_splits_share_no_candidate(store: LocalStore) -> None:
     }
 
 
-def test_evaluation_masks_can_have_recipes_of_their_own(store: LocalStore) -> None:
-    config = SMALL.model_copy(update={"recipes": {"box": 1.0}, "eval_recipes": {"outpaint": 1.0}})
-    ref = prepare_masks(config, store)
+def test_evaluation_masks_can_have_their_own_recipes(store: LocalStore) -> None:
+    settings = SMALL.model_copy(update={"recipes": {"box": 1.0}, "eval_recipes": {"outpaint": 1.0}})
+    ref = prepare_masks(settings, store)
     assert {row["recipe"] for row in rows_of(store, ref, "train")} == {"box"}
     assert {row["recipe"] for row in rows_of(store, ref, "eval")} == {"outpaint"}
 
 
 @pytest.mark.parametrize("border", ["inside", "touching"])
-def test_evaluation_masks_can_be_asked_to_keep_clear_of_the_border_or_to_touch_it(
+def test_evaluation_masks_can_be_limited_to_inside_the_border_or_touching_it(
     store: LocalStore, border: str
 ) -> None:
     wanted = {"recipes": {"box-random": 1.0}, "eval_border": border, "max_attempts": 300}
@@ -163,19 +163,19 @@ def test_evaluation_masks_can_be_asked_to_keep_clear_of_the_border_or_to_touch_i
     assert prepare_masks(SMALL, store).request_digest != ref.request_digest
 
 
-def test_what_is_asked_for_without_new_options_has_the_digest_that_it_had() -> None:
-    # Of the version before `eval_border` and mask files: sets that are there are not made again.
+def test_without_newer_options_the_request_digest_is_unchanged() -> None:
+    # The digest of the version before `eval_border` and mask files: old sets are not made again.
     request = Request("masks", "mixed", "masks/mixed", MasksSettings().request_settings(None))
     assert request.digest.startswith("f88754fb0bb6")
 
 
-def test_more_training_masks_begin_with_the_same_ones(store: LocalStore) -> None:
+def test_a_larger_training_set_starts_with_the_same_masks(store: LocalStore) -> None:
     few = samples_of(store, prepare_masks(SMALL, store), "train")
     more = prepare_masks(SMALL.model_copy(update={"train": 70}), store)
     assert samples_of(store, more, "train")[:50] == few
 
 
-def test_the_same_config_gives_the_same_bytes_in_any_number_of_processes(
+def test_the_same_settings_give_the_same_bytes_in_any_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone, together = LocalStore(tmp_path / "a"), LocalStore(tmp_path / "b")
@@ -187,7 +187,7 @@ def test_the_same_config_gives_the_same_bytes_in_any_number_of_processes(
     assert contents(alone, first) == contents(together, second)
 
 
-def test_a_second_call_is_skipped_and_another_seed_is_other_work(store: LocalStore) -> None:
+def test_a_second_call_is_skipped_and_another_seed_makes_another_set(store: LocalStore) -> None:
     first = prepare_masks(SMALL, store)
     again = prepare_masks(SMALL, store)
     other = prepare_masks(SMALL.model_copy(update={"seed": 1}), store)
@@ -204,7 +204,7 @@ def test_naming_the_default_evaluation_recipes_changes_nothing(store: LocalStore
 
 
 class BreakingStore(LocalStore):
-    """Refuses to write after `left` objects."""
+    """A store that refuses to write after `left` objects."""
 
     left = 5
 
@@ -215,7 +215,7 @@ class BreakingStore(LocalStore):
         super().write(key, data)
 
 
-def test_finished_shards_are_taken_up_and_damaged_ones_made_again(tmp_path: Path) -> None:
+def test_finished_shards_are_reused_and_damaged_ones_made_again(tmp_path: Path) -> None:
     expected_store = LocalStore(tmp_path / "whole")
     expected = prepare_masks(SMALL, expected_store)
     with pytest.raises(StorageError, match="disk is full"):
@@ -232,11 +232,11 @@ def test_finished_shards_are_taken_up_and_damaged_ones_made_again(tmp_path: Path
     assert contents(store, ref) == contents(expected_store, expected)
 
 
-def test_a_bin_that_cannot_be_filled_is_left_out_and_said(
+def test_a_bin_that_cannot_be_filled_is_left_out_and_reported(
     store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = SMALL.model_copy(update={"recipes": {"box": 1.0, "half": 1.0}, "max_attempts": 100})
-    ref = prepare_masks(config, store)
+    settings = SMALL.model_copy(update={"recipes": {"box": 1.0, "half": 1.0}, "max_attempts": 100})
+    ref = prepare_masks(settings, store)
     assert ref.summary["bins"] == {"0.20-0.30": 4, "0.40-0.50": 4}
     assert ref.summary["unreachable"] == ["0.01-0.10", "0.10-0.20", "0.30-0.40", "0.50-0.60"]
     assert ref.summary["splits"]["eval"]["samples"] == 8
@@ -247,17 +247,17 @@ def test_a_bin_that_cannot_be_filled_is_left_out_and_said(
     assert note in caplog.text
 
 
-def test_no_bin_that_can_be_filled_is_an_error_and_nothing_is_left(store: LocalStore) -> None:
-    config = SMALL.model_copy(update={"eval_recipes": {"strokes": 1.0}, "max_attempts": 1})
+def test_it_is_an_error_if_no_bin_can_be_filled_and_nothing_is_written(store: LocalStore) -> None:
+    settings = SMALL.model_copy(update={"eval_recipes": {"strokes": 1.0}, "max_attempts": 1})
     with pytest.raises(ConfigError, match=r"masks\.eval_recipes: strokes cannot fill"):
-        prepare_masks(config, store)
+        prepare_masks(settings, store)
     assert not list(store.list())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_alone_makes_a_set(store: LocalStore, recipe: str) -> None:
-    config = SMALL.model_copy(update={"recipes": {recipe: 1.0}, "eval_recipes": SMALL.recipes})
-    rows = rows_of(store, prepare_masks(config, store), "train")
+def test_every_recipe_can_make_a_set_without_others(store: LocalStore, recipe: str) -> None:
+    settings = SMALL.model_copy(update={"recipes": {recipe: 1.0}, "eval_recipes": SMALL.recipes})
+    rows = rows_of(store, prepare_masks(settings, store), "train")
     assert [row["recipe"] for row in rows] == [recipe] * 50
 
 

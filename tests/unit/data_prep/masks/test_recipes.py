@@ -7,7 +7,7 @@ import pytest
 
 from data_prep.masks.recipes import RECIPES, draw, generator, hole_ratio
 
-FIXED = {"box"}  # draws the same mask whatever the seed and index
+FIXED = {"box"}  # draws the same mask for every seed and index
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -33,7 +33,7 @@ def test_another_seed_or_index_gives_another_mask(recipe: str) -> None:
     assert any((a != first[0]).any() for a in first[1:])
 
 
-def test_random_numbers_depend_on_the_stream_and_the_index_alone() -> None:
+def test_random_numbers_depend_only_on_the_stream_and_the_index() -> None:
     assert generator("mask/box/1", 7).integers(0, 10**6, 3).tolist() == [644852, 933242, 663604]
     assert generator("mask/box/1", 8).random() != generator("mask/box/1", 7).random()
     assert generator("mask/box/2", 7).random() != generator("mask/box/1", 7).random()
@@ -63,7 +63,7 @@ def test_lengths_scale_with_the_side(recipe: str) -> None:
         ("outpaint", 0.279),
     ],
 )
-def test_a_recipe_draws_what_it_drew_when_its_version_was_set(recipe: str, expected: float) -> None:
+def test_a_recipe_has_the_mean_hole_ratio_of_its_version(recipe: str, expected: float) -> None:
     mean = np.mean([hole_ratio(draw(recipe, 0, i, 128)) for i in range(200)])
     assert mean == pytest.approx(expected, abs=0.003)
 
@@ -106,13 +106,13 @@ def test_an_unknown_recipe_is_a_key_error() -> None:
         draw("squiggle", 0, 0, 64)
 
 
-# The parameters of dpnet.md's recipes at 256, taken from what is drawn
+# The parameters of the recipes at 256, measured from the drawing calls
 
 DIAGONAL = 256 * 2**0.5
 
 
 class Strokes:
-    """What a recipe drew with OpenCV: each stroke's points and widths; it is drawn all the same."""
+    """Recorder of OpenCV calls: the points and widths of each stroke, which is still drawn."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.strokes: list[tuple[list[tuple[int, int]], list[int]]] = []
@@ -137,15 +137,15 @@ class Strokes:
         monkeypatch.setattr(cv2, "polylines", many)
 
     def begin(self, mask: Any) -> None:
-        """Forget the strokes of another mask: one that was thrown away."""
+        """Forget the strokes of an earlier mask, which the recipe discarded."""
         if mask is not self.mask:
             self.mask, self.strokes = mask, []
 
     def drawn(self, recipe: str, index: int) -> tuple[np.ndarray, list]:
         self.mask, self.strokes = None, []
         mask = draw(recipe, 0, index, 256)
-        boxes_alone = recipe.startswith("lama") and mask is not self.mask
-        return mask, [] if boxes_alone else self.strokes
+        only_boxes = recipe.startswith("lama") and mask is not self.mask
+        return mask, [] if only_boxes else self.strokes
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def strokes(monkeypatch: pytest.MonkeyPatch) -> Strokes:
 
 
 def steps(points: list[tuple[int, int]]) -> list[tuple[float, float]]:
-    """Length and angle of each step between points that keep clear of the edges."""
+    """Return length and angle of each step between points that are not at the edges."""
     clear = [all(1 < v < 254 for v in point) for point in points]
     return [
         (math.hypot(x1 - x0, y1 - y0), math.atan2(y1 - y0, x1 - x0))
@@ -264,7 +264,7 @@ def test_lama_masks_have_the_published_parameters(
         assert not boxed
         return
     number, short, long = boxes
-    # Weight 0.3 beside 1; of the thick masks those that are rejected for too much hole are strokes.
+    # Weight 0.3 compared with 1. Thick masks rejected for too much hole are mostly strokes.
     assert 0.18 < len(boxed) / 600 < (0.38 if recipe == "lama-thick" else 0.28)
     for mask in boxed:
         rows, columns = (mask > 0).any(axis=1).sum(), (mask > 0).any(axis=0).sum()
