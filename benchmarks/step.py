@@ -31,7 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dpnet.model import PRESETS, losses
 from dpnet.model.attention import plain_attention
-from dpnet.training.step import BETA2, Step, TrainState, load_vgg, placed
+from dpnet.training.state import BETA2, TrainState, placed
+from dpnet.training.step import Step
+from dpnet.training.vgg import load_vgg
 
 LOSSES = SimpleNamespace(
     hole=6.0,

@@ -36,8 +36,10 @@ from dpnet.training.checkpoints import (
 from dpnet.training.job import TrainJob, is_finished
 from dpnet.training.reporting import Meter, Reporter
 from dpnet.training.session import Session, share_from_first
-from dpnet.training.step import Step, TrainState, compiler_problem, load_vgg
+from dpnet.training.state import TrainState
+from dpnet.training.step import Step, compiler_problem
 from dpnet.training.validation import Validation, mask_size
+from dpnet.training.vgg import load_vgg
 
 LOG_EVERY = 25  # most steps in one record of the log
 NOTICE_EVERY = 10  # steps between two checks whether this machine will be taken away

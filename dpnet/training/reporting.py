@@ -19,7 +19,8 @@ from dpnet.training.checkpoints import Log
 from dpnet.training.job import TrainJob
 from dpnet.training.session import Session, describe_process, gather
 from dpnet.training.settings import TrainSettings
-from dpnet.training.step import Measured, TrainState
+from dpnet.training.state import TrainState
+from dpnet.training.step import Measured
 
 
 class Reporter:

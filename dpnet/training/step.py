@@ -1,130 +1,39 @@
-"""One step of GAN training and everything it changes. Needs torch alone, so that it can be measured
-on a machine that has nothing else.
+"""One step of GAN training.
 
-On a GPU it runs in bf16 and compiled. What is compiled are the generator's layers, each kind once,
-the discriminator's loss, the likeness terms and the adversarial term. Nothing that changes from
-step to step (learning rates, the adversarial weight) is inside a graph, so nothing is compiled
-again; and nothing is read back from the device, so the host never waits.
+It needs only torch, so it can be measured on a machine without our other libraries.
+
+On a GPU the step runs in bf16 and compiled. Compiled are: each kind of generator layer, the
+discriminator's loss, the losses against the truth, and the adversarial loss. Learning rates and the
+adversarial weight change from step to step, so they stay outside the graphs, and no graph is
+compiled twice. The step reads nothing back from the device, so the host never waits.
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from data_prep.core.errors import PipelineError
-from dpnet.model import Generator, ModelConfig, build_discriminator, build_generator
+from dpnet.model import Generator
 from dpnet.model import losses as L
 from dpnet.model.attention import PyramidAttention
+from dpnet.training.schedule import adversarial_weight, rate
+from dpnet.training.state import TrainState, first_line
 
 if TYPE_CHECKING:  # pydantic is not needed at run time
     from dpnet.training.settings import LossSettings, TrainSettings
 
-BETA2 = 0.99
-FINETUNE_RATE = 0.5  # of the peak: where the fine-tuning phase begins
-M = TypeVar("M", bound=nn.Module)
-
-
-class TrainState:
-    """Everything that changes during training: networks, average, optimisers, step."""
-
-    def __init__(self, config: ModelConfig, settings: TrainSettings, device: torch.device) -> None:
-        torch.manual_seed(settings.seed)  # the same initial weights on every rank
-        self.config = config
-        self.generator = placed(build_generator(config), device)
-        self.discriminator = placed(build_discriminator(config), device)
-        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        self.generator_optimizer = self._adam(self.generator, settings)
-        self.discriminator_optimizer = self._adam(self.discriminator, settings)
-        self.step = 0  # steps done
-        self.skipped = torch.zeros((), device=device)  # steps whose loss or gradient was not finite
-        self.best: dict[str, Any] | None = None  # averaged generator of the best validation
-        self._parts: dict[str, Any] = {
-            "generator": self.generator,
-            "discriminator": self.discriminator,
-            "ema": self.ema,
-            "generator_optimizer": self.generator_optimizer,
-            "discriminator_optimizer": self.discriminator_optimizer,
-        }
-
-    @staticmethod
-    def _adam(module: nn.Module, settings: TrainSettings) -> torch.optim.Adam:
-        # The learning rate is set at every step.
-        return torch.optim.Adam(module.parameters(), betas=(settings.beta1, BETA2), fused=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A copy on the CPU of all that a run goes on from; plain tensors, numbers and text."""
-        parts = {name: _copied(part.state_dict()) for name, part in self._parts.items()}
-        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if self.skipped.is_cuda:
-            rng["cuda"] = torch.cuda.get_rng_state(self.skipped.device)
-        best = self.best  # replaced as a whole, never changed
-        numbers = {"step": self.step, "skipped": int(self.skipped), "best": best, "rng": rng}
-        return {"model": self.config.to_json(), **numbers, **parts}
-
-    def from_dict(self, saved: Any, where: str) -> None:
-        """Take up what `to_dict` gave; `where` names it in the PipelineError if it does not fit."""
-        advice = "restore it, or remove the run's folder to train afresh."
-        names = {"model", "step", "skipped", "best", "rng", *self._parts}
-        if not isinstance(saved, dict) or not names <= saved.keys():
-            raise PipelineError(
-                f"the checkpoint {where} is not one of this version of dpnet: {advice}"
-            )
-        ours = self.config.to_json()
-        if saved["model"] != ours:
-            differ = sorted(k for k in ours if saved["model"].get(k) != ours[k])
-            differences = ", ".join(f"{k} {saved['model'].get(k)}, not {ours[k]}" for k in differ)
-            raise PipelineError(
-                f"the checkpoint {where} is of another network"
-                f" ({differences or 'with options unknown here'}): train with its settings, or"
-                " remove the run's folder to train afresh."
-            )
-        try:
-            for name, part in self._parts.items():
-                part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise PipelineError(
-                f"the checkpoint {where} does not fit this version of the network"
-                f" ({_first_line(error)}): {advice}"
-            ) from error
-        self.step, self.best = saved["step"], saved["best"]
-        self.skipped.fill_(saved["skipped"])
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if self.skipped.is_cuda and "cuda" in saved["rng"]:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"], self.skipped.device)
-
-    def keep_best(self, score: float) -> bool:
-        """Remember the averaged generator, if no validation before gave as high a `score`."""
-        if self.best is not None and score <= self.best["score"]:
-            return False
-        weights = _copied(self.ema.state_dict())
-        self.best = {"score": score, "step": self.step, "ema": weights}
-        return True
-
-    @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        # Early averages forget faster, so that the start is not averaged in for long.
-        decay = min(decay, (1 + self.step) / (10 + self.step))
-        averaged: list[Tensor] = list(self.ema.parameters())
-        torch._foreach_lerp_(averaged, list(self.generator.parameters()), 1 - decay)
-        for mine, theirs in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
-            mine.copy_(theirs)
-
 
 class Measured(NamedTuple):
-    """What a step measured: scalars on the device, detached; to read one is to wait for it.
+    """The measurements of a step: detached scalars on the device. Reading one waits for the device.
 
     Attributes:
-        losses: the terms, unweighted: means over this rank's samples.
-        gradients: each network's gradient norm before clipping, the same on every rank.
-        weight: of this rank's means in the mean over all samples of the step, times the ranks.
+        losses: The loss terms without their weights, averaged over this rank's samples.
+        gradients: The gradient norm of each network before clipping, the same on every rank.
+        weight: This rank's share of the step's samples, times the number of ranks.
     """
 
     losses: dict[str, Tensor]
@@ -133,16 +42,20 @@ class Measured(NamedTuple):
 
 
 class Step:
-    """One GAN step: the discriminator on real and composite, then the generator.
+    """One GAN step: first the discriminator on real images and composites, then the generator.
 
-    A step whose loss or gradient is not finite changes no weight. Once there were more of them than
-    `settings.max_skipped`, no later step changes any either: the host, which reads nothing back
-    before the next record of the log, stops then, and nothing was trained on in the meantime.
+    A step with a loss or gradient that is not finite changes no weights. After more than
+    `settings.max_skipped` such steps, no step changes weights. The host reads the losses only for
+    the next log record, and stops training there.
 
     Args:
-        vgg: the feature network of the perceptual and style terms; without it they are off.
-        world: number of ranks; with more than one, gradients are averaged over them (DDP).
-        bf16: autocast to bfloat16. backend: torch.compile's, or None for eager.
+        state: Networks and optimisers. Each step changes them.
+        losses: Weights of the loss terms.
+        settings: Learning rates, clipping and so on.
+        vgg: Feature network of the perceptual and style losses. Without it they are off.
+        world: Number of ranks. With more than one, gradients are averaged over them (DDP).
+        bf16: Autocast to bfloat16.
+        backend: Backend of torch.compile, or None to run without compiling.
     """
 
     def __init__(
@@ -158,15 +71,15 @@ class Step:
     ) -> None:
         self.state, self.losses, self.settings = state, losses, settings
         if world > 1 and backend is not None:
-            # DDP would have each graph split, to average gradients while others are computed. It
-            # cannot split every graph, and the gradients of these networks are soon averaged.
+            # DDP would split each graph, to average gradients while others are computed. It cannot
+            # split every graph, and averaging the gradients of these networks takes little time.
             torch._dynamo.config.optimize_ddp = False
         if backend is not None:
             _compile_layers(state.generator, backend)
         inpaint: nn.Module = _Inpaint(state.generator, bf16)
         judge = _compiled(_Judge(state.discriminator, losses.gan, bf16), backend)
         if world > 1:
-            # The spectral norms' vectors evolve alike on every rank; there is nothing to broadcast.
+            # No broadcast is needed: the vectors of the spectral norms are equal on every rank.
             inpaint = DistributedDataParallel(inpaint, broadcast_buffers=False)
             judge = DistributedDataParallel(judge, broadcast_buffers=False)
         self._inpaint, self._judge = inpaint, judge
@@ -174,12 +87,17 @@ class Step:
         self._persuade = _compiled(_Persuade(state.discriminator, losses.gan, bf16), backend)
 
     def warm_up(self, samples: int, size: int, device: torch.device) -> None:
-        """One pass forward and backward that changes nothing, on inputs of a step's shape.
+        """Run one pass forward and backward that changes nothing.
 
-        After its first backward pass DDP arranges the gradients anew, and with three ranks or more
-        it sums them in another order from then on: a run that is taken up again would differ from
-        an undisturbed one by rounding. So every run has that behind it before its first step, and
-        where layers are compiled, nearly all of that too.
+        After its first backward pass, DDP rearranges the gradients. With three ranks or more it
+        then sums them in another order, so a resumed run would differ from an undisturbed one by
+        rounding. With a pass before the first step, both are the same. The pass also compiles
+        nearly all layers.
+
+        Args:
+            samples: Samples of this rank in one part of a batch.
+            size: Side of the images in pixels.
+            device: Device of the networks.
         """
         image = torch.full((samples, 3, size, size), 0.5, device=device)
         image = image.contiguous(memory_format=torch.channels_last)
@@ -196,16 +114,20 @@ class Step:
             each.zero_grad(set_to_none=True)
 
     def __call__(self, step: int, image: Tensor, valid: Tensor, weight: float = 1.0) -> Measured:
-        """Train on N3HW images in [0, 1] and N1HW masks, in fp32; `step` counts from 0.
+        """Train on one batch.
 
-        `weight` is this rank's share of the step's samples times the number of ranks: 1 where all
-        have the same number. With it the mean over ranks is the mean over samples.
+        Args:
+            step: Number of the step, from 0.
+            image: N3HW in [0, 1], float32.
+            valid: N1HW in {0, 1}, float32; 1 is a known pixel.
+            weight: This rank's share of the step's samples, times the number of ranks. With it, the
+                mean over ranks is the mean over samples.
         """
         s, state = self.settings, self.state
         scale = rate(step, s)
         adversarial = adversarial_weight(step, self.losses, s)
         parts = min(s.accumulate, len(image))
-        # Of each micro-batch: its samples, and its share of the sum that the gradients are.
+        # Each part of the batch, with the share of its gradients in the sum.
         micro = [
             (x, v, weight * len(x) / len(image))
             for x, v in zip(image.tensor_split(parts), valid.tensor_split(parts), strict=True)
@@ -214,8 +136,8 @@ class Step:
         gradients: dict[str, Tensor] = {}
         bad = torch.zeros_like(state.skipped)
 
-        # With one micro-batch both networks learn from the same pass; several would have to be held
-        # in memory at once, so each is computed again for the generator.
+        # With one part, both networks learn from the same forward pass. With several, their passes
+        # do not fit into memory together, so the generator computes each part again.
         once = self._inpaint(image, valid) if parts == 1 else None
         if adversarial > 0:
             state.discriminator_optimizer.zero_grad(set_to_none=True)
@@ -255,22 +177,23 @@ class Step:
         return composite
 
     def _backward(self, loss: Tensor, share: float) -> None:
-        # The second factor is 1; for a loss that is not finite it is NaN, and so are all gradients,
-        # on every rank. Otherwise one rank could go on where another does not.
+        # The second factor is 1. If the loss is not finite it is NaN, and so are all gradients on
+        # every rank. Without it, one rank could update its weights while another does not.
         (loss * share * (loss.detach() * 0 + 1)).backward()  # type: ignore[no-untyped-call]
 
     def _descend(
         self, optimizer: torch.optim.Optimizer, learning_rate: float, bad: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One step of the optimiser, unless a gradient of this step is not finite.
+        """Update the weights, unless a gradient of this step is not finite.
 
-        Returns the gradients' norm before clipping, and 1 if the step is bad so far, else 0.
+        Returns:
+            The gradient norm before clipping; and 1 if this step is bad so far, else 0.
         """
         (group,) = optimizer.param_groups
         norm = nn.utils.clip_grad_norm_(group["params"], self.settings.gradient_clip)
         bad = torch.maximum(bad, (~norm.isfinite()).to(bad.dtype))
         halted = self.state.skipped + bad > self.settings.max_skipped
-        # What a gradient scaler sets: the optimiser skips its step where it is 1, without waiting.
+        # A gradient scaler sets this too: if it is 1, the optimiser skips its step on the device.
         optimizer.found_inf = torch.maximum(bad, halted.to(bad.dtype))  # type: ignore[attr-defined]
         group["lr"] = learning_rate
         optimizer.step()
@@ -283,26 +206,15 @@ def _add(terms: dict[str, Tensor], name: str, term: Tensor, share: float) -> Non
 
 
 def _last_syncs(module: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Average gradients over the ranks in the last micro-batch only."""
+    """Average gradients over the ranks only for the last part of a batch."""
     if last or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     context: AbstractContextManager[None] = module.no_sync()
     return context
 
 
-def _copied(tree: Any) -> Any:
-    """A copy on the CPU of nested dicts and lists of tensors, in which nothing is shared."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_copied(value) for value in tree]
-    return tree
-
-
 class _Inpaint(nn.Module):
-    """The raw prediction and the composite, N3HW."""
+    """The generator: returns the raw prediction and the composite, both N3HW."""
 
     def __init__(self, generator: Generator, bf16: bool) -> None:
         super().__init__()
@@ -315,7 +227,7 @@ class _Inpaint(nn.Module):
 
 
 class _Judge(nn.Module):
-    """The discriminator's loss: real and fake in one forward."""
+    """The discriminator's loss, with real and fake images in one forward pass."""
 
     def __init__(self, discriminator: nn.Module, kind: L.Adversarial, bf16: bool) -> None:
         super().__init__()
@@ -329,7 +241,7 @@ class _Judge(nn.Module):
 
 
 class _Persuade(nn.Module):
-    """The generator's adversarial term."""
+    """The generator's adversarial loss."""
 
     def __init__(self, discriminator: nn.Module, kind: L.Adversarial, bf16: bool) -> None:
         super().__init__()
@@ -342,7 +254,7 @@ class _Persuade(nn.Module):
 
 
 class _Likeness(nn.Module):
-    """The weighted sum of the terms that compare with the truth, and the terms unweighted."""
+    """The losses against the truth: their weighted sum, and each term without its weight."""
 
     def __init__(self, losses: LossSettings, vgg: L.VGGFeatures | None, bf16: bool) -> None:
         super().__init__()
@@ -357,7 +269,7 @@ class _Likeness(nn.Module):
         terms = dict(zip(("hole", "valid"), L.l1_terms(raw, image, valid), strict=True))
         if self.vgg is not None and (w["perceptual"] or w["style"]):
             with _autocast(image, self.bf16):
-                with torch.no_grad():  # apart from the others: nothing of it is kept
+                with torch.no_grad():  # separate, so that no activations are kept
                     true = self.vgg(image)
                 both = self.vgg(torch.cat([raw, composite]))
             of_raw = [features.chunk(2)[0] for features in both]
@@ -370,33 +282,8 @@ class _Likeness(nn.Module):
         return total, terms
 
 
-def rate(step: int, settings: TrainSettings) -> float:
-    """Learning rate at `step`, counted from 0, as a share of its peak. Our choice.
-
-    Linear warm-up, then constant; in the last `finetune_share` of the steps a cosine from half of
-    the peak to `final_rate`.
-    """
-    warm = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-    start = settings.steps * (1 - settings.finetune_share)
-    if step < start:
-        return warm
-    done = (step - start) / (settings.steps - start)
-    cosine = (1 + math.cos(math.pi * done)) / 2
-    return warm * (settings.final_rate + (FINETUNE_RATE - settings.final_rate) * cosine)
-
-
-def adversarial_weight(step: int, losses: LossSettings, settings: TrainSettings) -> float:
-    """Weight of the adversarial term at `step`: 0 before its first step, then a linear rise.
-
-    It rises over as many steps as the warm-up has, in which the discriminator learns what it is to
-    teach. Our choice.
-    """
-    since = step - settings.adversarial_from + 1
-    return losses.adversarial * min(1.0, max(0, since) / max(settings.warmup_steps, 1))
-
-
 def compiler_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on this machine, or None: a small function is compiled."""
+    """Compile a small function. Return why that fails on this machine, or None."""
 
     def small(x: Tensor) -> Tensor:
         return (x.sin() * x).sum()
@@ -405,51 +292,8 @@ def compiler_problem(device: torch.device) -> str | None:
         x = torch.ones(64, device=device, requires_grad=True)
         torch.compile(small, fullgraph=True)(x).backward()  # type: ignore[no-untyped-call]
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def load_vgg(file: Path, kind: str, device: torch.device) -> L.VGGFeatures:
-    """The frozen feature network of a file with torchvision's VGG weights.
-
-    Raises PipelineError with one sentence when the file is not that.
-    """
-    where = f"losses.vgg_weights {str(file)!r}"
-    advice = f"save torchvision's {kind} weights again, or leave the option out."
-    try:
-        weights = _read_weights(file)
-    except Exception as error:
-        raise PipelineError(
-            f"{where} cannot be read ({_first_line(error)}), so it is missing, cut short or no file"
-            f" of weights: {advice}"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise PipelineError(f"{where} holds no table of named weights: {advice}")
-    # Up to their third stage the two networks have the same shapes under the same names.
-    other, mark = {"vgg19": ("vgg16", 17), "vgg16": ("vgg19", 16)}[kind]
-    if f"features.{mark}.weight" in weights:
-        raise PipelineError(f"{where} holds weights of {other}: set losses.vgg to {other}.")
-    try:
-        return placed(L.VGGFeatures(weights, cast("Any", kind)), device)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise PipelineError(
-            f"{where} does not hold the weights of torchvision's {kind}"
-            f" ({' '.join(str(error).split()).rstrip('.')}): {advice}"
-        ) from error
-
-
-def placed(module: M, device: torch.device) -> M:
-    """`module` on `device` in channels_last, in which convolutions are fastest."""
-    moved: M = module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return moved
-
-
-def _read_weights(file: Path) -> Any:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _compiled(module: nn.Module, backend: str | None) -> nn.Module:
@@ -460,24 +304,19 @@ def _compiled(module: nn.Module, backend: str | None) -> nn.Module:
 
 
 def _compile_layers(generator: Generator, backend: str) -> None:
-    """Have each layer compiled, but not the network as a whole.
+    """Compile each layer, but not the network as a whole.
 
-    As one graph it has 4,000 nodes, most of them the same in every block, and had not been compiled
-    on 16 cores after 200 s. Layers that are alike share one graph.
+    The whole network is one graph of 4,000 nodes, mostly repeated blocks. 16 cores did not compile
+    it in 200 s. Layers of the same kind share one graph.
     """
-    # All layers count as one function that is compiled again, each kind for each size of a batch.
+    # torch counts all layers as one function, compiled once for each kind and batch size.
     torch._dynamo.config.recompile_limit = 64
     for child in generator.children():
         for layer in child if isinstance(child, nn.ModuleList) else [child]:
-            # Attention has kernels of its own, and a convolution alone is one already.
+            # Attention has kernels of its own, and a single convolution is one kernel already.
             if not isinstance(layer, PyramidAttention | nn.Conv2d):
                 layer.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
 def _autocast(like: Tensor, bf16: bool) -> torch.autocast:
     return torch.autocast(like.device.type, torch.bfloat16, enabled=bf16)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Validation during training on frozen pairs: hole PSNR, pictures. How batches become tensors."""
+"""Validation during training on fixed pairs of image and mask: hole PSNR and images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dpnet.training.job import TrainJob
 
 BATCH = 32
 PSNR_CAP = 100.0
-PICTURES = 6  # pairs in a strip
-GAP = 2  # pixels between pictures
+PAIRS = 6  # pairs in a strip
+GAP = 2  # pixels between images
 
 
 class Validation:
-    """Hole PSNR of the averaged generator on frozen pairs of the val split."""
+    """Hole PSNR of the averaged generator on fixed pairs of the val split."""
 
     def __init__(self, store: Store, job: TrainJob) -> None:
         size = mask_size(store, job.masks.folder)
@@ -39,7 +39,14 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, generator: Generator, step: int, rank: int, world: int) -> dict[str, Any]:
-        """Log record: mean hole PSNR in dB of the network and of mean fill."""
+        """Return a log record with the mean hole PSNR in dB of the network and of mean fill.
+
+        Args:
+            generator: The averaged generator.
+            step: Steps done so far.
+            rank: This rank. Each rank measures its share of the pairs.
+            world: Number of ranks. Every rank must call this.
+        """
         device = next(generator.parameters()).device
         sums = torch.zeros(3, dtype=torch.float64)
         mine = self.pairs[rank::world]
@@ -69,10 +76,10 @@ class Validation:
 
     @torch.no_grad()
     def strip(self, generator: Generator) -> bytes:
-        """A PNG of a few pairs, one a line: truth, masked, what the network makes of it."""
+        """Draw a PNG with one row for each of a few pairs: truth, masked image, prediction."""
         from PIL import Image
 
-        count = min(PICTURES, len(self.pairs))
+        count = min(PAIRS, len(self.pairs))
         chosen = [self.pairs[i * len(self.pairs) // count] for i in range(count)]
         batch = self._batch(chosen)
         image, valid = to_device(batch, next(generator.parameters()).device)
@@ -82,10 +89,10 @@ class Validation:
         masked = np.where(known > 0, truth, 255).astype(np.uint8)
         side = truth.shape[1]
         sheet = Image.new("RGB", (3 * (side + GAP) - GAP, count * (side + GAP) - GAP), "white")
-        for column, pictures in enumerate((truth, masked, output)):
-            for line, picture in enumerate(pictures):
-                at = (column * (side + GAP), line * (side + GAP))
-                sheet.paste(Image.fromarray(picture), at)
+        for column, images in enumerate((truth, masked, output)):
+            for row, pixels in enumerate(images):
+                at = (column * (side + GAP), row * (side + GAP))
+                sheet.paste(Image.fromarray(pixels), at)
         file = io.BytesIO()
         sheet.save(file, "PNG")
         return file.getvalue()
@@ -97,7 +104,7 @@ class Validation:
 
 
 def mask_size(store: Store, folder: str) -> int:
-    """Side of the masks of a stage in pixels, which is that of training and validation."""
+    """Return the side of a stage's masks in pixels. Training and validation use this size."""
     return int(read_manifest(store, folder).settings["size"])
 
 

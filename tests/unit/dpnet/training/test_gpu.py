@@ -9,7 +9,8 @@ from test_step import SMALL, STEPS, batch, floats, losses, settings
 
 from dpnet.model.attention import PyramidAttention, plain_attention
 from dpnet.model.pyramid import MaskAwareConv, pyramid_levels
-from dpnet.training.step import Step, TrainState
+from dpnet.training.state import TrainState
+from dpnet.training.step import Step
 
 pytestmark = [
     pytest.mark.gpu,

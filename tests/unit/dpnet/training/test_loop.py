@@ -428,7 +428,7 @@ def test_workers_are_given_the_whole_path_of_the_vgg_file(prepared, tmp_path, mo
     (tmp_path / "vgg.pth").write_bytes(b"weights")
     monkeypatch.chdir(tmp_path)
     jobs = []
-    monkeypatch.setattr(training, "run_stage", lambda store, request, build, say: build(None))
+    monkeypatch.setattr(training, "run_stage", lambda store, request, build: build(None))
     monkeypatch.setattr(training, "_build", lambda job, *rest: jobs.append(job))
     job = make_job(prepared)
     request = training_of(job, losses=LossSettings(vgg_weights="vgg.pth"))

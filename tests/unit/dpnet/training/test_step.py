@@ -17,14 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_prep.core.errors import PipelineError
 from dpnet.model import ModelConfig
 from dpnet.model import losses as L
-from dpnet.training.step import (
-    Step,
-    TrainState,
-    adversarial_weight,
-    compiler_problem,
-    load_vgg,
-    rate,
-)
+from dpnet.training.schedule import adversarial_weight, rate
+from dpnet.training.state import TrainState
+from dpnet.training.step import Step, compiler_problem
+from dpnet.training.vgg import load_vgg
 
 SMALL = ModelConfig((8, 16, 16), 1, 8, 7, (8, 8, 8, 8))
 CPU = torch.device("cpu")
@@ -155,7 +151,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 from test_step import CPU, SMALL, batch, losses, settings
-from dpnet.training.step import Step, TrainState
+from dpnet.training.state import TrainState
+from dpnet.training.step import Step
 
 meet, rank, world, samples, backend, begin, end, start, result = sys.argv[1:]
 rank, world, samples, begin, end = map(int, (rank, world, samples, begin, end))
@@ -489,8 +486,8 @@ def edited(**changes):
         (None, "cannot be read"),
         (b"", "cannot be read"),
         (b"not weights", "cannot be read"),
-        (torch.ones(3), "holds no table of named weights"),
-        ({"epoch": 3}, "holds no table of named weights"),
+        (torch.ones(3), "holds no named weights"),
+        ({"epoch": 3}, "holds no named weights"),
         ({"conv.weight": torch.ones(3)}, "hold 0 stages of vgg19"),
         (edited(**{"features.5.weight": torch.ones(2, 2)}), "size mismatch for weight"),
         (edited(**{"features.5.bias": None}), r"features\.5\.bias"),
