@@ -1,10 +1,10 @@
-"""Candidate masks drawn, measured and encoded in a second by one core, for every recipe.
+"""Speed of the mask recipes: masks drawn, measured and encoded in a second by one core.
 
     python benchmarks/masks.py [--size 256] [--masks 300] [--repeats 5] [--json]
 
-The goal is 500 a second at 256 x 256. Times are those of the processor, in one thread, so that
-other work on the machine counts as little as can be; the figure is the median of the repeats, which
-go round all recipes in turn, and the spread is that of the fastest and the slowest.
+The goal is 500 masks a second at 256 x 256. Times are processor times of one thread, so other work
+on the machine has little effect. Each repeat measures all recipes in turn. The value is the median
+of the repeats, and the spread is the slowest and the fastest.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GOAL = 500.0  # masks/s
 
 
 def seconds(recipe: str, size: int, masks: int) -> float:
-    """Processor time to draw, measure and encode `masks` candidates of a recipe."""
+    """Return the processor time to draw, measure and encode `masks` masks of a recipe."""
     start = time.process_time()
     for index in range(masks):
         mask = draw(recipe, 0, index, size)

@@ -2,15 +2,18 @@
 
     python benchmarks/scale.py [--json]
 
-Each size in a process of its own: seconds, and the process's peak memory. Its processor time tells
-more than the seconds where others use the machine too. The listing is synthetic, its keys in no
-order, and no image exists: planning reads none. `plan_s` and `plan_gb` are those of 10^7 images,
-`order_s` that of 10^5 shards and 1,024 ranks; `linear` is how many times more time an image takes
-there than of 10^5, and `linear_gb` the same of memory beyond the interpreter's.
+Each size runs in its own process and gives seconds and peak memory. The processor time is more
+reliable than the seconds when other programs use the machine. The listing is synthetic, with keys
+in no order. No image exists, because planning reads none.
 
-The order is that of shards of 1,000 samples read along 1,024 lanes: how long it takes to find the
-samples of one step of all ranks, 16 a rank, in the middle of the second epoch, from nothing, as
-when training is taken up there; and how many shards one rank opens for its first batch after that.
+The ratios: `plan_s` and `plan_gb` are for 10^7 images, `order_s` is for 10^5 shards and 1,024
+ranks. `linear` is the time of one image among 10^7, divided by the time of one among 10^5.
+`linear_gb` is the same for the memory, without the memory of the interpreter.
+
+The order has shards of 1,000 samples and 1,024 lanes. The time is for finding the samples of one
+step of all ranks, 16 for each rank, in the middle of the second epoch, without earlier state. That
+is the case when a training resumes there. The last figure is how many shards one rank opens for its
+first batch after that.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ LANES, SAMPLES, OF_RANK = 1024, 1000, 16
 
 def synthetic_items(count: int) -> Iterator[Item]:
     for number in range(count):
-        mixed = number * 0x9E3779B1 & 0xFFFFFFFF  # each number below 2^32 once
+        mixed = number * 0x9E3779B1 & 0xFFFFFFFF  # a different number below 2^32 each time
         key = f"photos/{mixed >> 20:03x}/IMG_{mixed:010d}.jpg"
         yield Item(key, 20_000 + mixed % 100_000, mixed | 1 << 40)
 
@@ -46,7 +49,7 @@ def peak_gb() -> float:
 
 
 def plan(count: int) -> dict[str, float]:
-    """List and plan `count` images as the stage does: seconds of each step, GB."""
+    """List and plan `count` images as the stage does; return seconds of each step, and GB."""
     import numpy as np
     import pyarrow.compute  # noqa: F401
 
@@ -79,7 +82,7 @@ def plan(count: int) -> dict[str, float]:
 
 
 def manifest(count: int) -> dict[str, float]:
-    """Commit and read the manifest of `count` shards: seconds of each, MB of the file."""
+    """Commit and read the manifest of `count` shards; return seconds of each, and MB."""
     from data_prep.core.manifest import FileRecord, load_reference
     from data_prep.core.stage import Produced, Request, run_stage
     from data_prep.core.storage.local import LocalStore
@@ -103,7 +106,7 @@ def manifest(count: int) -> dict[str, float]:
 
 
 def order(shards: int, ranks: int) -> dict[str, float]:
-    """Find one step's samples in the middle of the second epoch: seconds, shards, GB."""
+    """Find one step's samples in the middle of the second epoch; return seconds, shards, GB."""
     from dpnet.loading.order import ShardOrder, rank_cursors
 
     start = time.perf_counter()

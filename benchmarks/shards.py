@@ -1,24 +1,24 @@
-"""B1: raw photographs to 256 x 256 training shards, on two cores.
+"""B1: raw photos to 256 x 256 training shards, on two cores.
 
     python benchmarks/shards.py --photos DIR [--copies 4] [--repeats 5] [--json]
 
-Contenders, each in a process of its own, with 2 worker processes:
+The contenders. Each runs in its own process, with 2 worker processes:
 
 * dpnet: `prepare_images`: read, hash, check, crop, encode, index, find duplicates, commit.
-* img2dataset 1.47.0: the same photographs by file:// URL, center_crop, JPEG of quality 95, tars
-  with sha256; as it comes, and lean: without EXIF, which it extracts by itself, and with 16 threads
-  instead of 256. It needs webdataset < 0.3 and we need > 1, so it gets an environment of its own.
+* img2dataset 1.47.0: the same photos by file:// URL, center_crop, JPEG of quality 95, tars with
+  sha256. It runs with its defaults and "lean": without extracting EXIF, and with 16 threads instead
+  of 256. It needs webdataset < 0.3 and we need > 1, so it gets its own environment.
 * ray data: `read_images`, crop and encode in `map`, `write_webdataset`, with sha256.
-* opencv pool: read, decode, crop, resize by area, encode in a bare pool, nothing hashed or written:
-  the limit.
+* opencv pool: read, decode, crop, resize by area and encode in a plain pool. It hashes and writes
+  nothing, so it is the limit.
 
-Timed is the call, without the import of its libraries. Each contender prepares all photographs and,
-by itself, a quarter of them; a rate is the difference in photographs by the difference in time, so
-that no contender's fixed cost counts (start of worker processes; for Ray, started before, none).
-What is fixed is shown beside it, and the processor time of a photograph (not for Ray, whose
-processes are not reaped here), which tells most where others use the machine. `--copies` makes more
-photographs of those given by mirroring and turning them, so that no two have the same bytes or look
-the same.
+The time is that of the call, without importing libraries. Each contender prepares all photos, and
+separately a quarter of them. The rate is the difference in photos divided by the difference in
+time. So the fixed cost of a contender does not count: the start of worker processes, and nothing
+for Ray, which is started before. The table also shows the fixed cost, and the processor time of a
+photo. The latter is the most reliable figure when other programs use the machine; it is missing for
+Ray, because Ray's processes are not children of this one. `--copies` makes more photos by mirroring
+and turning, so that no two have the same bytes or look the same.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpnet-
 
 
 def crop_and_encode(data: bytes) -> bytes:
-    """What the limit and Ray Data do with a photograph."""
+    """Do the work of the limit on a photo."""
     import cv2
     import numpy as np
 
@@ -71,7 +71,7 @@ def encode(image: Any) -> bytes:
     return bytes(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1])
 
 
-def one_of_the_pool(path: str) -> int:
+def size_of_sample(path: str) -> int:
     import cv2
 
     cv2.setNumThreads(1)
@@ -86,7 +86,7 @@ def with_dpnet(photos: Path, out: Path) -> Callable[[], None]:
     from data_prep.images.settings import ImagesSettings
     from data_prep.images.stage import prepare_images
 
-    config = ImagesSettings.model_validate(
+    settings = ImagesSettings.model_validate(
         {
             "source": str(photos),
             "name": "bench",
@@ -97,7 +97,7 @@ def with_dpnet(photos: Path, out: Path) -> Callable[[], None]:
             "workers": WORKERS,
         }
     )
-    return lambda: print(prepare_images(config, LocalStore(out)).content_digest, file=sys.stderr)
+    return lambda: print(prepare_images(settings, LocalStore(out)).content_digest, file=sys.stderr)
 
 
 def with_img2dataset(photos: Path, out: Path, **options: Any) -> Callable[[], None]:
@@ -157,7 +157,7 @@ def with_opencv_pool(photos: Path, out: Path) -> Callable[[], None]:
 
     def run() -> None:
         with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
-            for _ in pool.imap_unordered(one_of_the_pool, paths, chunksize=32):
+            for _ in pool.imap_unordered(size_of_sample, paths, chunksize=32):
                 pass
 
     return run
@@ -173,7 +173,7 @@ CONTENDERS = {
 
 
 def run_one(name: str, photos: Path, out: Path) -> None:
-    """In a contender's process: print the seconds that it took."""
+    """Run a contender, and print its seconds; this is the main function of its process."""
     work = CONTENDERS[name](photos, out)
     start = time.perf_counter()
     work()
@@ -184,20 +184,20 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*.jpg") if path.is_file())
 
 
-def make_photographs(source: Path, copies: int, folder: Path) -> tuple[Path, Path]:
-    """Two folders of photographs made from those in `source`: all, and every fourth of them."""
+def make_photos(source: Path, copies: int, folder: Path) -> tuple[Path, Path]:
+    """Make two folders of photos from those in `source`: all, and every fourth of them."""
     import cv2
 
     found = sorted(p for p in source.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not 1 <= copies <= 8:
-        sys.exit("--copies is 1 to 8: there are no more ways to mirror and turn a photograph")
+        sys.exit("--copies must be 1 to 8: there are no more ways to mirror and turn a photo")
     if len(found) * copies < 4000:
         sys.exit(
-            f"{source} has {len(found)} JPEG photographs: give more, or more --copies;"
-            " with fewer than 4000 in all the time is mostly that of starting processes"
+            f"{source} has {len(found)} JPEG photos: give more, or raise --copies. With fewer than"
+            " 4000 in all, starting processes takes most of the time."
         )
     every, some = folder / "all", folder / "quarter"
-    print(f"making {len(found) * copies} photographs", file=sys.stderr, flush=True)
+    print(f"making {len(found) * copies} photos", file=sys.stderr, flush=True)
     for number, path in enumerate(found):
         image = cv2.imread(str(path))
         for copy in range(copies):
@@ -214,7 +214,7 @@ def make_photographs(source: Path, copies: int, folder: Path) -> tuple[Path, Pat
 
 
 def img2dataset_python(cache: Path) -> str:
-    """The interpreter of an environment with the pinned img2dataset, made unless it is there."""
+    """Make an environment with the pinned img2dataset if needed, and return its interpreter."""
     home = cache / IMG2DATASET.replace("==", "-")
     python, ready = home / "bin" / "python", home / "ready"
     if not ready.exists():
@@ -226,8 +226,17 @@ def img2dataset_python(cache: Path) -> str:
 
 
 def measure(name: str, python: str, photos: Path, scratch: Path) -> tuple[float, float]:
-    """Seconds that a contender takes for the photographs, and those of the processor with the start
-    of the interpreter. Exits when samples are missing."""
+    """Measure a contender, and exit if samples are missing.
+
+    Args:
+        name: of the contender.
+        python: the interpreter to use.
+        photos: folder of the photos.
+        scratch: folder for the output, which is deleted.
+
+    Returns:
+        Seconds, and processor seconds including the start of the interpreter.
+    """
     out = scratch / "out"
     environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     command = [python, __file__, "--run", name, str(photos), str(out)]
@@ -239,7 +248,7 @@ def measure(name: str, python: str, photos: Path, scratch: Path) -> tuple[float,
         if name != "opencv pool":
             made, wanted = samples_in(out), len(files(photos))
             if made != wanted:
-                sys.exit(f"{name} made {made} samples of {wanted} photographs")
+                sys.exit(f"{name} made {made} samples of {wanted} photos")
         return seconds, processor
     finally:
         shutil.rmtree(out, ignore_errors=True)
@@ -259,9 +268,9 @@ def main() -> None:
         "--photos",
         type=Path,
         default=os.environ.get("DPNET_BENCH_PHOTOS"),
-        help="folder of JPEG photographs",
+        help="folder of JPEG photos",
     )
-    parser.add_argument("--copies", type=int, default=4, help="photographs made of each, 1-8")
+    parser.add_argument("--copies", type=int, default=4, help="photos made of each one, 1-8")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where img2dataset is installed")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -272,13 +281,13 @@ def main() -> None:
         run_one(name, Path(photos), Path(out))
         return
     if arguments.photos is None:
-        parser.error("give --photos, a folder of JPEG photographs, or set DPNET_BENCH_PHOTOS")
+        parser.error("give --photos, a folder of JPEG photos, or set DPNET_BENCH_PHOTOS")
     if len(os.sched_getaffinity(0)) > WORKERS:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])
     peer = img2dataset_python(arguments.cache.expanduser().absolute())
     scratch = Path(tempfile.mkdtemp(prefix="dpnet-bench-", dir="/tmp"))  # short: for Ray's sockets
     try:
-        everything, quarter = make_photographs(arguments.photos, arguments.copies, scratch)
+        everything, quarter = make_photos(arguments.photos, arguments.copies, scratch)
         counts = len(files(everything)), len(files(quarter))
 
         def turn(name: str) -> Callable[[], tuple[Timed, Timed]]:
@@ -308,7 +317,7 @@ def main() -> None:
         "vs_ray_data": ratio(rates["dpnet"], rates["ray data"]),
         "of_pool_limit": ratio(rates["dpnet"], rates["opencv pool"]),
     }
-    title = f"B1: {counts[0]} photographs to {SIZE} x {SIZE} shards, {arguments.repeats} repeats"
+    title = f"B1: {counts[0]} photos to {SIZE} x {SIZE} shards, {arguments.repeats} repeats"
     report(title, rows, ratios, as_json=arguments.json)
 
 
