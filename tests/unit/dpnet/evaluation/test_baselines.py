@@ -30,14 +30,14 @@ def test_known_pixels_are_untouched(fill, image, valid) -> None:
 
 
 @pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
-def test_what_is_under_the_hole_does_not_matter(fill, image, valid) -> None:
+def test_pixels_under_the_hole_have_no_influence(fill, image, valid) -> None:
     other = image.copy()
     other[valid == 0] = 255 - other[valid == 0]
     assert (fill(other, valid) == fill(image, valid)).all()
 
 
 @pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
-def test_inputs_are_not_written_to(fill, image, valid) -> None:
+def test_inputs_stay_unchanged(fill, image, valid) -> None:
     image_before, valid_before = image.copy(), valid.copy()
     fill(image, valid)
     assert (image == image_before).all()
@@ -45,12 +45,12 @@ def test_inputs_are_not_written_to(fill, image, valid) -> None:
 
 
 @pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
-def test_without_a_hole_the_image_comes_back(fill, image) -> None:
+def test_without_a_hole_the_result_is_the_image(fill, image) -> None:
     assert (fill(image, np.ones((32, 32), np.uint8)) == image).all()
 
 
 @pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
-def test_without_a_known_pixel_the_fill_is_mid_grey(fill, image) -> None:
+def test_without_known_pixels_the_fill_is_mid_grey(fill, image) -> None:
     assert (fill(image, np.zeros((32, 32), np.uint8)) == 128).all()
 
 
@@ -66,6 +66,6 @@ def test_telea_does_not_depend_on_the_order_of_channels(image, valid) -> None:
     assert (telea(swapped, valid)[..., ::-1] == telea(image, valid)).all()
 
 
-def test_telea_beats_mean_fill_on_a_smooth_picture(image, valid) -> None:
+def test_telea_beats_mean_fill_on_a_smooth_image(image, valid) -> None:
     quality = {f: hole_psnr(f(image, valid), image, valid) for f in (mean_fill, telea)}
     assert quality[telea] > quality[mean_fill] + 5

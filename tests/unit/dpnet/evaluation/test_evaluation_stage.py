@@ -72,7 +72,7 @@ def test_every_evaluation_mask_is_measured_once_with_each_method(data, done):
     assert sorted(keys) == sorted((m, w) for m in samples(store, masks, "eval") for w in METHODS)
 
 
-def test_the_pictures_are_of_the_test_split_alone(data, done):
+def test_images_come_only_from_the_test_split(data, done):
     store, images, _, _ = data
     used = {row["image"] for row in rows_of(store, done)}
     assert used
@@ -121,14 +121,14 @@ def test_intervals_enclose_their_mean_and_are_the_same_each_time(data, done):
         assert figure["low"] < figure["mean"] < figure["high"]
 
 
-def test_the_report_says_what_was_not_computed_and_why(data, done):
+def test_the_report_lists_metrics_that_were_not_computed_with_a_reason(data, done):
     report = json.loads(data[0].read(f"{done.folder}/report.json"))
     assert {item["metric"] for item in report["not_computed"]} == {"LPIPS", "FID", "P-IDS, U-IDS"}
     assert all("weights" in item["reason"] for item in report["not_computed"])
     assert report["pairs_digest"] == done.summary["pairs_digest"]
 
 
-def test_the_same_request_gives_the_same_bytes_whatever_the_threads(fresh, done):
+def test_the_same_request_gives_the_same_bytes_with_any_number_of_threads(fresh, done):
     ref = evaluated(fresh, threads=1)
     assert not ref.skipped
     assert (ref.folder, ref.content_digest) == (done.folder, done.content_digest)
@@ -147,7 +147,7 @@ def test_another_model_is_compared_on_the_same_pairs(fresh, done):
     assert ref.summary["hole_psnr"] != done.summary["hole_psnr"]
 
 
-def test_another_seed_makes_other_pairs(fresh, done):
+def test_another_seed_gives_other_pairs(fresh, done):
     assert evaluated(fresh, seed=1).summary["pairs_digest"] != done.summary["pairs_digest"]
 
 
@@ -157,7 +157,7 @@ def test_fewer_pairs_are_spread_over_the_bins(fresh):
     assert {row["ratio_bin"] for row in rows_of(fresh[0], ref)} == set(BINS)
 
 
-def test_the_pictures_asked_for_are_written_for_each_bin(fresh, data, done):
+def test_the_requested_number_of_example_images_is_written_for_each_bin(fresh, data, done):
     names = [e.key.rsplit("/")[-1] for e in data[0].list(f"{done.folder}/pictures")]
     assert len(names) == 12
     assert {name[:9] for name in names} == set(BINS)
@@ -168,7 +168,7 @@ def test_the_pictures_asked_for_are_written_for_each_bin(fresh, data, done):
     assert not list(fresh[0].list(f"{evaluated(fresh, pictures=0).folder}/pictures"))
 
 
-def test_an_interrupted_evaluation_goes_on_with_the_next_shard(fresh, done, monkeypatch):
+def test_an_interrupted_evaluation_resumes_at_the_next_shard(fresh, done, monkeypatch):
     real, seen = tiles.inpaint_arrays, []
 
     def stopping(generator, images, valid):
@@ -201,7 +201,9 @@ def other_pairs(body):
 
 
 @pytest.mark.parametrize("damage", [dict.clear, another_value, other_pairs])
-def test_what_was_kept_is_measured_again_if_it_was_altered(fresh, done, monkeypatch, damage):
+def test_altered_rows_of_an_interrupted_evaluation_are_measured_again(
+    fresh, done, monkeypatch, damage
+):
     store = fresh[0]
     real = tiles.inpaint_arrays
     calls = []
@@ -248,7 +250,7 @@ def test_a_damaged_index_is_refused_with_its_name(fresh, kind):
         evaluated(fresh)
 
 
-def test_masks_larger_than_the_pictures_are_refused(fresh):
+def test_masks_larger_than_the_images_are_refused(fresh):
     from data_prep.masks.settings import MasksSettings
     from data_prep.masks.stage import prepare_masks
 

@@ -46,12 +46,12 @@ def test_psnr_of_a_constant_difference(difference: int, expected: float) -> None
     assert psnr(flat(0), flat(difference)) == psnr(flat(difference), flat(0))
 
 
-def test_a_perfect_picture_is_capped_at_100_db_and_counted() -> None:
+def test_a_perfect_image_is_capped_at_100_db_and_counted() -> None:
     assert psnr(flat(7), flat(7)) == 100.0
     assert perfect([100.0, 99.9, psnr(flat(7), flat(7))]) == 2
 
 
-def test_a_picture_off_by_one_in_one_value_does_not_pass_the_cap() -> None:
+def test_an_image_with_one_value_off_by_one_does_not_exceed_the_cap() -> None:
     big = np.zeros((2000, 2000, 3), np.uint8)
     near = big.copy()
     near[0, 0, 0] = 1
@@ -64,7 +64,7 @@ def test_l1_is_in_percent_of_255(difference: int, expected: float) -> None:
     assert l1(flat(0), flat(difference)) == pytest.approx(expected)
 
 
-def test_hole_metrics_look_at_the_hole_alone() -> None:
+def test_hole_metrics_use_only_the_hole() -> None:
     valid = NO_HOLE.copy()
     valid[:4, :12] = 0  # 1/40 of the picture
     composite = flat(100)
@@ -84,7 +84,7 @@ def test_an_empty_hole_has_no_hole_metrics(composite, truth) -> None:
     ]
 
 
-def test_ssim_is_that_of_scikit_image(composite, truth) -> None:
+def test_ssim_equals_that_of_scikit_image(composite, truth) -> None:
     expected, full = structural_similarity(
         composite,
         truth,
@@ -100,16 +100,16 @@ def test_ssim_is_that_of_scikit_image(composite, truth) -> None:
     assert np.abs(ssim_map(composite, truth) - full.mean(axis=2)).max() < 1e-10
 
 
-def test_ssim_of_a_picture_with_itself_is_one(truth) -> None:
+def test_ssim_of_an_image_with_itself_is_one(truth) -> None:
     assert ssim(truth, truth) == pytest.approx(1.0, abs=1e-12)
 
 
-def test_ssim_of_two_flat_pictures_is_the_luminance_term() -> None:
+def test_ssim_of_two_flat_images_is_the_luminance_term() -> None:
     c1 = 2.55**2
     assert ssim(flat(50), flat(100)) == pytest.approx((2 * 5000 + c1) / (2500 + 10000 + c1))
 
 
-def test_ssim_leaves_out_the_windows_that_cross_the_border(truth) -> None:
+def test_ssim_excludes_windows_that_cross_the_border(truth) -> None:
     composite = truth.copy()
     composite[0] = 255 - composite[0]
     assert ssim(composite, truth) == pytest.approx(np.mean(ssim_map(composite, truth)[5:-5, 5:-5]))
@@ -123,7 +123,7 @@ def test_hole_ssim_is_the_map_over_the_hole_up_to_the_border(composite, truth) -
     assert hole_ssim(composite, truth, valid) == pytest.approx(expected, abs=1e-12)
 
 
-def test_ssim_of_a_picture_smaller_than_the_window_is_an_error() -> None:
+def test_ssim_of_an_image_smaller_than_the_window_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least 11"):
         ssim(flat(0)[:10], flat(0)[:10])
 
@@ -143,7 +143,7 @@ def test_evaluating_a_pair_gives_every_metric_as_a_plain_float(composite, truth)
     }
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean(rng) -> None:
+def test_the_bootstrap_interval_is_an_interval_of_the_mean(rng) -> None:
     values = rng.normal(20, 3, 400).tolist()
     mean, low, high = bootstrap_mean(values, np.random.default_rng(1))
     assert mean == pytest.approx(np.mean(values))

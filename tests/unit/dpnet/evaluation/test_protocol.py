@@ -20,7 +20,7 @@ def rows_of(values: dict[str, list[float]]) -> Rows:
     ]
 
 
-def test_tables_elsewhere_show_methods_and_metrics_as_the_report_does() -> None:
+def test_all_tables_show_methods_and_metrics_in_the_same_way() -> None:
     assert summary.METHODS.items() <= METHODS.items()
     assert summary.METRICS.items() <= METRICS.items()
     assert model_card._METRICS == summary.METRICS

@@ -122,7 +122,7 @@ def test_the_page_needs_no_other_file_and_no_network():
     assert not re.search(r"url\((?!#)", page)
 
 
-def test_it_says_plainly_where_a_peer_is_better():
+def test_the_first_sentence_says_where_another_method_is_better():
     text = text_of(render())
     assert "On 1,234 held-out pairs" in text
     assert (
@@ -131,14 +131,14 @@ def test_it_says_plainly_where_a_peer_is_better():
     )
 
 
-def test_the_best_figure_of_a_row_is_bold_where_less_is_better_too():
+def test_the_best_figure_of_a_row_is_bold_also_if_lower_is_better():
     page = render()
     assert "<b>19.50</b>" in page  # Telea's hole PSNR
     assert "<b>10.50</b>" in page  # Telea's L1, the lowest
     assert "<b>18.25</b>" not in page.partition("<table>")[2]
 
 
-def test_every_bin_stands_in_the_tables_with_its_interval():
+def test_the_tables_show_every_bin_with_its_interval():
     text = text_of(render())
     assert "1–10 %" in text
     assert "10–20 %" in text
@@ -157,14 +157,14 @@ def test_each_image_of_a_row_has_a_column_of_its_own_under_its_heading():
     assert heads[1].count("<span>") == len(STRIP)
 
 
-def test_what_was_not_computed_is_listed_with_its_reason():
+def test_metrics_that_were_not_computed_are_listed_with_a_reason():
     text = text_of(render())
     for item in NOT_COMPUTED:
         assert item["metric"] in text
         assert item["reason"] in text
 
 
-def test_names_and_settings_cannot_smuggle_markup_in():
+def test_names_and_settings_cannot_add_markup():
     evil = "<script>alert(1)</script>&\"'"
     chain = [stage(evil, folder=evil, stage=evil, settings={"a": evil})]
     page = render(report(), [row(image=evil, mask=evil)], LOG, chain)
@@ -179,7 +179,7 @@ def test_digests_of_the_whole_chain_are_shown():
     assert "d" * 64 in text
 
 
-def test_the_stage_that_is_not_committed_yet_has_no_content_digest():
+def test_a_stage_that_is_not_committed_yet_has_no_content_digest():
     own = stage(content_digest="", summary={}, sources={})
     assert Reader(render(chain=[stage(), own])).open == []
 
@@ -209,7 +209,7 @@ def test_the_same_figures_give_the_same_page():
 
 
 @pytest.mark.parametrize("side", [16, 64, 256])
-def test_a_strip_has_the_pictures_side_by_side(side):
+def test_a_strip_has_the_images_in_a_row(side):
     valid = np.ones((side, side), np.uint8)
     valid[: side // 2] = 0
     shades = {"dpnet": 20, "smooth_fill": 25, "telea": 30, "mean_fill": 40}

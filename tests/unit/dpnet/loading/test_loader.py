@@ -220,7 +220,7 @@ class Watched(ShardFiles):
 
 @pytest.mark.parametrize("encode", [jpeg, png])
 @pytest.mark.parametrize("larger", [False, True])
-def test_a_batch_is_what_order_and_augmentation_say(
+def test_a_batch_follows_from_the_order_and_the_augmentation(
     tmp_path: Path, encode: Callable[[Pixels], bytes], larger: bool
 ) -> None:
     sides = [(SIZE, SIZE)]
@@ -270,7 +270,7 @@ def test_a_dataset_of_one_shard_serves_several_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (2, 3)])
-def test_a_run_that_begins_at_any_step_goes_on_as_an_undisturbed_one(
+def test_a_run_that_starts_at_any_step_gives_the_same_batches(
     data: Data, rank: int, world: int
 ) -> None:
     options = {"rank": rank, "world": world, "threads": 2}
@@ -296,7 +296,7 @@ def test_only_shards_with_samples_of_the_wanted_steps_are_opened(data: Data, sta
     assert files.opened == len(wanted)
 
 
-def test_the_first_batch_waits_for_no_shard_that_it_does_not_need(tmp_path: Path) -> None:
+def test_the_first_batch_does_not_wait_for_shards_of_others(tmp_path: Path) -> None:
     images = [[jpeg(picture(n))] * 50 for n in range(24)]
     data = Data(LocalStore(tmp_path), images, [[mask(n)] * 50 for n in range(24)])
     options = {"batch": 4, "lanes": 24}
@@ -323,7 +323,7 @@ def test_the_first_batch_waits_for_no_shard_that_it_does_not_need(tmp_path: Path
 # What it holds
 
 
-def test_two_shards_for_each_lane_are_open_at_most_besides_those_of_waiting_batches(
+def test_at_most_two_shards_of_each_lane_and_those_of_waiting_batches_are_open(
     tmp_path: Path,
 ) -> None:
     pictures = [[jpeg(picture(n))] * 10 for n in range(40)]
@@ -338,7 +338,7 @@ def test_two_shards_for_each_lane_are_open_at_most_besides_those_of_waiting_batc
 
 
 @pytest.mark.parametrize("filled", [False, True])
-def test_closing_it_early_ends_its_threads(data: Data, filled: bool) -> None:
+def test_closing_the_loader_early_stops_its_threads(data: Data, filled: bool) -> None:
     made = loader_of(data, threads=3).batches(0, 10**6)
     next(made)
     assert threads()
@@ -348,7 +348,7 @@ def test_closing_it_early_ends_its_threads(data: Data, filled: bool) -> None:
     wait_until(lambda: not threads())
 
 
-def test_waiting_is_counted_and_the_work_of_the_consumer_is_not(data: Data) -> None:
+def test_waiting_time_does_not_include_the_work_of_the_consumer(data: Data) -> None:
     loader = loader_of(data)
     with closing(loader.batches(0, 100)) as made:
         next(made)
@@ -367,7 +367,7 @@ def test_waiting_is_counted_and_the_work_of_the_consumer_is_not(data: Data) -> N
 
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("set_number", [0, 1])
-def test_a_damaged_shard_ends_training_with_its_name(own: Data, set_number: int, far: bool) -> None:
+def test_a_damaged_shard_is_an_error_with_its_name(own: Data, set_number: int, far: bool) -> None:
     harmed(own, set_number, 2, 0)
     loader = loader_of(own, Far(own.store) if far else None)
     told = r"sample \S+ of \S+/train-000002\.tar cannot be used \(its bytes are not those"
@@ -385,7 +385,7 @@ def harmed(data: Data, set_number: int, shard: int, position: int) -> tuple[int,
 
 @pytest.mark.parametrize("set_number", [0, 1])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_where_bad_samples_are_skipped_the_next_of_the_batch_take_their_places(
+def test_a_skipped_sample_is_replaced_with_the_next_one_of_the_batch(
     own: Data, set_number: int, threads: int
 ) -> None:
     whole = batches(loader_of(own), 0, 20)
@@ -417,7 +417,7 @@ def png_with_a_broken_chunk() -> bytes:
     ids=["nothing", "text", "jpeg", "png", "broken chunk"],
 )
 @pytest.mark.parametrize("set_number", [0, 1])
-def test_a_sample_that_is_no_picture_is_named_or_skipped(
+def test_a_sample_that_is_not_an_image_is_named_or_skipped(
     tmp_path: Path, payload: bytes, set_number: int
 ) -> None:
     given: list[list[bytes]] = [[jpeg(picture(n)) for n in range(12)], [mask(n) for n in range(12)]]
@@ -434,7 +434,7 @@ def test_a_sample_that_is_no_picture_is_named_or_skipped(
     assert loader.skipped == 2
 
 
-def test_a_png_cut_anywhere_is_a_bad_sample_and_no_crash(tmp_path: Path) -> None:
+def test_a_png_cut_anywhere_is_a_bad_sample_and_not_a_crash(tmp_path: Path) -> None:
     whole = png(picture(0))
     pictures = [whole[:at] for at in range(8, len(whole), 23)] + [whole] * 5
     data = data_in(LocalStore(tmp_path), pictures)
@@ -445,7 +445,7 @@ def test_a_png_cut_anywhere_is_a_bad_sample_and_no_crash(tmp_path: Path) -> None
     )  # the last may be whole but for its end
 
 
-def test_a_picture_that_is_too_small_is_told_in_a_sentence(tmp_path: Path) -> None:
+def test_an_image_that_is_too_small_is_refused_with_advice(tmp_path: Path) -> None:
     data = data_in(LocalStore(tmp_path), [jpeg(picture(n, 40, SIZE - 1)) for n in range(12)])
     with pytest.raises(PipelineError, match=r"cannot be used \(it is 15 x 40 pixels") as raised:
         batches(loader_of(data), 0, 1)
@@ -456,7 +456,7 @@ def test_a_picture_that_is_too_small_is_told_in_a_sentence(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("size", [SIZE - 1, 2 * SIZE])
-def test_a_mask_of_another_size_is_told_in_a_sentence(tmp_path: Path, size: int) -> None:
+def test_a_mask_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
     data = data_in(LocalStore(tmp_path), masks=[mask(n, size) for n in range(12)])
     with pytest.raises(
         PipelineError, match=rf"masks.*\(it is {size} x {size} pixels, not 16 x 16\)"
@@ -464,7 +464,7 @@ def test_a_mask_of_another_size_is_told_in_a_sentence(tmp_path: Path, size: int)
         batches(loader_of(data), 0, 1)
 
 
-def test_a_batch_without_a_usable_sample_is_an_error_also_where_they_are_skipped(
+def test_a_batch_without_a_usable_sample_is_an_error_even_with_skipping(
     tmp_path: Path,
 ) -> None:
     data = data_in(LocalStore(tmp_path), [jpeg(picture(n, 8, 8)) for n in range(12)])
@@ -476,15 +476,13 @@ def test_a_batch_without_a_usable_sample_is_an_error_also_where_they_are_skipped
 
 
 @pytest.mark.parametrize("ending", ["tar", "parquet"])
-def test_a_missing_file_ends_training_also_where_bad_samples_are_skipped(
-    own: Data, ending: str
-) -> None:
+def test_a_missing_file_is_an_error_even_with_skipping(own: Data, ending: str) -> None:
     own.path(1, 1).with_suffix(f".{ending}").unlink()
     with pytest.raises(PipelineError, match=rf"train-000001\.{ending} is missing"):
         batches(loader_of(own, skip=True), 0, 20)
 
 
-def test_batches_before_a_failure_still_come(own: Data) -> None:
+def test_batches_before_an_error_are_still_delivered(own: Data) -> None:
     whole = batches(loader_of(own), 0, 20)
     last = loader_of(own).orders[0].shards(0)[-1]
     own.path(0, last).unlink()
@@ -496,7 +494,7 @@ def test_batches_before_a_failure_still_come(own: Data) -> None:
     assert all(np.array_equal(image, whole[step][0]) for step, image in enumerate(came))
 
 
-def test_whatever_is_raised_in_a_thread_reaches_the_consumer(data: Data) -> None:
+def test_an_error_in_a_thread_reaches_the_consumer(data: Data) -> None:
     def fail(shard: Shard) -> None:
         raise KeyError(shard.key)
 
@@ -507,7 +505,7 @@ def test_whatever_is_raised_in_a_thread_reaches_the_consumer(data: Data) -> None
 # Where it reads from
 
 
-def test_from_s3_come_the_same_batches_with_and_without_a_cache(
+def test_s3_gives_the_same_batches_with_and_without_a_cache(
     data: Data, moto_root: str, tmp_path: Path
 ) -> None:
     store = open_store(moto_root)
@@ -523,7 +521,7 @@ def test_from_s3_come_the_same_batches_with_and_without_a_cache(
         assert 0 < kept <= limit
 
 
-def test_without_the_folder_of_its_cache_it_goes_on(
+def test_training_continues_without_the_folder_of_its_cache(
     data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(tmp_path / "cache", 10**9)

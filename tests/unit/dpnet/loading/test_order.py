@@ -39,7 +39,7 @@ def test_every_sample_comes_once_an_epoch(lanes: int) -> None:
         assert {sample[1:] for sample in seen if sample[0] == epoch} == every
 
 
-def test_with_one_lane_an_epoch_is_over_before_the_next_begins() -> None:
+def test_with_one_lane_an_epoch_ends_before_the_next_begins() -> None:
     epochs = [epoch for epoch, _, _ in rows(an_order(lanes=1), 0, 4 * 73)]
     assert epochs == [epoch for epoch in range(4) for _ in range(73)]
 
@@ -67,13 +67,13 @@ def test_a_batch_mixes_the_shards_of_all_lanes() -> None:
     ("lanes", "shards", "used"),
     [(64, 64, 64), (64, 1000, 64), (64, 63, 32), (64, 1, 1), (12, 11, 6), (7, 6, 1), (5, 9, 5)],
 )
-def test_there_are_as_many_lanes_as_divide_the_wanted_and_have_a_shard(
+def test_the_number_of_lanes_is_a_divisor_and_each_lane_has_a_shard(
     lanes: int, shards: int, used: int
 ) -> None:
     assert ShardOrder("d", 0, [2] * shards, lanes).lanes == used
 
 
-def test_the_order_repeats_and_is_another_for_each_epoch_seed_and_dataset() -> None:
+def test_the_order_is_repeatable_and_differs_by_epoch_seed_and_dataset() -> None:
     first = rows(an_order(), 0, 200)
     assert rows(an_order(), 0, 200) == first
     assert an_order().shards(0) != an_order().shards(1)
@@ -83,7 +83,7 @@ def test_the_order_repeats_and_is_another_for_each_epoch_seed_and_dataset() -> N
     assert an_order().within(visits[0]).tolist() != an_order().within(visits[1]).tolist()
 
 
-def test_the_order_is_the_one_that_runs_were_begun_in() -> None:
+def test_the_order_is_that_of_earlier_versions() -> None:
     # Whatever changes it (numpy could) makes runs that are taken up go on in another order.
     order = ShardOrder("0123456789ab", 7, [3, 2, 4, 3], 2)
     shards = [(0, 2), (0, 0)] * 3 + [(0, 2), (0, 3), (0, 1), (0, 3), (0, 1), (0, 3)]
@@ -101,7 +101,7 @@ def test_the_order_is_the_one_that_runs_were_begun_in() -> None:
 
 
 @pytest.mark.parametrize("row", [0, 1, 17, 18, 19, 500])
-def test_visits_from_a_row_on_are_those_of_the_start_that_are_not_over_there(row: int) -> None:
+def test_visits_from_a_row_are_those_that_end_after_it(row: int) -> None:
     order = an_order()
     late = list(islice(order.visits(row), 30))
     every = takewhile(lambda visit: visit.start <= late[-1].start, order.visits())
@@ -110,7 +110,7 @@ def test_visits_from_a_row_on_are_those_of_the_start_that_are_not_over_there(row
     assert all(visit.start <= row for visit in late[:4])
 
 
-def test_the_samples_at_some_cursors_do_not_depend_on_where_one_begins() -> None:
+def test_the_samples_at_cursors_do_not_depend_on_the_first_cursor() -> None:
     order, whole = an_order(), rows(an_order(), 0, 300)
     for start in range(0, 290, 13):
         assert rows(order, start, start + 10) == whole[start : start + 10]
@@ -131,7 +131,7 @@ def test_a_hundred_thousand_shards_are_ordered_on_a_thousand_lanes() -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("batch", [8, 15])
-def test_the_global_batch_is_the_same_whatever_the_number_of_ranks(world: int, batch: int) -> None:
+def test_the_global_batch_is_the_same_for_any_number_of_ranks(world: int, batch: int) -> None:
     order = an_order()
     for step in range(12):
         first = step * batch
@@ -158,9 +158,7 @@ def test_the_global_batch_is_the_same_whatever_the_number_of_ranks(world: int, b
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("batch", [8, 15, 16])
-def test_ranks_differ_by_one_sample_at_most_and_none_is_left_without(
-    world: int, batch: int
-) -> None:
+def test_ranks_differ_by_at_most_one_sample_and_each_has_one(world: int, batch: int) -> None:
     for step in range(20):
         counts = [len(rank_cursors(step, batch, rank, world)) for rank in range(world)]
         assert sum(counts) == batch
@@ -176,7 +174,7 @@ def test_a_rank_takes_the_same_share_of_all_cursors_at_every_step(world: int) ->
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 32, 64])
-def test_a_shard_is_read_by_one_rank_where_the_ranks_divide_the_lanes(world: int) -> None:
+def test_one_rank_reads_a_shard_if_the_ranks_divide_the_lanes(world: int) -> None:
     order = ShardOrder("d", 0, [3, 5, 4, 1] * 25, 64)
     assert order.lanes % world == 0
     ranks: dict[tuple[int, int], set[int]] = {}
@@ -186,7 +184,7 @@ def test_a_shard_is_read_by_one_rank_where_the_ranks_divide_the_lanes(world: int
     assert {rank for own in ranks.values() for rank in own} == set(range(world))
 
 
-def test_batches_run_on_across_the_end_of_an_epoch() -> None:
+def test_a_batch_can_hold_samples_of_two_epochs() -> None:
     cursors = [c for step in range(30) for c in rank_cursors(step, 10, 0, 1)]  # 73 samples an epoch
     assert cursors == list(range(300))
     seen = rows(an_order(lanes=1), 70, 80)
@@ -204,7 +202,7 @@ def test_augmentation_depends_on_seed_and_cursor_and_not_on_the_batch() -> None:
     assert not np.array_equal(augmentation(6, np.arange(100)).crop, whole.crop)
 
 
-def test_every_augmentation_comes_as_often_as_any_other() -> None:
+def test_all_augmentations_are_equally_frequent() -> None:
     count = 64_000
     changes = augmentation(1, np.arange(count))
     kinds = Counter(
@@ -243,6 +241,6 @@ def test_numbers_are_uniform_in_0_to_1_and_independent_of_neighbours_names_and_s
         assert abs(np.corrcoef(one, other)[0, 1]) < 5 / count**0.5
 
 
-def test_streams_are_independent_and_repeat() -> None:
+def test_random_streams_are_independent_and_repeatable() -> None:
     assert generator("a", 1).integers(1 << 60) != generator("a", 2).integers(1 << 60)
     assert generator("a", 1).integers(1 << 60) == generator("a", 1).integers(1 << 60)

@@ -28,7 +28,7 @@ def test_each_mask_has_one_image_and_images_are_used_equally_often(images: int, 
     assert max(uses.values()) - min(uses[i] for i in range(images)) <= 1
 
 
-def test_every_bin_meets_as_many_images_as_it_has_masks() -> None:
+def test_the_masks_of_a_bin_meet_different_images() -> None:
     pairs = frozen_pairs("a", "b", 0, 12, 6 * 12)
     bins = [{image for image, _ in pairs[start : start + 12]} for start in range(0, 72, 12)]
     assert all(len(images) == 12 for images in bins)
@@ -39,6 +39,6 @@ def test_other_images_masks_or_seed_give_other_pairs(other: tuple[str, str, int]
     assert frozen_pairs(*other, 100, 100) != frozen_pairs("a", "b", 0, 100, 100)
 
 
-def test_no_image_is_an_error_that_says_what_to_do() -> None:
+def test_a_split_without_images_is_an_error_with_advice() -> None:
     with pytest.raises(PipelineError, match="test split"):
         frozen_pairs("a", "b", 0, 0, 5)

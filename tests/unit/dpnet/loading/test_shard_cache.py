@@ -63,7 +63,7 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def test_a_shard_is_fetched_once_and_read_from_the_folder_then(far: Far, folder: Path) -> None:
+def test_a_shard_is_fetched_once_and_then_read_from_the_folder(far: Far, folder: Path) -> None:
     for _ in range(2):
         cache = ShardCache(folder, 10 * SIZE)
         assert taken(cache, far, "a") == b"a" * SIZE
@@ -72,7 +72,7 @@ def test_a_shard_is_fetched_once_and_read_from_the_folder_then(far: Far, folder:
     assert kept(folder) == "ab"
 
 
-def test_the_shard_that_was_not_used_for_longest_makes_room(far: Far, folder: Path) -> None:
+def test_the_least_recently_used_shard_is_deleted(far: Far, folder: Path) -> None:
     cache = ShardCache(folder, 3 * SIZE)
     for age, name in ((30, "a"), (20, "b"), (10, "c")):
         taken(cache, far, name)
@@ -85,7 +85,7 @@ def test_the_shard_that_was_not_used_for_longest_makes_room(far: Far, folder: Pa
     assert kept(folder) == "ade"
 
 
-def test_a_shard_larger_than_the_cache_is_not_kept_and_evicts_nothing(
+def test_a_shard_larger_than_the_cache_is_not_kept_and_deletes_nothing(
     far: Far, folder: Path
 ) -> None:
     taken(ShardCache(folder, 10 * SIZE), far, "a")
@@ -94,7 +94,7 @@ def test_a_shard_larger_than_the_cache_is_not_kept_and_evicts_nothing(
     assert far.downloads == ["a"]
 
 
-def test_an_evicted_shard_that_is_open_reads_on(far: Far, folder: Path) -> None:
+def test_a_deleted_shard_that_is_open_can_still_be_read(far: Far, folder: Path) -> None:
     cache = ShardCache(folder, SIZE)
     file = cache.open(far, "a", HASHES["a"], SIZE)
     taken(cache, far, "b")
@@ -103,7 +103,7 @@ def test_an_evicted_shard_that_is_open_reads_on(far: Far, folder: Path) -> None:
     os.close(file)
 
 
-def test_nothing_but_shards_is_ever_deleted(far: Far, folder: Path) -> None:
+def test_only_shards_are_deleted(far: Far, folder: Path) -> None:
     folder.mkdir()
     others = ["mine.tar", "0" * 64, f"{'0' * 64}.parquet", "x.new-1"]
     for name in others:
@@ -115,13 +115,13 @@ def test_nothing_but_shards_is_ever_deleted(far: Far, folder: Path) -> None:
     assert all((folder / name).stat().st_size == 5 * SIZE for name in others)
 
 
-def test_bytes_of_another_hash_are_not_kept(far: Far, folder: Path) -> None:
+def test_bytes_with_another_hash_are_not_kept(far: Far, folder: Path) -> None:
     far.near.write("a", b"x" * SIZE)
     assert taken(ShardCache(folder, 10 * SIZE), far, "a") is None
     assert not [path for path in folder.iterdir() if not path.name.startswith(".lock")]
 
 
-def test_a_shard_that_the_store_does_not_have_is_no_affair_of_the_cache(
+def test_a_shard_that_the_store_does_not_have_causes_no_warning(
     far: Far, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     far.near.delete("a")
@@ -170,7 +170,9 @@ def take_slowly(root: Path, folder: Path) -> None:
     taken(ShardCache(folder, 2 * SIZE), Far(LocalStore(root), seconds=60), "a")
 
 
-def test_what_a_killed_process_leaves_is_swept_and_its_room_is_free(far: Far, folder: Path) -> None:
+def test_the_file_of_a_killed_process_is_deleted_and_its_space_is_free(
+    far: Far, folder: Path
+) -> None:
     process = started(take_slowly, far.near.folder, folder)
     wait_for(lambda: list(folder.glob(".new-*.part")))
     process.kill()
@@ -183,7 +185,7 @@ def test_what_a_killed_process_leaves_is_swept_and_its_room_is_free(far: Far, fo
     assert taken(cache, far, "a") == b"a" * SIZE
 
 
-def test_a_killed_fetch_of_the_same_shard_is_done_again(far: Far, folder: Path) -> None:
+def test_a_killed_fetch_is_repeated(far: Far, folder: Path) -> None:
     process = started(take_slowly, far.near.folder, folder)
     wait_for(lambda: list(folder.glob(".new-*.part")))
     process.kill()
@@ -192,7 +194,7 @@ def test_a_killed_fetch_of_the_same_shard_is_done_again(far: Far, folder: Path) 
     assert not list(folder.glob(".new-*"))
 
 
-def test_what_is_being_fetched_counts_against_the_limit_and_is_not_swept(
+def test_a_running_fetch_counts_against_the_limit_and_is_not_deleted(
     far: Far, folder: Path
 ) -> None:
     slow = Far(far.near, seconds=1)
@@ -208,7 +210,7 @@ def test_what_is_being_fetched_counts_against_the_limit_and_is_not_swept(
     assert kept(folder) == "ab"
 
 
-def test_a_fetch_that_ends_while_room_is_made_counts_against_the_limit(
+def test_a_fetch_that_ends_during_a_deletion_counts_against_the_limit(
     far: Far, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, listed = ShardCache(folder, SIZE), threading.Event()
@@ -236,7 +238,7 @@ def test_a_fetch_that_ends_while_room_is_made_counts_against_the_limit(
     assert kept(folder) == "a"
 
 
-def test_a_shard_that_is_here_is_had_while_another_is_fetched(far: Far, folder: Path) -> None:
+def test_a_cached_shard_can_be_read_while_another_is_fetched(far: Far, folder: Path) -> None:
     cache = ShardCache(folder, 10 * SIZE)
     taken(cache, far, "a")
     lock = folder / f".lock-{HASHES['a'][:2]}"  # one of the same first digits is being fetched
@@ -248,7 +250,7 @@ def test_a_shard_that_is_here_is_had_while_another_is_fetched(far: Far, folder: 
 # A disk that does not want
 
 
-def test_a_file_in_place_of_the_folder_is_told_at_once(far: Far, folder: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_an_error_at_once(far: Far, folder: Path) -> None:
     folder.write_bytes(b"")
     with pytest.raises(
         StorageError, match=r"cannot use train\.cache .*cache: there is a file where"
@@ -257,7 +259,7 @@ def test_a_file_in_place_of_the_folder_is_told_at_once(far: Far, folder: Path) -
 
 
 @pytest.mark.parametrize("instead", ["a file", "nothing"])
-def test_a_folder_that_goes_is_told_once_and_done_without(
+def test_a_deleted_folder_causes_one_warning(
     far: Far, folder: Path, instead: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(folder, 10 * SIZE)
@@ -284,7 +286,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_once_and_what_is_there_is_still_used(
+def test_a_full_disk_causes_one_warning_and_cached_shards_stay_in_use(
     far: Far, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(small_disk, 10**9)
@@ -301,7 +303,7 @@ def test_a_full_disk_is_told_once_and_what_is_there_is_still_used(
     assert not list(small_disk.glob(".new-*"))
 
 
-def test_of_a_read_only_disk_what_is_there_is_used(
+def test_cached_shards_on_a_read_only_disk_stay_in_use(
     far: Far, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(small_disk, 10**9)
@@ -314,7 +316,7 @@ def test_of_a_read_only_disk_what_is_there_is_used(
     assert "read-only file system" in caplog.text
 
 
-def test_a_full_disk_is_told_of_a_store_on_s3_too(
+def test_a_full_disk_causes_a_warning_for_a_store_on_s3(
     small_disk: Path, moto_root: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, data = open_store(moto_root), bytes(128 << 10)

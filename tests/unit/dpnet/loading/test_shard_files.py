@@ -51,7 +51,7 @@ def open_files(ending: str = ".tar") -> int:
 # Which shards there are
 
 
-def test_the_shards_of_a_split_are_those_of_the_manifest(store: LocalStore, ref: StageRef) -> None:
+def test_the_manifest_names_the_shards_of_a_split(store: LocalStore, ref: StageRef) -> None:
     found = find_shards(store, ref, "train")
     assert (found.uri, found.digest) == (f"{store.uri}/{ref.folder}", ref.content_digest)
     assert [shard.samples for shard in found.shards] == [3, 1, 2]
@@ -61,7 +61,7 @@ def test_the_shards_of_a_split_are_those_of_the_manifest(store: LocalStore, ref:
     assert [shard.size for shard in found.shards] == [len(store.read(name)) for name in names]
 
 
-def test_an_older_manifest_that_does_not_count_samples_gives_the_same(
+def test_an_older_manifest_without_sample_counts_gives_the_same_shards(
     store: LocalStore, ref: StageRef
 ) -> None:
     found = find_shards(store, ref, "train")
@@ -96,7 +96,7 @@ def test_shards_of_an_earlier_version_are_found_in_its_folder(
     assert find_shards(store, later, "train").shards == old.shards
 
 
-def test_other_splits_and_other_files_are_left_out(store: LocalStore, ref: StageRef) -> None:
+def test_other_splits_and_other_files_are_ignored(store: LocalStore, ref: StageRef) -> None:
     files = read_manifest(store, ref.folder).to_json()["files"]
     others = ["val-000000.tar", "val-000000.parquet", "train.urls", "xtrain-000000.tar"]
     added = [{"path": path, "size": 1, "sha256": "0" * 64, "samples": 1} for path in others]
@@ -137,7 +137,7 @@ def test_an_open_shard_gives_the_payload_at_any_position(
     assert files.opened == 3
 
 
-def test_a_shard_is_closed_when_nobody_holds_it(store: LocalStore, ref: StageRef) -> None:
+def test_a_shard_is_closed_when_nothing_refers_to_it(store: LocalStore, ref: StageRef) -> None:
     files = ShardFiles(store, None)
     shards = [files.open(shard) for shard in find_shards(store, ref, "train").shards]
     assert open_files() == 3
@@ -147,7 +147,7 @@ def test_a_shard_is_closed_when_nobody_holds_it(store: LocalStore, ref: StageRef
     assert open_files() == 0
 
 
-def test_a_shard_of_a_far_store_leaves_no_file_behind(
+def test_a_downloaded_shard_has_no_file_name(
     store: LocalStore, ref: StageRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
@@ -159,7 +159,7 @@ def test_a_shard_of_a_far_store_leaves_no_file_behind(
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_of_a_damaged_shard_each_sample_that_is_not_as_it_was_stored_is_an_error(
+def test_only_damaged_samples_of_a_shard_are_errors(
     store: LocalStore, ref: StageRef, far: bool
 ) -> None:
     shard = find_shards(store, ref, "train").shards[0]
@@ -170,7 +170,7 @@ def test_of_a_damaged_shard_each_sample_that_is_not_as_it_was_stored_is_an_error
         opened.read(1)
 
 
-def test_of_a_shard_that_was_cut_short_what_is_there_is_read(
+def test_the_first_samples_of_a_shard_that_was_cut_short_can_be_read(
     store: LocalStore, ref: StageRef
 ) -> None:
     shard = find_shards(store, ref, "train").shards[2]
@@ -192,7 +192,7 @@ def test_a_missing_file_is_named(store: LocalStore, ref: StageRef, ending: str) 
         ShardFiles(store, None).open(shard)
 
 
-def test_an_altered_index_is_never_believed(store: LocalStore, ref: StageRef) -> None:
+def test_an_altered_index_is_refused(store: LocalStore, ref: StageRef) -> None:
     shard = find_shards(store, ref, "train").shards[0]
     flip_byte(store.path(shard.key).with_suffix(".parquet"), 20)
     with pytest.raises(PipelineError, match=r"train-000000\.parquet was altered or cut short"):
@@ -211,7 +211,7 @@ def test_an_index_with_another_number_of_samples_than_the_manifest_is_refused(
         ShardFiles(store, None).open(shard)
 
 
-def test_too_many_open_files_are_told_with_the_option_that_helps(
+def test_the_error_for_too_many_open_files_names_the_option(
     store: LocalStore, ref: StageRef
 ) -> None:
     (shard, *_) = find_shards(store, ref, "train").shards
@@ -240,7 +240,7 @@ def test_a_shard_that_may_not_be_read_is_named(store: LocalStore, ref: StageRef)
 # With a cache
 
 
-def test_shards_are_taken_from_the_cache_and_fetched_once(
+def test_shards_are_fetched_once_and_then_read_from_the_cache(
     store: LocalStore, ref: StageRef, tmp_path: Path
 ) -> None:
     far = Far(store)
@@ -251,7 +251,7 @@ def test_shards_are_taken_from_the_cache_and_fetched_once(
     assert len(far.downloads) == 3
 
 
-def test_a_cached_shard_that_this_disk_altered_is_fetched_again(
+def test_a_cached_shard_that_the_disk_altered_is_fetched_again(
     store: LocalStore, ref: StageRef, tmp_path: Path
 ) -> None:
     (shard, *_) = find_shards(store, ref, "train").shards
@@ -266,7 +266,7 @@ def test_a_cached_shard_that_this_disk_altered_is_fetched_again(
     assert len(far.downloads) == 3
 
 
-def test_a_shard_that_the_store_has_altered_is_not_kept(
+def test_a_shard_that_is_damaged_in_the_store_is_not_kept(
     store: LocalStore, ref: StageRef, tmp_path: Path
 ) -> None:
     (shard, *_) = find_shards(store, ref, "train").shards

@@ -91,18 +91,18 @@ def test_weights_with_another_hash_are_refused(store: LocalStore, layout: Layout
     assert f"its hash is not the one in {layout.config}" in refused(store)
 
 
-def test_weights_that_are_not_there_are_told(store: LocalStore, layout: Layout) -> None:
+def test_missing_weights_are_an_error(store: LocalStore, layout: Layout) -> None:
     store.delete(f"m/{layout.weights}")
     assert f"{layout.weights} is missing: restore the file" in refused(store)
 
 
-def test_a_folder_without_a_model_is_told(store: LocalStore, layout: Layout) -> None:
+def test_a_folder_without_a_model_is_an_error(store: LocalStore, layout: Layout) -> None:
     store.delete(f"m/{layout.config}")
     assert "m holds no model: train one first" in refused(store)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
-def test_a_config_that_is_no_json_is_refused(
+def test_a_config_that_is_not_json_is_refused(
     store: LocalStore, layout: Layout, content: bytes
 ) -> None:
     store.write(f"m/{layout.config}", content)

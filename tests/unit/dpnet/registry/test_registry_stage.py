@@ -125,7 +125,7 @@ def test_the_same_request_is_skipped(store):
         (register_module, "write_file"),  # all is written, the stage not yet committed
     ],
 )
-def test_a_registration_killed_on_the_way_makes_no_second_version(store, monkeypatch, module, step):
+def test_a_killed_registration_creates_no_second_version(store, monkeypatch, module, step):
     with monkeypatch.context() as patched:
         patched.setattr(module, step, killed)
         with pytest.raises(Killed):
@@ -137,7 +137,7 @@ def test_a_registration_killed_on_the_way_makes_no_second_version(store, monkeyp
     assert find_record(store)["version"] == 1
 
 
-def test_a_registration_taken_up_late_does_not_depose_a_newer_champion(store, monkeypatch):
+def test_a_registration_that_resumes_late_does_not_replace_a_newer_champion(store, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(register_module, "write_file", killed)
         with pytest.raises(Killed):
@@ -168,7 +168,7 @@ def test_a_database_with_other_versions_is_refused(store, tmp_path):
         registered(store, 21.0)
 
 
-def test_models_of_different_names_are_counted_apart(store):
+def test_models_with_different_names_have_their_own_versions(store):
     registered(store, 20.0)
     assert registered(store, 10.0, model="other").summary["alias"] == CHAMPION
     assert find_record(store, "models:/other@champion")["hole_psnr"] == 10.0
@@ -176,7 +176,7 @@ def test_models_of_different_names_are_counted_apart(store):
         find_record(store)
 
 
-def test_what_was_trained_and_measured_is_in_mlflow(store):
+def test_mlflow_has_the_training_and_its_figures(store):
     ref = registered(store, 20.0)
     with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
         version = client.get_model_version("dpnet", "1")
@@ -190,7 +190,7 @@ def test_what_was_trained_and_measured_is_in_mlflow(store):
     assert version.tags["request_digest"] == ref.request_digest
 
 
-def test_the_record_has_no_time_and_no_path_of_this_machine(store):
+def test_the_record_holds_no_times_and_no_local_paths(store):
     registered(store, 20.0)
     text = store.read("registry/dpnet/v1.json").decode()
     assert str(store.folder) not in text
@@ -204,13 +204,13 @@ def test_nothing_is_written_in_the_working_directory(store, tmp_path, monkeypatc
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_a_new_database_is_made_without_talk_and_without_litter():
+def test_a_new_database_is_created_without_output_and_without_other_files():
     made = small_root.new_database()
     assert made.output == ""
     assert made.files == ["mlflow.db"]
 
 
-def test_a_database_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_database_is_complete_or_missing(tmp_path, monkeypatch):
     # MLflow takes no half-made one up again.
     monkeypatch.setattr(mlflow_client.LocalStore, "create", killed)
     with pytest.raises(Killed), mlflow_client.connect(f"sqlite:///{tmp_path}/new.db"):
@@ -224,7 +224,7 @@ def test_a_root_on_s3_needs_a_tracking_uri(store):
         register(RegisterSettings(), run, evaluation, open_store("s3://bucket/root"))
 
 
-def test_mlflows_own_setting_counts_where_none_is_set(store, monkeypatch):
+def test_mlflows_own_environment_variable_is_the_default(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert tracking_uri(RegisterSettings(), store) == "http://mlflow:5000"
     assert tracking_uri(RegisterSettings(), open_store("s3://bucket/root")) == "http://mlflow:5000"
@@ -234,7 +234,7 @@ def test_mlflows_own_setting_counts_where_none_is_set(store, monkeypatch):
     assert tracking_uri(RegisterSettings(), store) == f"sqlite:///{store.folder}/mlflow.db"
 
 
-def test_a_server_is_told_of_a_local_model_in_a_way_that_it_takes(store):
+def test_a_server_accepts_the_address_of_a_local_model(store):
     # A plain path it takes for one of its own, and refuses it.
     clients = {uri: SimpleNamespace(tracking_uri=uri) for uri in ("sqlite:///x", "http://x")}
     sources = {u: mlflow_registry._source(c, store, "runs/r") for u, c in clients.items()}
@@ -242,7 +242,7 @@ def test_a_server_is_told_of_a_local_model_in_a_way_that_it_takes(store):
     assert sources["http://x"] == f"dpnet-file://{store.folder.resolve()}/runs/r/model"
 
 
-def test_a_database_that_cannot_be_opened_is_told_without_its_password(store):
+def test_the_error_for_a_database_does_not_show_its_password(store):
     run, evaluation = small_root.run_and_evaluation(store, 20.0)
     (store.folder / "broken.db").write_bytes(b"this is no database" * 100)
     settings = RegisterSettings(tracking_uri=f"sqlite:///{store.folder}/broken.db")
@@ -255,12 +255,12 @@ def test_a_database_that_cannot_be_opened_is_told_without_its_password(store):
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
-def test_a_model_name_cannot_lead_out_of_the_registry(name):
+def test_a_model_name_cannot_leave_the_registry(name):
     with pytest.raises(ValueError, match="model"):
         RegisterSettings(model=name)
 
 
-def test_an_altered_record_is_told(store):
+def test_an_altered_record_is_an_error(store):
     registered(store, 20.0)
     store.write("registry/dpnet/champion.json", b"{}")
     with pytest.raises(PipelineError, match=r"champion\.json was altered"):

@@ -32,7 +32,7 @@ def test_a_log_is_one_record_a_line_and_reads_back_as_it_was() -> None:
     assert decode_log(data) == RECORDS
 
 
-def test_empty_lines_of_a_log_are_passed_over() -> None:
+def test_empty_lines_of_a_log_are_skipped() -> None:
     assert decode_log(b"\n" + encode_log(RECORDS) + b"\n  \n") == RECORDS
 
 

@@ -109,7 +109,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
-def test_training_shows_while_it_goes_on(store, uri):
+def test_a_running_training_is_visible_in_mlflow(store, uri):
     work = work_in(store)
     with MlflowFollower(uri, work):
         tell(work, COURSE[:2])
@@ -128,7 +128,7 @@ def test_every_point_is_there_once_at_its_step(store, uri):
     assert points(uri, "gpu_memory_gb") == [(50, 7.5)]
 
 
-def test_throughput_and_where_a_step_s_time_goes_are_told(store, uri):
+def test_throughput_and_the_parts_of_the_step_time_are_logged(store, uri):
     track(uri, work_in(store), COURSE)
     figures = only_run(uri).data.metrics
     assert figures["throughput.images_per_second"] == 10.0
@@ -147,7 +147,7 @@ def test_the_run_has_the_settings_and_is_found_by_the_digest(store, uri):
     assert data.tags["train"] == f"{store.uri}/{work.folder}"
 
 
-def test_a_resumed_training_goes_on_in_the_same_run_without_a_point_twice(store, uri):
+def test_a_resumed_training_continues_its_run_without_a_point_twice(store, uri):
     work = work_in(store)
     with pytest.raises(KeyboardInterrupt):
         track(uri, work, COURSE[:4], KeyboardInterrupt())
@@ -197,13 +197,13 @@ def test_the_status_says_how_training_ended(store, uri, error, status):
     assert only_run(uri).info.status == status
 
 
-def test_a_training_that_does_not_begin_makes_no_run(store, uri):
+def test_a_training_that_does_not_begin_creates_no_run(store, uri):
     with pytest.raises(PipelineError), MlflowFollower(uri, work_in(store)):
         raise PipelineError("no cluster")
     assert runs(uri) == []
 
 
-def test_pictures_become_artifacts(store, uri, tmp_path, monkeypatch):
+def test_validation_images_become_artifacts(store, uri, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     work = work_in(store)
@@ -218,7 +218,7 @@ def test_pictures_become_artifacts(store, uri, tmp_path, monkeypatch):
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_pictures_of_a_root_on_s3_are_stored_where_aws_endpoint_url_leads(
+def test_validation_images_of_a_root_on_s3_are_stored_at_aws_endpoint_url(
     moto_root, uri, caplog, capsys
 ):
     work = work_in(open_store(moto_root))
@@ -229,7 +229,7 @@ def test_pictures_of_a_root_on_s3_are_stored_where_aws_endpoint_url_leads(
     assert capsys.readouterr().err == ""
 
 
-def test_pictures_that_cannot_be_stored_are_told_once_and_stop_nothing(store, uri, caplog):
+def test_validation_images_that_cannot_be_stored_cause_one_warning(store, uri, caplog):
     store.write("mlflow-artifacts", b"a file in the way")
     work = work_in(store)
     with MlflowFollower(uri, work):
@@ -250,7 +250,7 @@ def mute_server():
         yield server.getsockname()[1]
 
 
-def test_a_server_that_is_not_there_is_told_once_and_delays_nothing(store, caplog):
+def test_a_missing_server_causes_one_warning_and_no_delay(store, caplog):
     work = work_in(store)
     with MlflowFollower("http://me:secret@127.0.0.1:9", work):
         tell(work, COURSE[:2])
@@ -263,7 +263,7 @@ def test_a_server_that_is_not_there_is_told_once_and_delays_nothing(store, caplo
     assert "secret" not in line
 
 
-def test_a_server_that_never_answers_is_not_waited_for(store, monkeypatch, caplog):
+def test_training_does_not_wait_for_a_server_that_never_answers(store, monkeypatch, caplog):
     monkeypatch.setattr(tracking, "FLUSH_S", 0.2)
     monkeypatch.setitem(tracking._PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with mute_server() as port:
@@ -275,7 +275,7 @@ def test_a_server_that_never_answers_is_not_waited_for(store, monkeypatch, caplo
         tracker._thread.join(10)
 
 
-def test_what_a_server_missed_is_added_when_it_is_there(store, uri, monkeypatch, caplog):
+def test_records_that_a_server_missed_are_added_later(store, uri, monkeypatch, caplog):
     client_of = mlflow_client.new_client
     away = [True, True]
 
@@ -318,7 +318,7 @@ def registered(store, log):
     register(RegisterSettings(), run, evaluation, store)
 
 
-def test_registering_adds_the_evaluation_to_the_training_s_run(store, uri):
+def test_registration_adds_the_evaluation_to_the_run_of_the_training(store, uri):
     track(uri, work_in(store), COURSE)
     before = only_run(uri)
     registered(store, COURSE)
@@ -331,7 +331,7 @@ def test_registering_adds_the_evaluation_to_the_training_s_run(store, uri):
     assert len(points(uri, "losses.hole")) == 3
 
 
-def test_registering_adds_what_tracking_could_not(store, uri):
+def test_registration_adds_records_that_are_missing(store, uri):
     with pytest.raises(KeyboardInterrupt):
         track(uri, work_in(store), COURSE[:2], KeyboardInterrupt())
     registered(store, COURSE)
