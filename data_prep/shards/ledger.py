@@ -1,7 +1,7 @@
-"""The accounts of an image version: every listed item is in exactly one place.
+"""The ledger of an image version: every listed item is in exactly one place.
 
-A place is a sample of the shard that sources.parquet names, a row of failures.parquet or one of
-duplicates.parquet. Items are held as numbers, some 80 bytes each, so that tens of millions fit.
+A place is a sample of the shard that sources.parquet names, a row of failures.parquet or a row of
+duplicates.parquet. Items are held as numbers, about 80 bytes each, so that tens of millions fit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]  # takes a problem
 
 SOURCES, FAILURES, DUPLICATES = "sources.parquet", "failures.parquet", "duplicates.parquet"
 OUTCOMES = ("sample", "duplicate", "failed", "ignored")
@@ -26,21 +26,21 @@ _COLUMNS = ("key", "sha256", "width", "height", "samples", "split", "shard", "ou
 _NUMBERS = ("width", "height", "samples")
 _KINDS = {"shard": "int32", "outcome": "int8"}  # of the arrays; others are int64
 _BATCH = 1 << 16
-_MOST = 20  # items of one kind that are named
+_MOST = 20  # items of one kind that are reported by name
 
 Columns = dict[str, list[Any]]
 
 
 class TableError(Exception):
-    """A table that cannot be read; the message is what is wrong with it."""
+    """A table that cannot be read; the message is the problem."""
 
 
 class OldTableError(TableError):
-    """sources.parquet of a version that did not say where each item went."""
+    """A sources.parquet of an old version, without the shard and outcome of each item."""
 
 
 def read_batches(store: Store, key: str, wanted: Sequence[str]) -> Iterator[Columns]:
-    """The `wanted` columns of a parquet file, some rows at a time. Raises TableError."""
+    """Yield the `wanted` columns of a parquet file in batches of rows. Raise TableError."""
     import pyarrow.parquet as pq
 
     try:
@@ -53,7 +53,7 @@ def read_batches(store: Store, key: str, wanted: Sequence[str]) -> Iterator[Colu
         raise TableError("is missing") from None
     except (TableError, PipelineError):
         raise
-    except Exception as error:  # a damaged parquet raises whatever its bytes lead pyarrow to
+    except Exception as error:  # pyarrow raises many kinds of errors for a damaged file
         raise TableError(f"cannot be read ({type(error).__name__})") from None
 
 
@@ -71,10 +71,10 @@ def _check_columns(schema: Any, wanted: Sequence[str]) -> None:
 
 
 class Ledger:
-    """sources.parquet, and how often each of its items was met in its place."""
+    """The items of sources.parquet, and in how many places each one was found."""
 
     def __init__(self, store: Store, folder: str) -> None:
-        """Raises TableError if sources.parquet cannot be read as what it is."""
+        """Read sources.parquet of the version in `folder`. Raise TableError if it is damaged."""
         import numpy as np
 
         self.store, self.folder = store, folder
@@ -93,7 +93,7 @@ class Ledger:
                 if outcome not in OUTCOMES:
                     raise TableError(f"item {key!r} has the outcome {outcome!r}")
                 if (outcome == "sample") != (shard is not None):
-                    self._say(f"item {key!r} is a {outcome} and names the shard {shard}")
+                    self._add(f"item {key!r} is a {outcome} and names the shard {shard}")
                 shards.setdefault(shard, len(shards) - 1)
                 last, row = key, row + 1
             columns: dict[str, NDArray[Any]] = {
@@ -108,7 +108,7 @@ class Ledger:
             }
             for name, column in columns.items():
                 parts[name].append(column)
-        # One by one, so that there are never two of everything.
+        # One by one, so that only one column at a time is in memory twice.
         self._key, self._sha256, self._width, self._height, self._samples = (
             np.concatenate(parts.pop(name)) for name in _COLUMNS[:5]
         )
@@ -117,7 +117,7 @@ class Ledger:
         )
         self._by_key = np.argsort(self._key, kind="stable")
         self._sorted_keys = self._key[self._by_key]
-        self._met = np.zeros(row, np.uint8)
+        self._found = np.zeros(row, np.uint8)
         self._lock = threading.Lock()
         self.shards = {name: code for name, code in shards.items() if name is not None}
 
@@ -125,43 +125,56 @@ class Ledger:
         return len(self._key)
 
     def count(self, outcome: str) -> int:
+        """Return the number of items with this outcome."""
         return int((self._outcome == OUTCOMES.index(outcome)).sum())
 
     def original(self, key: str) -> tuple[int, int] | None:
-        """Width and height of an item's picture, None if there is no such item."""
+        """Return the width and height of an item's photo, or None if the item is not listed."""
         (row,) = self._rows([key])
         return None if row < 0 else (int(self._width[row]), int(self._height[row]))
 
-    def meet_shard(self, name: str, rows: Sequence[Mapping[str, Any]], say: Say) -> None:
-        """The index of shard `name`: its items must be said to lie there, with the same bytes."""
+    def check_shard_rows(
+        self, name: str, rows: Sequence[Mapping[str, Any]], report: Report
+    ) -> None:
+        """Check that sources.parquet names this shard for its items, with the same figures.
+
+        Args:
+            name: the shard, such as "train-000000".
+            rows: the rows of its index.
+            report: takes each problem.
+        """
         import numpy as np
 
         items = {str(row.get("relative_key")): row for row in rows}
         samples = Counter(str(row.get("relative_key")) for row in rows)
-        told, keys, at = Told(say), list(items), self._rows(list(items))
+        problems, keys, at = Limited(report), list(items), self._rows(list(items))
         for place in np.flatnonzero(at < 0):
-            told(f"has no item {keys[place]!r}, which shard {name} holds")
+            problems(f"has no item {keys[place]!r}, which is in shard {name}")
         there = np.flatnonzero(at >= 0)
         found = at[there]
         with self._lock:
-            self._met[found] = np.minimum(self._met[found] + 1, 2)
+            self._found[found] = np.minimum(self._found[found] + 1, 2)
         columns = {
             "shard": (self._shard, np.full(len(keys), self.shards.get(name, -2))),
             "number of samples": (self._samples, np.array([samples[key] for key in keys])),
             "sha256": (self._sha256, _hashes(row.get("source_sha256") for row in items.values())),
             "split": (self._split, _hashes(row.get("split") for row in items.values())),
         }
-        for what, (said, indexed) in columns.items():
-            for place in there[said[found] != indexed[there]]:
-                told(f"has another {what} of item {keys[place]!r} than the index of {name}")
-        told.rest()
+        for what, (listed, indexed) in columns.items():
+            for place in there[listed[found] != indexed[there]]:
+                problems(f"has another {what} of item {keys[place]!r} than the index of {name}")
+        problems.finish()
 
-    def meet_table(self, table: str, say: Say) -> dict[str, int]:
-        """The rows of failures.parquet or duplicates.parquet; how many there are of each kind.
+    def check_table(self, table: str, report: Report) -> dict[str, int]:
+        """Check the rows of failures.parquet or duplicates.parquet.
 
-        Raises TableError.
+        Returns:
+            The number of rows of each kind.
+
+        Raises:
+            TableError: the table is damaged.
         """
-        told, counts = Told(say), dict.fromkeys(OUTCOMES, 0)
+        problems, counts = Limited(report), dict.fromkeys(OUTCOMES, 0)
         own = ("key", "sha256", "kind" if table == FAILURES else "kept")
         for batch in read_batches(self.store, f"{self.folder}/{table}", own):
             rows = self._rows(batch["key"]).tolist()
@@ -169,45 +182,49 @@ class Ledger:
             for (key, row, sha256), more in zip(found, batch[own[2]], strict=True):
                 kind = more if table == FAILURES else "duplicate"
                 if row < 0:
-                    told(f"item {key!r} is not in {SOURCES}")
+                    problems(f"item {key!r} is not in {SOURCES}")
                     continue
-                if kind not in OUTCOMES or OUTCOMES[self._outcome[row]] != kind:
-                    told(f"item {key!r} is {kind}, {SOURCES} has {OUTCOMES[self._outcome[row]]}")
+                if kind != (outcome := OUTCOMES[self._outcome[row]]):
+                    problems(f"item {key!r} is {kind}, {SOURCES} has {outcome}")
                 if hash(str(sha256 or "")) != self._sha256[row]:
-                    told(f"item {key!r} has another sha256 than in {SOURCES}")
-                self._met[row] = min(self._met[row] + 1, 2)
+                    problems(f"item {key!r} has another sha256 than in {SOURCES}")
+                self._found[row] = min(self._found[row] + 1, 2)
                 counts[kind] = counts.get(kind, 0) + 1
             if table == DUPLICATES:
                 for key, row in zip(batch["kept"], self._rows(batch["kept"]).tolist(), strict=True):
                     if row < 0:
-                        told(f"what is kept, {key!r}, is not in {SOURCES}")
-        told.rest()
+                        problems(f"the kept item {key!r} is not in {SOURCES}")
+        problems.finish()
         return counts
 
-    def settle(self, unread: frozenset[str], say: Say) -> None:
-        """Tell of every item that was met in no place or in two, once all were looked through but
-        the shards `unread`."""
+    def report_missing(self, unread: frozenset[str], report: Report) -> None:
+        """Report every item that was found in no place or in two. Call it after all checks.
+
+        Args:
+            unread: shards that were not read. Their items may be missing.
+            report: takes each problem.
+        """
         import numpy as np
 
-        told = Told(say)
+        problems = Limited(report)
         codes = [self.shards[name] for name in unread if name in self.shards]
-        wrong = (self._met != 1) & ~(np.isin(self._shard, codes) & (self._met == 0))
+        wrong = (self._found != 1) & ~(np.isin(self._shard, codes) & (self._found == 0))
         rows = np.flatnonzero(wrong)
         for row, key, shard in self._named(rows):
             outcome = OUTCOMES[self._outcome[row]]
             where = f"in shard {shard}" if shard is not None else f"{outcome}"
-            if self._met[row]:
-                told(f"item {key!r} is in more than one place")
+            if self._found[row]:
+                problems(f"item {key!r} is in more than one place")
             else:
-                told(f"item {key!r} is not where it should be: {where}")
-        told.more(len(rows))
+                problems(f"item {key!r} is not in its place ({where})")
+        problems.finish(len(rows))
 
-    def _say(self, problem: str) -> None:
+    def _add(self, problem: str) -> None:
         if len(self.problems) < _MOST:
             self.problems.append(problem)
 
     def _rows(self, keys: Sequence[Any]) -> NDArray[np.int64]:
-        """The rows of items, -1 where there is no such one."""
+        """Return the rows of items, -1 for an item that is not listed."""
         import numpy as np
 
         hashes = _hashes(keys)
@@ -217,7 +234,7 @@ class Ledger:
         return np.where(self._sorted_keys[at] == hashes, self._by_key[at], -1)
 
     def _named(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, str, str | None]]:
-        """The first few of `rows` with their keys and shards: the table is read once more."""
+        """Yield the first few of `rows` with their keys and shards, read from the table again."""
         wanted = [int(row) for row in rows[:_MOST]]
         start = 0
         if not wanted:
@@ -231,28 +248,25 @@ class Ledger:
 
 
 def _hashes(texts: Iterable[Any]) -> NDArray[np.int64]:
-    """A number for each text that this process always gives it; none and an empty one are alike."""
+    """Return a hash of each text, the same within a process; None counts as an empty text."""
     import numpy as np
 
     return np.array([hash(str(text or "")) for text in texts], np.int64)
 
 
-class Told:
-    """Passes on the first problems of a kind and counts the rest."""
+class Limited:
+    """A reporter that passes on the first problems of a kind and counts the others."""
 
-    def __init__(self, say: Say) -> None:
-        self._say, self._count = say, 0
+    def __init__(self, report: Report) -> None:
+        self._report, self._count = report, 0
 
     def __call__(self, problem: str) -> None:
         self._count += 1
         if self._count <= _MOST:
-            self._say(problem)
+            self._report(problem)
 
-    def more(self, count: int) -> None:
-        """There were `count` in all."""
-        self._count = max(self._count, count)
-        self.rest()
-
-    def rest(self) -> None:
-        if self._count > _MOST:
-            self._say(f"and {self._count - _MOST} more items")
+    def finish(self, count: int = 0) -> None:
+        """Report the number of further items; `count` is the number of all, if it is known."""
+        count = max(self._count, count)
+        if count > _MOST:
+            self._report(f"and {count - _MOST} more items")

@@ -1,8 +1,8 @@
-"""Shards: WebDataset tars with an index beside each, byte-identical for the same samples.
+"""Shards: WebDataset tars with an index next to each, byte-identical for the same samples.
 
-A shard is `<name>.tar` and `<name>.parquet`. Any WebDataset reader reads the tar alone; with the
-index, any sample is one range read. The index is written after the tar and holds the tar's hash in
-its metadata, so an index whose hash fits is the mark of a finished shard. `<split>.urls` lists a
+A shard is `<name>.tar` and `<name>.parquet`. Any WebDataset reader can read the tar without the
+index. With the index, any sample is one range read. The index is written after the tar and holds
+the tar's hash in its metadata, so a fitting index marks a finished shard. `<split>.urls` lists a
 split's tars, one path per line, relative to the stage's folder.
 """
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
-# For reading small tables: a command that ends while Arrow's threads are being started is aborted.
+# A command that ends while Arrow starts its threads would abort, so small tables use no threads.
 _UNTHREADED = {"use_threads": False, "pre_buffer": False}
 _PIECE = 8 << 20  # bytes read at a time
 _TAR_SHA256, _TAR_SIZE = b"tar_sha256", b"tar_size"
 
-# Key, {extension: data}, and further columns of the index, the same for each sample of a shard.
+# Key, {extension: data}, and more columns of the index, the same ones for all samples of a shard.
 ShardSample = tuple[str, Mapping[str, bytes], Mapping[str, Any]]
 
 
 class Place(Protocol):
-    """Where files go: a `data_prep.core.stage.Work`, or a `Folder` in a worker process."""
+    """A destination of files: a `data_prep.core.stage.Work`, or a `Folder` in a worker process."""
 
     @property
     def store(self) -> Store: ...
@@ -49,20 +49,21 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of a store; unlike a `Work` it can be sent to another process."""
+    """A folder of a store. Unlike a `Work`, it can be sent to another process."""
 
     store: Store
     folder: str
 
     def key(self, path: str) -> str:
+        """Return the key of a path in the folder."""
         return f"{self.folder}/{path}"
 
 
 class TarWriter:
-    """Writes a tar of samples to `file` as they come; `sha256` and `size` are those of the tar.
+    """A writer of samples into a tar, one after another; `size` is the size so far.
 
-    USTAR headers with time, user and group 0, so the same samples give the same bytes. A key has
-    only letters, digits, `_` and `-`, and at most 80 of them.
+    Headers are USTAR with time, user and group 0, so the same samples give the same bytes. A key
+    has at most 80 letters, digits, `_` and `-`.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -70,7 +71,7 @@ class TarWriter:
         self._file, self._hash = file, hashlib.sha256()
 
     def add(self, key: str, files: Mapping[str, bytes]) -> int:
-        """Append a sample; the offset of its first file's data."""
+        """Append a sample; return the offset of the data of its first file."""
         assert _KEY.fullmatch(key), f"bad sample key {key!r}"
         assert len(key) <= 80, f"sample key {key!r} is too long for a tar header"
         first = self.size + BLOCK
@@ -81,7 +82,7 @@ class TarWriter:
         return first
 
     def close(self) -> str:
-        """Write the end mark; the tar's sha256."""
+        """Write the end mark; return the tar's sha256."""
         self._write(END)
         return self._hash.hexdigest()
 
@@ -92,11 +93,12 @@ class TarWriter:
 
 
 def shard_name(split: str, number: int) -> str:
+    """Return the name of a shard, such as "train-000012"."""
     return f"{split}-{number:06d}"
 
 
 def write_file(place: Place, path: str, data: bytes, *, content: bool = True) -> FileRecord:
-    """Write one file under the stage's folder."""
+    """Write one file under the stage's folder; return its record."""
     place.store.write(place.key(path), data)
     return FileRecord(path, len(data), sha256_bytes(data), content)
 
@@ -106,10 +108,13 @@ def encode_table(
     columns: Mapping[str, str] | None = None,
     metadata: Mapping[bytes, bytes] | None = None,
 ) -> bytes:
-    """A parquet file of `rows`, deterministic.
+    """Return the bytes of a parquet file. The same rows give the same bytes.
 
-    `columns` names the columns and their pyarrow types ("string", "int64", …); without it they come
-    from the rows, which must not be empty then.
+    Args:
+        rows: the rows.
+        columns: names and pyarrow types of the columns ("string", "int64", …). Without them, the
+            columns are those of the rows; there must be a row.
+        metadata: metadata of the schema.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -151,11 +156,11 @@ def decode_table(data: bytes) -> list[dict[str, Any]]:
 
 
 def write_shard(work: Place, name: str, samples: Iterable[ShardSample]) -> list[FileRecord]:
-    """Write `<name>.tar` and then its index; the records of both.
+    """Write `<name>.tar` and then its index; return the records of both.
 
     Samples are taken one by one and held on disk, not in memory. The first file of a sample is its
-    payload, which the index points at: to a sample's own columns it adds `key`, `offset` and `size`
-    of the payload in the tar, and `sha256` of its stored bytes.
+    payload. The index adds four columns to those of the sample: `key`, `offset` and `size` of the
+    payload in the tar, and `sha256` of the payload.
     """
     index: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -177,7 +182,7 @@ def write_shard(work: Place, name: str, samples: Iterable[ShardSample]) -> list[
 
 
 def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
-    """The records of a shard that is there whole, its tar checked by hash; None if it is not."""
+    """Return the records of a whole shard, whose tar has the right hash; otherwise None."""
     import pyarrow.parquet as pq
 
     try:
@@ -196,7 +201,7 @@ def finished_shard(work: Place, name: str) -> list[FileRecord] | None:
 
 
 def sha256_of(store: Store, key: str) -> tuple[str, int]:
-    """The sha256 and the size of an object, read piece by piece."""
+    """Return the sha256 and the size of an object, which is read piece by piece."""
     sha256, size = hashlib.sha256(), 0
     while data := store.read_range(key, size, _PIECE):
         sha256.update(data)
@@ -207,17 +212,17 @@ def sha256_of(store: Store, key: str) -> tuple[str, int]:
 
 
 def write_urls(work: Place, split: str, names: Iterable[str]) -> FileRecord:
-    """Write `<split>.urls`: the tars of the shards `names` ("train-000000", …), in this order."""
+    """Write `<split>.urls`, the list of tars of the shards `names` ("train-000000", …)."""
     return write_file(work, f"{split}.urls", "".join(f"{name}.tar\n" for name in names).encode())
 
 
 def split_shards(store: Store, folder: str, split: str) -> list[str]:
-    """Keys of a split's tars under the root, in order. `folder` is the stage's folder."""
+    """Return the keys of a split's tars in order; `folder` is the stage's folder."""
     try:
         lines = store.read(f"{folder}/{split}.urls").decode().split()
     except FileNotFoundError:
         raise PipelineError(
-            f"{store.uri}/{folder} has no split {split!r}: there is no {split}.urls in it."
+            f"{store.uri}/{folder} has no split {split!r}: {split}.urls is missing."
         ) from None
     return [posixpath.normpath(posixpath.join(folder, line)) for line in lines]
 

@@ -220,11 +220,14 @@ def test_a_missing_tar_and_a_missing_index_are_named(root: LocalStore, first: st
     ("edit", "words"),
     [
         (lambda lines: lines[1:], "does not name"),
-        (lambda lines: [*lines, "train-000099.tar"], "names 'train-000099.tar', which is no shard"),
+        (
+            lambda lines: [*lines, "train-000099.tar"],
+            "names 'train-000099.tar', which is not",
+        ),
         (lambda lines: [*lines, lines[0]], "names a shard twice"),
         (lambda lines: lines[::-1], "names the shards in another order"),
-        (lambda lines: [*lines, "../../../../etc/passwd"], "which is no shard"),
-        (lambda lines: [*lines, "val-000000.tar"], "which is no shard of this split"),
+        (lambda lines: [*lines, "../../../../etc/passwd"], "which is not a shard"),
+        (lambda lines: [*lines, "val-000000.tar"], "which is not a shard of this split"),
     ],
 )
 def test_a_list_that_disagrees_with_the_manifest_is_named(
@@ -291,12 +294,12 @@ def strange_outcome(rows: list[Row]) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lose_item, "has no item '00.png', which shard val-"),
+        (lose_item, "has no item '00.png', which is in shard val-"),
         (move_item, "has another shard of item '00.png' than the index of val-"),
         (unshard_item, "item '00.png' is a sample and names the shard None"),
         (other_bytes, "has another sha256 of item '00.png' than the index of val-"),
         (other_split, "has another split of item '00.png' than the index of val-"),
-        (another_item, "item 'zzz' is not where it should be: failed"),
+        (another_item, "item 'zzz' is not in its place (failed)"),
         (failed_now, "its summary has photographs "),
         (more_samples, "has another number of samples of item '00.png' than the index of"),
         (out_of_order, "row 1 is out of order"),
@@ -317,15 +320,15 @@ def test_a_table_of_sources_that_does_not_add_up_is_told(
 @pytest.mark.parametrize(
     ("table", "edit", "words"),
     [
-        ("failures", lambda rows: rows.pop(), "is not where it should be"),
+        ("failures", lambda rows: rows.pop(), "is not in its place"),
         ("failures", lambda rows: rows.append(rows[0]), "is in more than one place"),
         ("failures", lambda rows: rows[0].update(kind="ignored"), "sources.parquet has failed"),
         ("failures", lambda rows: rows[0].update(kind=None), "sources.parquet has failed"),
         ("failures", lambda rows: rows[0].update(key="nobody"), "item 'nobody' is not in"),
         ("failures", lambda rows: rows[0].update(sha256="0" * 64), "has another sha256"),
         ("failures", lambda rows: rows[0].update(key="00.png"), "sources.parquet has sample"),
-        ("duplicates", lambda rows: rows.clear(), "'copy.png' is not where it should be"),
-        ("duplicates", lambda rows: rows[0].update(kept="nobody"), "what is kept, 'nobody'"),
+        ("duplicates", lambda rows: rows.clear(), "'copy.png' is not in its place"),
+        ("duplicates", lambda rows: rows[0].update(kept="nobody"), "the kept item 'nobody'"),
     ],
 )
 def test_tables_that_disagree_are_told_of(
@@ -408,7 +411,7 @@ def test_an_old_table_of_sources_is_noted_and_the_rest_is_checked(
     result = verify(root)
     assert result.ok
     (note,) = result.notes
-    assert note.startswith(f"{child}/sources.parquet is of an earlier version of dpnet")
+    assert note.startswith(f"{child}/sources.parquet was written by an earlier version of dpnet")
 
 
 def test_a_parent_that_is_gone_breaks_the_chain(root: LocalStore, first: str, child: str) -> None:
@@ -596,7 +599,7 @@ def test_a_stage_with_no_shards_to_speak_of_is_told(tmp_path: Path) -> None:
     run_stage(store, Request("images", "x", "images/x", {}), build)
     problems = {problem.problem for problem in verify(store).problems}
     assert {"its index is not in the manifest", "its index is missing"} <= problems
-    assert "its summary does not say which splits there are" in problems
+    assert "its summary does not name the splits" in problems
 
 
 def test_sets_on_s3_are_checked_as_well(root: LocalStore, masks: str, moto_root: str) -> None:

@@ -163,7 +163,7 @@ def test_any_flipped_byte_of_the_tar_is_noticed(shard: Shard, seed: int) -> None
 def test_a_byte_in_the_filling_of_a_block_names_the_member_before(shard: Shard) -> None:
     member = next(m for m in shard.members() if m.size % BLOCK)
     shard.flip(member.offset_data + member.size)
-    assert told(shard.check(), f"sample {key_of(member)}: what fills up", member.name)
+    assert told(shard.check(), f"sample {key_of(member)}: the padding after", member.name)
 
 
 def test_a_header_of_zeros_is_a_bad_header_and_no_end(shard: Shard) -> None:
@@ -225,7 +225,7 @@ def test_an_extra_member_is_named(shard: Shard, seed: int) -> None:
     TarWriter(file).add(key, {"txt": b"more"})
     pieces = shard.pieces()
     shard.join([*pieces[: 2 * number + 2], file.getvalue(), *pieces[2 * number + 2 :]])
-    assert f"sample {key}: {key}.txt is one member too many" in shard.plain()
+    assert f"sample {key}: {key}.txt is not a member of a sample" in shard.plain()
 
 
 def test_an_extra_sample_is_named(shard: Shard) -> None:
@@ -238,7 +238,7 @@ def test_an_extra_sample_is_named(shard: Shard) -> None:
 def test_a_member_that_is_there_twice_is_named(shard: Shard) -> None:
     pieces, member = shard.pieces(), shard.members()[2]
     shard.join([*pieces[:3], pieces[2], *pieces[3:]])
-    assert f"sample {key_of(member)}: {member.name} is there twice" in shard.plain()
+    assert f"sample {key_of(member)}: the tar has {member.name} twice" in shard.plain()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -249,7 +249,9 @@ def test_samples_that_changed_places_are_named(shard: Shard, seed: int) -> None:
     pairs[first], pairs[second] = pairs[second], pairs[first]
     shard.join([piece for pair in pairs for piece in pair])
     here, there = key_of(members[2 * second]), key_of(members[2 * first])
-    assert told(shard.plain(), f"another order than in the index: sample {here} stands for {there}")
+    assert told(
+        shard.plain(), f"another order than in the index: sample {here} in place of {there}"
+    )
 
 
 def test_members_of_a_sample_that_changed_places_are_named(shard: Shard) -> None:
@@ -257,7 +259,7 @@ def test_members_of_a_sample_that_changed_places_are_named(shard: Shard) -> None
     pieces[4], pieces[5] = pieces[5], pieces[4]
     shard.join(pieces)
     key = key_of(member)
-    assert f"sample {key}: {key}.json stands before {member.name}" in shard.plain()
+    assert f"sample {key}: {key}.json comes before {member.name}" in shard.plain()
 
 
 def test_a_sample_whose_members_are_apart_is_named(shard: Shard) -> None:
@@ -276,7 +278,7 @@ def test_a_tar_appended_to_the_tar_is_told(shard: Shard) -> None:
     end = len(shard.data) - 2 * BLOCK
     shard.data += shard.data
     problems = shard.plain()
-    assert told(problems, f"the mark of its end stands at byte {end}, before a member")
+    assert told(problems, f"the mark of its end is at byte {end}, before a member")
     assert told(problems, "its members are not together")
 
 
@@ -360,7 +362,7 @@ def test_rows_that_changed_places_are_named(shard: Shard) -> None:
     rows[1], rows[2] = rows[2], rows[1]
     shard.write_index(rows)
     (problem,) = shard.check()
-    keys = f"sample {rows[2]['key']} stands for {rows[1]['key']}"
+    keys = f"sample {rows[2]['key']} in place of {rows[1]['key']}"
     assert problem == f"another order than in the index: {keys}"
 
 
@@ -410,7 +412,7 @@ def test_an_index_of_absurd_length_is_not_read(shard: Shard) -> None:
     sink = io.BytesIO()
     pq.write_table(pa.table({"key": pa.array([""]).take(pa.array([0] * 1_000_001))}), sink)
     shard.store.write(shard.index_key, sink.getvalue())
-    assert "its index has 1000001 rows, which no shard has" in shard.check()
+    assert "its index has 1000001 rows, more than a shard can have" in shard.check()
 
 
 def test_a_missing_tar_is_told(shard: Shard) -> None:
@@ -484,5 +486,5 @@ def test_a_list_of_problems_ends_somewhere(tmp_path: Path) -> None:
 def test_a_large_shard_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, tar = large(tmp_path, 20)
     for size in (1000, 4096, 1 << 20):
-        monkeypatch.setattr("data_prep.shards.check_tar._CHUNK", size)
+        monkeypatch.setattr("data_prep.shards.tar_members._CHUNK", size)
         assert check_shard(place.store, place.key(tar.path), tar) == []
