@@ -1,7 +1,7 @@
 """Plan the next version of a dataset, and count how the source differs from the newest one.
 
-Everything here only reads: the listing, the tables of earlier versions, and the bytes of items
-whose size or fingerprint changed.
+Everything here only reads: the listing, the tables of earlier versions, and the bytes of items with
+a new size or fingerprint.
 """
 
 from __future__ import annotations

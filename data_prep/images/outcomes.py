@@ -30,7 +30,7 @@ class Outcomes:
         format: place of the file's format in `formats`; -1 for none.
         numbers: the number of each shard, by name.
         reasons: why items failed or are ignored, by row.
-        dropped: rows of the items whose samples an earlier attempt removed from their shards.
+        dropped: rows of the items that an earlier attempt already removed from their shards.
     """
 
     def __init__(self, plan: Plan) -> None:

@@ -98,7 +98,7 @@ def _release_duplicates(
     outcome: NDArray[np.int8],
     sha256: NDArray[np.uint8],
 ) -> None:
-    """Clear `holds` for each duplicate whose other copy was removed or changed: it is needed now.
+    """Clear `holds` for each duplicate if its kept copy was removed or changed: it is needed now.
 
     Args:
         settings: of the dataset.

@@ -54,7 +54,7 @@ class Plan:
     Attributes:
         kind: of each item, int8: see `keys.py`.
         split: of each item, int8: its place in SPLITS.
-        before: the parent's row whose outcome still holds for the item; -1 for all others. Photos
+        before: the item's row in the parent, if its outcome there still holds; else -1. Photos
             (and items that may be photos) with -1 are in one of the planned `shards`.
         inherited: names of the parent's shards that stay unchanged.
         notes: sentences about the splits, for people.

@@ -48,9 +48,9 @@ class ShardTask:
     Attributes:
         place: the version's folder.
         items: to prepare, in stored order.
-        unsure: places in `items` of those whose names do not show whether they are photos.
+        unsure: places in `items` of those with names that may or may not be photos.
         old: key of the parent's tar that this shard replaces; empty for a new shard.
-        reuse: keys of the items whose samples are copied from `old`; none of them is in `items`.
+        reuse: keys of the items to copy from `old`; none of them is in `items`.
         order: keys of all items, copied and new, in stored order; empty for a new shard.
     """
 

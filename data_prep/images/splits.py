@@ -77,5 +77,5 @@ def assign_splits(
 
 
 def _bound(share: float) -> int:
-    """Return the number below which the share `share` of all 64-bit numbers lies."""
+    """Return the bound: the share `share` of all 64-bit numbers is below it."""
     return min(int(share * 2**64), 2**64 - 1)

@@ -128,7 +128,7 @@ class Version:
 
 
 def known_members(version: Version | None) -> Callable[[str, int], list[Item] | None]:
-    """Return the function that tells `Source.list` the members of unchanged containers."""
+    """Return a function that gives `Source.list` the members of unchanged containers."""
 
     def members(container: str, fingerprint: int) -> list[Item] | None:
         import pyarrow as pa

@@ -47,8 +47,8 @@ def _gray(rgb: Pixels) -> Pixels:
     """Reduce an image to gray, uint8 [32, 32].
 
     Averaging every pixel would take longer than the rest of a small photo's preparation. So four
-    bilinear samples stand for each of 16 parts of a result pixel. Only a large image, of which they
-    would miss most pixels, is averaged first.
+    bilinear samples stand for each of 16 parts of a result pixel. A large image is averaged
+    first, because they would miss most of its pixels.
     """
     import cv2
 

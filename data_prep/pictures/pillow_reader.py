@@ -86,7 +86,7 @@ def _check_png(data: bytes) -> None:
             break
         kind = data[at + 4 : at + 8]
         crc = int.from_bytes(data[end : end + 4], "big")
-        needed = not kind[0] & 0x20  # a chunk whose name starts with a small letter is optional
+        needed = not kind[0] & 0x20  # a small first letter marks an optional chunk
         if needed and zlib.crc32(memoryview(data)[at + 4 : end]) != crc:
             raise PhotoError("it is broken: a checksum does not fit")
         if kind == b"IEND":

@@ -31,7 +31,7 @@ def square_tiles(width: int, height: int, sides: Sequence[int], stride: float) -
 
 
 def choose_tiles(key: str, boxes: Sequence[Box], most: int) -> list[Box]:
-    """Choose at most `most` tiles of a photo: those whose sample keys have the lowest hashes."""
+    """Choose at most `most` tiles of a photo: those with the lowest hashes of the sample keys."""
     return sorted(boxes, key=lambda box: _sha256(sample_key(key, box)))[:most]
 
 

@@ -33,7 +33,6 @@ from image_sets import (
     tiles,
 )
 from PIL import Image
-from pydantic import ValidationError
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
@@ -680,67 +679,3 @@ def test_one_range_read_gets_an_image_from_a_tar(folder: Path, store: LocalStore
                 (piece,) = prepare(original, config.cutting, row["relative_key"]).pieces
                 assert data == piece.data
             assert sha256_of(store, shard)[1] % 512 == 0
-
-
-def test_only_options_that_change_the_output_are_in_the_digest(folder: Path) -> None:
-    plain = crops(folder).request_settings()
-    same: dict[str, Any] = {
-        "workers": 2,
-        "max_failure_ratio": 0.5,
-        "name": "other",
-        "tile": [64],
-        "max_tiles": 3,
-        "min_side": 32,
-        "near_duplicates": "off",
-    }
-    assert crops(folder, **same).request_settings() == plain
-    assert crops("elsewhere").request_settings() == plain
-    other: list[dict[str, Any]] = [
-        {"size": 64},
-        {"quality": 80},
-        {"val": 0.1},
-        {"min_side": 40},
-        {"max_bytes": 1000},
-        {"max_pixels": 1000},
-        {"dedupe": "off"},
-        {"near_duplicates": "drop"},
-        {"resample": "lanczos"},
-        {"format": "png"},
-        {"mode": "short-side"},
-        {"layout": "files"},
-        {"shard_samples": 7},
-    ]
-    changed = [
-        json.dumps(crops(folder, **option).request_settings(), sort_keys=True) for option in other
-    ]
-    assert len({json.dumps(plain, sort_keys=True), *changed}) == 1 + len(other)
-    png = crops(folder, format="png")
-    assert crops(folder, format="png", quality=3).request_settings() == png.request_settings()
-    keep = crops(folder, mode="keep")
-    assert (
-        crops(folder, mode="keep", size=64, quality=3).request_settings() == keep.request_settings()
-    )
-    assert tiles(folder, tile=[48, 32, 48]).request_settings() == tiles(folder).request_settings()
-    assert tiles(folder, max_tiles=3).request_settings() != tiles(folder).request_settings()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sise": 64},
-        {"size": 0},
-        {"tile": []},
-        {"tile": [4]},
-        {"val": 0.4, "test": 0.4},
-        {"name": "../x"},
-        {"layout": "imagenet"},
-        {"mode": "squeeze"},
-    ],
-)
-def test_invalid_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        ImagesSettings(**{"source": "photos", **options})
-
-
-def test_one_tile_side_can_be_given_as_a_number() -> None:
-    assert ImagesSettings(source="photos", tile=128).tile == (128,)  # type: ignore[arg-type]
