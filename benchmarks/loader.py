@@ -409,9 +409,9 @@ def crops_of_sample_photographs(folder: Path) -> list[Path]:
     import cv2
     import numpy as np
 
-    from data_prep.raw.sample_photos import write_sample_photographs
+    from data_prep.raw.sample_photos import write_sample_photos
 
-    write_sample_photographs(folder / "whole")
+    write_sample_photos(folder / "whole")
     random = np.random.default_rng(0)
     made = []
     for path in photographs_in(folder / "whole"):

@@ -73,10 +73,10 @@ def write_photos(folder: Path) -> None:
     import cv2
     import numpy as np
 
-    from data_prep.raw.sample_photos import write_sample_photographs
+    from data_prep.raw.sample_photos import write_sample_photos
 
     whole = folder.parent / "whole"
-    write_sample_photographs(whole)
+    write_sample_photos(whole)
     random = np.random.default_rng(0)
     photos = [cv2.imread(str(path)) for path in sorted(whole.rglob("*.*"))]
     photos = [photo for photo in photos if photo is not None and min(photo.shape[:2]) >= SIZE]

@@ -48,7 +48,7 @@ from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
-from data_prep.raw.sample_photos import write_sample_photographs
+from data_prep.raw.sample_photos import write_sample_photos
 from dpnet.tracking.run_log import read_status
 from dpnet.training.job import TrainJob, TrainRequest, requested, stage_request
 from dpnet.training.loop import initial_state, open_loader, train_loop
@@ -93,7 +93,7 @@ def prepared(arguments: argparse.Namespace, root: Path) -> TrainJob:
     store = open_store(str(root))
     photos = arguments.photos or str(root / "photos")
     if not arguments.photos:
-        write_sample_photographs(root / "photos")
+        write_sample_photos(root / "photos")
     images = prepare_images(
         ImagesSettings(
             source=photos, name="b", mode="tiles", size=arguments.size, tile=[128, 192],

@@ -1,4 +1,4 @@
-"""Notifications that a bucket sends of new objects, in the form that S3 gives them."""
+"""Read the notifications that an S3 bucket sends for new objects."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from urllib.parse import unquote_plus
 from data_prep.core.errors import PipelineError
 
 
-def notified(text: str | bytes) -> list[str]:
-    """The URIs of the objects that a notification is about; none in the one that tests the way.
+def new_object_uris(text: str | bytes) -> list[str]:
+    """Return the URIs of the new objects. S3's test notification has none.
 
-    Raises PipelineError where it is no notification of S3.
+    Raises PipelineError if the text is not an S3 notification.
     """
     try:
         event = json.loads(text)
@@ -23,12 +23,12 @@ def notified(text: str | bytes) -> list[str]:
         return [f"s3://{bucket}/{unquote_plus(about['key'])}" for bucket, about in found]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise PipelineError(
-            "the event is no notification of S3: give the JSON that the bucket sent, whose Records"
-            " each have s3.bucket.name and s3.object.key."
+            "the event is not an S3 notification. Give the JSON that the bucket sent. It has"
+            " Records, each with s3.bucket.name and s3.object.key."
         ) from None
 
 
-def below(uris: list[str], source: str) -> list[str]:
-    """Those that are `source` or lie below it."""
+def uris_below(uris: list[str], source: str) -> list[str]:
+    """Return the URIs that are `source` or below it."""
     top = source.rstrip("/")
     return [uri for uri in uris if uri == top or uri.startswith(f"{top}/")]

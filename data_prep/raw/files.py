@@ -1,7 +1,7 @@
-"""Files below a local folder or an S3 prefix: walking, looking up, reading whole or by parts.
+"""The common part of local files and S3 objects: their interface and their keys.
 
-A key is a file's POSIX path below the folder. A name whose bytes are not UTF-8 has them escaped in
-its key (`\\xff`), reversibly.
+A key is a file's POSIX path below the folder. Bytes of a name that are not UTF-8 are escaped in its
+key (`\\xff`), and `unescape` restores them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LONGEST_TEXT = 64 << 20  # bytes
 
 
 class Found(NamedTuple):
-    """A file: size in bytes (-1: unknown), fingerprint (0: unknown) and why it cannot be read."""
+    """A file: size in bytes (-1: unknown), fingerprint (0: unknown), and a problem, if any."""
 
     key: str
     size: int
@@ -29,53 +29,56 @@ class Found(NamedTuple):
 
 
 class Blob(Protocol):
-    """A file read by parts. `read_at` may be called from several threads."""
+    """A file that is read in parts. Several threads may call `read_at`."""
 
     key: str
     size: int  # bytes
     fingerprint: int
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Those bytes, fewer where the file ends before."""
+        """Return these bytes, fewer at the end of the file."""
 
     def open(self) -> BinaryIO:
-        """A seekable file of its own; the caller closes it."""
+        """Open a new seekable file, which the caller closes."""
 
 
 class Files(Protocol):
-    """A folder or a prefix. Small and picklable."""
+    """A folder or an S3 prefix. Small and picklable."""
 
-    threads: int  # reads at once that pay
+    threads: int  # useful number of reads at the same time
 
     @property
-    def uri(self) -> str: ...
+    def uri(self) -> str:
+        """Return the address of the folder or prefix."""
+
     def where(self, key: str) -> str:
-        """What to call a file in a message."""
+        """Return the name of a file for messages."""
 
     def walk(self) -> Iterator[Found]:
-        """Every file below that is not hidden, in any order."""
+        """Yield every file below that is not hidden, in any order."""
 
     def look(self, key: str) -> Found | None:
-        """One file, None where there is none."""
+        """Return one file; None if it does not exist."""
 
     def read(self, key: str, limit: int) -> bytes:
-        """The whole file. Raises ItemError when it is gone or larger than `limit` bytes."""
+        """Return the whole file. Raises ItemError if it is gone or larger than `limit` bytes."""
 
     def blob(self, key: str) -> Blob:
-        """The file, for reading by parts. Raises ItemError when it is gone."""
+        """Return the file for reading in parts. Raises ItemError if it is gone."""
 
     def text_beside(self, *paths: str) -> str | None:
-        """The text of the first of these that is there; a path may lead out of the folder."""
+        """Return the text of the first file that exists; a path may lead out of the folder."""
 
 
 def is_hidden(key: str) -> bool:
-    """Whether a part of the path starts with a dot (`..` is no name and does not count)."""
+    """Return whether a part of the path starts with a dot. The part `..` does not count."""
     return (key.startswith(".") or "/." in key) and any(
         part.startswith(".") and part not in (".", "..") for part in key.split("/")
     )
 
 
 def too_large(limit: int) -> ItemError:
+    """Return the error for an item of more than `limit` bytes."""
     return ItemError(f"it is larger than {limit} bytes")
 
 
@@ -85,15 +88,15 @@ _ESCAPED = re.compile(r"\\x(5c|[89a-f][0-9a-f])")
 
 
 def escape(name: str) -> str:
-    """A name decoded with `surrogateescape` as valid Unicode: `\\xff` for a byte that is not."""
+    """Return a name decoded with `surrogateescape` as valid Unicode, with `\\xff` for a byte."""
     if name.isascii() and "\\" not in name:
         return name
-    name = _PLAIN_BACKSLASH.sub(r"\\x5c", name)  # what only looks escaped
+    name = _PLAIN_BACKSLASH.sub(r"\\x5c", name)  # a real backslash that looks like an escape
     return _UNDECODED.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", name)
 
 
 def unescape(key: str) -> str:
-    """The name that `escape` made the key of."""
+    """Return the name from which `escape` made the key."""
     if "\\" not in key:
         return key
     return _ESCAPED.sub(

@@ -1,4 +1,4 @@
-"""Folders and prefixes with the archives and tables in them, or one of these alone."""
+"""A folder or prefix with the archives and tables in it, or one of these as a source."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from data_prep.raw.tables import NoImagesError, Table
 from data_prep.raw.tars import Tar
 from data_prep.raw.zips import Zip
 
-# The items that an earlier listing had for a container of that key and fingerprint.
+# Returns the items of an earlier listing for a container with this key and fingerprint.
 Known = Callable[[str, int], Iterable[Item] | None]
 _CONTAINER = re.compile(r"\.(zip|tar\.gz|tgz|tar|parquet)$", re.IGNORECASE)
 _INSIDE = re.compile(r"\.(?:zip|tar\.gz|tgz|tar|parquet)(?=/)", re.IGNORECASE)
-_HELD = 192 << 20  # bytes that open containers may hold in a process
+_HELD = 192 << 20  # bytes of memory for open containers in a process
 _OPEN = 64  # containers
 _REMEMBERED = 100_000  # keys
 _LISTED_AT_ONCE = 8  # containers on S3
 
 
 def nothing_known(container: str, fingerprint: int) -> None:
-    """For a first listing: every container is opened."""
+    """Know no earlier listing, so that every container is opened."""
 
 
 class Container(Protocol):
-    """An archive or a table. Reading is safe from several threads."""
+    """An archive or a table. Several threads may read it."""
 
-    weight: int  # bytes that it holds in memory, about
+    weight: int  # bytes in memory, roughly
 
     def members(self) -> Iterator[Member]:
-        """Every member. Raises ItemError, after those that were found, when it is broken."""
+        """Yield every member. Raises ItemError where the container is broken."""
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
-        """A member's bytes. Raises ItemError when it cannot be used."""
+        """Return a member's bytes. Raises ItemError if it cannot be used."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a folder or prefix, or of one archive or table in it: `name`, if not empty."""
+    """The files of a folder or prefix; if `name` is not empty, those of one container in it."""
 
     files: LocalFiles | S3Files
     name: str
@@ -76,7 +76,8 @@ class Folder:
             _is_tar(container or self.name) for container in containers
         ):
             raise ConfigError(
-                f"{self.uri} holds no tar archive, which the layout webdataset expects."
+                f"{self.uri} contains no tar archive, which the layout webdataset needs. Choose"
+                " another images.layout or source."
             )
         return apply_layout(listing, self.layout, self.uri, self._beside)
 
@@ -84,16 +85,16 @@ class Folder:
         return FolderReader(self)
 
     def open(self, key: str) -> Container:
-        """The container of that key. Raises ItemError when it is gone or broken."""
+        """Open the container with this key. Raises ItemError if it is gone or broken."""
         return _open(self.files.blob(key), are_samples(self.layout))
 
     def _items(self, known: Known, containers: MutableSequence[str]) -> Iterator[tuple[Item, str]]:
-        """Every item and its problem; `containers` is filled meanwhile."""
+        """Yield every item with its problem, and add the containers' keys to `containers`."""
         waiting: list[Found] = []
         if self.name:
             found = self.files.look(self.name)
             if found is None:
-                raise PipelineError(f"{self.uri} does not exist: correct its path.")
+                raise PipelineError(f"{self.uri} does not exist. Correct the path.")
             waiting.append(found)
         else:
             for file in self.files.walk():
@@ -113,18 +114,18 @@ class Folder:
                     yield from items
 
     def _expand(self, number: int, file: Found, known: Known) -> Iterator[tuple[Item, str]]:
-        """The members of a container, or itself with the reason that it cannot be listed."""
+        """Yield the members of a container, or the container with the reason of its failure."""
         key = "" if self.name else file.key
         prefix, names = f"{key}/" if key else "", _Unique()
         same = known(key, file.fingerprint)
         if same is not None:
             for it in same:
-                # The layout says the split anew.
+                # The layout decides the split again.
                 yield Item(it.key, it.size, it.fingerprint, "", number, it.offset, it.block), ""
             return
         try:
             for name, size, offset, block, problem in self.open(file.key).members():
-                # Without a mark the container is opened again next time, which tells the problem.
+                # A fingerprint of 0 makes the next listing open the container again.
                 mark = 0 if problem else file.fingerprint
                 item = Item(prefix + names.add(name), size, mark, "", number, offset, block)
                 yield item, problem
@@ -135,7 +136,7 @@ class Folder:
             reason = str(error)
         if not key and not names:
             reason = reason.removeprefix(IGNORED)
-            raise PipelineError(f"{self.uri} cannot be used: {reason}.")
+            raise PipelineError(f"{self.uri} cannot be used: {reason}. Replace the file.")
         yield Item(key or names.add(file.key), file.size, 0, "", number), reason
 
     def _beside(self, name: str) -> str | None:
@@ -144,14 +145,14 @@ class Folder:
 
 
 class FolderReader:
-    """Holds some containers open, the last ones used."""
+    """A reader that keeps the containers open that were used last."""
 
     def __init__(self, source: Folder) -> None:
         self._source = source
         self.threads = source.files.threads
         self._lock = threading.RLock()
         self._held: OrderedDict[str, _Held] = OrderedDict()
-        self._are_files: dict[str, bool] = {}  # of keys that look like a container's
+        self._are_files: dict[str, bool] = {}  # whether a key that looks like a container is a file
 
     def read(self, item: Item, limit: int) -> bytes:
         container, name = self._locate(item.key)
@@ -166,7 +167,7 @@ class FolderReader:
         elif item.fingerprint not in (0, held.fingerprint):
             where = self._source.files.where(container)
             raise PipelineError(
-                f"{where} has changed since it was listed: run the same command again."
+                f"{where} has changed since it was listed. Run the same command again."
             )
         return held.container.read(offset, size, limit)
 
@@ -177,7 +178,7 @@ class FolderReader:
         self._held.clear()
 
     def _locate(self, key: str) -> tuple[str | None, str]:
-        """The key of the container that the item lies in, None for a file; and its name there."""
+        """Return the key of the item's container (None for a file) and its name in there."""
         if self._source.name:
             return self._source.name, key
         for found in _INSIDE.finditer(key):
@@ -186,7 +187,7 @@ class FolderReader:
                 if len(self._are_files) > _REMEMBERED:
                     self._are_files.clear()
                 self._are_files[container] = self._source.files.look(container) is not None
-            if self._are_files[container]:  # else it is a folder of such a name
+            if self._are_files[container]:  # otherwise it is a folder with such a name
                 return container, key[found.end() + 1 :]
         return None, key
 
@@ -198,7 +199,7 @@ class FolderReader:
                 held = _Held(_open(blob, are_samples(self._source.layout)), blob.fingerprint)
                 self._held[key] = held
             self._held.move_to_end(key)
-            # What another thread still reads lives on until it is done.
+            # A container that another thread still reads stays open until that thread is done.
             while len(self._held) > 1 and (
                 len(self._held) > _OPEN or sum(h.weight for h in self._held.values()) > _HELD
             ):
@@ -207,23 +208,25 @@ class FolderReader:
 
 
 class _Held:
-    """An open container, and where its members lie once one was asked for by name."""
+    """An open container, with the places of its members after the first search by name."""
 
     def __init__(self, container: Container, fingerprint: int) -> None:
         self.container, self.fingerprint = container, fingerprint
         self.weight = container.weight
         self._lock = threading.Lock()
-        self._places: dict[int, tuple[int, int]] | None = None  # by hash: names take more memory
+        self._places: dict[int, tuple[int, int]] | None = (
+            None  # by hash, because names take more memory
+        )
 
     def find(self, name: str) -> tuple[int, int]:
-        """The offset and size of a member."""
+        """Return the offset and size of a member."""
         with self._lock:
             if self._places is None:
                 places, names = {}, _Unique()
                 try:
                     for member in self.container.members():
                         places[hash(names.add(member.name))] = (member.offset, member.size)
-                except ItemError:  # what stands before the damage can be read
+                except ItemError:  # the members before the damage can be read
                     pass
                 self._places = places
                 self.weight += 200 * len(places)
@@ -234,7 +237,7 @@ class _Held:
 
 
 class _Unique:
-    """Names with `#2`, `#3` … at their end where they come again. Keeps hashes only."""
+    """Names that get `#2`, `#3` … at the end if they come again. Only hashes are kept."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -252,7 +255,7 @@ class _Unique:
 
 
 def is_container(name: str) -> bool:
-    """Whether a file of that name is opened as an archive or a table."""
+    """Return whether a file with this name is opened as an archive or a table."""
     return bool(_extension(name))
 
 
@@ -277,16 +280,18 @@ def _is_tar(key: str) -> bool:
 def collected(
     items: Iterable[Item], containers: Iterable[str], problems: Mapping[str, str], uri: str
 ) -> Listing:
+    """Return the listing of the items. Raises PipelineError if two have the same key."""
     try:
         return collect(items, containers, problems)
     except ValueError as error:
-        # An object and a "folder" of one name can stand side by side in a bucket.
-        raise PipelineError(f"{uri} has two items called {error}: rename one.") from None
+        # A bucket can contain an object and a "folder" with the same name.
+        raise PipelineError(f"{uri} has two items called {error}. Rename one.") from None
 
 
 def empty(files: LocalFiles | S3Files, name: str = "") -> PipelineError:
+    """Return the error for a source without items."""
     if name:
-        return PipelineError(f"{files.where(name)} is empty: it must hold photographs.")
+        return PipelineError(f"{files.where(name)} is empty. It must contain photos.")
     if isinstance(files, LocalFiles):
-        return PipelineError(f"the photo folder {files.uri} is empty: put photographs into it.")
-    return PipelineError(f"there is nothing at {files.uri}: put photographs there or correct it.")
+        return PipelineError(f"the photo folder {files.uri} is empty. Put photos into it.")
+    return PipelineError(f"there is nothing at {files.uri}. Put photos there or correct the URI.")

@@ -1,4 +1,4 @@
-"""Layouts: how published datasets are laid out, and the split that each file of one belongs to."""
+"""Layouts of published datasets: which split each file belongs to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 from data_prep.core.errors import ConfigError
 from data_prep.raw.listing import ROWS, SPLITS, Listing
 
-IGNORED = "ignored: "  # starts the problem of what is no part of the set, and so no failure
+IGNORED = "ignored: "  # starts the problem of a file that is not part of the set; not a failure
 OUTSIDE = f"{IGNORED}outside the folders train, val, validation and test"
 CONTAINERS = r"\.(?:zip|tar|tar\.gz|tgz|parquet)"
 _FOLDERS = {
@@ -27,19 +27,20 @@ _SHARD = re.compile(
     rf"(train|training|val|valid|validation|test|testing)(?:[-_.][^/]*)?{CONTAINERS}", re.IGNORECASE
 )
 
-Beside = Callable[[str], str | None]  # the text of a file in or beside the source, by its name
-SplitOf = Callable[[str], str | None]  # by key; "": the layout leaves it open; None: no part
+Beside = Callable[[str], str | None]  # returns the text of a file in or next to the source
+SplitOf = Callable[[str], str | None]  # by key; "": not decided; None: not part of the set
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a set lie. `pattern` finds in a key a group named by the split.
+    """The places of a set's files.
 
-    A set whose splits stand in a list has a group `number` instead.
+    `pattern` matches keys and has groups named after the splits. If a list contains the splits, it
+    has the group `number` instead.
     """
 
     pattern: re.Pattern[str]
-    expected: str  # what a message says that there should be
+    expected: str  # the files that there should be, for messages
 
 
 PRESETS: Mapping[str, Layout] = {
@@ -53,7 +54,7 @@ PRESETS: Mapping[str, Layout] = {
     ),
     "celeba": Layout(
         re.compile(r"(?:^|/)(?P<number>\d{6})\.(?i:jpg|png)$"),
-        "img_align_celeba.zip or its folder, with list_eval_partition.txt beside it",
+        "img_align_celeba.zip or its folder, with list_eval_partition.txt next to it",
     ),
     "celeba-hq": Layout(
         re.compile(r"(?:^|(?:^|/)CelebA-HQ-img/)(?P<number>\d{1,5})\.(?i:jpg|png)$"),
@@ -78,21 +79,29 @@ LAYOUTS = ("auto", "files", "webdataset", *PRESETS)
 
 
 def check_layout(layout: str) -> None:
-    """Raise ConfigError unless there is such a layout."""
+    """Raise ConfigError if there is no such layout."""
     if layout not in LAYOUTS:
-        raise ConfigError(f"the layout {layout!r} is unknown: give one of {', '.join(LAYOUTS)}.")
+        raise ConfigError(f"the layout {layout!r} is unknown. Use one of {', '.join(LAYOUTS)}.")
 
 
 def are_samples(layout: str) -> bool | None:
-    """Whether tar archives hold samples of WebDataset; None: their first members tell."""
+    """Return whether tars hold WebDataset samples; None if their first members decide."""
     return {"webdataset": True, "files": False}.get(layout)
 
 
 def apply_layout(listing: Listing, layout: str, uri: str, beside: Beside) -> Listing:
-    """The listing with the splits that the layout says, and what is no part of it as a problem.
+    """Return the listing with the splits of the layout.
 
-    A source whose items have splits keeps them as they are. Raises ConfigError when nothing in it
-    is laid out as a preset says, or a list of splits that it needs is missing or cannot be used.
+    A file that is not part of the layout gets a problem. A listing with splits stays as it is.
+
+    Args:
+        listing: The items of the source.
+        layout: One of `LAYOUTS`.
+        uri: The source's address, for messages.
+        beside: Returns the text of a file in or next to the source, None if there is none.
+
+    Raises:
+        ConfigError: The source has no file of the layout, or a list of splits is missing or broken.
     """
     if layout == "files" or "split" in listing.table.column_names:
         return listing
@@ -100,11 +109,10 @@ def apply_layout(listing: Listing, layout: str, uri: str, beside: Beside) -> Lis
         split_of = _folders(listing)
         return listing if split_of is None else _split(listing, split_of, OUTSIDE)
     split_of = _preset(layout, uri, beside)
-    done = _split(listing, split_of, f"{IGNORED}no part of {layout}")
+    done = _split(listing, split_of, f"{IGNORED}not part of {layout}")
     if all(done.problems.get(key, "").startswith(IGNORED) for key in _keys(done)):
         raise ConfigError(
-            f"{uri} holds nothing that the layout {layout} knows: it expects"
-            f" {PRESETS[layout].expected}."
+            f"{uri} has no file of the layout {layout}. It expects {PRESETS[layout].expected}."
         )
     return done
 
@@ -116,7 +124,7 @@ def _keys(listing: Listing) -> Iterator[str]:
 
 
 def _split(listing: Listing, split_of: SplitOf, reason: str) -> Listing:
-    """With a column of splits; `reason` is the problem of what is no part of the set."""
+    """Add a column of splits; `reason` is the problem of files that are not part of the set."""
     import pyarrow as pa
 
     codes = array("b")
@@ -132,7 +140,7 @@ def _split(listing: Listing, split_of: SplitOf, reason: str) -> Listing:
 
 
 def _folders(listing: Listing) -> SplitOf | None:
-    """By the top folders, or those below the only top folder, where they are named by splits."""
+    """Return the split by top folder, or by the folders in the only top folder, if any."""
     below = ""
     for _ in range(2):
         start = len(below)
@@ -155,7 +163,7 @@ def _below(key: str, below: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _folder_split(name: str) -> str | None:
-    """The split that a folder, or an archive or table in the place of one, is named by."""
+    """Return the split in the name of a folder, or of an archive or table in its place."""
     if name in _FOLDERS:
         return _FOLDERS[name]
     shard = _SHARD.fullmatch(name)
@@ -168,8 +176,8 @@ def _preset(layout: str, uri: str, beside: Beside) -> SplitOf:
         text = beside(_PARTITION)
         if text is None:
             raise ConfigError(
-                f"the layout celeba needs {_PARTITION}, which says the splits: put it beside the"
-                f" photographs of {uri}."
+                f"the layout celeba needs {_PARTITION}, which contains the splits. Put it next to"
+                f" the photos of {uri}."
             )
         listed = _partition(text, uri)
         return lambda key: listed.get(_number(pattern, key))
@@ -188,7 +196,9 @@ def _preset(layout: str, uri: str, beside: Beside) -> SplitOf:
 
 
 _PARTITION = "list_eval_partition.txt"  # lines `000001.jpg 0`: 0 train, 1 val, 2 test
-_MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"  # lines `0 119613 119614.jpg`: its number, …, CelebA's
+_MAPPING = (
+    "CelebA-HQ-to-CelebA-mapping.txt"  # lines `0 119613 119614.jpg`: its number, an index, CelebA's
+)
 
 
 def _number(pattern: re.Pattern[str], key: str) -> int:
@@ -197,16 +207,16 @@ def _number(pattern: re.Pattern[str], key: str) -> int:
 
 
 def _partition(text: str, uri: str) -> dict[int, str]:
-    """The split of every number of CelebA."""
+    """Return the split of every CelebA number."""
     lines = re.findall(r"^(\d+)\.\w+[\s,]+([012])\s*$", text, re.MULTILINE)
     if not lines:
         raise ConfigError(
-            f"{_PARTITION} of {uri} has no line like '000001.jpg 0': get it again from CelebA."
+            f"{_PARTITION} of {uri} has no line such as '000001.jpg 0'. Download it again."
         )
     return {int(number): SPLITS[int(code)] for number, code in lines}
 
 
 def _origins(text: str) -> dict[int, int]:
-    """The number in CelebA of every number of CelebA-HQ."""
+    """Return the CelebA number of every CelebA-HQ number."""
     lines = re.findall(r"^\s*(\d+)\s+\d+\s+(\d+)\.\w+\s*$", text, re.MULTILINE)
     return {int(number): int(origin) for number, origin in lines}

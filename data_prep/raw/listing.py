@@ -1,7 +1,7 @@
-"""Listings: the items of a source as columns, small enough for tens of millions.
+"""Listings: the items of a source in columns, compact enough for tens of millions.
 
-An item is one picture of a source: a file, a member of an archive, a row of a table. It is known by
-its key; size and fingerprint only tell whether it may have changed.
+An item is one photo of a source: a file, a member of an archive or a row of a table. Its key
+identifies it. Size and fingerprint only show whether it may have changed.
 """
 
 from __future__ import annotations
@@ -19,37 +19,39 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SPLITS = ("train", "val", "test")
-ROWS = 1 << 16  # rows that are worked on at a time
-_HELD = 1 << 14  # items that are held as Python objects at a time
+ROWS = 1 << 16  # rows per batch
+_HELD = 1 << 14  # items that are Python objects at the same time
 
 
 class Item(NamedTuple):
-    """One item. `key` is its POSIX path below the source, unique in it, in valid Unicode.
+    """One item.
 
-    `size` is in stored bytes, -1 if it is not known. `fingerprint` changes when the item may have
-    changed; 0 if it is not known. A member of a container names the container by its place in
-    `Listing.containers`, and where it lies in it: `offset` and `block` mean what the source says.
+    `key` is its POSIX path below the source: unique, in valid Unicode. `size` is in stored bytes,
+    -1 if unknown. `fingerprint` changes if the item may have changed, 0 if unknown. For a member of
+    a container, `container` is an index in `Listing.containers`. The kind of container defines the
+    meaning of `offset` and `block`.
     """
 
     key: str
     size: int
     fingerprint: int
-    split: str = ""  # one of SPLITS where the source itself says it
+    split: str = ""  # one of SPLITS, if the source gives one
     container: int = -1
     offset: int = -1
-    block: int = -1  # items of one block of a container are best read one after the other
+    block: int = -1  # items of one block are read fastest one after the other
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a source holds, sorted by key.
+    """The items of a source, sorted by key.
 
-    `table` has the columns of `Item`: key large_string, size int64, fingerprint uint64; split int8
-    (-1: none, else the place in SPLITS) where any item has one; container int32, offset int64 and
-    block int32 where any item lies in a container. `problems` says why an item that was listed
-    cannot be read; "ignored: " starts those of what is no part of the set, which is no failure.
-    `containers` are the keys of archives and tables in the source ("" for one that
-    is the source).
+    Attributes:
+        table: The columns of `Item`: key large_string, size int64, fingerprint uint64. If any item
+            has a split, also split int8 (-1: none, otherwise the index in SPLITS). If any item is
+            in a container, also container int32, offset int64 and block int32.
+        containers: The keys of the archives and tables; "" for one that is the source.
+        problems: Why an item cannot be read, by key. "ignored: " starts the problem of an item that
+            is not part of the set, which is not a failure.
     """
 
     table: pa.Table
@@ -60,7 +62,7 @@ class Listing:
         return int(self.table.num_rows)
 
     def items(self, rows: slice | NDArray[np.int64] | None = None) -> Iterator[Item]:
-        """The items in order, or those of the given rows."""
+        """Yield the items in order, or those of the given rows."""
         table = self.table
         if isinstance(rows, slice):
             table = table.slice(rows.start, rows.stop - rows.start)
@@ -77,7 +79,7 @@ def collect(
     containers: Iterable[str] = (),
     problems: Mapping[str, str] | None = None,
 ) -> Listing:
-    """The listing of `items`, which may come in any order. Raises ValueError on a repeated key."""
+    """Return the listing of `items` in any order. Raises ValueError for a repeated key."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -96,7 +98,7 @@ def collect(
     if not _ascending(keys):
         order = pc.sort_indices(keys)
         del keys
-        for name in list(columns):  # one after the other, so that only one is there twice
+        for name in list(columns):  # one by one, so that only one column is in memory twice
             columns[name] = columns[name].take(order)
             _give_back()
         keys = columns["key"]
@@ -107,7 +109,7 @@ def collect(
 
 
 def _columns(items: Iterable[Item], types: Mapping[str, pa.DataType]) -> dict[str, pa.ChunkedArray]:
-    """The columns that say anything."""
+    """Return the columns that contain information."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -115,7 +117,7 @@ def _columns(items: Iterable[Item], types: Mapping[str, pa.DataType]) -> dict[st
     chunks: dict[str, list[pa.Array]] = {name: [] for name in types}
     waiting = iter(items)
     collecting = gc.isenabled()
-    gc.disable()  # it would look through millions of tuples, none in a cycle: a third of the time
+    gc.disable()  # it would take a third of the time, to search millions of tuples for cycles
     try:
         while batch := list(islice(waiting, _HELD)):
             for name, values in zip(Item._fields, zip(*batch, strict=True), strict=True):
@@ -129,7 +131,7 @@ def _columns(items: Iterable[Item], types: Mapping[str, pa.DataType]) -> dict[st
         column = pa.chunked_array(chunks.pop(name), kind)
         if name in ("split", "container") and pc.max(column).as_py() in (None, -1):
             if name == "container":
-                break  # offset and block, which follow, say nothing then
+                break  # without containers, the columns offset and block mean nothing
             continue
         columns[name] = pa.chunked_array([column.combine_chunks()], kind)
         del column
@@ -138,7 +140,7 @@ def _columns(items: Iterable[Item], types: Mapping[str, pa.DataType]) -> dict[st
 
 
 def _give_back() -> None:
-    """Return memory that Arrow has freed and keeps."""
+    """Return unused memory of Arrow to the system."""
     import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
@@ -153,6 +155,6 @@ def _ascending(keys: pa.ChunkedArray) -> bool:
 
 
 def fingerprint(*marks: object) -> int:
-    """A number below 2^64, above 0, that stands for the marks of one state of an item."""
+    """Return a number from 1 to 2^64 - 1 that stands for one state of an item."""
     text = "\0".join(map(str, marks)).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") or 1

@@ -1,7 +1,7 @@
-"""List files: paths or URIs, one a line (.txt), in a column (.csv) or in a field (.jsonl).
+"""List files: paths or URIs in the lines of a .txt, a column of a .csv or a field of a .jsonl.
 
-A key is the path as the list has it, made plain: `a/b.jpg` or `../b.jpg` from the list's folder,
-`file:/data/b.jpg` and `s3:/bucket/b.jpg` elsewhere. So a key also says where its file is.
+A key is the normalized path in the list: `a/b.jpg` or `../b.jpg` relative to the list's folder,
+`file:/data/b.jpg` or `s3:/bucket/b.jpg` elsewhere. So a key also gives the place of its file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_prep.raw.listing import Item, Listing
 from data_prep.raw.local_files import LocalFiles
 from data_prep.raw.s3_files import S3Files, s3_files
 
-MISSING = "missing: the list names it, but there is no such file"
+MISSING = "missing: it is in the list, but there is no such file"
 _PATHS = ("path", "uri", "url", "file", "filename", "image")  # names of columns and fields
 _SPLIT = ("split", "partition", "subset")  # the same for the split
 _SPLITS = {
@@ -37,13 +37,13 @@ _SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
-_LOOKED_UP = 4096  # lines at a time
-_REQUESTS = 16  # at once, where they go to a server
+_LOOKED_UP = 4096  # lines per batch
+_REQUESTS = 16  # at the same time, to a server
 
 
 @dataclass(frozen=True)
 class ListFile:
-    """The list file `name`, with what it names."""
+    """The list file `name` and the files in it."""
 
     files: LocalFiles | S3Files
     name: str
@@ -64,7 +64,7 @@ class ListFile:
 
         listing = collected(items(), [], problems, self.uri)
         if not listing:
-            raise PipelineError(f"{self.uri} names no files: put their paths into it.")
+            raise PipelineError(f"{self.uri} contains no paths. Put the paths of photos into it.")
         return apply_layout(listing, self.layout, self.uri, self.files.text_beside)
 
     def reader(self) -> ListReader:
@@ -72,9 +72,9 @@ class ListFile:
 
 
 class ListReader:
-    """Reads what a list names."""
+    """A reader of the files in a list."""
 
-    threads = 16  # some of it may lie on a server
+    threads = 16  # some files may be on a server
 
     def __init__(self, places: _Places) -> None:
         self._places = places
@@ -96,16 +96,16 @@ class _Line(NamedTuple):
 
 
 class _Places:
-    """Where the files of a list lie, which is itself the file `name` of `files`."""
+    """The places of the files in a list. The list is the file `name` of `files`."""
 
     def __init__(self, files: Files, name: str) -> None:
         self._files, self._name = files, name
         self._others: dict[str, Files] = {}
 
     def items(self) -> Iterator[tuple[Item, str]]:
-        """Every file named, once, and why it cannot be read.
+        """Yield every file in the list once, with its problem, if any.
 
-        Raises ConfigError, naming the line, for a list that cannot be used.
+        Raises ConfigError with the number of the line if the list cannot be used.
         """
         lines = self._keyed()
         with ThreadPoolExecutor(_REQUESTS) as pool:
@@ -120,7 +120,7 @@ class _Places:
                         yield Item(key, file.size, file.fingerprint, split), file.problem
 
     def read(self, key: str, limit: int) -> bytes:
-        """The file's bytes. Raises ItemError when it is gone or larger than `limit` bytes."""
+        """Return the file's bytes. Raises ItemError if it is gone or larger than `limit` bytes."""
         files, name = self._place(key)
         return files.read(name, limit)
 
@@ -146,14 +146,14 @@ class _Places:
                 seen[mark] = split
                 yield key, split
             elif seen[mark] != split:
-                raise self._error(line.number, f"{key!r} stood in another split before: keep one")
+                raise self._error(line.number, f"{key!r} was in another split before. Keep one")
 
     def _lines(self) -> Iterator[_Line]:
         try:
             raw = self._files.blob(self._name).open()
         except ItemError:
             where = self._files.where(self._name)
-            raise PipelineError(f"{where} does not exist: correct its path.") from None
+            raise PipelineError(f"{where} does not exist. Correct the path.") from None
         with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
             lines = _READERS[self._name.rpartition(".")[2].lower()](text)
             for line in lines:
@@ -162,13 +162,13 @@ class _Places:
                 yield line
 
     def _key(self, written: str) -> str:
-        """Raises ValueError, with a reason, for what names no file."""
+        """Return the key of a path. Raises ValueError with a reason if it is not a file's path."""
         if "\0" in written:
-            raise ValueError("a path has a null character: is this a text file?")
+            raise ValueError("a path has a null character, so this is not a text file")
         try:
             os.fsencode(written)
         except UnicodeEncodeError:
-            raise ValueError("a path is no valid Unicode") from None
+            raise ValueError("a path is not valid Unicode") from None
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", written)
         if written.startswith(("s3:/", "S3:/")):
             bucket, _, name = written[4:].lstrip("/").partition("/")
@@ -176,10 +176,10 @@ class _Places:
         if written.startswith(("file:/", "FILE:/")):
             return self._local_key(unquote(urlsplit(written).path))
         if scheme:
-            # The rest of such an address may hold a password, so it is not repeated.
+            # The rest of the address may contain a password, so it is not repeated.
             raise ValueError(
-                f"{scheme[1]}:// addresses are not fetched: download the files first (img2dataset"
-                " and tools like it do)"
+                f"{scheme[1]}:// addresses cannot be read. Download the files first, for example"
+                " with img2dataset"
             )
         if isinstance(self._files, LocalFiles):
             return self._local_key(written)
@@ -189,7 +189,7 @@ class _Places:
             if re.search(r"(^|/)\.\.?(/|$)", whole):
                 whole = posixpath.normpath(whole)
             return self._s3_key(store.bucket, whole)
-        raise ValueError(f"{written!r} is no path below the list's folder: write s3://bucket/key")
+        raise ValueError(f"{written!r} is not below the list's folder. Write s3://bucket/key")
 
     def _local_key(self, path: str) -> str:
         if isinstance(self._files, LocalFiles):
@@ -203,7 +203,7 @@ class _Places:
 
     def _s3_key(self, bucket: str, name: str) -> str:
         if not bucket or not name:
-            raise ValueError("an s3:// address needs a bucket and a key: s3://bucket/key")
+            raise ValueError("an s3:// address needs a bucket and a key. Write s3://bucket/key")
         if isinstance(self._files, S3Files) and self._files.store.bucket == bucket:
             prefix = f"{self._files.store.prefix}/".lstrip("/")
             if name.startswith(prefix):
@@ -211,7 +211,7 @@ class _Places:
         return escape(f"s3:/{bucket}/{name}")
 
     def _place(self, key: str) -> tuple[Files, str]:
-        """The folder or bucket that a key leads to, and the key there."""
+        """Return the folder or bucket of a key, and the key in there."""
         if key.startswith("file:/"):
             return LocalFiles(Path("/")), key[len("file:/") :]
         if key.startswith("s3:/"):
@@ -233,14 +233,14 @@ def _text_lines(text: Iterable[str]) -> Iterator[_Line | str]:
 
 
 def _csv_lines(text: Iterable[str]) -> Iterator[_Line | str]:
-    """The rows, or a sentence on why they cannot be read."""
+    """Yield the rows, or a message if they cannot be read."""
     rows = csv.reader(text)
     try:
         names = [name.strip().lower() for name in next(rows, [])]
         path_at = next((names.index(name) for name in _PATHS if name in names), -1)
         split_at = next((names.index(name) for name in _SPLIT if name in names), -1)
         if path_at < 0:
-            yield f"its first line names no column {', '.join(_PATHS[:-1])} or {_PATHS[-1]}"
+            yield f"its first line has no column {', '.join(_PATHS[:-1])} or {_PATHS[-1]}"
             return
         for row in rows:
             if row:
@@ -250,11 +250,11 @@ def _csv_lines(text: Iterable[str]) -> Iterator[_Line | str]:
                     return
                 yield _Line(rows.line_num, path, split)
     except csv.Error as error:
-        yield f"line {rows.line_num} is no CSV ({error})"
+        yield f"line {rows.line_num} is not CSV ({error})"
 
 
 def _json_lines(text: Iterable[str]) -> Iterator[_Line | str]:
-    """The objects, or a sentence on why they cannot be read."""
+    """Yield the objects, or a message if they cannot be read."""
     for number, line in enumerate(text, 1):
         if line.strip():
             try:
@@ -262,7 +262,7 @@ def _json_lines(text: Iterable[str]) -> Iterator[_Line | str]:
             except ValueError:
                 row = None
             if not isinstance(row, dict):
-                yield f"line {number} is no JSON object"
+                yield f"line {number} is not a JSON object"
                 return
             path = next((row[name] for name in _PATHS if row.get(name)), None)
             if not isinstance(path, str):
@@ -277,5 +277,5 @@ _READERS = {"txt": _text_lines, "csv": _csv_lines, "jsonl": _json_lines}
 
 
 def is_list(name: str) -> bool:
-    """Whether a file of that name is read as a list."""
+    """Return whether a file with this name is read as a list."""
     return name.rpartition(".")[2].lower() in _READERS

@@ -30,14 +30,14 @@ class LocalFiles:
         return str(self.folder / key)
 
     def walk(self) -> Iterator[Found]:
-        """Raises PipelineError when a folder cannot be read."""
+        """Yield the files. Raises PipelineError if a folder cannot be read."""
         seen: set[tuple[int, int]] = set()
         waiting = [("", str(self.folder))]
         while waiting:
             below, folder = waiting.pop()
             try:
                 here = os.stat(folder)
-                if (here.st_dev, here.st_ino) in seen:  # a link back to a folder already listed
+                if (here.st_dev, here.st_ino) in seen:  # a link to a folder that is already listed
                     continue
                 seen.add((here.st_dev, here.st_ino))
                 with os.scandir(folder) as entries:
@@ -50,8 +50,10 @@ class LocalFiles:
                             yield found
             except FileNotFoundError:
                 if not below:
-                    raise PipelineError(f"the folder {folder} does not exist.") from None
-                # else: removed while it was listed
+                    raise PipelineError(
+                        f"the folder {folder} does not exist. Correct the path."
+                    ) from None
+                # else: a folder was removed during the listing
             except OSError as error:
                 raise _unreadable(folder, error) from error
 
@@ -99,18 +101,18 @@ class LocalFiles:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, or into what may not be read
+    except OSError:  # a link to itself or into a private folder
         return False
 
 
 def _found_entry(name: str, entry: os.DirEntry[str]) -> Found | None:
-    """What a directory entry is; None for what is no file (a socket, a pipe)."""
+    """Return the file of a directory entry; None if it is a socket, a pipe or similar."""
     try:
         return _found(escape(name), entry.stat())
     except FileNotFoundError:
         if entry.is_symlink():
             return Found(escape(name), 0, 0, "it is a link to a file that does not exist")
-        return None  # removed while it was listed
+        return None  # removed during the listing
     except OSError as error:
         if entry.is_symlink():  # a link to itself
             return Found(
@@ -127,13 +129,13 @@ def _found(key: str, status: os.stat_result) -> Found | None:
 
 def _unreadable(where: str, error: OSError) -> PipelineError:
     return PipelineError(
-        f"cannot read {where}: {error.strerror or error}: check its permissions and the disk, then"
+        f"cannot read {where}: {error.strerror or error}. Check its permissions and the disk, then"
         " run the same command again."
     )
 
 
 class LocalBlob:
-    """A local file. It closes when nobody holds it any more."""
+    """A local file, which is closed when nothing refers to it."""
 
     def __init__(self, key: str, path: str) -> None:
         self.key, self._path = key, path
@@ -151,7 +153,7 @@ class LocalBlob:
             raise _unreadable(self._path, error) from error
 
     def open(self) -> BinaryIO:
-        # Over the same descriptor: the file of that name may be another one by now.
+        # On the same descriptor, because the file may have been replaced by another one.
         return io.BufferedReader(_PositionedReads(self))
 
     def __del__(self) -> None:

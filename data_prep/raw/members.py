@@ -9,7 +9,7 @@ from data_prep.raw.files import escape, is_hidden
 
 
 class Member(NamedTuple):
-    """A member of a container: `offset` and `block` mean what its container says."""
+    """A member of a container. Its container defines the meaning of `offset` and `block`."""
 
     name: str
     size: int  # bytes, -1: unknown
@@ -18,17 +18,17 @@ class Member(NamedTuple):
     problem: str = ""
 
 
-LEAVES = "its name leaves the archive"
+LEAVES = "its name leads out of the archive"
 
 
 def leaves(name: str) -> bool:
-    """Whether a member's name, taken as a path, lies outside of the folder it is unpacked in."""
+    """Return whether a member's name, as a path, leads out of the archive."""
     parts = re.split(r"[/\\]", name)
     return not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name) is not None
 
 
 def named(name: str, size: int, offset: int, problem: str = "") -> Member | None:
-    """The member of that stored name; None for a hidden one."""
+    """Return the member with this stored name; None for a hidden one."""
     while name.startswith("./"):
         name = name[2:]
     name = escape(name) or "nameless"

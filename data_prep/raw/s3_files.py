@@ -15,11 +15,11 @@ from data_prep.raw.listing import fingerprint
 if TYPE_CHECKING:
     from data_prep.core.storage.s3 import S3Store
 
-_READS = 16  # at once: one connection gives a fraction of what a server can
+_READS = 16  # at the same time, because one connection does not use a server's full speed
 
 
 def s3_files(bucket: str, prefix: str) -> S3Files:
-    """The objects below a prefix. Asks nothing of the server."""
+    """Return the objects below a prefix, without any request to the server."""
     from data_prep.core.storage.s3 import S3Store
 
     return S3Files(S3Store(bucket, prefix))
@@ -79,7 +79,7 @@ class S3Files:
         return None
 
 
-_BAD_KEY = "its key starts with a slash or has '..', a backslash or a null, which is not read"
+_BAD_KEY = "such a key cannot be read: it starts with a slash or has '..', a backslash or a null"
 
 
 def _bad_key(key: str) -> bool:
@@ -96,7 +96,7 @@ def _found_object(entry: Entry) -> Found:
 
 
 class S3Blob:
-    """An object, read by ranges."""
+    """An object that is read in ranges."""
 
     def __init__(self, store: S3Store, found: Found) -> None:
         self._store = store

@@ -1,9 +1,9 @@
-"""The sample photographs: real ones that scikit-image carries in its package, as files.
+"""The sample photos: real photos from the scikit-image package.
 
-Each split has photographs of its own, because tiles of one photograph resemble each other: tested
-on tiles next to those it was trained on, a network would look better than it is. The two motorcycle
-pictures are one scene from two cameras, so they share a split. Drawings, text, microscopy, charts
-and the logo are left out: they are no photographs.
+Each split has photos of its own. Tiles of one photo resemble each other, so a network tested on
+tiles next to its training tiles would seem better than it is. The two motorcycle photos show one
+scene from two cameras, so they share a split. Drawings, text, microscopy, charts and the logo are
+not photos and not included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_prep.core.errors import PipelineError, storage_error
 
-PHOTOGRAPHS = {
+SAMPLE_PHOTOS = {
     "train": (
         "astronaut.png",
         "clock_motion.png",
@@ -32,21 +32,22 @@ PHOTOGRAPHS = {
 }
 
 
-def write_sample_photographs(folder: Path) -> None:
-    """Write the photographs to `folder/{train,val,test}/NAME`; what is there already stays.
+def write_sample_photos(folder: Path) -> None:
+    """Write the photos to `folder/{train,val,test}/NAME`. Other files there stay.
 
-    Raises PipelineError when the installed scikit-image lacks one, StorageError when the folder
-    cannot be written.
+    Raises:
+        PipelineError: The installed scikit-image does not contain one of the photos.
+        StorageError: The folder cannot be written.
     """
     packaged = _packaged_data()
-    for split, names in PHOTOGRAPHS.items():
+    for split, names in SAMPLE_PHOTOS.items():
         for name in names:
             try:
                 data = (packaged / name).read_bytes()
             except FileNotFoundError:
                 raise PipelineError(
-                    f"the installed scikit-image does not carry the photograph {name}:"
-                    " install scikit-image 0.25 or 0.26, or give your own photographs."
+                    f"the installed scikit-image does not contain the photo {name}. Install"
+                    " scikit-image 0.25 or 0.26, or give your own photos."
                 ) from None
             target = folder / split / name
             try:
@@ -56,7 +57,7 @@ def write_sample_photographs(folder: Path) -> None:
 
 
 def _write_once(target: Path, data: bytes) -> None:
-    """Write a whole file or none; the same file is not touched, so it keeps its time."""
+    """Write a whole file or nothing; do not touch an equal file, so that it keeps its time."""
     if target.is_file() and target.read_bytes() == data:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,7 @@ def _write_once(target: Path, data: bytes) -> None:
 
 
 def _packaged_data() -> Path:
-    spec = importlib.util.find_spec("skimage")  # found, not imported: that takes a second
+    spec = importlib.util.find_spec("skimage")  # the import would take a second
     if spec is None or spec.origin is None:
-        raise PipelineError("scikit-image is not installed: run `pip install scikit-image`.")
+        raise PipelineError("scikit-image is not installed. Run `pip install scikit-image`.")
     return Path(spec.origin).parent / "data"

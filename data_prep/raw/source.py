@@ -1,7 +1,7 @@
-"""Raw sources: whatever holds photographs, as items that are listed and read. Nothing is unpacked.
+"""Raw sources of photos: list their items and read them. Nothing is unpacked to disk.
 
-A source is a folder or an S3 prefix (archives and tables in it are opened), one archive, one table
-or a list file; local, file:// or s3://.
+A source is a folder, an S3 prefix, one archive, one table or a list file, at a local path, file://
+or s3://. Archives and tables in a folder are opened.
 """
 
 from __future__ import annotations
@@ -22,34 +22,43 @@ from data_prep.raw.s3_files import S3Files, s3_files
 
 
 class Source(Protocol):
-    """Where items come from. Small and picklable."""
+    """A place of items. Small and picklable."""
 
     @property
-    def uri(self) -> str: ...
-    def list(self, known: Known = nothing_known) -> Listing:
-        """Every item, with its split where the layout or the list says it.
+    def uri(self) -> str:
+        """Return the source's address."""
 
-        `known(container, fingerprint)` gives the items that an earlier listing had for a container
-        (by its key; "" for the source itself), or None where any of them had another fingerprint:
-        they are taken over, and the container is not opened. A member's fingerprint is its
-        container's, or 0 if it has a problem. A container that is broken, or from somewhere on, is
-        an item of the container's key (its file's name, where it is the source) with the reason.
-        Raises PipelineError when the source is missing, empty or cannot be read.
+    def list(self, known: Known = nothing_known) -> Listing:
+        """Return every item, with its split if the layout or the list gives one.
+
+        The fingerprint of a member is its container's, or 0 if the member has a problem. A broken
+        container is an item of its own: its key is the container's key (or the file's name, if the
+        container is the source), and its problem is the reason.
+
+        Args:
+            known: `known(container, fingerprint)` returns the items of an earlier listing for a
+                container, which is then not opened. It returns None if any of them had another
+                fingerprint. The container is named by its key, "" if it is the source.
+
+        Raises:
+            PipelineError: The source is missing, empty or unreadable.
         """
 
-    def reader(self) -> Reader: ...
+    def reader(self) -> Reader:
+        """Return a reader of the items."""
 
 
 class Reader(Protocol):
-    """Reads items in one process. A context manager; safe from several threads."""
+    """A reader of items in one process: a context manager, safe for several threads."""
 
-    threads: int  # reads at once that pay
+    threads: int  # useful number of reads at the same time
 
     def read(self, item: Item, limit: int) -> bytes:
-        """The item's bytes. A member whose offset is -1 is found by its name.
+        """Return the item's bytes. A member with the offset -1 is found by its name.
 
-        Raises ItemError for a fault of its own (gone, broken, larger than `limit` bytes) and
-        PipelineError for what may pass.
+        Raises:
+            ItemError: The item itself is gone, broken or larger than `limit` bytes.
+            PipelineError: There is a temporary problem, such as the network.
         """
 
     def __enter__(self) -> Reader: ...
@@ -62,7 +71,7 @@ class Reader(Protocol):
 
 
 def open_source(uri: str, layout: str = "auto") -> Folder | ListFile:
-    """The source at a path, file:// or s3:// URI. Raises ConfigError or PipelineError."""
+    """Return the source at a path or URI. Raises ConfigError or PipelineError."""
     check_layout(layout)
     files = open_files(uri)
     if isinstance(files, LocalFiles):
@@ -80,7 +89,7 @@ def open_source(uri: str, layout: str = "auto") -> Folder | ListFile:
 
 
 def open_files(uri: str) -> LocalFiles | S3Files:
-    """The files below a path, a file:// URI or an s3:// URI. Asks nothing of the storage."""
+    """Return the files below a path, file:// URI or s3:// URI, without using the storage."""
     address = parse_uri(uri)
     if isinstance(address, S3Address):
         return s3_files(address.bucket, address.prefix)
@@ -88,12 +97,12 @@ def open_files(uri: str) -> LocalFiles | S3Files:
 
 
 def check_source(uri: str, layout: str = "auto") -> None:
-    """Raise PipelineError unless there is something to list: cheap, asked before all work."""
+    """Raise PipelineError unless there is something to list. This is cheap."""
     source = open_source(uri, layout)
     files, name = source.files, source.name
     if name:
         if files.look(name) is None:
-            raise PipelineError(f"{files.where(name)} does not exist: correct its path.")
+            raise PipelineError(f"{files.where(name)} does not exist. Correct the path.")
     elif isinstance(files, LocalFiles):
         _check_local(files.folder)
     elif next(iter(files.walk()), None) is None:
@@ -101,23 +110,23 @@ def check_source(uri: str, layout: str = "auto") -> None:
 
 
 def _check_local(path: Path) -> None:
-    """Raise PipelineError unless there is a folder with something in it, or a file that is read."""
+    """Raise PipelineError unless it is a folder that is not empty, or a file of a known type."""
     if not path.exists():
         raise PipelineError(
-            f"the source {path.absolute()} does not exist: correct its path (a relative one counts"
-            " from the folder that the command runs in)."
+            f"the source {path.absolute()} does not exist. Correct the path. A relative path starts"
+            " from the current folder."
         )
     if path.is_dir():
         try:
             holds_none = not any(path.iterdir())
         except OSError as error:
             raise PipelineError(
-                f"cannot read {path}: {error.strerror}: check its permissions."
+                f"cannot read {path}: {error.strerror}. Check its permissions."
             ) from error
         if holds_none:
             raise empty(LocalFiles(path))
     elif not (is_container(path.name) or is_list(path.name)):
         raise PipelineError(
-            f"{path} is no source: give a folder of photographs, an archive (.zip,"
-            " .tar, .tar.gz, .tgz), a Parquet table or a list file (.csv, .txt, .jsonl)."
+            f"{path} is not a source. Give a folder of photos, an archive (.zip, .tar, .tar.gz,"
+            " .tgz), a Parquet table or a list file (.csv, .txt, .jsonl)."
         )

@@ -1,4 +1,4 @@
-"""Parquet tables with a column of images: bytes, or a struct {bytes, path} as datasets use it."""
+"""Parquet tables with a column of images: bytes, or a struct {bytes, path} (Hugging Face)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
 _KEYS = ("key", "__key__", "id", "path", "filename", "file_name")
-_HELD = 48 << 20  # bytes of a row group up to which it is held as a whole
-_BATCH = 16  # rows read at a time of a longer one
-_BUFFER = 1 << 20  # bytes; without one, a row group's whole column is read at once
+_HELD = 48 << 20  # bytes; a smaller row group is read whole
+_BATCH = 16  # rows read at the same time from a larger row group
+_BUFFER = 1 << 20  # bytes; without a buffer, the whole column of a row group is read
 
 
 class NoImagesError(ItemError):
-    """A table in which no column can hold images."""
+    """No column of a table can contain images."""
 
 
 class Table:
-    """A Parquet file. An offset is a row's number, a block its row group.
+    """A Parquet file. An offset is the number of a row, a block is the number of its row group.
 
-    Rows are best read in ascending order: going back in a long row group reads it again.
+    Read rows in ascending order: a step back in a large row group reads the group again.
     """
 
-    weight = 2 * _HELD  # bytes held
+    weight = 2 * _HELD  # bytes in memory
 
     def __init__(self, blob: Blob) -> None:
-        """Reads the schema. Raises ItemError when it is no Parquet file or has no images."""
+        """Read the schema. Raises ItemError if it is not a Parquet file or has no images."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -42,7 +42,7 @@ class Table:
             self._file = pq.ParquetFile(blob.open(), buffer_size=_BUFFER, pre_buffer=False)
             schema = self._file.schema_arrow
         except (pa.ArrowException, OSError) as error:
-            raise ItemError("it is no Parquet table, or it is cut off") from error
+            raise ItemError("it is not a Parquet table, or it is cut off") from error
         column = _image_column(schema)
         self._is_struct = pa.types.is_struct(schema.field(column).type)
         self._leaf = f"{column}.bytes" if self._is_struct else column
@@ -55,15 +55,17 @@ class Table:
         ]
         facts = self._file.metadata
         counts = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
-        self._starts = list(accumulate(counts, initial=0))  # first rows of the groups, and the end
+        self._starts = list(
+            accumulate(counts, initial=0)
+        )  # the first row of each group, and the end
         self._lock = Lock()
-        self._group = -1  # the row group that is being read
+        self._group = -1  # the current row group
         self._rows: Any = None  # some rows of it
-        self._first = 0  # the number of the first of them
+        self._first = 0  # the number of the first of these rows
         self._batches: Iterator[Any] = iter(())
 
     def members(self) -> Iterator[Member]:
-        """One for each row; no image is read."""
+        """Yield a member for each row, without reading an image."""
         names = self._names()
         for group in range(len(self._starts) - 1):
             for row in range(self._starts[group], self._starts[group + 1]):
@@ -71,7 +73,7 @@ class Table:
                 yield Member(name, -1, row, group)
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
-        """The row's image. Raises ItemError when it has none."""
+        """Return the row's image. Raises ItemError if there is none."""
         import pyarrow as pa
 
         if not 0 <= offset < self._starts[-1]:
@@ -86,23 +88,23 @@ class Table:
             value = value["bytes"]
         data = value.as_buffer() if value.is_valid else None
         if data is None or data.size == 0:
-            raise ItemError("its row holds no image")
+            raise ItemError("its row has no image")
         if data.size > limit:
             raise too_large(limit)
         return bytes(data)
 
     def _value(self, row: int) -> Any:
-        """The Arrow scalar of a row's image."""
+        """Return the Arrow scalar of a row's image."""
         if self._group < 0 or not self._first <= row < self._starts[self._group + 1]:
             self._enter(row)
         while row >= self._first + len(self._rows):
             self._first += len(self._rows)
-            self._rows = None  # let go before the next ones come
+            self._rows = None  # free them before the next rows arrive
             self._rows = next(self._batches).column(0)
         return self._rows[row - self._first]
 
     def _enter(self, row: int) -> None:
-        """Start on the row group that has the row."""
+        """Start to read the row group of the row."""
         group = next(n for n, end in enumerate(self._starts[1:]) if row < end)
         facts = self._file.metadata.row_group(group)
         chunks = (facts.column(n) for n in range(facts.num_columns))
@@ -119,7 +121,7 @@ class Table:
         self._group, self._first = group, self._starts[group]
 
     def _names(self) -> Iterator[str] | None:
-        """The rows' names in order, from the first column that tells all rows apart."""
+        """Return the rows' names in order, from the first column with a unique text per row."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -144,7 +146,7 @@ class Table:
 
 
 def _image_column(schema: pa.Schema) -> str:
-    """The column of images: the one with a usual name, or the only one that can hold bytes."""
+    """Return the column of images: one with a usual name, or the only column of bytes."""
     able = [field.name for field in schema if _holds_bytes(field.type)]
     for usual in _IMAGES:
         for name in able:
@@ -154,7 +156,7 @@ def _image_column(schema: pa.Schema) -> str:
         raise NoImagesError("it has no column of images")
     if len(able) > 1:
         names = ", ".join(map(repr, able))
-        raise ItemError(f"it has several columns of bytes and none is called image: {names}")
+        raise ItemError(f"it has several columns of bytes, and none is called image: {names}")
     return str(able[0])
 
 

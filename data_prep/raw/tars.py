@@ -1,7 +1,7 @@
-"""Tar archives, read by their headers; those with gzip from front to back.
+"""Tar archives, read header by header; compressed ones (gzip) from front to back.
 
-`tarfile` only decodes headers: it would hold a kilobyte a member, and take an archive that is cut
-off for a whole one.
+`tarfile` only decodes headers here. By itself it would take a kilobyte of memory per member, and
+accept an archive that is cut off.
 """
 
 from __future__ import annotations
@@ -22,23 +22,27 @@ from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.members import Member, named
 
-_LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is an attack or damage
+_LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is damage or an attack
 CUT = "the archive is cut off within it"
-UNENDED = "it may be cut off: the mark of its end is missing"
-ReadAt = Callable[[int, int], bytes]  # (offset, size) → those bytes, fewer at the end
+UNENDED = "it may be cut off: its end mark is missing"
+ReadAt = Callable[[int, int], bytes]  # (offset, size) → bytes, fewer at the end
 
 
 class Tar:
-    """A tar archive, `.gz` where `compressed`. An offset is a member's place in the plain tar.
-
-    `samples`: whether consecutive members `key.jpg`, `key.json` … are one sample of WebDataset, of
-    which only the image is a member; None: told by the first members.
-    """
+    """A tar archive. An offset is the place of a member's data in the uncompressed tar."""
 
     def __init__(self, blob: Blob, compressed: bool, samples: bool | None) -> None:
+        """Open an archive.
+
+        Args:
+            blob: The file.
+            compressed: Whether the file is compressed by gzip.
+            samples: Whether consecutive members `key.jpg`, `key.json` … are one WebDataset sample,
+                and only its image counts as a member. None: the first members decide.
+        """
         self._blob, self._samples = blob, samples
         self._unpacked = _Forward(blob) if compressed else None
-        self.weight = 2 * _WINDOW if compressed else BLOCK  # bytes held
+        self.weight = 2 * _WINDOW if compressed else BLOCK  # bytes in memory
 
     def members(self) -> Iterator[Member]:
         found = self._files()
@@ -84,12 +88,12 @@ class Tar:
 
 
 def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Member]:
-    """Every file that is not hidden. `reaches(end)` says whether the archive has so many bytes."""
+    """Yield every file that is not hidden; `reaches(end)`: whether the archive is so long."""
     at, longer = 0, {}  # type: int, dict[str, bytes]
     while True:
         block = read_at(at, BLOCK)
         if len(block) == BLOCK and not any(block):
-            return  # the mark of the end
+            return  # the end mark
         if not block and at:
             raise ItemError(UNENDED)
         try:
@@ -117,7 +121,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
         longer = {}
         if size < 0:
             raise ItemError(_broken_header(at - BLOCK, BLOCK))
-        if header.type == tarfile.GNUTYPE_SPARSE and block[482]:  # its map goes on
+        if header.type == tarfile.GNUTYPE_SPARSE and block[482]:  # its map continues in more blocks
             while (block := read_at(at, BLOCK)) and block[504:505] > b"\0":
                 at += BLOCK
             at += BLOCK
@@ -128,7 +132,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
                 whole = False
             problem = "" if whole else CUT
             if is_sparse:
-                problem = "it is stored as a sparse file, which is not read"
+                problem = "it is stored as a sparse file, which is not supported"
             member = named(name, size, at, problem)
             if member is not None:
                 yield member
@@ -151,10 +155,10 @@ _EXTENDED = (
 
 def _broken_header(at: int, length: int) -> str:
     if not at:
-        return "it is no tar archive" if length else "it is empty"
+        return "it is not a tar archive" if length else "it is empty"
     if length < BLOCK:
         return "it is cut off"
-    return f"it is broken at byte {at}: what stands behind is not listed"
+    return f"it is broken at byte {at}: members after it are not listed"
 
 
 def _number(digits: bytes) -> int:
@@ -162,7 +166,7 @@ def _number(digits: bytes) -> int:
 
 
 def _pax(data: bytes) -> dict[str, bytes]:
-    """The records `length key=value` of an extended header."""
+    """Return the records `length key=value` of an extended header."""
     found, at = {}, 0
     while record := re.compile(rb"(\d{1,7}) ([^=]+)=").match(data, at):
         end = at + int(record[1])
@@ -175,12 +179,12 @@ def _pax(data: bytes) -> dict[str, bytes]:
 
 # tar.gz -------------------------------------------------------------------------------------------
 
-_STEP = 1 << 20  # bytes decompressed at a time
-_WINDOW = 16 << 20  # bytes kept behind, so that threads need not come in order
+_STEP = 1 << 20  # bytes decompressed in one step
+_WINDOW = 16 << 20  # last bytes that stay in memory, since threads read out of order
 
 
 class _Forward:
-    """Reading at offsets of a gzip stream, which only goes forward: going far back starts anew."""
+    """Reads at offsets of a gzip stream. A read far back starts again at the beginning."""
 
     def __init__(self, blob: Blob) -> None:
         self._blob = blob
@@ -188,7 +192,7 @@ class _Forward:
         self._restart()
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """Those bytes, fewer at the end. Raises ItemError where the stream is broken before it."""
+        """Return these bytes, fewer at the end. Raises ItemError if the stream is broken."""
         with self._lock:
             if offset < self._start:
                 self._restart()
@@ -202,24 +206,24 @@ class _Forward:
     def _restart(self) -> None:
         self._raw: BinaryIO | None = None
         self._chunks: deque[bytes] = deque()
-        self._start = self._end = 0  # of what is held
+        self._start = self._end = 0  # of the bytes in memory
         self._is_broken = False
 
     def _advance(self, wanted: int) -> bool:
-        """Decompress some more, keeping what stands at `wanted` and behind; False at the end."""
+        """Decompress more and keep the bytes from `wanted` on. Return False at the end."""
         if self._raw is None:
             self._raw = self._blob.open()
             self._stream = gzip.GzipFile(fileobj=self._raw)
         if self._is_broken:
             reason = "it is broken or cut off: it cannot be decompressed"
-            raise ItemError(reason if self._end else "it is no gzip archive, or it is broken")
+            raise ItemError(reason if self._end else "it is not a gzip archive, or it is broken")
         pieces, size = [], 0
         try:
             while size < _STEP and (piece := self._stream.read1(_STEP)):
                 pieces.append(piece)
                 size += len(piece)
         except (EOFError, zlib.error, gzip.BadGzipFile):
-            self._is_broken = True  # told when what came before has been used
+            self._is_broken = True  # reported after the bytes before it
         if not size:
             return self._is_broken
         chunk = b"".join(pieces)
@@ -242,11 +246,11 @@ class _Forward:
 
 # WebDataset ---------------------------------------------------------------------------------------
 
-_LOOKED_AT = 16  # first members that tell whether an archive holds samples
+_LOOKED_AT = 16  # first members, which show whether an archive contains samples
 
 
 def _first(members: Iterator[Member]) -> tuple[list[Member], ItemError | None]:
-    """The first members, and the fault that ended them early."""
+    """Return the first members, and the error that ended them early, if any."""
     first: list[Member] = []
     try:
         for member in islice(members, _LOOKED_AT):
@@ -262,7 +266,7 @@ def _raise(fault: ItemError) -> Iterator[Member]:
 
 
 def _stem(name: str) -> str:
-    """A member's sample: its path up to the first dot of its last part."""
+    """Return the name of a member's sample: its path up to the first dot of the file name."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
@@ -272,7 +276,7 @@ def _is_image(name: str) -> bool:
 
 
 def _are_samples(members: list[Member]) -> bool:
-    """Whether an image and something else with the same stem stand side by side."""
+    """Return whether an image and another file with the same stem follow one another."""
     return any(
         _stem(one.name) == _stem(two.name) and _is_image(one.name) != _is_image(two.name)
         for one, two in pairwise(members)
@@ -280,9 +284,9 @@ def _are_samples(members: list[Member]) -> bool:
 
 
 def _image_of(sample: list[Member]) -> Member:
-    """The image of a sample; its first member, with a problem, where it has none."""
+    """Return the image of a sample; without one, its first member with a problem."""
     for member in sample:
         if _is_image(member.name):
             return member
-    problem = sample[0].problem or "ignored: its sample holds no image"
+    problem = sample[0].problem or "ignored: its sample has no image"
     return sample[0]._replace(problem=problem)

@@ -1,6 +1,7 @@
-"""Zip archives, read by their directory.
+"""Zip archives, read by means of their directory.
 
-`zipfile` is not used: it holds a kilobyte a member, and does not bound what a member expands to.
+`zipfile` is not used, because it takes a kilobyte of memory per member and does not limit the size
+of a decompressed member. The format is PKWARE's APPNOTE.TXT.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _HEADER = struct.Struct("<4s5H3L2H")
 _LONGEST_DIRECTORY = 1 << 30  # bytes, about ten million members
-_SLACK = 256  # a local header's extra field is mostly shorter, so one read fetches all
+_SLACK = 256  # bytes; most extra fields are shorter, so one read fetches header and data
 _ENCRYPTED, _UTF8 = 1, 0x800
 
 
 class Zip:
-    """A zip archive. An offset is the place of a member's entry in the directory, in bytes."""
+    """A zip archive. An offset is the byte in the directory where a member's entry starts."""
 
     def __init__(self, blob: Blob) -> None:
-        """Reads the directory. Raises ItemError when there is none."""
+        """Read the directory. Raises ItemError if there is none."""
         self._blob = blob
         start, size, self._shift = _find_directory(blob)
         if size > _LONGEST_DIRECTORY:
@@ -36,7 +37,7 @@ class Zip:
         self._directory = blob.read_at(start, size)
         if len(self._directory) < size:
             raise ItemError("it is cut off")
-        self.weight = size  # bytes held
+        self.weight = size  # bytes in memory
 
     def members(self) -> Iterator[Member]:
         at, directory = 0, self._directory
@@ -49,20 +50,20 @@ class Zip:
             at = entry.end
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
-        """The member's bytes, decompressed up to `limit` and compared with its checksum."""
+        """Return the member's bytes, decompressed up to `limit` and checked by checksum."""
         entry = self._entry(offset)
         if entry.flags & _ENCRYPTED:
             raise ItemError("it is encrypted")
         if entry.method not in _METHODS:
-            raise ItemError(f"it is compressed by method {entry.method}, which is not read")
-        # The worst that compression can do to random bytes is a little longer than they are.
+            raise ItemError(f"it is compressed by method {entry.method}, which is not supported")
+        # Compression can make random bytes a little longer, but not more than this.
         if entry.size > limit or entry.stored > limit + limit // 8 + 4096:
             raise too_large(limit)
         at = entry.header + self._shift
         span = _HEADER.size + len(entry.name) + _SLACK + entry.stored
         data = self._blob.read_at(at, span)
         if len(data) < _HEADER.size or data[:4] != b"PK\3\4":
-            raise ItemError("it is broken: its header is not where the archive says")
+            raise ItemError("it is broken: its header is not at the place in the directory")
         fields = _HEADER.unpack_from(data)
         start = _HEADER.size + fields[9] + fields[10]
         missing = start + entry.stored - len(data)
@@ -111,7 +112,7 @@ class _Entry(NamedTuple):
 
 
 def _find_directory(blob: Blob) -> tuple[int, int, int]:
-    """Where the directory starts, its size, and by how much all stored offsets must be raised."""
+    """Return the directory's start and size, and the number to add to all stored offsets."""
     length = min(blob.size, _END.size + 0xFFFF)
     tail = blob.read_at(blob.size - length, length)
     at = tail.rfind(b"PK\5\6")
@@ -120,24 +121,24 @@ def _find_directory(blob: Blob) -> tuple[int, int, int]:
     ):
         at = tail.rfind(b"PK\5\6", 0, at)
     if at < 0:
-        raise ItemError("it is no zip archive, or it is cut off")
+        raise ItemError("it is not a zip archive, or it is cut off")
     _, disk, first_disk, _, _, size, offset, _ = _END.unpack_from(tail, at)
     end = blob.size - length + at
     wide = _find_wide_end(blob, end)
     if wide is not None:
         end, size, offset = wide
     elif disk or first_disk:
-        raise ItemError("it is one of several parts of an archive: join them first")
+        raise ItemError("it is one of several parts of an archive. Join the parts first")
     start = end - size
     if start < 0:
         raise ItemError("its directory is broken")
-    if size and blob.read_at(start, 4) != b"PK\1\2":  # something stands behind the directory
+    if size and blob.read_at(start, 4) != b"PK\1\2":  # there is something after the directory
         return offset, size, 0
-    return start, size, start - offset  # above 0 where a program stands in front
+    return start, size, start - offset  # above 0 if there is a program before the archive
 
 
 def _find_wide_end(blob: Blob, end: int) -> tuple[int, int, int] | None:
-    """(place, directory's size, its offset) of the record that Zip64 has before the end record."""
+    """Return (place, directory's size, directory's offset) of the Zip64 end record, if any."""
     if end < 20:
         return None
     signature, _, offset, _ = struct.unpack("<4sLQL", blob.read_at(end - 20, 20))
@@ -151,7 +152,7 @@ def _find_wide_end(blob: Blob, end: int) -> tuple[int, int, int] | None:
 
 
 def _wide(extra: bytes, *values: int) -> list[int]:
-    """The values with those that are 2^32 - 1 taken from the Zip64 extra field, in its order."""
+    """Return the values, with each 2^32 - 1 replaced from the Zip64 extra field in order."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -168,7 +169,7 @@ def _wide(extra: bytes, *values: int) -> list[int]:
 
 
 def _decoded(name: bytes, flags: int) -> str:
-    """A stored name. Without the flag it should be in code page 437, but UTF-8 is as common."""
+    """Return a stored name. Without the flag it should be CP437, but UTF-8 is as common."""
     if flags & _UTF8 or name.isascii():
         return name.decode("utf-8", "surrogateescape")
     try:

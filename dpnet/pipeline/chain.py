@@ -16,7 +16,7 @@ from data_prep.core.paths import PHOTOS, cache_folder
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
-from data_prep.raw.sample_photos import write_sample_photographs
+from data_prep.raw.sample_photos import write_sample_photos
 from dpnet.evaluation.stage import evaluate
 from dpnet.pipeline.config import Config
 from dpnet.registry.stage import register, tracking_uri
@@ -99,6 +99,6 @@ def with_photographs(config: Config, store: Store) -> Config:
     if config.images.source != SAMPLE:
         return config
     top = store.local_folder or cache_folder()
-    write_sample_photographs(top / PHOTOS)
+    write_sample_photos(top / PHOTOS)
     images = config.images.model_copy(update={"source": str(top / PHOTOS)})
     return config.model_copy(update={"images": images})

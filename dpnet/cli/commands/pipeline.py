@@ -123,11 +123,11 @@ def _with_launch(args: Namespace) -> list[str]:
 
 def notify(args: Namespace) -> Outcome:
     """Compare a config's source with its last version, and send Prefect an event."""
-    from data_prep.raw.bucket_events import below, notified
+    from data_prep.raw.bucket_events import new_object_uris, uris_below
 
     config = load_config(args.config, args.set)
     source = config.images.source
-    if args.event is not None and not below(notified(_read_event(args.event)), source):
+    if args.event is not None and not uris_below(new_object_uris(_read_event(args.event)), source):
         reason = f"no object of the event is in {source}, so nothing is done."
         return {"ok": True, "announced": False, "reason": reason}, reason
     check_config(config, "images")

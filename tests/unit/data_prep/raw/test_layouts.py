@@ -149,7 +149,7 @@ def test_celeba_without_its_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs list_eval_partition\.txt"):
         splits(tmp_path, "celeba", ["img_align_celeba/000001.jpg"])
     (tmp_path / "list_eval_partition.txt").write_text("image partition\n")
-    with pytest.raises(ConfigError, match=r"has no line like '000001\.jpg 0'"):
+    with pytest.raises(ConfigError, match=r"has no line such as '000001\.jpg 0'"):
         splits(tmp_path, "celeba", [])
 
 
@@ -217,5 +217,5 @@ def test_the_photographs_at_hand_are_laid_out_as_they_should() -> None:
 def test_a_layout_that_nothing_matches_says_what_it_expects(
     tmp_path: Path, layout: str, expected: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{layout} knows: it expects .*{expected}"):
+    with pytest.raises(ConfigError, match=rf"{layout}\. It expects .*{expected}"):
         splits(tmp_path, layout, ["some/photo.jpg"])

@@ -132,7 +132,7 @@ def test_repeated_lines_are_listed_once(tmp_path: Path) -> None:
     place = Place(str(tmp_path), False)
     text = f"path,split\na.jpg,train\n./a.jpg,training\n{tmp_path}/a.jpg,train\nb.jpg,test\n"
     assert split_of(place, "l.csv", text) == {"a.jpg": "train", "b.jpg": "test"}
-    with pytest.raises(ConfigError, match=r"line 3 of .*l\.csv: 'a\.jpg' stood in another split"):
+    with pytest.raises(ConfigError, match=r"line 3 of .*l\.csv: 'a\.jpg' was in another split"):
         split_of(place, "l.csv", "path,split\na.jpg,train\n./a.jpg,val\n")
 
 
@@ -140,17 +140,17 @@ def test_repeated_lines_are_listed_once(tmp_path: Path) -> None:
     ("name", "text", "sentence"),
     [
         ("l.csv", "path,split\na.jpg,train\nb.jpg,hold-out\n", "line 3 of .*'hold-out' is unknown"),
-        ("l.csv", "name,size\na.jpg,1\n", "its first line names no column path, uri"),
+        ("l.csv", "name,size\na.jpg,1\n", "its first line has no column path, uri"),
         ("l.csv", "path,split\na.jpg,train\n,train\n", "line 3 has no path"),
-        ("l.csv", "", "its first line names no column"),
-        ("l.jsonl", '{"path": "a"}\n["b"]', "line 2 is no JSON object"),
-        ("l.jsonl", '{"path": "a"}\n{"path"', "line 2 is no JSON object"),
+        ("l.csv", "", "its first line has no column"),
+        ("l.jsonl", '{"path": "a"}\n["b"]', "line 2 is not a JSON object"),
+        ("l.jsonl", '{"path": "a"}\n{"path"', "line 2 is not a JSON object"),
         ("l.jsonl", '{"label": "a"}', "line 1 has no field path, uri"),
-        ("l.jsonl", '{"path": "\\ud800"}', "line 1 of .*no valid Unicode"),
-        ("l.txt", "a.jpg\nhttps://me:secret@host/x.jpg", "line 2 of .*https:// .*not fetched"),
+        ("l.jsonl", '{"path": "\\ud800"}', "line 1 of .*not valid Unicode"),
+        ("l.txt", "a.jpg\nhttps://me:secret@host/x.jpg", "line 2 of .*https:// .*cannot be read"),
         ("l.txt", "gs://bucket/x.jpg", "line 1 of .*gs:// "),
         ("l.txt", "s3://bucket", "line 1 of .*a bucket and a key"),
-        ("l.txt", "\0\0\0", "is this a text file"),
+        ("l.txt", "\0\0\0", "this is not a text file"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_told_with_its_line(
@@ -164,12 +164,12 @@ def test_a_list_that_cannot_be_used_is_told_with_its_line(
 
 
 def test_an_absolute_path_in_a_list_on_s3_names_no_object(moto_root: str) -> None:
-    with pytest.raises(ConfigError, match=r"line 1 of .*write s3://bucket/key"):
+    with pytest.raises(ConfigError, match=r"line 1 of .*Write s3://bucket/key"):
         open_and_list(Place(moto_root, True).put("l.txt", b"/data/a.jpg"))
 
 
 def test_an_empty_and_an_absent_list_are_told_in_one_sentence(place: Place) -> None:
-    with pytest.raises(PipelineError, match=r"l\.txt names no files"):
+    with pytest.raises(PipelineError, match=r"l\.txt contains no paths"):
         open_and_list(place.put("l.txt", b"\n\n"))
     for check in (check_source, open_and_list):
         with pytest.raises(PipelineError, match=r"none\.csv does not exist"):

@@ -114,9 +114,9 @@ def test_every_name_comes_back_from_its_key(name: bytes) -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        ("", "does not exist: correct its path"),
-        ("file", "is no source: give a folder"),
-        ("folder", "is empty: put photographs into it"),
+        ("", r"does not exist\. Correct the path"),
+        ("file", r"is not a source\. Give a folder"),
+        ("folder", r"is empty\. Put photos into it"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_told_in_one_sentence(
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_used_is_told_in_one_sentence(
 
 def test_a_folder_of_empty_folders_is_empty(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    with pytest.raises(PipelineError, match="is empty: put photographs into it"):
+    with pytest.raises(PipelineError, match=r"is empty\. Put photos into it"):
         open_and_list(str(tmp_path))
 
 
@@ -164,7 +164,7 @@ def test_another_scheme_is_refused_without_repeating_what_may_be_secret(uri: str
 
 
 def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="layout 'imagenet' is unknown: give one of auto, files"):
+    with pytest.raises(ConfigError, match=r"layout 'imagenet' is unknown\. Use one of auto, files"):
         check_source(str(tmp_path), "imagenet")
 
 
@@ -196,7 +196,7 @@ def test_a_file_that_may_not_be_read_ends_the_build_with_a_mocked_refusal(
         with pytest.raises(PipelineError, match="a: Permission denied"):
             reader.read(Item("a", 1, 1), LIMIT)
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PipelineError, match="Permission denied: check its permissions"):
+    with pytest.raises(PipelineError, match=r"Permission denied\. Check its permissions"):
         open_and_list(str(tmp_path))
 
 

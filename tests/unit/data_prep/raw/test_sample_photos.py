@@ -9,11 +9,11 @@ from PIL import Image
 
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.raw import sample_photos as photos
-from data_prep.raw.sample_photos import write_sample_photographs
+from data_prep.raw.sample_photos import write_sample_photos
 
 
 def test_every_photograph_is_written_into_its_split_and_opens(tmp_path: Path) -> None:
-    write_sample_photographs(tmp_path)
+    write_sample_photos(tmp_path)
     for split, count in {"train": 10, "val": 2, "test": 3}.items():
         files = sorted((tmp_path / split).iterdir())
         assert len(files) == count
@@ -24,10 +24,10 @@ def test_every_photograph_is_written_into_its_split_and_opens(tmp_path: Path) ->
 
 
 def test_no_photograph_is_in_two_splits_and_the_motorcycles_share_one() -> None:
-    names = [name for split in photos.PHOTOGRAPHS.values() for name in split]
+    names = [name for split in photos.SAMPLE_PHOTOS.values() for name in split]
     assert len(names) == len(set(names))
     motorcycles = [
-        s for s, own in photos.PHOTOGRAPHS.items() if any("motorcycle" in n for n in own)
+        s for s, own in photos.SAMPLE_PHOTOS.items() if any("motorcycle" in n for n in own)
     ]
     assert motorcycles == ["train"]
 
@@ -35,11 +35,11 @@ def test_no_photograph_is_in_two_splits_and_the_motorcycles_share_one() -> None:
 def test_what_is_there_already_is_not_touched_and_what_was_altered_is_written_again(
     tmp_path: Path,
 ) -> None:
-    write_sample_photographs(tmp_path)
+    write_sample_photos(tmp_path)
     coins, moon = tmp_path / "train/coins.png", tmp_path / "train/moon.png"
     before, whole = coins.stat(), moon.read_bytes()
     moon.write_bytes(whole[:100])
-    write_sample_photographs(tmp_path)
+    write_sample_photos(tmp_path)
     assert (coins.stat().st_mtime_ns, coins.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
     assert moon.read_bytes() == whole
 
@@ -47,12 +47,12 @@ def test_what_is_there_already_is_not_touched_and_what_was_altered_is_written_ag
 def test_a_photograph_that_scikit_image_lacks_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(photos.PHOTOGRAPHS, "train", ("unicorn.png",))
-    with pytest.raises(PipelineError, match=r"does not carry the photograph unicorn\.png"):
-        write_sample_photographs(tmp_path)
+    monkeypatch.setitem(photos.SAMPLE_PHOTOS, "train", ("unicorn.png",))
+    with pytest.raises(PipelineError, match=r"does not contain the photo unicorn\.png"):
+        write_sample_photos(tmp_path)
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "photos").write_text("I am a file")
     with pytest.raises(StorageError, match="photos/train"):
-        write_sample_photographs(tmp_path / "photos")
+        write_sample_photos(tmp_path / "photos")

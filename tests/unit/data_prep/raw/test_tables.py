@@ -97,7 +97,7 @@ def test_a_row_without_an_image_is_that_items_fault(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(packed({"image": pa.array([b"1", None]), "id": [1, 2]}))
     (tmp_path / "c.parquet").write_bytes(packed({"image": pa.array([None, rows[0]], STRUCT)}))
     found = contents(open_source(str(tmp_path)))
-    empty = "its row holds no image"
+    empty = "its row has no image"
     assert found == {
         "a.parquet/a": b"1",
         "a.parquet/b": empty,
@@ -127,7 +127,7 @@ def test_a_table_without_images_is_ignored_in_a_folder_and_refused_alone(tmp_pat
     assert keys(listing) == ["a.jpg", "index.parquet", "two.parquet"]
     assert listing.problems == {
         "index.parquet": "ignored: it has no column of images",
-        "two.parquet": "it has several columns of bytes and none is called image: 'one', 'two'",
+        "two.parquet": "it has several columns of bytes, and none is called image: 'one', 'two'",
     }
     for name, reason in (("index", "no column of images"), ("two", "'one', 'two'")):
         with pytest.raises(
@@ -142,7 +142,7 @@ def test_a_broken_table_is_named_and_a_broken_page_is_its_rows_fault(tmp_path: P
     (tmp_path / "page.parquet").write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
     source = open_source(str(tmp_path))
     listing = source.list()
-    assert listing.problems == {"cut.parquet": "it is no Parquet table, or it is cut off"}
+    assert listing.problems == {"cut.parquet": "it is not a Parquet table, or it is cut off"}
     assert contents(source)["page.parquet/a"] == "its part of the table is broken"
 
 

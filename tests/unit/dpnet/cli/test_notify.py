@@ -18,7 +18,7 @@ from image_sets import photographs
 from prefect.context import refresh_global_settings_context
 
 from data_prep.core.errors import PipelineError
-from data_prep.raw.bucket_events import below, notified
+from data_prep.raw.bucket_events import new_object_uris, uris_below
 from dpnet.cli.commands import pipeline
 from dpnet.cli.parser import build_parser
 from flows.run_from_command import QUIET
@@ -67,18 +67,18 @@ def notify(*argv: str) -> tuple[dict[str, Any], str]:
 
 def test_the_keys_of_a_notification_are_decoded() -> None:
     text = notification("bucket/my+photos/caf%C3%A9+1.png", "bucket/a%2Bb.png")
-    assert notified(text) == ["s3://bucket/my photos/café 1.png", "s3://bucket/a+b.png"]
+    assert new_object_uris(text) == ["s3://bucket/my photos/café 1.png", "s3://bucket/a+b.png"]
 
 
 def test_only_objects_in_the_source_concern_a_config() -> None:
     uris = ["s3://b/photos/1.png", "s3://b/photos-old/1.png", "s3://b/x.tar", "s3://c/photos/1.png"]
-    assert below(uris, "s3://b/photos/") == ["s3://b/photos/1.png"]
-    assert below(uris, "s3://b/x.tar") == ["s3://b/x.tar"]
-    assert below(uris, "/data/photos") == []
+    assert uris_below(uris, "s3://b/photos/") == ["s3://b/photos/1.png"]
+    assert uris_below(uris, "s3://b/x.tar") == ["s3://b/x.tar"]
+    assert uris_below(uris, "/data/photos") == []
 
 
 def test_a_test_notification_of_s3_has_no_object() -> None:
-    assert notified('{"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}') == []
+    assert new_object_uris('{"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}') == []
 
 
 @pytest.mark.parametrize(
@@ -95,8 +95,8 @@ def test_a_test_notification_of_s3_has_no_object() -> None:
     ],
 )
 def test_other_text_is_not_a_notification(text: str | bytes) -> None:
-    with pytest.raises(PipelineError, match=r"no notification of S3: give the JSON"):
-        notified(text)
+    with pytest.raises(PipelineError, match=r"not an S3 notification\. Give the JSON"):
+        new_object_uris(text)
 
 
 def test_the_event_goes_to_the_server_of_the_root_if_no_other_is_configured(
