@@ -27,6 +27,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
 
 from data_prep.core import progress
+from data_prep.core.logs import start_logging
 from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
 from data_prep.core.storage.store import Store
@@ -75,6 +76,7 @@ class RunPage:
     def __enter__(self) -> RunPage:
         if "PREFECT__FLOW_RUN_ID" in os.environ:  # a worker started this process
             survive_closed_output()
+            start_logging()
         progress.watchers.append(self._note_progress)
         self._log.__enter__()
         self._thread.start()

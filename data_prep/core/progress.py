@@ -1,6 +1,6 @@
-"""Progress: a bar on a terminal, plain lines in a log. Both go to standard error.
+"""Progress: a bar on a terminal, log records elsewhere. Both go to standard error.
 
-Who shows it elsewhere, too, as in a browser, puts a function into `listeners` or `watchers`.
+To show progress in another place too, for example in a browser, add a function to `watchers`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from data_prep.core.text import duration
 log = logging.getLogger(__name__)
 
 PLAIN_EVERY_S = 10.0
-listeners: list[Callable[[str], None]] = []  # are told too, where nobody reads standard error
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,6 @@ class Moment:
 
 # Told of every count, in the thread that counts and before it goes on: be quick, or pass it on.
 watchers: list[Callable[[Moment], None]] = []
-
-
-def say(message: str) -> None:
-    """One plain line for people; standard output is kept for results."""
-    with suppress(BrokenPipeError):  # its reader is gone, as a Prefect worker that was killed
-        print(message, file=sys.stderr, flush=True)
-    for listener in listeners:
-        listener(message)
 
 
 class Progress:

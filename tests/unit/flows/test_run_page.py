@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.core.logs import has_started
 from data_prep.core.progress import Moment
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import load_config
@@ -79,3 +80,14 @@ def test_the_progress_line_has_the_speed_and_the_time_left_once_they_are_known(
     moment: Moment, line: str
 ) -> None:
     assert progress_line(moment) == line
+
+
+@pytest.mark.parametrize("of_worker", [True, False])
+def test_a_process_that_a_worker_started_logs_to_standard_error(
+    of_worker: bool, page: RunPage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.run_page.survive_closed_output", lambda: None)
+    if of_worker:
+        monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "a flow run")
+    with page:
+        assert has_started() == of_worker
