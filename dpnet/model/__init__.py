@@ -1,4 +1,4 @@
-"""DPNet's network. Needs torch and nothing else."""
+"""DPNet's network. It needs only torch."""
 
 from dpnet.model.config import PRESETS, ModelConfig
 from dpnet.model.discriminator import PatchDiscriminator, build_discriminator

@@ -1,18 +1,18 @@
-"""Pyramidal attention: patches of the decoder ask, patches of three encoder layers answer.
+"""Pyramidal attention: queries from the decoder, keys and values from three encoder layers.
 
-The paper takes finer patches "directly from learned layers", so that a pyramid of layers is what a
-non-local pixel can draw from. The definition (patches of 3x3, cosine logits, log known share as an
-additive term, sharpness that grows with the number of keys) is our choice; `plain_attention.py`
-states it in the plainest form.
+The paper takes finer patches "directly from learned layers", so a pixel of the hole can draw from a
+pyramid of layers. The definition is our choice: 3x3 patches, cosine logits, the log of the known
+share as an additive term, and a sharpness that grows with the number of keys.
+`plain_attention.py` shows it in its simplest form.
 
-Here no patch is ever cut out. The product of two patches is the sum of nine products of pixels,
+This module never cuts out a patch. The product of two patches is the sum of nine pixel products,
 
     S(y, x; v, u) = sum over a, b in {-1, 0, 1} of P(y + a, x + b; v + a, u + b),  P = q . k,
 
-so the scores are a 3x3 sum along the diagonals of the pixels' products, which takes a ninth of the
-multiplications. Pasting weighted value patches back is the same sum over the weights, followed by
-one product with the values' pixels. Rows of queries are worked on in blocks, again in the backward
-pass, so that the whole score matrix never exists.
+so the scores are 3x3 sums along the diagonals of the pixel products. This takes a ninth of the
+multiplications. Pasting the weighted value patches back is the same sum over the weights, followed
+by one product with the value pixels. Rows of queries are computed in blocks, and again in the
+backward pass, so the whole score matrix never exists.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from dpnet.model.plain_attention import (
     sharpness,
 )
 
-GRID_MAX = 128 * 128  # queries; larger maps are averaged down first, with all their keys
-# Scores of one block. A CPU's should stay in its caches, a GPU wants to be filled.
+GRID_MAX = 128 * 128  # most queries; larger maps and their keys are averaged down first
+# Scores in one block. On a CPU they should fit into its caches; a GPU needs many to be busy.
 BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 Grid = tuple[int, int]
@@ -50,7 +50,17 @@ R = TypeVar("R")
 def attend(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], shares: Sequence[Tensor]
 ) -> Tensor:
-    """What `plain_attend` gives of the same arguments, worked out as this module's head says."""
+    """Return the same as `plain_attend`, computed without cutting out patches.
+
+    Args:
+        query: N D H W.
+        keys: Maps N D h w.
+        values: Maps N E h w of the same sizes.
+        shares: N 1 h w, the known share around each key, in [0, 1].
+
+    Returns:
+        N E H W.
+    """
     n, _, height, width = query.shape
     column, bias, some = key_terms(keys, shares)
     out = _attend(
@@ -61,7 +71,7 @@ def attend(
         column,
         bias,
         [side for k in keys for side in k.shape[2:]],
-        # Images of all sizes would compile again and again; in training shapes stay as they are.
+        # Only in training, where shapes stay the same: each new size would compile again.
         query.is_cuda and torch.is_grad_enabled(),
     )
     out = out.permute(0, 3, 1, 2) / overlaps((height, width), out)
@@ -69,34 +79,44 @@ def attend(
 
 
 def key_terms(keys: Sequence[Tensor], shares: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a key's logits are multiplied with and what is added, N K each; N: has it any key?"""
+    """Return the factor and the offset of each key's logits, and whether a sample has any key.
+
+    Args:
+        keys: Maps N D h w.
+        shares: N 1 h w, the known share around each key, in [0, 1].
+
+    Returns:
+        Factor N K, offset N K, and N booleans.
+    """
     share = torch.cat([full(c).flatten(1) for c in shares], dim=1)
     usable = share >= KNOWN_MIN
     some = usable.any(dim=1)
     bias = torch.where(usable, share.clamp(min=KNOWN_MIN).log(), float("-inf"))
-    # A sample without keys would be softmax over -inf, which is NaN, also in the gradient.
+    # Without any key, softmax over -inf would give NaN, also in the gradient.
     bias = torch.where(some[:, None], bias, 0.0)
     column = torch.cat([inverse_norms(k).flatten(1) for k in keys], dim=1)
     return column * sharpness(column), bias, some
 
 
 def inverse_norms(x: Tensor) -> Tensor:
-    """1 / the norm of the 3x3 patch around each pixel of an NCHW map: N1HW in fp32."""
+    """Return 1 / norm of the 3x3 patch around each pixel of an NCHW map, as N1HW in fp32."""
     squared = full(x).square().sum(dim=1, keepdim=True)
     total = PATCH**2 * F.avg_pool2d(squared, PATCH, 1, PATCH // 2, count_include_pad=True)
     return total.clamp(min=NORM_MIN**2).rsqrt()
 
 
 def overlaps(size: Grid, like: Tensor) -> Tensor:
-    """How many 3x3 patches of a map of `size` cover each pixel: 11HW."""
+    """Return how many 3x3 patches of a map of `size` cover each pixel, as 11HW."""
     ones = torch.ones((1, 1, *size), dtype=like.dtype, device=like.device)
     return PATCH**2 * F.avg_pool2d(ones, PATCH, 1, PATCH // 2, count_include_pad=True)
 
 
 def known_share(valid: Tensor, size: Grid) -> Tensor:
-    """Share of known input pixels under each 3x3 patch of a map of `size`: N1HW.
+    """Return the share of known input pixels under each 3x3 patch of a map of `size`, as N1HW.
 
-    `valid` is the input mask V0; its size is a multiple of `size`.
+    Args:
+        valid: The input mask V0, N1HW. Its height and width are multiples of `size`.
+        size: Height and width of the map.
     """
     cells = F.adaptive_avg_pool2d(full(valid), size)
     return F.avg_pool2d(cells, PATCH, 1, PATCH // 2, count_include_pad=False)
@@ -113,11 +133,22 @@ def _attend(
     sides: list[int],
     fused: bool,
 ) -> Tensor:
-    """The weighted value patches, summed where they overlap: N H W E in v's type.
+    """Compute the weighted value patches and sum them where they overlap.
 
-    q: N H W D; k: N K D; v: N K E; row: N H W, column and bias: N K, so that the logits are
-    S row column + bias; `sides`: h, w of each level of keys in turn. An operator of its own, so
-    that `torch.compile` keeps the loop over blocks out of its graph.
+    It is a custom operator, so that `torch.compile` keeps the loop over blocks out of its graph.
+
+    Args:
+        q: N H W D.
+        k: N K D.
+        v: N K E.
+        row: N H W, the factor of a query; the logits are S row column + bias.
+        column: N K, the factor of a key.
+        bias: N K, the offset of a key.
+        sides: h, w of each level of keys in turn.
+        fused: Compile the steps of a block.
+
+    Returns:
+        N H W E in the type of `v`.
     """
     forward = _fused(_forward_block) if fused else _forward_block
     q = F.pad(q, (0, 0, 0, 0, 1, 1))  # a row of zeros above and below
@@ -145,7 +176,10 @@ def _attend_backward(
     sides: list[int],
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, row and column, worked out again block by block."""
+    """Return the gradients of q, k, v, row and column. Blocks are computed again, one by one.
+
+    `gradient` is N H W E; the other arguments are those of `_attend`.
+    """
     backward = _fused(_backward_block) if fused else _backward_block
     kind = q.dtype
     q, gradient = (F.pad(x, (0, 0, 0, 0, 1, 1)) for x in (q, gradient.to(v.dtype)))
@@ -186,10 +220,10 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 
 def _blocks(shape: torch.Size, keys: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
-    """Samples and rows (first, end) that are worked on at once."""
+    """Yield the samples, first row and end row of each block."""
     samples, height, width = shape
     budget = BLOCK.get(device.type, BLOCK["cuda"]) // (width * keys)
-    rows = min(max(budget - 2, 1), height)  # a block reads one row more above and below
+    rows = min(max(budget - 2, 1), height)  # a block reads one more row above and below
     together = max(budget // (height + 2), 1)
     for first in range(0, samples, together):
         for top in range(0, height, rows):
@@ -198,9 +232,9 @@ def _blocks(shape: torch.Size, keys: int, device: torch.device) -> Iterator[tupl
 
 @cache
 def _fused(block: Callable[..., R]) -> Callable[..., R]:
-    """`block` with its steps compiled into one another: on a GPU they are bound by memory.
+    """Compile the steps of `block` into one: on a GPU, memory access limits their speed.
 
-    Where the compiler does not work (no C compiler, say) it is `block` itself.
+    If the compiler does not work, for example without a C compiler, `block` runs uncompiled.
     """
     from torch._dynamo.exc import BackendCompilerFailed  # seconds to import
 
@@ -212,7 +246,7 @@ def _fused(block: Callable[..., R]) -> Callable[..., R]:
             return compiled(*inputs)
         except BackendCompilerFailed as error:
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"attention is not fused, which is slower: {reason}", stacklevel=2)
+            warnings.warn(f"attention runs uncompiled, which is slower: {reason}", stacklevel=2)
             compiled = block
             return block(*inputs)
 
@@ -222,7 +256,7 @@ def _fused(block: Callable[..., R]) -> Callable[..., R]:
 def _forward_block(
     q: Tensor, k: Tensor, v: Tensor, row: Tensor, column: Tensor, bias: Tensor, sides: list[int]
 ) -> Tensor:
-    """What R rows of queries add to R + 2 rows of the output; q holds R + 2 rows."""
+    """Return the sum that R rows of queries add to R + 2 rows of output; q holds R + 2 rows."""
     _, weights = _weights(q, k, row, column, bias, sides)
     pixels = _spread(weights.to(v.dtype), sides)
     return (pixels.flatten(1, 2) @ v).view(*q.shape[:3], -1)
@@ -238,7 +272,7 @@ def _backward_block(
     bias: Tensor,
     sides: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q (R + 2 rows), k, v, row and column by R rows of queries."""
+    """Return the gradients of q (R + 2 rows), k, v, row and column from R rows of queries."""
     scores, weights = _weights(q, k, row, column, bias, sides)
     gradient = gradient.flatten(1, 2)
     pixels = _spread(weights.to(v.dtype), sides).flatten(1, 2)
@@ -259,7 +293,7 @@ def _backward_block(
 def _weights(
     q: Tensor, k: Tensor, row: Tensor, column: Tensor, bias: Tensor, sides: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Scores S and softmax weights, N R W K in fp32, of the R rows between q's first and last."""
+    """Return scores S and softmax weights, N R W K in fp32, of all rows of q but the outer two."""
     products = (q.flatten(1, 2) @ k.transpose(1, 2)).view(*q.shape[:3], -1)
     scores = _collect(products, sides)
     logits = scores * row[..., None] * column[:, None, None] + bias[:, None, None]
@@ -267,7 +301,7 @@ def _weights(
 
 
 def _collect(products: Tensor, sides: list[int]) -> Tensor:
-    """3x3 sums along the diagonals: N R+2 W K of pixels -> N R W K of patches, in fp32."""
+    """Sum along the diagonals, 3x3: pixels N R+2 W K -> patches N R W K, in fp32."""
     rows = products.shape[1] - 2
     if torch.compiler.is_compiling():
         return _sum_of_shifts(full(products), rows, sides, 0)
@@ -279,7 +313,7 @@ def _collect(products: Tensor, sides: list[int]) -> Tensor:
 
 
 def _spread(patches: Tensor, sides: list[int]) -> Tensor:
-    """The transpose of `_collect`: N R W K -> N R+2 W K, in the type that it is given."""
+    """Apply the transpose of `_collect`: N R W K -> N R+2 W K, in the type of `patches`."""
     if torch.compiler.is_compiling():
         rows = patches.shape[1] + 2
         return _sum_of_shifts(full(patches), rows, sides, 2).to(patches.dtype)
@@ -292,7 +326,7 @@ def _spread(patches: Tensor, sides: list[int]) -> Tensor:
 
 
 def _across(x: Tensor, sides: list[int]) -> Tensor:
-    """The sums' part within rows; it is its own transpose."""
+    """Sum within rows. This map is its own transpose."""
     out = x.clone()
     for level, part in zip(_levels(x, sides), _levels(out, sides), strict=True):
         part[:, :, :-1, :, :-1] += level[:, :, 1:, :, 1:]
@@ -301,9 +335,13 @@ def _across(x: Tensor, sides: list[int]) -> Tensor:
 
 
 def _sum_of_shifts(x: Tensor, rows: int, sides: list[int], above: int) -> Tensor:
-    """The same sums as one expression, which a compiler makes one kernel of.
+    """Compute the same sums as one expression, which the compiler makes into one kernel.
 
-    `above`: rows of zeros that are put above and below first.
+    Args:
+        x: N R W K.
+        rows: Number of rows of the result.
+        sides: h, w of each level of keys in turn.
+        above: Rows of zeros to add above and below first.
     """
     width, parts = x.shape[2], []
     for level in _levels(x, sides):
@@ -318,14 +356,14 @@ def _sum_of_shifts(x: Tensor, rows: int, sides: list[int], above: int) -> Tensor
 
 
 def _levels(x: Tensor, sides: list[int]) -> list[Tensor]:
-    """Views N R W h w of the keys' grids in N R W K."""
+    """Return a view N R W h w of each level of keys in N R W K."""
     grids = list(zip(sides[::2], sides[1::2], strict=True))
     parts = torch.split(x, [h * w for h, w in grids], dim=3)
     return [p.view(*x.shape[:3], *grid) for p, grid in zip(parts, grids, strict=True)]
 
 
 def _flat(maps: Sequence[Tensor]) -> Tensor:
-    """N C h w maps, one after the other, as N K C."""
+    """Join N C h w maps to N K C."""
     return torch.cat([x.flatten(2) for x in maps], dim=2).transpose(1, 2)
 
 
@@ -334,8 +372,8 @@ class PyramidAttention(nn.Module):
 
     `forward` takes the decoder's feature NCHW, the encoder's layers (the first at the same
     resolution, the others coarser) and the input mask V0. Maps of more than 128 x 128 queries are
-    averaged down by a whole factor before they attend, and what they get is interpolated: our
-    choice, so that time and memory stay bounded on large images.
+    averaged down by a whole factor first, and the result is interpolated. This is our choice: it
+    bounds time and memory on large images.
     """
 
     def __init__(self, channels: int, layers: list[int], dim: int) -> None:
@@ -366,7 +404,7 @@ class PyramidAttention(nn.Module):
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Within it, networks attend by the plain form: for comparison, and for exported graphs."""
+    """Use the plain form of attention while in the block, to compare or to export."""
     global _plain
     before, _plain = _plain, True
     try:
@@ -379,7 +417,7 @@ _plain = False
 
 
 def averaged_by(size: Grid) -> int:
-    """The whole factor that all maps are averaged down by where the queries' has this size."""
+    """Return the whole factor to average all maps down by, for a query map of this size."""
     return math.ceil(math.sqrt(size[0] * size[1] / GRID_MAX))
 
 
@@ -388,5 +426,5 @@ def _averaged(x: Tensor, factor: int) -> Tensor:
 
 
 def key_layers(kind: Attention, layers: list[int]) -> list[int]:
-    """Which of the encoder's layers (finest first) serve as keys."""
+    """Return the encoder layers (finest first) that serve as keys."""
     return layers if kind == "pyramid" else layers[:1]

@@ -1,8 +1,7 @@
 """Sizes and switches of the network, and the presets.
 
-The paper publishes neither widths nor depths: every number here is our choice. `base` is chosen to
-meet the one cost that the paper states, 55.58 GMac at 3 x 256 x 256 over convolution and linear
-modules.
+The paper publishes neither widths nor depths: every number here is our choice. The preset `base`
+meets the one cost in the paper, 55.58 GMac at 3 x 256 x 256 over convolution and linear modules.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ MaskUpdate = Literal["soft", "binary"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the shape of both networks.
+    """The sizes and switches of both networks.
 
     Attributes:
-        widths: channels at full, half and quarter resolution.
-        blocks: residual blocks at quarter resolution.
-        attention_dim: channels d of a query or key pixel, and d_v of a value pixel.
-        guide: channels of the projected encoder feature that steers dynamic normalization; the
-            mask makes one more, so a multiple of 8 minus 1 is fast.
-        discriminator_widths: channels of the discriminator's first four convolutions.
-        pyramid: False takes one 3x3 mask-aware convolution in the place of each pyramid.
-        attention: keys from three encoder layers, from one, or no attention.
-        normalization: see `dpnet.model.normalization`.
-        mask: soft confidence, or the binary any-valid rule of partial convolution.
-        discriminator_sees_mask: the mask is the discriminator's fourth input channel.
+        widths: Channels at full, half and quarter resolution.
+        blocks: Residual blocks at quarter resolution.
+        attention_dim: Channels d of a query or key pixel, and d_v of a value pixel.
+        guide: Channels of the projected encoder feature that steers dynamic normalization. The mask
+            adds one channel, so a multiple of 8 minus 1 is fast.
+        discriminator_widths: Channels of the discriminator's first four convolutions.
+        pyramid: False replaces each pyramid by one 3x3 mask-aware convolution.
+        attention: Keys from three encoder layers, from one, or no attention.
+        normalization: See `dpnet.model.normalization`.
+        mask: Soft confidence, or the binary any-valid rule of partial convolution.
+        discriminator_sees_mask: Give the discriminator the mask as a fourth input channel.
     """
 
     widths: tuple[int, int, int] = (64, 128, 256)
@@ -45,11 +44,12 @@ class ModelConfig:
     discriminator_sees_mask: bool = True
 
     def to_json(self) -> dict[str, Any]:
+        """Return the config as JSON values."""
         return asdict(self)
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> ModelConfig:
-        """The config that `to_json` wrote. Raises TypeError on unknown keys."""
+        """Read a config from `to_json`'s values. Raises TypeError for unknown keys."""
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
         }
@@ -70,7 +70,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:
-    """The preset `name` with some fields changed. Raises ValueError on an unknown name."""
+    """Return the preset `name` with some fields changed. Raises ValueError for an unknown name."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
     return replace(PRESETS[name], **changes)

@@ -1,4 +1,4 @@
-"""What a network consists of and costs, layer by layer. Nothing is computed: shapes alone."""
+"""Describe the layers of a network and their costs. It uses shapes only; nothing is computed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ Layer = dict[str, Any]
 
 
 def describe(config: ModelConfig, size: int = 256) -> dict[str, Any]:
-    """Layers and costs of both networks for one RGB image of `size` x `size`, as JSON values.
+    """Return layers and costs of both networks for one RGB image of `size` x `size`.
 
-    `macs` counts the products of convolution modules (there are no linear ones), as the paper's
-    cost was counted; `attention_macs` are attention's own, queries x keys x (9 d + 9 d_v) as it is
-    defined over 3x3 patches, `attention_macs_computed` those of the fast form, which works on
-    pixels, queries x keys x (d + d_v). `total_macs` is `macs` with `attention_macs_computed`.
+    The result holds JSON values, among them:
+        macs: Products in convolution modules, as the paper counts. There are no linear modules.
+        attention_macs: Products of attention as defined over 3x3 patches: queries x keys x
+            (9 d + 9 d_v).
+        attention_macs_computed: Products of the fast form over pixels: queries x keys x (d + d_v).
+        total_macs: The sum of `macs` and `attention_macs_computed`.
+
     Raises ValueError unless `size` is a positive multiple of 32.
     """
     if size < 2 * MULTIPLE or size % (2 * MULTIPLE):
@@ -68,7 +71,7 @@ def describe(config: ModelConfig, size: int = 256) -> dict[str, Any]:
 
 
 def description_text(found: Mapping[str, Any]) -> str:
-    """`describe`'s result as two tables with totals, for people."""
+    """Return the result of `describe` as two tables with totals."""
     attention = found["attention_macs"], found["attention_macs_computed"]
     discriminator = found["discriminator"]
     rows = [
@@ -190,7 +193,7 @@ def _table(layers: Sequence[Layer]) -> list[str]:
         for layer in layers
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    numbers = len(head) - 2  # the columns from here on are set to the right
+    numbers = len(head) - 2  # columns from here on align to the right
     return [
         "  ".join(
             cell.rjust(width) if i >= numbers else cell.ljust(width)

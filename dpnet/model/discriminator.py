@@ -1,7 +1,7 @@
 """The spectral-norm patch discriminator.
 
-Published: blocks of 64, 128, 256, 512 channels at H/2 to H/16 and a map of H/32 x W/32. Kernel,
-activation, mask input and the loss are our choice.
+The paper gives blocks of 64, 128, 256 and 512 channels at H/2 to H/16, and a map of H/32 x W/32.
+Kernel, activation, mask input and loss are our choice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpnet.model.dtype import without_autocast
 
 
 class PatchDiscriminator(nn.Module):
-    """`forward(image_N3HW in [0, 1], valid_N1HW) -> N1(H/32)(W/32)` logits (no sigmoid)."""
+    """The discriminator: `forward(image_N3HW in [0, 1], valid_N1HW) -> N1(H/32)(W/32)` logits."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class PatchDiscriminator(nn.Module):
         last = len(self.convs) - 1
         for i, conv in enumerate(self.convs):
             assert isinstance(conv, nn.Conv2d)
-            with without_autocast(x):  # the power iteration is never done in half
+            with without_autocast(x):  # the power iteration needs full precision
                 weight = conv.weight
             x = F.conv2d(x, weight, conv.bias, stride=2, padding=1)
             if i < last:
@@ -44,5 +44,5 @@ class PatchDiscriminator(nn.Module):
 
 
 def build_discriminator(config: ModelConfig | str) -> PatchDiscriminator:
-    """The discriminator of a config or of a preset's name."""
+    """Build the discriminator of a config or of a preset's name."""
     return PatchDiscriminator(preset(config) if isinstance(config, str) else config)

@@ -1,4 +1,4 @@
-"""Of tensors: precision, and what is only traced."""
+"""Precision of tensors, and whether a graph is traced."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def full(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is where it has float64 already."""
+    """Return `x` in float32; float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """In it, products stay in the precision of their factors. (Meta tensors know no autocast.)"""
+    """Keep products in the precision of their factors. (Meta tensors have no autocast.)"""
     if x.is_meta:
         return nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def is_traced() -> bool:
-    """Whether `torch.jit.trace` is at work, to which all values are examples."""
+    """Return whether `torch.jit.trace` is running, for which all values are examples."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]

@@ -1,8 +1,9 @@
 """Pull-push: a smooth fill of the hole from the known colours, coarse to fine.
 
-The scheme is the Lumigraph's (Gortler et al., 1996, section 3.4): pull averages the known pixels
-level by level, push fills from the coarsest level what a finer one does not know. At each level the
-fill is relaxed a little towards the mean of its neighbours, which brings it near the harmonic fill.
+The scheme is that of the Lumigraph (Gortler et al., 1996, section 3.4). Pull averages the known
+pixels level by level. Push fills the unknown pixels of each level from the next coarser one. At
+each level the fill moves a little towards the mean of its neighbours, which brings it close to the
+harmonic fill.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from dpnet.model.dtype import full
 
 LEVELS = 7
 RELAXATIONS = 2
-SATURATION = 4.0  # a coarse pixel counts as fully known once a quarter of its window is
+SATURATION = 4.0  # a coarse pixel counts as fully known if a quarter of its window is known
 
 
 def pull_push(image: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
     """Fill the hole smoothly.
 
     Args:
-        image: N C H W, 0 in the hole. valid: N 1 H W in {0, 1}. mean: N C 1 1, what a sample
-            without any known pixel in reach is filled with.
+        image: N C H W, 0 in the hole.
+        valid: N 1 H W in {0, 1}; 1 is known.
+        mean: N C 1 1, the fill of pixels without any known pixel in reach.
 
     Returns:
         N C H W in fp32; known pixels keep their values.
@@ -40,7 +42,7 @@ def pull_push(image: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
         pulled.append((colour, weight))
     filled = colour + (1 - weight) * mean
     for colour, weight in reversed(pulled[:-1]):
-        # Twice as large and cut, as `_halve` rounds up: stretched to an odd size it would shift.
+        # Doubled and cropped, because `_halve` rounds up: resizing to an odd size would shift it.
         above = F.interpolate(filled, scale_factor=2, mode="bilinear", align_corners=False)
         above = above[:, :, : colour.shape[2], : colour.shape[3]]
         filled = colour + (1 - weight) * above
@@ -49,8 +51,8 @@ def pull_push(image: Tensor, valid: Tensor, mean: Tensor) -> Tensor:
     return filled
 
 
-# Both are sums of shifted maps: autocast would put a convolution in half, and on a CPU they are
-# faster than a convolution or a pooling.
+# Both functions below sum shifted maps. Autocast would compute a convolution in half precision, and
+# on a CPU the sums are faster than a convolution or a pooling.
 
 
 def _halve(x: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def _halve(x: Tensor) -> Tensor:
 
 
 def _neighbours(x: Tensor) -> Tensor:
-    """Mean of each pixel's eight neighbours; beyond the border the nearest pixel is repeated."""
+    """Return the mean of each pixel's eight neighbours. Beyond the border, the edge is repeated."""
     around = F.pad(x, (1, 1, 1, 1), mode="replicate")
     rows = around[:, :, :-2] + around[:, :, 1:-1] + around[:, :, 2:]
     return (rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] - x) / 8

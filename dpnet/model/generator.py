@@ -1,7 +1,7 @@
 """DPNet's generator: a mask-aware pyramidal encoder and a decoder with pyramidal attention.
 
-Resolutions, for an input of side S: encoder S, S/2, S/4, then two more layers at S/8 and S/16 whose
-patches serve the attention as keys; decoder S/4 (attention), S/2, S.
+Resolutions for an input of side S: the encoder has S, S/2 and S/4, and two more layers at S/8 and
+S/16 as keys of the attention. The decoder has S/4 (attention), S/2 and S.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from dpnet.model.pyramid import Level, MaskAwareConv, pyramid_levels
 
 MULTIPLE = 16  # the coarsest layer's stride
 SLOPE = 0.2
-FOLLOW = 50.0  # makes the share of the smooth fill learn faster than the weights do
-FLAT = 0.02  # the least deviation: a photograph of one colour must not be divided by 0
+FOLLOW = 50.0  # the share of the smooth fill learns this much faster than the weights
+FLAT = 0.02  # smallest deviation, so that an image of one colour is not divided by 0
 
 
 def activate(x: Tensor) -> Tensor:
+    """Apply the network's activation."""
     return F.leaky_relu(x, SLOPE)
 
 
 class Units(NamedTuple):
-    """What a sample's colours are measured in, and the smooth fill of its hole.
+    """The units of a sample's colours, and the smooth fill of its hole.
 
-    Tiles of one image share them, so that no seam shows.
+    The tiles of one image share them, so that no seams are visible.
 
     Attributes:
-        centre: N311, l of the mean known colour. scale: N111, the deviation of the known l from it.
+        centre: N311, l of the mean known colour.
+        scale: N111, the deviation of the known l from the centre.
         smooth: N3HW, the smooth fill in these units.
     """
 
@@ -45,7 +47,7 @@ class Units(NamedTuple):
 
 
 class EncoderLayer(nn.Module):
-    """Mask-aware convolution, normalization by the new mask, activation."""
+    """A mask-aware convolution, a normalization by the new mask, and the activation."""
 
     def __init__(
         self, channels_in: int, channels_out: int, levels: list[Level], stride: int, c: ModelConfig
@@ -60,7 +62,7 @@ class EncoderLayer(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """y = F + f(F) with two mask-aware pyramids; mask max(m, m')."""
+    """A residual block y = F + f(F) with two mask-aware pyramids; its mask is max(m, m')."""
 
     def __init__(self, channels: int, c: ModelConfig) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ class ResidualBlock(nn.Module):
         self.second = MaskAwareConv(channels, levels, mask=c.mask)
         self.norm = EncoderNorm(channels, c.normalization)
         if c.normalization in ("dynamic", "region"):
-            # Begin near the identity, so that depth costs no signal at the start.
+            # Start near the identity, so that the signal passes through all blocks.
             nn.init.constant_(self.norm.gamma, 0.2)
 
     def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +81,7 @@ class ResidualBlock(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Upsample, join the encoder's feature, 3x3 convolution, normalization, activation."""
+    """Upsampling, joining the encoder's feature, 3x3 convolution, normalization, activation."""
 
     def __init__(
         self, below: int, skip: int, channels: int, c: ModelConfig, colours: int = 0
@@ -96,17 +98,18 @@ class DecoderLayer(nn.Module):
 
 
 class Generator(nn.Module):
-    """`forward(image_N3HW in [0, 1], valid_N1HW) -> N3HW in [0, 1]`: the raw prediction.
+    """The generator: `forward(image_N3HW in [0, 1], valid_N1HW) -> N3HW in [0, 1]`, the prediction.
 
-    `valid` is 1 where a pixel is known, 0 in the hole. What the image holds in the hole, NaN
-    included, has no influence. Any size: the input is padded to a multiple of 16 and cropped back.
+    `valid` is 1 for a known pixel and 0 in the hole. Values of the image in the hole, NaN included,
+    have no influence. The image may have any size: it is padded to a multiple of 16, and the result
+    is cropped.
 
-    Our choice, to spare the first thousand steps that other networks spend on finding colours: with
-    l = atanh(2 colour - 1), mu the mean of a sample's known colours and s the deviation of its
-    known l from l(mu), the network sees (l - l(mu)) / s and gives (tanh(l(mu) + s y) + 1) / 2, so
-    that errors are small where the photograph has little contrast. y is the last convolution's
-    output plus a learnt share of a smooth fill of the hole in the same units, which the decoder's
-    last layer sees as well. Both start at 0, so training starts from mean fill.
+    Colours have units of their own, which is our choice. Other networks need about a thousand steps
+    only to find the colours. Let l = atanh(2 colour - 1), mu the mean of a sample's known colours,
+    and s the deviation of its known l from l(mu). The network sees (l - l(mu)) / s and returns
+    (tanh(l(mu) + s y) + 1) / 2, so errors are small if the image has little contrast. y is the
+    output of the last convolution plus a learned share of a smooth fill of the hole. The last
+    decoder layer sees this fill too. Both terms start at 0, so training starts from mean fill.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -138,14 +141,21 @@ class Generator(nn.Module):
         return EncoderLayer(channels_in, channels_out, levels, 2, self.config)
 
     def forward(self, image: Tensor, valid: Tensor, units: Units | None = None) -> Tensor:
+        """Check the input and return the prediction. Raises ValueError for an invalid input.
+
+        Args:
+            image: N3HW in [0, 1].
+            valid: N1HW in {0, 1}.
+            units: Units of a whole image, for its tiles. By default those of `image`.
+        """
         if not (torch.compiler.is_compiling() or is_traced()):
             check_input(image, valid)
         return self.paint(image, valid, units)
 
     def paint(self, image: Tensor, valid: Tensor, units: Units | None = None) -> Tensor:
-        """`forward` of what is known to be sound: the check reads values, for which a GPU waits."""
+        """Return the prediction without a check of the input, which would wait for a GPU."""
         height, width = image.shape[2:]
-        # Padding counts as unknown, so it changes nothing but the grid.
+        # Padding counts as unknown, so it changes only the size of the grid.
         pad = (0, -width % MULTIPLE, 0, -height % MULTIPLE)
         image, valid = F.pad(full(image), pad), F.pad(full(valid), pad)
         if units is None:
@@ -178,9 +188,9 @@ class Generator(nn.Module):
 
     @staticmethod
     def units(image: Tensor, valid: Tensor) -> Units:
-        """The units of N3HW images, in which the hole may hold anything, and N1HW masks."""
+        """Return the units of N3HW images with N1HW masks. The hole may hold any values."""
         valid = full(valid)
-        # Emptied by selection: NaN times 0 would still be NaN.
+        # Selected, not multiplied: NaN times 0 is NaN.
         image = torch.where(valid > 0, full(image), 0.0)
         mean = known_mean(image, valid)
         centre = to_logit(mean)
@@ -191,7 +201,7 @@ class Generator(nn.Module):
 
 
 def check_input(image: Tensor, valid: Tensor) -> None:
-    """Raise ValueError with one sentence unless the two are what a generator can take."""
+    """Raise ValueError unless image and mask fit a generator."""
     if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
         raise ValueError(
             f"the image is {image.dtype} {tuple(image.shape)}: give floating point N x 3 x H x W"
@@ -202,11 +212,11 @@ def check_input(image: Tensor, valid: Tensor) -> None:
             f"the mask is {tuple(valid.shape)} and the image {tuple(image.shape)}: give a mask of"
             " N x 1 x H x W with the image's N, H and W."
         )
-    if image.is_meta:  # there are no values to look at
+    if image.is_meta:  # it has no values to check
         return
     if not ((valid == 0) | (valid == 1)).all():
         raise ValueError(
-            "the mask holds other values than 0 (hole) and 1 (known): threshold it first."
+            "the mask holds values other than 0 (hole) and 1 (known): threshold it first."
         )
     if not (torch.isfinite(image) | (valid == 0)).all():
         raise ValueError(
@@ -215,14 +225,17 @@ def check_input(image: Tensor, valid: Tensor) -> None:
 
 
 def to_logit(colour: Tensor) -> Tensor:
-    """Inverse of (tanh(y) + 1) / 2, for colours a little inside [0, 1]."""
+    """Invert (tanh(y) + 1) / 2, with colours clamped to a little less than [0, 1]."""
     return torch.atanh((2 * colour - 1).clamp(-0.999, 0.999))
 
 
 def known_mean(image: Tensor, valid: Tensor, empty: float = 0.5) -> Tensor:
-    """Mean of the known pixels by channel, NC11 in fp32; `empty` where none is known.
+    """Return the mean of the known pixels for each channel, NC11 in fp32.
 
-    `image` is 0 in the hole.
+    Args:
+        image: NCHW, 0 in the hole.
+        valid: N1HW in {0, 1}.
+        empty: The mean of a sample without known pixels.
     """
     count = valid.sum(dim=(2, 3), keepdim=True)
     total = (full(image) * valid).sum(dim=(2, 3), keepdim=True)
@@ -230,5 +243,5 @@ def known_mean(image: Tensor, valid: Tensor, empty: float = 0.5) -> Tensor:
 
 
 def build_generator(config: ModelConfig | str) -> Generator:
-    """The generator of a config or of a preset's name."""
+    """Build the generator of a config or of a preset's name."""
     return Generator(preset(config) if isinstance(config, str) else config)

@@ -1,7 +1,7 @@
 """Losses of the generator and the discriminator.
 
-The paper publishes neither losses nor weights: all of this is our choice, of what comparable
-systems use. Shape suffix as elsewhere; `valid` is N1HW, 1 where a pixel is known.
+The paper publishes neither losses nor weights. These are our choice among the losses of comparable
+systems. `valid` is always N1HW; 1 is a known pixel.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Adversarial = Literal["nsgan", "hinge"]
 
 
 def l1_terms(prediction: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute error (over the hole, over the known part), each a mean over samples.
+    """Return the mean absolute error over the hole, and over the known pixels.
 
-    Each sample is divided by its own share, so that the result does not depend on how a batch is
-    split over ranks. A sample without a hole (or without known pixels) adds 0 to that term.
+    Each sample is divided by the size of its own region, so the result does not depend on the split
+    of a batch over ranks. A sample without a hole (or without known pixels) adds 0 to that term.
     """
     error = (full(prediction) - full(truth)).abs().mean(dim=1, keepdim=True)
     valid = full(valid)
@@ -35,13 +35,13 @@ def l1_terms(prediction: Tensor, truth: Tensor, valid: Tensor) -> tuple[Tensor, 
 
 
 def generator_adversarial(fake_logits: Tensor, kind: Adversarial) -> Tensor:
-    """What the generator minimises: -log sigma(D(fake)) or -D(fake)."""
+    """Return the generator's adversarial loss: -log sigma(D(fake)), or -D(fake) for hinge."""
     fake = full(fake_logits)
     return F.softplus(-fake).mean() if kind == "nsgan" else -fake.mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: Adversarial) -> Tensor:
-    """Binary cross-entropy on the map, or the hinge loss; the mean over real and fake."""
+    """Return binary cross-entropy or the hinge loss, averaged over real and fake images."""
     real, fake = full(real_logits), full(fake_logits)
     if kind == "nsgan":
         return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
@@ -49,7 +49,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: Adversari
 
 
 def total_variation(composite: Tensor, valid: Tensor) -> Tensor:
-    """Mean absolute difference of neighbours of which at least one lies in the hole."""
+    """Return the mean absolute difference of neighbours, if at least one is in the hole."""
     hole, x = 1 - full(valid), full(composite)
     across = torch.maximum(hole[:, :, :, 1:], hole[:, :, :, :-1])
     down = torch.maximum(hole[:, :, 1:], hole[:, :, :-1])
@@ -68,10 +68,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class VGGFeatures(nn.Module):
-    """The first activation of each of VGG's stages, of an image in [0, 1].
+    """The first activation of each stage of VGG, for images in [0, 1]. The weights are frozen.
 
-    `state` holds torchvision's names (`features.0.weight` ...); stages that it does not reach are
-    left out, at least three must be there. Frozen.
+    `state` holds torchvision's names (`features.0.weight` ...). It may end early, but must hold at
+    least three stages.
     """
 
     def __init__(self, state: Mapping[str, Tensor], kind: Literal["vgg16", "vgg19"]) -> None:
@@ -98,8 +98,8 @@ class VGGFeatures(nn.Module):
                 stage, first = [], False
         if len(self.stages) < 3:
             raise ValueError(
-                f"the weights hold {len(self.stages)} stages of {kind}, three are needed: give a"
-                " state dict with torchvision's names (features.0.weight and so on)."
+                f"the weights hold {len(self.stages)} stages of {kind}, but three are needed: give"
+                " a state dict with torchvision's names (features.0.weight and so on)."
             )
         self.mean: Tensor
         self.std: Tensor
@@ -108,6 +108,7 @@ class VGGFeatures(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, image: Tensor) -> list[Tensor]:
+        """Return one feature map NCHW for each stage, finest first."""
         x = (image - self.mean) / self.std
         features = []
         for stage in self.stages:
@@ -117,23 +118,23 @@ class VGGFeatures(nn.Module):
 
 
 def perceptual(predicted: Iterable[Tensor], true: Iterable[Tensor]) -> Tensor:
-    """Mean absolute difference of features, summed over layers."""
+    """Return the mean absolute difference of features, summed over layers."""
     return torch.stack(
         [(full(p) - full(t)).abs().mean() for p, t in zip(predicted, true, strict=True)]
     ).sum()
 
 
 def style(predicted: Iterable[Tensor], true: Iterable[Tensor]) -> Tensor:
-    """Mean absolute difference of Gram matrices divided by C H W, summed over layers."""
+    """Return the mean absolute difference of Gram matrices, summed over layers."""
     return torch.stack(
         [(gram(p) - gram(t)).abs().mean() for p, t in zip(predicted, true, strict=True)]
     ).sum()
 
 
 def gram(x: Tensor) -> Tensor:
-    """Gram matrix of NCHW over (C H W), N C C in fp32.
+    """Return the Gram matrix of NCHW divided by C H W, as N C C in fp32.
 
-    Divided before the product, half by half, so that it neither overflows nor underflows.
+    Each factor is divided before the product, so that it neither overflows nor underflows.
     """
     n, c, h, w = x.shape
     flat = full(x).reshape(n, c, h * w) / (c * h * w) ** 0.5

@@ -1,8 +1,8 @@
-"""Dynamic normalization and the forms it is compared with.
+"""Dynamic normalization and the kinds that it is compared with.
 
-Statistics are per sample and channel, in fp32, weighted by the mask as the encoder has updated it:
-known with weights m, hole with weights 1 - m. The paper names the idea (normalise with the updated
-mask, layer by layer); the soft weights, the shrinkage and the modulation are our choice.
+Statistics are per sample and channel, in fp32. The mask that the encoder has updated weights them:
+m for the known region, 1 - m for the hole. The paper gives the idea (normalise with the updated
+mask, layer by layer); soft weights, shrinkage and modulation are our choice.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from dpnet.model.config import Normalization
 from dpnet.model.dtype import full
 
-SHRINK = 16.0  # n0: a region of this many pixels counts half, the whole map the other half
+SHRINK = 16.0  # n0: a region with 16 pixels counts half, the whole map the other half
 VARIANCE_EPSILON = 1e-5
 
 
 class Moments(NamedTuple):
-    """What is known of a region: the sum of its weights n N111, its mean and variance NC11."""
+    """The moments of a region: the sum of weights n (N111), mean and variance (NC11)."""
 
     n: Tensor
     mean: Tensor
@@ -30,13 +30,13 @@ class Moments(NamedTuple):
 
 
 def region_moments(x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
-    """The moments of the known region (weights m) and of the hole (weights 1 - m), in fp32.
+    """Return the moments of the known region (weights m) and of the hole (1 - m), in fp32.
 
-    An empty region has the whole map's mean and no variance.
+    An empty region has the mean of the whole map and variance 0.
     """
     x, m = full(x), full(m)
     centre = x.mean(dim=(2, 3), keepdim=True)
-    away = x - centre  # small numbers keep their digits when they are squared
+    away = x - centre  # the square of a small number loses fewer digits
     regions = []
     for weights in (m, 1 - m):
         n = weights.sum(dim=(2, 3), keepdim=True)
@@ -49,7 +49,7 @@ def region_moments(x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of both together (Chan, Golub and LeVeque, 1979)."""
+    """Return the moments of both regions together (Chan, Golub and LeVeque, 1979)."""
     n = a.n + b.n
     share = b.n / torch.where(n > 0, n, 1.0)
     delta = b.mean - a.mean
@@ -58,10 +58,10 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 class SharedStatistics:
-    """Moments of both regions in every layer, gathered over forward passes, then used in all.
+    """Moments of both regions in every layer, gathered over several forward passes.
 
-    `shared_statistics` makes one. While `gathering`, each layer works with its own statistics and
-    adds them, sample by sample; after `use()` it works with what was gathered.
+    `shared_statistics` makes one. While `gathering`, each layer uses its own statistics and adds
+    them, sample by sample. After `use()`, each layer uses the gathered statistics.
     """
 
     def __init__(self) -> None:
@@ -69,11 +69,11 @@ class SharedStatistics:
         self._layers: dict[nn.Module, tuple[Moments, Moments]] = {}
 
     def use(self) -> None:
-        """Take what was gathered from now on."""
+        """Use the gathered statistics from now on."""
         self.gathering = False
 
     def moments(self, layer: nn.Module, x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
-        """What `layer` is to normalise `x` with. Raises ValueError where nothing was gathered."""
+        """Return the moments to normalise `x` with. Raises ValueError if none were gathered."""
         if not self.gathering:
             if layer not in self._layers:
                 raise ValueError("no statistics were gathered: run the network before `use()`.")
@@ -90,10 +90,10 @@ class SharedStatistics:
 
 @contextmanager
 def shared_statistics(network: nn.Module) -> Iterator[SharedStatistics]:
-    """Inside, the dynamic and region normalizations of `network` share statistics over passes.
+    """Share the statistics of dynamic and region normalization over passes while in the block.
 
-    For the tiles of one image: run all, call `use()`, and run all again, and no tile's brightness
-    or contrast stands apart.
+    For the tiles of one image: run all, call `use()`, and run all again. Then all tiles have the
+    same brightness and contrast.
     """
     shared = SharedStatistics()
     layers = [layer for layer in network.modules() if isinstance(layer, RegionStatistics)]
@@ -108,11 +108,12 @@ def shared_statistics(network: nn.Module) -> Iterator[SharedStatistics]:
 
 
 class RegionStatistics(nn.Module):
-    """`forward(x_NCHW, m_N1HW)` gives (scale, shift), each 2NC11 in fp32, known first, then hole.
+    """Scale and shift of each region.
 
-    x * scale + shift has mean 0 and variance 1 by the region's statistics. Its mean and variance
-    are shrunk towards the whole map's by n / (n + 16), n being the region's sum of weights, so that
-    a tiny or empty region neither erases the signal nor blows up noise.
+    `forward(x_NCHW, m_N1HW)` returns (scale, shift), each 2NC11 in fp32: first the known region,
+    then the hole. x * scale + shift has mean 0 and variance 1 in the region. Mean and variance are
+    interpolated towards those of the whole map, with the weight n / (n + 16) for a region with sum
+    of weights n. So a tiny or empty region neither erases the signal nor amplifies noise.
     """
 
     def __init__(self) -> None:
@@ -136,10 +137,10 @@ class RegionStatistics(nn.Module):
 
 
 class EncoderNorm(nn.Module):
-    """Normalization in the encoder, by the layer's current mask.
+    """Normalization in the encoder, with the layer's current mask.
 
-    `dynamic` and `region` have a scale and an offset per channel for each region; `region` uses
-    hard regions (m > 0.5) as region normalization does. `instance` and `batch` ignore the mask.
+    `dynamic` and `region` have a scale and an offset for each channel and region. `region` uses
+    hard regions (m > 0.5), like region normalization. `instance` and `batch` ignore the mask.
     """
 
     def __init__(self, channels: int, kind: Normalization) -> None:
@@ -165,11 +166,10 @@ class EncoderNorm(nn.Module):
 
 
 class DecoderNorm(nn.Module):
-    """Normalization in the decoder, by the mask M_l that the encoder had at this resolution.
+    """Normalization in the decoder, with the encoder's mask M_l at the same resolution.
 
-    `dynamic`: x_hat * (1 + gamma) + beta, with gamma and beta from a 3x3 convolution on the mask
-    and a projection of the encoder's feature at this resolution, initialised to 0. The other kinds
-    have no such guide.
+    `dynamic` returns x_hat * (1 + gamma) + beta. A 3x3 convolution on the mask and a projection of
+    the encoder's feature gives gamma and beta; it starts at 0. The other kinds have no such guide.
     """
 
     def __init__(self, channels: int, guide_channels: int, guide: int, kind: Normalization) -> None:
@@ -195,7 +195,7 @@ class DecoderNorm(nn.Module):
 
 
 def _apply(x: Tensor, m: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The affine maps of x for both regions (2NC11 each), mixed by m: NCHW in fp32."""
+    """Apply both regions' scale and shift (2NC11 each) to x, and mix by m: NCHW in fp32."""
     x = full(x)
     known = torch.addcmul(shift[0], x, scale[0])
     hole = torch.addcmul(shift[1], x, scale[1])

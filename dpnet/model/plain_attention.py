@@ -1,8 +1,8 @@
-"""Pyramidal attention in its plainest form: patches are cut out, the score matrix is whole.
+"""Pyramidal attention in its simplest form, with patches cut out and the whole score matrix.
 
-This is the definition, which the fast form in `attention.py` is tested against, and the form that
-exported graphs hold: it asks for no size as a number, so a graph traced at one size serves all.
-Memory grows with queries x keys, so it is for images of up to about 512 x 512 pixels.
+This is the definition. Tests compare the fast form in `attention.py` with it. Exported graphs use
+it too: it never reads a size as a number, so a graph traced at one size works for all sizes. Memory
+grows with queries x keys, so it is for images of up to about 512 x 512 pixels.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ from torch.nn import functional as F
 from dpnet.model.dtype import full
 
 PATCH = 3  # side
-KNOWN_MIN = 0.05  # keys whose patch has less known share are excluded
+KNOWN_MIN = 0.05  # keys with a smaller known share are excluded
 SHARPNESS = 10.0
-REFERENCE_KEYS = 5376  # 64^2 + 32^2 + 16^2: the keys at 256^2, where the sharpness is 10
-NORM_MIN = 1e-6  # of a patch, so that an empty one is not divided by 0
+REFERENCE_KEYS = 5376  # 64^2 + 32^2 + 16^2 keys of a 256^2 image, for which sharpness is 10
+NORM_MIN = 1e-6  # smallest norm of a patch, so that an empty one is not divided by 0
 OFFSETS = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]  # the cells of a patch
-FINEST = 4  # input pixels along a cell of the finest keys; each further layer has twice as many
+FINEST = 4  # side of a cell of the finest keys in input pixels; it doubles with each layer
 
 
 def plain_attend(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], shares: Sequence[Tensor]
 ) -> Tensor:
-    """Attention of the 3x3 patches of one map over those of several others.
+    """Attend with the 3x3 patches of one map to those of several other maps.
+
+    With q and k the patches divided by their norms, the logits are s q.k + log c_j in fp32, with
+    s = 10 log K / log 5376 for K keys.
 
     Args:
-        query: N D H W. keys: maps N D h w. values: maps N E h w of the same sizes.
+        query: N D H W.
+        keys: Maps N D h w.
+        values: Maps N E h w of the same sizes.
         shares: N 1 h w, the known share c_j of the patch around each key, in [0, 1].
 
     Returns:
-        N E H W, the weighted value patches pasted back, overlaps averaged; 0 in a sample in which
-        no key has a share of 0.05. With q and k the patches divided by their norms, the logits
-        are s q.k + log c_j in fp32, s = 10 log K / log 5376 for K keys.
+        N E H W: the weighted value patches, pasted back and averaged where they overlap. A sample
+        without a key of share 0.05 or more is 0.
     """
     q = _unit(_patches(query))
     k = _unit(torch.cat([_patches(key) for key in keys], dim=1))
@@ -46,7 +50,7 @@ def plain_attend(
     usable = share >= KNOWN_MIN
     some = usable.any(dim=1)
     bias = torch.where(usable, share.clamp(min=KNOWN_MIN).log(), float("-inf"))
-    # A sample without keys would be softmax over -inf, which is NaN, also in the gradient.
+    # Without any key, softmax over -inf would give NaN, also in the gradient.
     bias = torch.where(some[:, None], bias, 0.0)
     logits = full(q @ k.transpose(1, 2)) * sharpness(share) + bias[:, None, :]
     pasted = _paste(logits.softmax(dim=2).to(v.dtype) @ v, query)
@@ -54,9 +58,11 @@ def plain_attend(
 
 
 def plain_shares(valid: Tensor, layers: int) -> list[Tensor]:
-    """Known share of the input mask under each 3x3 patch at 1/4, 1/8, 1/16: N 1 h w each.
+    """Return the known share under each 3x3 patch at 1/4, 1/8, 1/16, as N 1 h w each.
 
-    `valid` is N1HW, with sides that are multiples of 16.
+    Args:
+        valid: The input mask N1HW, with sides that are multiples of 16.
+        layers: Number of resolutions.
     """
     cells = F.avg_pool2d(full(valid), FINEST)
     shares = []
@@ -67,21 +73,22 @@ def plain_shares(valid: Tensor, layers: int) -> list[Tensor]:
 
 
 def sharpness(per_key: Tensor) -> Tensor:
-    """s for as many keys as the N K tensor has, a scalar."""
-    # Counted by a tensor, so that an exported graph counts the keys that it is given.
+    """Return the sharpness s, a scalar, for the number of keys K of an N K tensor."""
+    # Counted with a tensor, so that an exported graph counts the keys of its own input.
     count = torch.ones_like(per_key[0]).sum()
     return SHARPNESS / math.log(REFERENCE_KEYS) * count.log()
 
 
 def _patches(x: Tensor) -> Tensor:
-    """The 3x3 patches around every pixel of an NCHW map, zeros outside: N(HW)(9C)."""
+    """Return the 3x3 patches around every pixel of an NCHW map, zeros outside, as N(HW)(9C)."""
     padded = F.pad(x, (1, 1, 1, 1))
     return torch.cat([_at(padded, *to) for to in OFFSETS], dim=1).flatten(2).transpose(1, 2)
 
 
 def _paste(patches: Tensor, like: Tensor) -> Tensor:
-    """Put N(HW)(9C) patches back onto an NCHW map of the size of `like`; overlaps are averaged."""
-    # Shifted sums, because ONNX has no fold: a patch's cell belongs to the pixel at its offset.
+    """Paste N(HW)(9C) patches onto an NCHW map of the size of `like`, and average overlaps."""
+    # Shifted sums, because ONNX has no fold. Each cell of a patch belongs to the pixel at its
+    # offset.
     n, _, height, width = like.shape
     cells = F.pad(patches.transpose(1, 2).reshape(n, -1, height, width), (1, 1, 1, 1))
     ones = F.pad(torch.ones_like(like[:1, :1]), (1, 1, 1, 1))
@@ -93,7 +100,7 @@ def _paste(patches: Tensor, like: Tensor) -> Tensor:
 
 
 def _at(padded: Tensor, down: int, right: int) -> Tensor:
-    """The map that was padded by 1, of which pixel (y, x) is now that at (y + down, x + right)."""
+    """Shift a map that is padded by 1: pixel (y, x) becomes the one at (y + down, x + right)."""
     height, width = padded.shape[2] - 2, padded.shape[3] - 2
     return padded.narrow(2, 1 + down, height).narrow(3, 1 + right, width)
 

@@ -1,8 +1,8 @@
 """Mask-aware pyramidal convolution.
 
 Shape suffixes: N samples, C channels, H rows, W columns. A mask m is N1HW in [0, 1]: the confidence
-that a feature rests on known pixels. The paper names a layer-wise pyramidal convolution; the
-definition (levels, groups, normalisation by the mask, the soft update) is ours.
+that a feature depends on known pixels. The paper names a layer-wise pyramidal convolution. Its
+definition here (levels, groups, normalisation by the mask, soft update) is our choice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from dpnet.model.config import MaskUpdate
 from dpnet.model.dtype import full
 
-RATIO_MAX = 8.0  # uncapped, activations on a hole's rim grow four- to eightfold in four layers
-EPSILON = 1e-4  # a window with less known share than this gives 0
+RATIO_MAX = 8.0  # without a limit, values at a hole's edge grow 4 to 8 times in four layers
+EPSILON = 1e-4  # a window with a smaller known share gives 0
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Level:
 
 
 def pyramid_levels(channels_in: int, channels_out: int, *, pyramid: bool) -> list[Level]:
-    """Four levels 3, 5, 7, 9 with groups 1, 4, 8, 16 and a quarter of the channels each.
+    """Return four levels 3, 5, 7, 9 with groups 1, 4, 8, 16 and a quarter of the channels each.
 
-    Narrow layers cannot have so many groups: each takes the greatest common divisor with its
-    channels. Without `pyramid`, one plain 3x3.
+    Narrow layers have fewer groups: the greatest common divisor with their channels. Without
+    `pyramid`, there is one level, a plain 3x3 convolution.
     """
     if not pyramid:
         return [Level(3, 1, channels_out)]
@@ -43,12 +43,12 @@ def pyramid_levels(channels_in: int, channels_out: int, *, pyramid: bool) -> lis
 
 
 class MaskAwareConv(nn.Module):
-    """Parallel normalised convolutions, their outputs concatenated, and the mask's update.
+    """Parallel normalised convolutions with concatenated outputs, and the update of the mask.
 
-    Level i: y_i = conv_i(F * m) * min(k_i^2 / sum m, 8) + b, and 0 where sum m / k_i^2 < 1e-4, the
-    sum taken over the window (outside the image m is 0). Its confidence u_i is the mean of m over
-    the part of the window inside the image; the new mask is the channel-weighted mean of the u_i.
-    With a binary mask and one level this is partial convolution (Liu et al., 2018).
+    Level i computes y_i = conv_i(F * m) * min(k_i^2 / sum m, 8) + b, or 0 if sum m / k_i^2 < 1e-4.
+    The sum is over the window; outside the image m is 0. The confidence u_i is the mean of m over
+    the part of the window inside the image. The new mask is the mean of the u_i, weighted by
+    channels. With a binary mask and one level, this is partial convolution (Liu et al., 2018).
 
     `forward` maps (F_NCHW, m_N1HW) to (NC'H'W', N1H'W') with H' = ceil(H / stride).
     """
@@ -98,7 +98,7 @@ class MaskAwareConv(nn.Module):
             y = torch.addcmul(b, y, ratio.to(y.dtype))
             outputs.append(torch.where(known >= EPSILON, y, 0.0))
             confidences.append(share * known / _window_mean(ones, kernel, self.stride))
-        # Rounding must not carry a confidence beyond 1.
+        # Rounding must not raise a confidence above 1.
         new_mask = sum(confidences[1:], start=confidences[0]).clamp(max=1)
         if self.mask == "binary":
             new_mask = (new_mask > 0).to(m.dtype)
@@ -106,10 +106,10 @@ class MaskAwareConv(nn.Module):
 
 
 def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """`conv(x)`, on a GPU in half precision without groups.
+    """Apply `conv` to `x`. On a GPU in half precision, compute it without groups.
 
-    There the matrix units do a dense convolution, with zeros between the groups, in less time than
-    one in groups: those of a pyramid in 0.4 to 0.7 of it (docs/performance.md).
+    There, a dense convolution with zeros between the groups is faster than one with groups. For a
+    pyramid it takes 0.4 to 0.7 of the time (docs/performance.md).
     """
     assert isinstance(conv, nn.Conv2d)
     if conv.groups == 1 or not (x.is_cuda and torch.is_autocast_enabled("cuda")):
@@ -118,11 +118,11 @@ def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:
-    """The weight without groups, O I k k, of a convolution's in groups, O (I / groups) k k."""
+    """Convert a weight with groups, O (I / groups) k k, to one without groups, O I k k."""
     of_groups = weight.reshape(groups, -1, *weight.shape[1:]).movedim(0, -1)
     return torch.diag_embed(of_groups, dim1=0, dim2=2).flatten(0, 1).flatten(1, 2)
 
 
 def _window_mean(m: Tensor, kernel: int, stride: int) -> Tensor:
-    """Mean over each k x k window, padding counted as 0."""
+    """Return the mean over each k x k window, with 0 as padding."""
     return F.avg_pool2d(m, kernel, stride, kernel // 2, count_include_pad=True)

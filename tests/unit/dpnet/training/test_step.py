@@ -388,7 +388,7 @@ def test_a_checkpoint_of_another_version_is_refused():
     with pytest.raises(PipelineError, match="does not fit this version of the network"):
         state.from_dict({**saved, "generator": {"renamed": torch.ones(1)}}, "there")
     for other in ({name: saved[name] for name in saved if name != "model"}, [1]):
-        with pytest.raises(PipelineError, match="not one of this version"):
+        with pytest.raises(PipelineError, match="was not made by this version"):
             state.from_dict(other, "there")
 
 
