@@ -14,8 +14,14 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from data_prep.core import manifest
+from data_prep.images.settings import ImagesSettings
+from data_prep.masks.recipes import RECIPES_VERSION
 from dpnet.cli.parser import build_parser
+from dpnet.evaluation.protocol import PROTOCOL_VERSION
+from dpnet.model_store import weights
 from dpnet.pipeline.config import load_config, load_settings
+from dpnet.training import checkpoints
 from flows.deployments import DeploySettings
 
 REPOSITORY = Path(__file__).parents[3]
@@ -212,6 +218,22 @@ def test_the_page_of_options_is_what_its_script_makes() -> None:
     found.loader.exec_module(module)
     page = (REPOSITORY / "docs/config.md").read_text("utf-8")
     assert page == module.config_page(), "run: .venv/bin/python docs/make_config.py"
+
+
+def test_the_change_log_has_the_format_numbers_of_the_code() -> None:
+    images = ImagesSettings(source="photos").settings()["format_version"]
+    of_code = {
+        "manifest and request digest": manifest.FORMAT,
+        "image shards": images,
+        "mask shards": RECIPES_VERSION,
+        "evaluation": PROTOCOL_VERSION,
+        "checkpoint": checkpoints.FORMAT,
+        "weights": weights.FORMAT,
+    }
+    table = (REPOSITORY / "CHANGELOG.md").read_text("utf-8").split("## Format numbers")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    listed = {row[0]: int(row[2]) for row in rows if row[2].isdigit()}
+    assert listed == of_code
 
 
 def test_the_citation_has_what_citation_tools_require() -> None:
