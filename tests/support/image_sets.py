@@ -1,4 +1,4 @@
-"""Small sets of photographs for tests, and what became of them in a committed version."""
+"""Small sets of photos for tests, and readers of a committed version."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PHOTOS = Path(__file__).parents[3] / "shared/data/photos"
 
 
 def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
-    """A smooth colourful picture."""
+    """Make a smooth colourful image."""
     random = np.random.Generator(np.random.Philox(seed))
     small = random.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
@@ -49,7 +49,7 @@ def tiles(source: object, **options: Any) -> ImagesSettings:
 
 
 def files_of(store: Store, ref: StageRef) -> dict[str, str]:
-    """The sha256 of each file that counts, as it is stored now, by its path in the manifest."""
+    """Return the SHA-256 of each stored content file, by its path in the manifest."""
     return {
         file.path: sha256_bytes(store.read(posixpath.normpath(f"{ref.folder}/{file.path}")))
         for file in read_manifest(store, ref.folder).files
@@ -58,7 +58,7 @@ def files_of(store: Store, ref: StageRef) -> dict[str, str]:
 
 
 def shards_of(store: Store, ref: StageRef) -> dict[str, str]:
-    """The same of shards and their indexes alone, by name, wherever they lie."""
+    """Return the SHA-256 of each shard and index, by name, in any version's folder."""
     return {
         posixpath.basename(path): sha256
         for path, sha256 in files_of(store, ref).items()
@@ -85,7 +85,7 @@ def payload(files: dict[str, bytes]) -> bytes:
 
 
 def homes(store: Store, ref: StageRef) -> dict[str, str]:
-    """The split of every item that has samples, as its shard's list says. Each item is in one."""
+    """Return the split of every stored item; check that each item is in only one split."""
     found: dict[str, str] = {}
     for split in SPLITS:
         for _, files in samples(store, ref, split):
@@ -95,7 +95,7 @@ def homes(store: Store, ref: StageRef) -> dict[str, str]:
 
 
 def rows(store: Store, ref: StageRef) -> list[dict[str, Any]]:
-    """Rows of all indexes."""
+    """Return the rows of all indexes."""
     return [
         row
         for split in SPLITS
