@@ -221,7 +221,7 @@ def test_the_page_of_options_is_what_its_script_makes() -> None:
 
 
 def test_the_change_log_has_the_format_numbers_of_the_code() -> None:
-    images = ImagesSettings(source="photos").settings()["format_version"]
+    images = ImagesSettings(source="photos").request_settings()["format_version"]
     of_code = {
         "manifest and request digest": manifest.FORMAT,
         "image shards": images,
