@@ -50,6 +50,7 @@ class _StandardError(logging.Handler):
         self._sentences, self._timed_lines = _Sentences(), _TimedLines()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; never fail."""
         stream = sys.stderr
         if stream is None:  # a process without standard error
             return
@@ -81,6 +82,7 @@ class Forward(logging.Handler):
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Pass one record on; never fail."""
         with suppress(Exception):  # the work continues without its log
             self._send(record.levelno, record.name, self.format(record))
 

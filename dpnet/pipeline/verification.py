@@ -27,14 +27,14 @@ class Verification:
         root: URI of the root.
         target: the checked folder or model; "" for the whole root.
         depth: how much of the shards was read.
-        stages: stages whose manifests are sound.
+        stages: stages with a sound manifest.
         records: records of the registry.
         files: files that were read completely.
         bytes: bytes of those files.
         shards: shards of images and masks.
-        tars: shards whose tar was read.
-        indexes: shards whose index was read.
-        unread: files of which only presence and size were checked.
+        tars: tars of shards that were read.
+        indexes: indexes of shards that were read.
+        unread: files that were not read; only their presence and size were checked.
         notes: sentences about what could not be checked.
         problems: the problems, sorted by `where`.
     """

@@ -149,7 +149,7 @@ def _check_inherited(
 
     Args:
         manifests: sound manifests by folder.
-        folder: the folder whose manifest names the file.
+        folder: the folder of the manifest that names the file.
         key: the file's key.
         record: the file's size and hash, as that manifest states them.
         result: where problems are added.

@@ -26,7 +26,7 @@ def add_deploy(parsers: Parsers) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="show what would change, and change nothing"
     )
-    add_root(parser, "root whose `dpnet up` is used")
+    add_root(parser, "root of the `dpnet up` to use")
     add_set(parser, "parameters.train.steps=100", "the file")
 
 
