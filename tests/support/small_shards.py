@@ -1,4 +1,4 @@
-"""Committed stages whose shards hold just what a test says, and a store that is far away."""
+"""Committed stages with given payloads in their shards, and a remote store."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from data_prep.shards.shards import shard_name, write_shard, write_urls
 def stage_of(
     store: Store, stage: str, shards: Sequence[Sequence[bytes]], *, split: str = "train"
 ) -> StageRef:
-    """A stage of one split with these payloads in its shards; a sample's key is `s` and its number
-    in the shard."""
+    """Commit a stage of one split with these payloads in its shards.
+
+    A sample's key is `s` and its position in the shard.
+    """
 
     def build(work: Work) -> Produced:
         files: list[FileRecord] = []
@@ -37,9 +39,9 @@ def flip_byte(path: Path, at: int) -> None:
 
 
 class Far:
-    """A local store as one that is far away: it says where its bytes are to nobody.
+    """A local store that acts like a remote one: it has no local folder.
 
-    Downloads take `seconds`, and each adds a line to the file `log`.
+    A download takes `seconds` and adds a line to the file `log`.
     """
 
     def __init__(self, near: LocalStore, seconds: float = 0.0) -> None:
@@ -48,7 +50,7 @@ class Far:
 
     @property
     def downloads(self) -> list[str]:
-        """Keys, in the order in which their downloads began."""
+        """Return the keys of all downloads, in the order of their starts."""
         return self.log.read_text().split() if self.log.exists() else []
 
     @property

@@ -1,3 +1,5 @@
+"""Methods without learning: what they change and what they do not see."""
+
 import numpy as np
 import pytest
 

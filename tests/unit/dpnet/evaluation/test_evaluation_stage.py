@@ -1,3 +1,5 @@
+"""The evaluation stage on real data: its rows, figures and report, interruptions and damage."""
+
 import json
 import shutil
 
@@ -24,7 +26,7 @@ from dpnet.inpainting import tiles
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Real images, masks in shards of three and a real, untrained generator."""
+    """Real images, masks in shards of three, and a real generator without training."""
     store = LocalStore(tmp_path_factory.mktemp("data") / "root")
     images, masks = small_root.real_data(store, shard_samples=3)
     return store, images, masks, small_root.trained(store, images=images, masks=masks)
@@ -32,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def fresh(data, tmp_path):
-    """The same in a place of its own."""
+    """The same data in a folder that the test may change."""
     store = LocalStore(tmp_path / "root")
     shutil.copytree(data[0].folder, store.folder, ignore=shutil.ignore_patterns("evaluations"))
     return store, *data[1:]
@@ -53,7 +55,7 @@ def rows_of(store, ref):
 
 
 def samples(store, ref, split):
-    """{key: payload} of a stage's split."""
+    """Return {key: payload} of a stage's split."""
     found = {}
     for tar in split_shards(store, ref.folder, split):
         for key, files in iterate_shard(store, tar):
@@ -81,10 +83,10 @@ def test_images_come_only_from_the_test_split(data, done):
 
 def test_a_row_holds_the_metric_of_its_pair(data, done):
     store, images, masks, _ = data
-    photographs, holes = samples(store, images, "test"), samples(store, masks, "eval")
+    images_by_key, holes = samples(store, images, "test"), samples(store, masks, "eval")
     for row in rows_of(store, done)[:12]:
         truth, valid = (
-            decode_rgb(photographs[row["image"]], Limits(MAX_PIXELS)).rgb,
+            decode_rgb(images_by_key[row["image"]], Limits(MAX_PIXELS)).rgb,
             valid_from_png(holes[row["mask"]]),
         )
         assert row["hole_ratio"] == pytest.approx(1 - valid.mean())
@@ -101,23 +103,23 @@ def test_all_methods_are_measured_on_the_same_pair(data, done):
 
 def test_the_summary_has_the_figures_of_every_bin_and_their_mean(data, done):
     rows = rows_of(data[0], done)
-    told = done.summary["figures"]
-    assert set(told) == {*BINS, "all", "mean_over_bins"}
+    found = done.summary["figures"]
+    assert set(found) == {*BINS, "all", "mean_over_bins"}
     means = []
     for name in BINS:
         values = [r["hole_psnr"] for r in rows if (r["ratio_bin"], r["method"]) == (name, "dpnet")]
         means.append(np.mean(values))
-        assert told[name]["dpnet"]["hole_psnr"] == pytest.approx(means[-1], abs=1e-4)
+        assert found[name]["dpnet"]["hole_psnr"] == pytest.approx(means[-1], abs=1e-4)
     assert done.summary["hole_psnr"] == pytest.approx(np.mean(means), abs=1e-4)
 
 
 def test_intervals_enclose_their_mean_and_are_the_same_each_time(data, done):
     rows = rows_of(data[0], done)
-    told = figures(rows, "a")
-    assert told == figures(rows, "a")
-    assert told != figures(rows, "b")
+    found = figures(rows, "a")
+    assert found == figures(rows, "a")
+    assert found != figures(rows, "b")
     for method in METHODS:
-        figure = told["all"]["methods"][method]["hole_psnr"]
+        figure = found["all"]["methods"][method]["hole_psnr"]
         assert figure["low"] < figure["mean"] < figure["high"]
 
 
@@ -186,7 +188,7 @@ def test_an_interrupted_evaluation_resumes_at_the_next_shard(fresh, done, monkey
         tiles, "inpaint_arrays", lambda g, i, v: (seen.append(len(i)), real(g, i, v))[1]
     )
     ref = evaluated(fresh)
-    assert seen == [3, 3, 12]  # two shards of four are left; then the pictures
+    assert seen == [3, 3, 12]  # the two remaining shards, then the examples
     assert ref.content_digest == done.content_digest
     assert not list(fresh[0].list(f"{ref.folder}/parts"))
 

@@ -1,3 +1,5 @@
+"""Metrics, compared with other implementations and with values known by hand."""
+
 import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
@@ -66,7 +68,7 @@ def test_l1_is_in_percent_of_255(difference: int, expected: float) -> None:
 
 def test_hole_metrics_use_only_the_hole() -> None:
     valid = NO_HOLE.copy()
-    valid[:4, :12] = 0  # 1/40 of the picture
+    valid[:4, :12] = 0  # 1/40 of the image
     composite = flat(100)
     composite[:4, :12] = 110
     assert hole_psnr(composite, flat(100), valid) == pytest.approx(28.1308, abs=1e-4)

@@ -1,3 +1,5 @@
+"""The report: a complete HTML page that needs nothing else."""
+
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -82,7 +84,7 @@ def render(figures=None, pictures=(), log=LOG, chain=None):
 
 
 class Reader(HTMLParser):
-    """Collects elements and checks that they are closed in order."""
+    """Collects elements, and checks that they are closed in order."""
 
     EMPTY = ("meta", "img", "br")
 

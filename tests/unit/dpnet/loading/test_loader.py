@@ -1,4 +1,4 @@
-"""Training batches: what the order says, whatever the threads, ranks, beginnings and stores."""
+"""Training batches: they follow from the order, for all threads, ranks, first steps and stores."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def png(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def picture(number: int, height: int = SIZE, width: int = SIZE) -> Pixels:
+def random_image(number: int, height: int = SIZE, width: int = SIZE) -> Pixels:
     return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -57,7 +57,7 @@ def mask(number: int, size: int = SIZE) -> bytes:
 
 
 def split(payloads: Sequence[bytes], sizes: Sequence[int]) -> list[list[bytes]]:
-    """Shards of these sizes in turn, until there are no more payloads."""
+    """Split payloads into shards of these sizes, in turn."""
     shards, at = list[list[bytes]](), 0
     while at < len(payloads):
         size = sizes[len(shards) % len(sizes)]
@@ -68,7 +68,7 @@ def split(payloads: Sequence[bytes], sizes: Sequence[int]) -> list[list[bytes]]:
 
 @dataclass(frozen=True)
 class Data:
-    """Committed images and masks, and what was put into their shards."""
+    """Committed images and masks, and the payloads of their shards."""
 
     store: Store
     images: list[list[bytes]]
@@ -89,27 +89,27 @@ class Data:
 
 def data_in(
     store: Store,
-    pictures: Sequence[bytes] | None = None,
+    images: Sequence[bytes] | None = None,
     masks: Sequence[bytes] | None = None,
 ) -> Data:
-    if pictures is None:
-        pictures = [jpeg(picture(number)) for number in range(50)]
+    if images is None:
+        images = [jpeg(random_image(number)) for number in range(50)]
     if masks is None:
         masks = [mask(number) for number in range(41)]
-    data = Data(store, split(pictures, [7, 4, 9]), split(masks, [5, 8, 3]))
-    assert all(ref.content_digest for ref in data.refs)  # they are committed
+    data = Data(store, split(images, [7, 4, 9]), split(masks, [5, 8, 3]))
+    assert all(ref.content_digest for ref in data.refs)  # the stages are committed
     return data
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Nobody changes it."""
+    """Data that tests only read."""
     return data_in(LocalStore(tmp_path_factory.mktemp("root")))
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Data:
-    """The same, for tests that do."""
+    """The same data, which a test may change."""
     return data_in(LocalStore(tmp_path / "root"))
 
 
@@ -122,7 +122,7 @@ def open_tars() -> int:
     for name in os.listdir("/proc/self/fd"):
         try:
             links.append(os.readlink(f"/proc/self/fd/{name}"))
-        except FileNotFoundError:  # that of the listing
+        except FileNotFoundError:  # the descriptor of the listing itself
             continue
     return sum(link.endswith(".tar") for link in links)
 
@@ -135,11 +135,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
-    """However a test ends, the loader's threads do too, and its shards are closed."""
+def _no_leftovers() -> Iterator[None]:
+    """Check after each test that no thread of the loader runs and no shard is open."""
     yield
     wait_until(lambda: not threads())
-    gc.collect()  # of exceptions' frames
+    gc.collect()  # frames of exceptions can hold shards
     wait_until(lambda: open_tars() == 0)
 
 
@@ -178,7 +178,7 @@ def same(a: Sequence[tuple[Pixels, Pixels]], b: Sequence[tuple[Pixels, Pixels]])
 
 
 def expected(data: Data, loader: Loader, step: int) -> tuple[Pixels, Pixels]:
-    """A whole batch by plain means: one sample after the other, from the order alone."""
+    """Make a global batch in the simplest way: sample by sample, from the order."""
     start, stop = step * loader.batch, (step + 1) * loader.batch
     changes = augmentation(loader.seed, np.arange(start, stop))
     places = [order.samples_at(start, stop)[:, 1:].tolist() for order in loader.orders]
@@ -202,7 +202,7 @@ def expected(data: Data, loader: Loader, step: int) -> tuple[Pixels, Pixels]:
 
 
 class Watched(ShardFiles):
-    """Remembers the keys of the shards that it opened, and may do something before each."""
+    """Records the keys of the shards that it opens, and calls `before` with each shard."""
 
     def __init__(self, store: Store, before: Callable[[Shard], None] = lambda shard: None) -> None:
         super().__init__(store, None)
@@ -215,7 +215,7 @@ class Watched(ShardFiles):
         return super().open(shard)
 
 
-# What is in a batch
+# The content of a batch
 
 
 @pytest.mark.parametrize("encode", [jpeg, png])
@@ -224,16 +224,16 @@ def test_a_batch_follows_from_the_order_and_the_augmentation(
     tmp_path: Path, encode: Callable[[Pixels], bytes], larger: bool
 ) -> None:
     sides = [(SIZE, SIZE)]
-    if larger:  # on either side, by one, by much
+    if larger:  # in one or both directions, by one pixel or many
         sides = [(SIZE, 40), (33, SIZE), (SIZE + 1, SIZE + 1), (50, 21), (SIZE, SIZE)]
-    pictures = [encode(picture(n, *sides[n % len(sides)])) for n in range(30)]
-    data = data_in(LocalStore(tmp_path), pictures)
+    images = [encode(random_image(n, *sides[n % len(sides)])) for n in range(30)]
+    data = data_in(LocalStore(tmp_path), images)
     loader = loader_of(data, batch=10)
     found = batches(loader, 0, 12)
     assert same(found, [expected(data, loader, step) for step in range(12)])
     changes = augmentation(SEED, np.arange(120))
     kinds = zip(changes.flip, changes.turns, changes.mask_flip, strict=True)
-    assert len(set(kinds)) == 16  # every kind was among them
+    assert len(set(kinds)) == 16  # every kind occurs
 
 
 def test_other_seeds_give_other_batches(data: Data) -> None:
@@ -242,7 +242,7 @@ def test_other_seeds_give_other_batches(data: Data) -> None:
 
 @pytest.mark.parametrize("threads", [2, 7])
 def test_batches_are_the_same_with_any_number_of_threads(data: Data, threads: int) -> None:
-    options = {"batch": 20}  # more than a thread takes at a time
+    options = {"batch": 20}  # more than one job of a thread
     one = batches(loader_of(data, **options), 0, 10)
     assert same(batches(loader_of(data, threads=threads, **options), 0, 10), one)
 
@@ -259,14 +259,14 @@ def test_the_ranks_share_out_the_global_batch(data: Data, world: int, batch: int
 
 
 def test_a_dataset_of_one_shard_serves_several_ranks(tmp_path: Path) -> None:
-    data = Data(LocalStore(tmp_path), [[jpeg(picture(n)) for n in range(9)]], [[mask(0)]])
+    data = Data(LocalStore(tmp_path), [[jpeg(random_image(n)) for n in range(9)]], [[mask(0)]])
     whole = batches(loader_of(data, batch=4), 0, 8)
     for rank in range(2):
         found = batches(loader_of(data, batch=4, rank=rank, world=2), 0, 8)
         assert same(found, [(image[rank::2], valid[rank::2]) for image, valid in whole])
 
 
-# Where it begins
+# The first step
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2), (2, 3)])
@@ -297,7 +297,7 @@ def test_only_shards_with_samples_of_the_wanted_steps_are_opened(data: Data, sta
 
 
 def test_the_first_batch_does_not_wait_for_shards_of_others(tmp_path: Path) -> None:
-    images = [[jpeg(picture(n))] * 50 for n in range(24)]
+    images = [[jpeg(random_image(n))] * 50 for n in range(24)]
     data = Data(LocalStore(tmp_path), images, [[mask(n)] * 50 for n in range(24)])
     options = {"batch": 4, "lanes": 24}
     loader = loader_of(data, **options)
@@ -320,20 +320,20 @@ def test_the_first_batch_does_not_wait_for_shards_of_others(tmp_path: Path) -> N
         go.set()
 
 
-# What it holds
+# Open files and threads
 
 
 def test_at_most_two_shards_of_each_lane_and_those_of_waiting_batches_are_open(
     tmp_path: Path,
 ) -> None:
-    pictures = [[jpeg(picture(n))] * 10 for n in range(40)]
-    data = Data(LocalStore(tmp_path), pictures, [[mask(n)] * 10 for n in range(40)])
+    images = [[jpeg(random_image(n))] * 10 for n in range(40)]
+    data = Data(LocalStore(tmp_path), images, [[mask(n)] * 10 for n in range(40)])
     most = []
     with closing(loader_of(data, batch=4).batches(0, 300)) as made:
         for _ in made:
             most.append(open_tars())
-    assert len(most) == 300  # three epochs: 240 shards were open
-    waiting = (AHEAD + 2) * 4  # samples, each of which may hold the last of its lane
+    assert len(most) == 300  # three epochs: 240 shards
+    waiting = (AHEAD + 2) * 4  # samples; each can keep a shard open
     assert 2 * LANES <= max(most) <= 2 * 2 * LANES + 2 * waiting
 
 
@@ -343,7 +343,7 @@ def test_closing_the_loader_early_stops_its_threads(data: Data, filled: bool) ->
     next(made)
     assert threads()
     if filled:
-        time.sleep(0.5)  # so that there is no room for another batch
+        time.sleep(0.5)  # until the queue is full
     made.close()
     wait_until(lambda: not threads())
 
@@ -362,21 +362,21 @@ def test_waiting_time_does_not_include_the_work_of_the_consumer(data: Data) -> N
     assert slow.waited > 0.3
 
 
-# What is wrong with the data
+# Damaged data
 
 
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("set_number", [0, 1])
 def test_a_damaged_shard_is_an_error_with_its_name(own: Data, set_number: int, far: bool) -> None:
-    harmed(own, set_number, 2, 0)
+    damage(own, set_number, 2, 0)
     loader = loader_of(own, Far(own.store) if far else None)
-    told = r"sample \S+ of \S+/train-000002\.tar cannot be used \(its bytes are not those"
-    with pytest.raises(PipelineError, match=told):
+    sentence = r"sample \S+ of \S+/train-000002\.tar cannot be used \(its bytes are not those"
+    with pytest.raises(PipelineError, match=sentence):
         batches(loader, 0, 20)
 
 
-def harmed(data: Data, set_number: int, shard: int, position: int) -> tuple[int, int]:
-    """Where the sample is whose stored bytes are other ones now."""
+def damage(data: Data, set_number: int, shard: int, position: int) -> tuple[int, int]:
+    """Damage a sample. Return its shard and position."""
     path = data.path(set_number, shard)
     key = path.relative_to(data.store.folder).as_posix()  # type: ignore[attr-defined]
     flip_byte(path, read_index(data.store, key)[position]["offset"] + 30)
@@ -389,7 +389,7 @@ def test_a_skipped_sample_is_replaced_with_the_next_one_of_the_batch(
     own: Data, set_number: int, threads: int
 ) -> None:
     whole = batches(loader_of(own), 0, 20)
-    bad = {harmed(own, set_number, 2, 1), harmed(own, set_number, 0, 0)}
+    bad = {damage(own, set_number, 2, 1), damage(own, set_number, 0, 0)}
     loader = loader_of(own, skip=True, threads=threads)
     found = batches(loader, 0, 20)
     count = 0
@@ -406,21 +406,24 @@ def test_a_skipped_sample_is_replaced_with_the_next_one_of_the_batch(
 
 
 def png_with_a_broken_chunk() -> bytes:
-    whole = png(picture(0, 200, 200))
+    whole = png(random_image(0, 200, 200))
     second = whole.index(b"IDAT", whole.index(b"IDAT") + 4)
     return whole[:second] + b"\x01DAT" + whole[second + 4 :]
 
 
 @pytest.mark.parametrize(
     "payload",
-    [b"", b"no picture", b"\xff\xd8\xff\xe0 a", b"\x89PNG\r\n\x1a\n", png_with_a_broken_chunk()],
+    [b"", b"not an image", b"\xff\xd8\xff\xe0 a", b"\x89PNG\r\n\x1a\n", png_with_a_broken_chunk()],
     ids=["nothing", "text", "jpeg", "png", "broken chunk"],
 )
 @pytest.mark.parametrize("set_number", [0, 1])
 def test_a_sample_that_is_not_an_image_is_named_or_skipped(
     tmp_path: Path, payload: bytes, set_number: int
 ) -> None:
-    given: list[list[bytes]] = [[jpeg(picture(n)) for n in range(12)], [mask(n) for n in range(12)]]
+    given: list[list[bytes]] = [
+        [jpeg(random_image(n)) for n in range(12)],
+        [mask(n) for n in range(12)],
+    ]
     given[set_number][4] = payload
     data = data_in(LocalStore(tmp_path), *given)
     with pytest.raises(
@@ -435,18 +438,18 @@ def test_a_sample_that_is_not_an_image_is_named_or_skipped(
 
 
 def test_a_png_cut_anywhere_is_a_bad_sample_and_not_a_crash(tmp_path: Path) -> None:
-    whole = png(picture(0))
-    pictures = [whole[:at] for at in range(8, len(whole), 23)] + [whole] * 5
-    data = data_in(LocalStore(tmp_path), pictures)
-    loader = loader_of(data, skip=True, batch=len(pictures))
+    whole = png(random_image(0))
+    images = [whole[:at] for at in range(8, len(whole), 23)] + [whole] * 5
+    data = data_in(LocalStore(tmp_path), images)
+    loader = loader_of(data, skip=True, batch=len(images))
     batches(loader, 0, 1)
     assert (
-        len(pictures) - 6 <= loader.skipped <= len(pictures) - 5
-    )  # the last may be whole but for its end
+        len(images) - 6 <= loader.skipped <= len(images) - 5
+    )  # the last one can lack only its end
 
 
 def test_an_image_that_is_too_small_is_refused_with_advice(tmp_path: Path) -> None:
-    data = data_in(LocalStore(tmp_path), [jpeg(picture(n, 40, SIZE - 1)) for n in range(12)])
+    data = data_in(LocalStore(tmp_path), [jpeg(random_image(n, 40, SIZE - 1)) for n in range(12)])
     with pytest.raises(PipelineError, match=r"cannot be used \(it is 15 x 40 pixels") as raised:
         batches(loader_of(data), 0, 1)
     assert str(raised.value).endswith(
@@ -467,7 +470,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path, size: int) -> None:
 def test_a_batch_without_a_usable_sample_is_an_error_even_with_skipping(
     tmp_path: Path,
 ) -> None:
-    data = data_in(LocalStore(tmp_path), [jpeg(picture(n, 8, 8)) for n in range(12)])
+    data = data_in(LocalStore(tmp_path), [jpeg(random_image(n, 8, 8)) for n in range(12)])
     with pytest.raises(
         PipelineError,
         match=r"no sample of the batch of step 3 can be used \(it is 8 x 8 pixels, sm",
@@ -502,7 +505,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(data: Data) -> None:
         batches(loader_of(data, files=Watched(data.store, fail)), 0, 3)
 
 
-# Where it reads from
+# Stores
 
 
 def test_s3_gives_the_same_batches_with_and_without_a_cache(

@@ -1,4 +1,4 @@
-"""The order of samples, by its properties and by a table that holds it where it is."""
+"""The order of samples: its properties, and a table of fixed values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def an_order(digest: str = "d", seed: int = 0, lanes: int = 4) -> ShardOrder:
 
 
 def rows(order: ShardOrder, start: int, stop: int) -> list[tuple[int, ...]]:
-    """(epoch, shard, position) at each cursor."""
+    """Return (epoch, shard, position) at each cursor."""
     return [tuple(row) for row in order.samples_at(start, stop).tolist()]
 
 
@@ -27,7 +27,7 @@ def visits_of(order: ShardOrder, epochs: int) -> list[Visit]:
     return list(takewhile(lambda visit: visit.epoch < epochs, order.visits()))
 
 
-# Which samples come
+# Which samples
 
 
 @pytest.mark.parametrize("lanes", [1, 4, 8, 64])
@@ -35,7 +35,7 @@ def test_every_sample_comes_once_an_epoch(lanes: int) -> None:
     seen = Counter(rows(an_order(lanes=lanes), 0, 5 * 73))
     assert set(seen.values()) == {1}
     every = {(shard, at) for shard, size in enumerate(SIZES) for at in range(size)}
-    for epoch in range(3):  # the others are not over yet in every lane
+    for epoch in range(3):  # in later epochs some lanes are not finished
         assert {sample[1:] for sample in seen if sample[0] == epoch} == every
 
 
@@ -52,7 +52,7 @@ def test_every_shard_is_visited_once_an_epoch_by_one_lane(lanes: int) -> None:
         (e, s) for e in range(9) for s in range(12)
     ]
     assert all(visit.size == SIZES[visit.shard] for visit in visits)
-    for lane in range(order.lanes):  # without a gap, one after the other
+    for lane in range(order.lanes):  # one after the other, without a gap
         own = [visit for visit in visits if visit.lane == lane]
         assert [visit.start for visit in own] == [0, *(visit.stop for visit in own[:-1])]
 
@@ -84,7 +84,7 @@ def test_the_order_is_repeatable_and_differs_by_epoch_seed_and_dataset() -> None
 
 
 def test_the_order_is_that_of_earlier_versions() -> None:
-    # Whatever changes it (numpy could) makes runs that are taken up go on in another order.
+    # A change of these values, for example by NumPy, would change the order of resumed runs.
     order = ShardOrder("0123456789ab", 7, [3, 2, 4, 3], 2)
     shards = [(0, 2), (0, 0)] * 3 + [(0, 2), (0, 3), (0, 1), (0, 3), (0, 1), (0, 3)]
     positions = [3, 0, 2, 1, 0, 2, 1, 2, 1, 1, 0, 0]
@@ -97,7 +97,7 @@ def test_the_order_is_that_of_earlier_versions() -> None:
     assert changes.crop[1].tolist() == [0.8068073941891024, 0.06243433045602409]
 
 
-# Where it is begun
+# The first row
 
 
 @pytest.mark.parametrize("row", [0, 1, 17, 18, 19, 500])
@@ -106,7 +106,12 @@ def test_visits_from_a_row_are_those_that_end_after_it(row: int) -> None:
     late = list(islice(order.visits(row), 30))
     every = takewhile(lambda visit: visit.start <= late[-1].start, order.visits())
     assert late == [visit for visit in every if visit.stop > row][:30]
-    assert sorted(visit.lane for visit in late[:4]) == [0, 1, 2, 3]  # first what each is in
+    assert sorted(visit.lane for visit in late[:4]) == [
+        0,
+        1,
+        2,
+        3,
+    ]  # first the current visit of each lane
     assert all(visit.start <= row for visit in late[:4])
 
 

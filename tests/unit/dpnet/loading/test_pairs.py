@@ -1,3 +1,5 @@
+"""Frozen pairs: fixed by the digests and the seed, with images used equally often."""
+
 from collections import Counter
 
 import pytest

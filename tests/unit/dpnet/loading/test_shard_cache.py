@@ -1,4 +1,4 @@
-"""The cache of shards: its limit, what goes first, and processes that share it or are killed."""
+"""The cache of shards: its limit, the order of deletion, shared use and killed processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HASHES = {name: sha256_bytes(name.encode() * SIZE) for name in "abcdef"}
 
 @pytest.fixture
 def far(tmp_path: Path) -> Far:
-    """A far store with the shards a to f of SIZE bytes."""
+    """A remote store with the shards a to f of SIZE bytes."""
     near = LocalStore(tmp_path / "far")
     for name in HASHES:
         near.write(name, name.encode() * SIZE)
@@ -40,8 +40,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def taken(cache: ShardCache, store: Far, name: str) -> bytes | None:
-    """The shard's bytes by way of the cache; None where it does not keep it."""
+def read_through(cache: ShardCache, store: Far, name: str) -> bytes | None:
+    """Return a shard's bytes from the cache, or None if the cache does not keep it."""
     file = cache.open(store, name, HASHES[name], SIZE)
     if file is None:
         return None
@@ -52,7 +52,7 @@ def taken(cache: ShardCache, store: Far, name: str) -> bytes | None:
 
 
 def kept(folder: Path) -> str:
-    """The names of the shards that are there."""
+    """Return the names of the shards in the folder."""
     return "".join(name for name in HASHES if (folder / f"{HASHES[name]}.tar").exists())
 
 
@@ -66,8 +66,8 @@ def wait_for(condition: Callable[[], object]) -> None:
 def test_a_shard_is_fetched_once_and_then_read_from_the_folder(far: Far, folder: Path) -> None:
     for _ in range(2):
         cache = ShardCache(folder, 10 * SIZE)
-        assert taken(cache, far, "a") == b"a" * SIZE
-        assert taken(cache, far, "b") == b"b" * SIZE
+        assert read_through(cache, far, "a") == b"a" * SIZE
+        assert read_through(cache, far, "b") == b"b" * SIZE
     assert far.downloads == ["a", "b"]
     assert kept(folder) == "ab"
 
@@ -75,21 +75,21 @@ def test_a_shard_is_fetched_once_and_then_read_from_the_folder(far: Far, folder:
 def test_the_least_recently_used_shard_is_deleted(far: Far, folder: Path) -> None:
     cache = ShardCache(folder, 3 * SIZE)
     for age, name in ((30, "a"), (20, "b"), (10, "c")):
-        taken(cache, far, name)
+        read_through(cache, far, name)
         at = time.time() - age
         os.utime(folder / f"{HASHES[name]}.tar", (at, at))
-    taken(cache, far, "a")  # so it is used just now
-    assert taken(cache, far, "d") == b"d" * SIZE
+    read_through(cache, far, "a")  # now it is the most recently used
+    assert read_through(cache, far, "d") == b"d" * SIZE
     assert kept(folder) == "acd"
-    taken(cache, far, "e")
+    read_through(cache, far, "e")
     assert kept(folder) == "ade"
 
 
 def test_a_shard_larger_than_the_cache_is_not_kept_and_deletes_nothing(
     far: Far, folder: Path
 ) -> None:
-    taken(ShardCache(folder, 10 * SIZE), far, "a")
-    assert taken(ShardCache(folder, SIZE - 1), far, "b") is None
+    read_through(ShardCache(folder, 10 * SIZE), far, "a")
+    assert read_through(ShardCache(folder, SIZE - 1), far, "b") is None
     assert kept(folder) == "a"
     assert far.downloads == ["a"]
 
@@ -97,7 +97,7 @@ def test_a_shard_larger_than_the_cache_is_not_kept_and_deletes_nothing(
 def test_a_deleted_shard_that_is_open_can_still_be_read(far: Far, folder: Path) -> None:
     cache = ShardCache(folder, SIZE)
     file = cache.open(far, "a", HASHES["a"], SIZE)
-    taken(cache, far, "b")
+    read_through(cache, far, "b")
     assert kept(folder) == "b"
     assert os.pread(file, SIZE, 0) == b"a" * SIZE
     os.close(file)
@@ -109,15 +109,15 @@ def test_only_shards_are_deleted(far: Far, folder: Path) -> None:
     for name in others:
         (folder / name).write_bytes(bytes(5 * SIZE))
     cache = ShardCache(folder, SIZE)
-    taken(cache, far, "a")
-    taken(cache, far, "b")
+    read_through(cache, far, "a")
+    read_through(cache, far, "b")
     assert kept(folder) == "b"
     assert all((folder / name).stat().st_size == 5 * SIZE for name in others)
 
 
 def test_bytes_with_another_hash_are_not_kept(far: Far, folder: Path) -> None:
     far.near.write("a", b"x" * SIZE)
-    assert taken(ShardCache(folder, 10 * SIZE), far, "a") is None
+    assert read_through(ShardCache(folder, 10 * SIZE), far, "a") is None
     assert not [path for path in folder.iterdir() if not path.name.startswith(".lock")]
 
 
@@ -126,28 +126,30 @@ def test_a_shard_that_the_store_does_not_have_causes_no_warning(
 ) -> None:
     far.near.delete("a")
     with pytest.raises(FileNotFoundError):
-        taken(ShardCache(folder, 10 * SIZE), far, "a")
+        read_through(ShardCache(folder, 10 * SIZE), far, "a")
     assert not caplog.text
 
 
 def test_a_dropped_shard_is_fetched_again(far: Far, folder: Path) -> None:
     cache = ShardCache(folder, 10 * SIZE)
-    taken(cache, far, "a")
+    read_through(cache, far, "a")
     cache.drop(HASHES["a"])
-    cache.drop(HASHES["b"])  # absent is fine
-    assert taken(cache, far, "a") == b"a" * SIZE
+    cache.drop(HASHES["b"])  # a missing shard is not an error
+    assert read_through(cache, far, "a") == b"a" * SIZE
     assert far.downloads == ["a", "a"]
 
 
-# Several at a time
+# Several processes
 
 
 def take_all(root: Path, folder: Path) -> None:
-    """What a process of the tests below does."""
+    """Fetch three shards with two threads, as a process of the tests below."""
     far = Far(LocalStore(root), seconds=0.1)
     with ThreadPoolExecutor(2) as pool:
         cache = ShardCache(folder, 10 * SIZE)
-        for name, data in zip("abc", pool.map(lambda n: taken(cache, far, n), "abc"), strict=True):
+        for name, data in zip(
+            "abc", pool.map(lambda n: read_through(cache, far, n), "abc"), strict=True
+        ):
             assert data == name.encode() * SIZE
 
 
@@ -167,7 +169,7 @@ def test_processes_that_share_the_folder_fetch_a_shard_once(far: Far, folder: Pa
 
 
 def take_slowly(root: Path, folder: Path) -> None:
-    taken(ShardCache(folder, 2 * SIZE), Far(LocalStore(root), seconds=60), "a")
+    read_through(ShardCache(folder, 2 * SIZE), Far(LocalStore(root), seconds=60), "a")
 
 
 def test_the_file_of_a_killed_process_is_deleted_and_its_space_is_free(
@@ -179,10 +181,10 @@ def test_the_file_of_a_killed_process_is_deleted_and_its_space_is_free(
     process.join()
     cache = ShardCache(folder, 2 * SIZE)
     for name in "bc":
-        assert taken(cache, far, name) == name.encode() * SIZE
+        assert read_through(cache, far, name) == name.encode() * SIZE
     assert kept(folder) == "bc"
     assert not list(folder.glob(".new-*"))
-    assert taken(cache, far, "a") == b"a" * SIZE
+    assert read_through(cache, far, "a") == b"a" * SIZE
 
 
 def test_a_killed_fetch_is_repeated(far: Far, folder: Path) -> None:
@@ -190,7 +192,7 @@ def test_a_killed_fetch_is_repeated(far: Far, folder: Path) -> None:
     wait_for(lambda: list(folder.glob(".new-*.part")))
     process.kill()
     process.join()
-    assert taken(ShardCache(folder, SIZE), far, "a") == b"a" * SIZE
+    assert read_through(ShardCache(folder, SIZE), far, "a") == b"a" * SIZE
     assert not list(folder.glob(".new-*"))
 
 
@@ -199,12 +201,14 @@ def test_a_running_fetch_counts_against_the_limit_and_is_not_deleted(
 ) -> None:
     slow = Far(far.near, seconds=1)
     cache = ShardCache(folder, 2 * SIZE + 10)
-    taken(cache, far, "f")
+    read_through(cache, far, "f")
     with ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(taken, cache, slow, "a")
+        under_way = pool.submit(read_through, cache, slow, "a")
         wait_for(lambda: list(folder.glob(".new-*.part")))
-        assert taken(cache, far, "b") == b"b" * SIZE  # in the room of f
-        assert taken(ShardCache(folder, SIZE + 10), far, "c") is None  # a takes all
+        assert read_through(cache, far, "b") == b"b" * SIZE  # in place of f
+        assert (
+            read_through(ShardCache(folder, SIZE + 10), far, "c") is None
+        )  # a needs all the space
         assert kept(folder) == "b"
         assert under_way.result() == b"a" * SIZE
     assert kept(folder) == "ab"
@@ -225,29 +229,31 @@ def test_a_fetch_that_ends_during_a_deletion_counts_against_the_limit(
         found = list(iterdir(path))
         if path == folder and not listed.is_set() and far.downloads == ["a"]:
             listed.set()
-            time.sleep(0.3)  # enough to rename a file in
+            time.sleep(0.3)  # long enough for a rename
         yield from found
 
     monkeypatch.setattr(far, "download", held_back)
     monkeypatch.setattr(Path, "iterdir", slow)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(taken, cache, far, "a")
+        first = pool.submit(read_through, cache, far, "a")
         wait_for(lambda: far.downloads == ["a"])
-        assert taken(cache, far, "b") is None
+        assert read_through(cache, far, "b") is None
         assert first.result() == b"a" * SIZE
     assert kept(folder) == "a"
 
 
 def test_a_cached_shard_can_be_read_while_another_is_fetched(far: Far, folder: Path) -> None:
     cache = ShardCache(folder, 10 * SIZE)
-    taken(cache, far, "a")
-    lock = folder / f".lock-{HASHES['a'][:2]}"  # one of the same first digits is being fetched
+    read_through(cache, far, "a")
+    lock = (
+        folder / f".lock-{HASHES['a'][:2]}"
+    )  # another shard with the same first digits is being fetched
     with ThreadPoolExecutor(1) as pool, lock.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert pool.submit(taken, cache, far, "a").result(timeout=20) == b"a" * SIZE
+        assert pool.submit(read_through, cache, far, "a").result(timeout=20) == b"a" * SIZE
 
 
-# A disk that does not want
+# Errors of the disk
 
 
 def test_a_file_in_place_of_the_folder_is_an_error_at_once(far: Far, folder: Path) -> None:
@@ -266,12 +272,12 @@ def test_a_deleted_folder_causes_one_warning(
     shutil.rmtree(folder)
     if instead == "a file":
         folder.write_bytes(b"")
-    assert taken(cache, far, "a") is None
-    assert taken(cache, far, "b") is None
+    assert read_through(cache, far, "a") is None
+    assert read_through(cache, far, "b") is None
     cache.drop(HASHES["a"])
-    said = caplog.text
-    assert said.count("cannot use train.cache") == 1
-    assert "shards are fetched each time" in said
+    messages = caplog.text
+    assert messages.count("cannot use train.cache") == 1
+    assert "shards are fetched each time" in messages
 
 
 @pytest.fixture
@@ -290,15 +296,15 @@ def test_a_full_disk_causes_one_warning_and_cached_shards_stay_in_use(
     far: Far, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(small_disk, 10**9)
-    taken(cache, far, "a")
+    read_through(cache, far, "a")
     with pytest.raises(OSError, match="No space left"), (small_disk / "other").open("wb") as file:
         file.write(bytes(128 << 10))
-    assert taken(cache, far, "b") is None
-    assert taken(cache, far, "c") is None
-    assert taken(cache, far, "a") == b"a" * SIZE
+    assert read_through(cache, far, "b") is None
+    assert read_through(cache, far, "c") is None
+    assert read_through(cache, far, "a") == b"a" * SIZE
     assert caplog.text.count("the disk is full. Free some space") == 1
     (small_disk / "other").unlink()
-    assert taken(cache, far, "b") == b"b" * SIZE
+    assert read_through(cache, far, "b") == b"b" * SIZE
     assert far.downloads.count("a") == 1
     assert not list(small_disk.glob(".new-*"))
 
@@ -307,11 +313,11 @@ def test_cached_shards_on_a_read_only_disk_stay_in_use(
     far: Far, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(small_disk, 10**9)
-    taken(cache, far, "a")
+    read_through(cache, far, "a")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert taken(cache, far, "a") == b"a" * SIZE
+    assert read_through(cache, far, "a") == b"a" * SIZE
     assert not caplog.text
-    assert taken(cache, far, "b") is None
+    assert read_through(cache, far, "b") is None
     cache.drop(HASHES["a"])
     assert "read-only file system" in caplog.text
 

@@ -1,4 +1,4 @@
-"""Shards as open files: found by the manifest, checked by their hash, told about in a sentence."""
+"""Shards as open files: found by the manifest, checked by hash, with one sentence an error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_files(ending: str = ".tar") -> int:
     return sum(os.readlink(link).endswith(ending) for link in links if link.is_symlink())
 
 
-# Which shards there are
+# Finding shards
 
 
 def test_the_manifest_names_the_shards_of_a_split(store: LocalStore, ref: StageRef) -> None:
@@ -216,7 +216,7 @@ def test_the_error_for_too_many_open_files_names_the_option(
 ) -> None:
     (shard, *_) = find_shards(store, ref, "train").shards
     files = ShardFiles(store, None)
-    opened = files.open(shard)  # and all that is imported meanwhile
+    opened = files.open(shard)  # this also imports the modules that opening needs
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
@@ -232,7 +232,7 @@ def test_a_shard_that_may_not_be_read_is_named(store: LocalStore, ref: StageRef)
     (shard, *_) = find_shards(store, ref, "train").shards
     path = store.path(shard.key)
     path.unlink()
-    path.symlink_to(path)  # what fails for root too
+    path.symlink_to(path)  # this fails for root too
     with pytest.raises(PipelineError, match=r"cannot use .*train-000000\.tar"):
         ShardFiles(store, None).open(shard)
 
@@ -244,7 +244,7 @@ def test_shards_are_fetched_once_and_then_read_from_the_cache(
     store: LocalStore, ref: StageRef, tmp_path: Path
 ) -> None:
     far = Far(store)
-    for _ in range(2):  # another process would find them too
+    for _ in range(2):  # the second is like another process
         files = ShardFiles(far, ShardCache(tmp_path / "cache", 10**6))
         shards = [files.open(shard) for shard in find_shards(store, ref, "train").shards]
         assert [contents(shard) for shard in shards] == PAYLOADS

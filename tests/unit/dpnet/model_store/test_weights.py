@@ -1,4 +1,4 @@
-"""Weights on storage: both layouts, and one clear error for whatever is wrong with them."""
+"""Weights in storage: both layouts, and one clear error for each kind of damage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def store(tmp_path: Path, layout: Layout) -> LocalStore:
 
 
 def refused(store: LocalStore) -> str:
-    """The one sentence that loading fails with."""
+    """Load the model, which must fail, and return the error's sentence."""
     with pytest.raises(PipelineError) as caught:
         load_generator(store, "m")
     sentence = str(caught.value)
@@ -55,7 +55,7 @@ def change_config(store: LocalStore, layout: Layout, **changes: Any) -> None:
 
 
 def change_weights(store: LocalStore, layout: Layout, change: Callable[[Tensors], object]) -> None:
-    """Alter the tensors, and their hash in the config as if nothing had happened."""
+    """Change the tensors, and their hash in the config too."""
     state = load(store.read(f"m/{layout.weights}"))
     change(state)
     weights = save(state)
@@ -78,9 +78,10 @@ def test_a_generator_is_loaded_as_it_was_saved(store: LocalStore, layout: Layout
 @pytest.mark.parametrize("keep", [0, 7, 5000, -1])
 def test_weights_cut_short_are_refused(store: LocalStore, layout: Layout, keep: int) -> None:
     store.write(f"m/{layout.weights}", store.read(f"m/{layout.weights}")[:keep])
-    told = refused(store)
+    sentence = refused(store)
     assert (
-        f"{layout.weights} was altered or cut short: it is not a complete safetensors file" in told
+        f"{layout.weights} was altered or cut short: it is not a complete safetensors file"
+        in sentence
     )
 
 
@@ -144,7 +145,7 @@ def test_a_config_of_another_version_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "sentence"),
     [
         (lambda state: state.pop("out.bias"), "(lacks out.bias)"),
         (lambda state: [state.pop(n) for n in ("out.bias", "out.weight")], "(lacks out.bias and 1"),
@@ -156,10 +157,10 @@ def test_a_config_of_another_version_is_refused(
     ],
 )
 def test_tensors_that_do_not_fit_the_config_are_named(
-    store: LocalStore, layout: Layout, change: Callable[[Tensors], object], told: str
+    store: LocalStore, layout: Layout, change: Callable[[Tensors], object], sentence: str
 ) -> None:
     change_weights(store, layout, change)
-    assert told in refused(store)
+    assert sentence in refused(store)
 
 
 def test_a_checkpoint_of_another_config_is_refused(store: LocalStore, layout: Layout) -> None:

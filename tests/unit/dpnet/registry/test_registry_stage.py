@@ -1,3 +1,5 @@
+"""The register stage: champion and challenger, interruptions, a lost MLflow database."""
+
 import json
 import shutil
 import sqlite3
@@ -23,8 +25,8 @@ def store(tmp_path):
 
 
 def elsewhere(store, database):
-    """The same root in another place, with another MLflow database."""
-    # A new place, for MLflow keeps a database that it knows open.
+    """Copy the root to another folder, with another MLflow database."""
+    # MLflow keeps databases open, so the new one needs another path.
     folder = store.folder.parent / "elsewhere"
     shutil.copytree(store.folder, folder)
     (folder / "mlflow.db").write_bytes(database)
@@ -41,7 +43,7 @@ def alias_and_reason(ref):
 
 
 def in_mlflow(store, model="dpnet"):
-    """{version: request digest} and {alias: version} as MLflow has them."""
+    """Return {version: request digest} and {alias: version} of MLflow's registry."""
     with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
         found = client.search_model_versions(f"name='{model}'")
         versions = {int(v.version): v.tags["request_digest"] for v in found}
@@ -55,7 +57,7 @@ def runs_in_mlflow(store):
 
 
 class Killed(BaseException):
-    """Ends a call at a chosen place, as kill -9 would."""
+    """Ends a call at a chosen place, like kill -9."""
 
 
 def killed(*args, **kwargs):
@@ -120,9 +122,9 @@ def test_the_same_request_is_skipped(store):
 @pytest.mark.parametrize(
     ("module", "step"),
     [
-        (mlflow_registry, "_source"),  # MLflow's run is logged, the version not yet made
-        (register_module, "_write_once"),  # the version is made, its record not yet written
-        (register_module, "write_file"),  # all is written, the stage not yet committed
+        (mlflow_registry, "_source"),  # the MLflow run is complete, there is no version yet
+        (register_module, "_write_once"),  # there is a version, but no record yet
+        (register_module, "write_file"),  # everything is written, the stage is not committed yet
     ],
 )
 def test_a_killed_registration_creates_no_second_version(store, monkeypatch, module, step):
@@ -211,7 +213,7 @@ def test_a_new_database_is_created_without_output_and_without_other_files():
 
 
 def test_a_database_is_complete_or_missing(tmp_path, monkeypatch):
-    # MLflow takes no half-made one up again.
+    # MLflow refuses an incomplete database.
     monkeypatch.setattr(mlflow_client.LocalStore, "create", killed)
     with pytest.raises(Killed), mlflow_client.connect(f"sqlite:///{tmp_path}/new.db"):
         pass
@@ -235,7 +237,7 @@ def test_mlflows_own_environment_variable_is_the_default(store, monkeypatch):
 
 
 def test_a_server_accepts_the_address_of_a_local_model(store):
-    # A plain path it takes for one of its own, and refuses it.
+    # The server takes a plain path for one of its own, and refuses it.
     clients = {uri: SimpleNamespace(tracking_uri=uri) for uri in ("sqlite:///x", "http://x")}
     sources = {u: mlflow_registry._source(c, store, "runs/r") for u, c in clients.items()}
     assert sources["sqlite:///x"] == f"file://{store.folder}/runs/r/model"
@@ -244,7 +246,7 @@ def test_a_server_accepts_the_address_of_a_local_model(store):
 
 def test_the_error_for_a_database_does_not_show_its_password(store):
     run, evaluation = small_root.run_and_evaluation(store, 20.0)
-    (store.folder / "broken.db").write_bytes(b"this is no database" * 100)
+    (store.folder / "broken.db").write_bytes(b"not a database" * 100)
     settings = RegisterSettings(tracking_uri=f"sqlite:///{store.folder}/broken.db")
     with pytest.raises(PipelineError, match="refused the registration"):
         register(settings, run, evaluation, store)

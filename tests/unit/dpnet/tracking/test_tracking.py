@@ -1,3 +1,5 @@
+"""A running training in MLflow: every record once, and no harm from a bad server."""
+
 import json
 import socket
 import time
@@ -22,7 +24,7 @@ SETTINGS = {"train": {"steps": 75, "batch_size": 2}}
 
 
 def trained(step, hole=0.2, **more):
-    """A record of training, of 25 steps that took 5 s, 1 s of it waiting."""
+    """Return a record of 25 training steps that took 5 s, with 1 s of waiting for data."""
     record = {"kind": "train", "step": step, "losses": {"hole": hole}, "gradients": {"all": 1.5}}
     record |= {"images": 50, "seconds": 5.0, "data_seconds": 1.0, "other_seconds": 2.5}
     return record | {"skipped_steps": 0, "skipped_samples": 3} | more
@@ -32,7 +34,7 @@ def validated(step, psnr):
     return {"kind": "validation", "step": step, "hole_psnr": psnr, "mean_fill_psnr": 9.0}
 
 
-COURSE = [
+LOG = [
     validated(0, 10.0),
     trained(25, 0.3),
     trained(50, 0.2, gpu_memory_gb=7.5),
@@ -62,8 +64,8 @@ def work_in(store):
     return Work(store, request.folder, request, lease=None)
 
 
-def tell(work, log, pictures=()):
-    """What the training loop writes while it goes on."""
+def publish(work, log, pictures=()):
+    """Publish what a running training publishes."""
     with closing(Journal(work.store, work.folder)) as journal:
         for step in pictures:
             journal.picture(step, b"png of step %d" % step)
@@ -71,10 +73,10 @@ def tell(work, log, pictures=()):
         journal.status({"step": log[-1]["step"], "records": len(log)})
 
 
-def track(uri, work, log, error=None, **told):
-    """A training that tells `log` and ends, with `error` where there is one."""
+def track(uri, work, log, error=None, **published):
+    """Follow a training that publishes `log`, and ends with `error` if there is one."""
     with MlflowFollower(uri, work):
-        tell(work, log, **told)
+        publish(work, log, **published)
         if error:
             raise error
 
@@ -91,14 +93,14 @@ def only_run(uri):
 
 
 def points(uri, name):
-    """[(step, value)] of a metric of the only run."""
+    """Return [(step, value)] of a metric of the only run."""
     client = mlflow_client.new_client(uri)
     history = client.get_metric_history(only_run(uri).info.run_id, name)
     return [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)]
 
 
 def logged(caplog):
-    """What our own modules have logged."""
+    """Return the messages of our own modules."""
     return [each.getMessage() for each in caplog.records if each.name.startswith("dpnet")]
 
 
@@ -112,15 +114,15 @@ def wait_for(condition):
 def test_a_running_training_is_visible_in_mlflow(store, uri):
     work = work_in(store)
     with MlflowFollower(uri, work):
-        tell(work, COURSE[:2])
+        publish(work, LOG[:2])
         wait_for(lambda: runs(uri) and points(uri, "losses.hole") == [(25, 0.3)])
         assert only_run(uri).info.status == "RUNNING"
-        tell(work, COURSE[:3])
+        publish(work, LOG[:3])
         wait_for(lambda: points(uri, "losses.hole") == [(25, 0.3), (50, 0.2)])
 
 
 def test_every_point_is_there_once_at_its_step(store, uri):
-    track(uri, work_in(store), COURSE)
+    track(uri, work_in(store), LOG)
     assert points(uri, "losses.hole") == [(25, 0.3), (50, 0.2), (75, 0.1)]
     assert points(uri, "gradients.all") == [(25, 1.5), (50, 1.5), (75, 1.5)]
     assert points(uri, "validation.hole_psnr") == [(0, 10.0), (50, 12.0), (75, 13.0)]
@@ -129,7 +131,7 @@ def test_every_point_is_there_once_at_its_step(store, uri):
 
 
 def test_throughput_and_the_parts_of_the_step_time_are_logged(store, uri):
-    track(uri, work_in(store), COURSE)
+    track(uri, work_in(store), LOG)
     figures = only_run(uri).data.metrics
     assert figures["throughput.images_per_second"] == 10.0
     assert figures["throughput.data_wait_share"] == 0.2
@@ -140,7 +142,7 @@ def test_throughput_and_the_parts_of_the_step_time_are_logged(store, uri):
 
 def test_the_run_has_the_settings_and_is_found_by_the_digest(store, uri):
     work = work_in(store)
-    track(uri, work, COURSE)
+    track(uri, work, LOG)
     data = only_run(uri).data
     assert data.params == {"train.steps": "75", "train.batch_size": "2"}
     assert data.tags["train_digest"] == work.request.digest
@@ -150,11 +152,11 @@ def test_the_run_has_the_settings_and_is_found_by_the_digest(store, uri):
 def test_a_resumed_training_continues_its_run_without_a_point_twice(store, uri):
     work = work_in(store)
     with pytest.raises(KeyboardInterrupt):
-        track(uri, work, COURSE[:4], KeyboardInterrupt())
+        track(uri, work, LOG[:4], KeyboardInterrupt())
     with MlflowFollower(uri, work):
-        tell(work, COURSE[:2])  # the checkpoint's log: what came after it is done again
-        tell(work, [*COURSE[:2], trained(30), trained(50, 0.2)])
-        tell(work, [*COURSE[:2], trained(30), *COURSE[2:]])
+        publish(work, LOG[:2])  # the checkpoint's log: later steps are repeated
+        publish(work, [*LOG[:2], trained(30), trained(50, 0.2)])
+        publish(work, [*LOG[:2], trained(30), *LOG[2:]])
     assert points(uri, "losses.hole") == [(25, 0.3), (50, 0.2), (75, 0.1)]
     assert points(uri, "validation.hole_psnr") == [(0, 10.0), (50, 12.0), (75, 13.0)]
     assert only_run(uri).info.status == "FINISHED"
@@ -180,7 +182,7 @@ def test_a_point_whose_answer_was_lost_is_not_logged_again(store, uri, monkeypat
     monkeypatch.setattr(tracking, "new_client", new_client)
     work = work_in(store)
     with MlflowFollower(uri, work):
-        tell(work, COURSE)
+        publish(work, LOG)
         wait_for(lambda: lost)
     assert len(points(uri, "losses.hole")) == 3
     assert only_run(uri).info.status == "FINISHED"
@@ -193,7 +195,7 @@ def test_a_point_whose_answer_was_lost_is_not_logged_again(store, uri, monkeypat
 )
 def test_the_status_says_how_training_ended(store, uri, error, status):
     with pytest.raises(type(error)) if error else nullcontext():
-        track(uri, work_in(store), COURSE, error)
+        track(uri, work_in(store), LOG, error)
     assert only_run(uri).info.status == status
 
 
@@ -207,8 +209,8 @@ def test_validation_images_become_artifacts(store, uri, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     work = work_in(store)
-    track(uri, work, COURSE[:4], pictures=[50])
-    track(uri, work, COURSE, pictures=[75])
+    track(uri, work, LOG[:4], pictures=[50])
+    track(uri, work, LOG, pictures=[75])
     client, run = mlflow_client.new_client(uri), only_run(uri)
     there = client.list_artifacts(run.info.run_id, "pictures")
     assert [f.path for f in there] == [f"pictures/step-000000{step}.png" for step in (50, 75)]
@@ -222,7 +224,7 @@ def test_validation_images_of_a_root_on_s3_are_stored_at_aws_endpoint_url(
     moto_root, uri, caplog, capsys
 ):
     work = work_in(open_store(moto_root))
-    track(uri, work, COURSE, pictures=[75])
+    track(uri, work, LOG, pictures=[75])
     artifacts = only_run(uri).info.artifact_uri.removeprefix(f"{moto_root}/")
     assert work.store.read(f"{artifacts}/pictures/step-00000075.png") == b"png of step 75"
     assert logged(caplog) == []
@@ -233,9 +235,9 @@ def test_validation_images_that_cannot_be_stored_cause_one_warning(store, uri, c
     store.write("mlflow-artifacts", b"a file in the way")
     work = work_in(store)
     with MlflowFollower(uri, work):
-        tell(work, COURSE[:4], pictures=[50])
+        publish(work, LOG[:4], pictures=[50])
         wait_for(lambda: runs(uri) and len(points(uri, "losses.hole")) == 2)
-        tell(work, COURSE, pictures=[75])
+        publish(work, LOG, pictures=[75])
     assert only_run(uri).info.status == "FINISHED"
     assert len(points(uri, "losses.hole")) == 3
     assert caplog.text.count("does not take the validation images") == 1
@@ -243,7 +245,7 @@ def test_validation_images_that_cannot_be_stored_cause_one_warning(store, uri, c
 
 @contextmanager
 def mute_server():
-    """The port of a server that takes connections and never answers."""
+    """Run a server that accepts connections and never answers. Yield its port."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(8)
@@ -253,9 +255,9 @@ def mute_server():
 def test_a_missing_server_causes_one_warning_and_no_delay(store, caplog):
     work = work_in(store)
     with MlflowFollower("http://me:secret@127.0.0.1:9", work):
-        tell(work, COURSE[:2])
+        publish(work, LOG[:2])
         time.sleep(0.5)
-        tell(work, COURSE)
+        publish(work, LOG)
         ended = time.monotonic()
     assert time.monotonic() - ended < 2
     (line,) = logged(caplog)
@@ -268,7 +270,7 @@ def test_training_does_not_wait_for_a_server_that_never_answers(store, monkeypat
     monkeypatch.setitem(tracking._PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with mute_server() as port:
         with MlflowFollower(f"http://127.0.0.1:{port}", work_in(store)) as tracker:
-            tell(tracker._work, COURSE)
+            publish(tracker._work, LOG)
             ended = time.monotonic()
         assert time.monotonic() - ended < 1
         assert "needs more than" in caplog.text
@@ -282,31 +284,31 @@ def test_records_that_a_server_missed_are_added_later(store, uri, monkeypatch, c
     def new_client(uri):
         if away:
             away.pop()
-            raise ConnectionError("nobody there")
+            raise ConnectionError("no server")
         return client_of(uri)
 
     monkeypatch.setattr(tracking, "new_client", new_client)
     work = work_in(store)
     with MlflowFollower(uri, work):
-        tell(work, COURSE)
+        publish(work, LOG)
         wait_for(lambda: runs(uri))
     assert len(points(uri, "losses.hole")) == 3
-    assert caplog.text.count("nobody there") == 1
+    assert caplog.text.count("no server") == 1
 
 
 def test_without_mlflow_nothing_is_tracked(store, uri):
-    track(None, work_in(store), COURSE)
+    track(None, work_in(store), LOG)
     assert runs(uri) == []
 
 
 def test_the_same_training_in_two_roots_has_two_runs(store, uri, tmp_path):
-    track(uri, work_in(store), COURSE)
-    track(uri, work_in(LocalStore(tmp_path / "other")), COURSE)
+    track(uri, work_in(store), LOG)
+    track(uri, work_in(LocalStore(tmp_path / "other")), LOG)
     assert len(runs(uri)) == 2
 
 
 def registered(store, log):
-    """Commit the tracked training, evaluate and register it."""
+    """Commit the training, evaluate it and register it."""
     text = b"".join(json.dumps(record).encode() + b"\n" for record in log)
     run = small_root.commit(store, "train", "runs", {"log.jsonl": text}, settings=SETTINGS)
     summary = {"hole_psnr": 20.0, "pairs_digest": "p" * 64}
@@ -319,9 +321,9 @@ def registered(store, log):
 
 
 def test_registration_adds_the_evaluation_to_the_run_of_the_training(store, uri):
-    track(uri, work_in(store), COURSE)
+    track(uri, work_in(store), LOG)
     before = only_run(uri)
-    registered(store, COURSE)
+    registered(store, LOG)
     run = only_run(uri)
     version = mlflow_client.new_client(uri).get_model_version("dpnet", "1")
     assert version.run_id == run.info.run_id == before.info.run_id
@@ -333,7 +335,7 @@ def test_registration_adds_the_evaluation_to_the_run_of_the_training(store, uri)
 
 def test_registration_adds_records_that_are_missing(store, uri):
     with pytest.raises(KeyboardInterrupt):
-        track(uri, work_in(store), COURSE[:2], KeyboardInterrupt())
-    registered(store, COURSE)
+        track(uri, work_in(store), LOG[:2], KeyboardInterrupt())
+    registered(store, LOG)
     assert points(uri, "losses.hole") == [(25, 0.3), (50, 0.2), (75, 0.1)]
     assert only_run(uri).info.status == "FINISHED"
