@@ -1,34 +1,35 @@
-"""B2: an epoch over image shards and mask shards as uint8 batches, on two cores.
+"""B2: read one epoch of image shards and mask shards as uint8 batches, on two cores.
 
     python benchmarks/loader.py [--check-order] [--photos DIR] [--repeats 5] [--s3 URI] [--json]
+    python benchmarks/loader.py --pairs [--repeats 5] [--json]    (see pairs.py)
 
-Contenders, each in a process of its own, decode the same 256 x 256 JPEGs of quality 95 and a mask
-for each of them, shuffled, into batches for the device: image N H W 3 uint8 and valid N H W uint8
-in {0, 1}.
+Each contender runs in its own process. All decode the same 256 x 256 JPEGs of quality 95, with a
+mask for each, in random order, into batches for the device: image N H W 3 uint8 and valid N H W
+uint8 in {0, 1}.
 
 * dpnet: `ours`, which also checks each sample by its hash, and flips and turns samples.
 * webdataset: WebLoader, 2 workers, our image shards zipped with the mask shards; by simplejpeg and
   by Pillow.
 * mosaicml-streaming: the same bytes as MDS, 2 workers.
-* litdata: the same bytes optimized, 0 and 2 workers; the better one counts.
-* ray data: `read_webdataset` of our shards, 2 CPUs; only the order of the files is shuffled.
-* decode limit: 2 processes decode from memory into one batch each and hand nothing over.
+* litdata: the same bytes optimized, 0 and 2 workers. The better one counts.
+* ray data: `read_webdataset` of our shards, 2 CPUs. Only the order of the files is random.
+* decode limit: 2 processes decode from memory into one batch each, and send nothing back.
 
-No peer loses by how it decodes: all but one use simplejpeg, and workers decode straight into shared
-memory. In MDS and litdata's format an image and its mask are one record, which spares them the
-pairing; the conversion is not timed.
+No other loader is slower because of its decoder: all but one use simplejpeg, and workers decode
+straight into shared memory. In the formats of MDS and litdata an image and its mask are one record,
+so these loaders need no pairing. The conversion is not timed.
 
-Timed is the epoch from asking for its first batch to having its last, without the import of the
-libraries. Each contender goes through all images and, by itself, through a quarter of them; a rate
-is the difference in images by the difference in time, so that nobody's fixed cost counts (start of
-workers, first fill of buffers). What is fixed is shown beside it (for Ray, started before, least of
-it), and the processor time of an image (not for Ray, whose processes are not reaped here), which
-tells most where others use the machine.
+The time is that from the request for the first batch to the last batch, without the imports. Each
+contender reads all images and, in another process, a quarter of them. The rate is the difference in
+images divided by the difference in time. So fixed costs do not count (start of workers, first fill
+of buffers). They are shown in a row of their own; Ray starts before, so its fixed cost is small.
+The processor time of an image is the best figure if other programs use the machine. It is missing
+for Ray, because its processes are not children of this one.
 
-With --s3 the data is put under URI, read from there with empty caches, and removed at the end.
-webdataset reads no S3 by itself and is left out, and so is mosaicml-streaming, which in two of two
-runs here took bytes for a sample that were none. It needs numpy < 2.2, so it and
-litdata get an environment of their own, 6 GB for its torch.
+With --s3 the data is copied to URI, read from there with empty caches, and removed at the end.
+webdataset cannot read S3, so it is left out. So is mosaicml-streaming, which read wrong bytes as a
+sample in two of two runs here. It needs numpy < 2.2, so it and litdata get their own environment,
+with 6 GB for torch.
 """
 
 from __future__ import annotations
@@ -57,28 +58,28 @@ from typing import Any
 from compare import Row, in_a_process, ratio, report, take_turns
 from pairs import measure_pairs
 
-# torchvision brings the torch that it fits. The decoders are those that are installed here.
+# torchvision installs the torch that fits it. The decoders have the versions installed here.
 PEERS = ("mosaicml-streaming==0.13.0", "litdata==0.2.76", "torchvision==0.29.1")
 NOT_ON_S3 = ("webdataset", "mosaicml")
 DECODERS = ("simplejpeg", "opencv-python-headless", "pydantic")
 SIZE, QUALITY, WORKERS, BATCH, LANES = 256, 95, 2, 32, 64
 IMAGE, VALID = (SIZE, SIZE, 3), (SIZE, SIZE)
-SHARDS = 8  # of images and of masks: the same for each worker, so that none waits for another
-CHUNK = 16 << 20  # bytes in a file of the peers' formats: about 500 images, as in our shards
+SHARDS = 8  # of images and of masks; an equal number for each worker
+CHUNK = 16 << 20  # bytes in a file of the other formats: about 500 images, as in our shards
 BUFFER = 1000  # samples that webdataset shuffles
-RAY_BATCH = 256  # images that Ray Data decodes in a call: the fastest of 32, 256 and a whole block
-CROPS = 300  # of each sample photograph
-WORLDS, EPOCHS = (1, 2, 3, 8), 2  # that the order is checked for
+RAY_BATCH = 256  # images in a call of Ray Data: the fastest of 32, 256 and a whole block
+CROPS = 300  # of each sample photo
+WORLDS, EPOCHS = (1, 2, 3, 8), 2  # for the check of the order
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dpnet-benchmarks"
 Sample = tuple[bytes, bytes]  # a JPEG and the PNG of its mask
 Batches = Iterable[tuple[Any, Any]]  # image and valid, arrays or tensors
 Decode = Callable[[bytes, Any], None]  # into an array
-Counted = tuple[int, float, float]  # images, the seconds that they took, and the processor's
+Counted = tuple[int, float, float]  # images, seconds, and seconds of the processor
 
 
 @dataclass(frozen=True)
 class Data:
-    """What an epoch goes through, and where it is."""
+    """The data of an epoch, and its place."""
 
     root: str  # a folder or an S3 URI
     images: str  # folders under it
@@ -95,7 +96,7 @@ class Data:
         return [f"{self.root}/{key}" for key in self.keys(folder)]
 
     def samples(self) -> Iterator[Sample]:
-        """Each image with a mask, in the order of the shards."""
+        """Yield each image with a mask, in the order of the shards."""
         from data_prep.core.storage.open import open_store
         from data_prep.shards.shards import iterate_shard
 
@@ -109,7 +110,7 @@ class Data:
 
 
 def sets_of(data: Data) -> list[Any]:
-    """Our shards of images and of masks."""
+    """Return our shards of images and of masks."""
     from data_prep.core.manifest import load_reference
     from data_prep.core.storage.open import open_store
     from dpnet.loading.shard_files import find_shards
@@ -120,7 +121,7 @@ def sets_of(data: Data) -> list[Any]:
 
 
 def ours(data: Data) -> Batches:
-    """The batches of an epoch by our loader."""
+    """Yield the batches of an epoch from our loader."""
     from data_prep.core.storage.open import open_store
     from dpnet.loading.loader import Loader
     from dpnet.loading.shard_files import ShardFiles
@@ -134,11 +135,11 @@ def ours(data: Data) -> Batches:
 
 
 def check_order(data: Data) -> int:
-    """Read two epochs of images and of masks as ranks of several worlds do; how many samples came.
+    """Read two epochs with several numbers of ranks. Return the number of samples read.
 
-    Exits unless each sample of the shards comes once an epoch, whatever the world, each shard is
-    read by one rank an epoch where the ranks divide the lanes, and the cursors of a rank are those
-    that are left by the others.
+    Exits with an error unless all of this holds: each sample comes once an epoch for every number
+    of ranks, no two ranks have the same cursor, and one rank reads a shard in an epoch if the
+    number of ranks divides the lanes.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -209,7 +210,7 @@ def decoded(encoded: Sequence[bytes], decode: Decode, out: Any) -> Any:
 
 
 def as_tensors(samples: Sequence[Sample], decode: Decode = simplejpeg) -> tuple[Any, Any]:
-    """A batch of a peer's loader; a worker's lies in shared memory, which spares it a copy."""
+    """Return a batch of another loader. In a worker it is in shared memory, to avoid a copy."""
     import torch
     from torch.utils.data import get_worker_info
 
@@ -241,14 +242,14 @@ def with_webdataset(data: Data, scratch: Path, decode: Decode) -> Batches:
 
     def stream(folder: str, extension: str) -> Any:
         shards = data.shards(folder)
-        # The other file of a sample is passed over.
+        # Skip the other file of a sample.
         only = {"select_files": lambda name: name.endswith(extension)}
         return wds.WebDataset(shards, shardshuffle=SHARDS, **only)
 
     class Pairs(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
             images = stream(data.images, ".jpg").shuffle(BUFFER)
-            # A worker's shards may hold a few masks less than images.
+            # The shards of a worker can hold a few masks less than images.
             masks = stream(data.masks, ".png").repeat().shuffle(BUFFER)
             pairs = ((a["jpg"], b["png"]) for a, b in zip(images, masks, strict=False))
             while batch := list(islice(pairs, BATCH)):
@@ -271,7 +272,7 @@ def with_litdata(data: Data, scratch: Path, workers: int) -> Batches:
     from litdata import StreamingDataLoader, StreamingDataset  # type: ignore[import-not-found]
     from litdata.streaming import downloader  # type: ignore[import-not-found]
 
-    # Its public options let it read no S3 server without TLS.
+    # Its public options do not allow an S3 server without TLS.
     downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
     place = f"{data.root}/litdata"
     where = {"cache_dir": str(scratch)} if "://" in place else {}
@@ -307,14 +308,14 @@ def with_ray_data(data: Data, scratch: Path) -> Batches:
         return (batch["pixels"] for batch in rows.iter_batches(batch_size=BATCH))
 
     images, masks = data.shards(data.images), data.shards(data.masks)
-    # The start of its processes takes seconds that vary, so they are started before.
+    # The start of its processes takes a variable time, so start them before the measurement.
     for _ in pixels(images[:2], "jpg", simplejpeg, IMAGE):
         pass
     both = pixels(images, "jpg", simplejpeg, IMAGE), pixels(masks, "png", mask, VALID)
     return zip(*both, strict=True)
 
 
-HELD: dict[str, Any] = {}  # what the processes of the limit have from their parent
+HELD: dict[str, Any] = {}  # data that the processes of the limit inherit
 
 
 def decode_held(first: int) -> int:
@@ -352,24 +353,24 @@ CONTENDERS: dict[str, Callable[[Data, Path], Batches | Iterable[int]]] = {
 
 
 def checked(image: Any, valid: Any) -> int:
-    """How many images a batch has."""
+    """Check a batch. Return its number of images."""
     import numpy as np
 
     assert (image.shape[1:], valid.shape) == (IMAGE, image.shape[:3])
     assert all(str(pixels.dtype).endswith("uint8") for pixels in (image, valid))
-    # By NumPy: threads that torch starts for so little would go on spinning beside the decoders.
+    # Use NumPy: torch would start threads that take time from the decoders.
     assert np.asarray(valid[0]).max() <= 1
     return len(image)
 
 
 def processor() -> float:
-    """Seconds of this process and of those of its children that have ended."""
+    """Return the processor seconds of this process and of its finished children."""
     used = (resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def run_one(name: str, data: Data, scratch: Path) -> None:
-    """In a contender's process: print what `Counted` says."""
+    """Run a contender in this process. Print a `Counted`."""
     import cv2  # noqa: F401
     import PIL.Image  # noqa: F401
     import simplejpeg  # noqa: F401
@@ -382,7 +383,7 @@ def run_one(name: str, data: Data, scratch: Path) -> None:
     for batch in batches:
         end = perf_counter()
         images += batch if isinstance(batch, int) else checked(*batch)
-    print(json.dumps([images, end - start, processor() - before]))  # its workers have ended
+    print(json.dumps([images, end - start, processor() - before]))  # its workers have ended by now
 
 
 def records(data: Data, _: int = 0) -> Iterator[dict[str, bytes]]:
@@ -391,7 +392,7 @@ def records(data: Data, _: int = 0) -> Iterator[dict[str, bytes]]:
 
 
 def convert(data: Data) -> None:
-    """Write the peers' formats with their own tools, beside the shards."""
+    """Write the formats of the other loaders with their own tools, next to the shards."""
     from litdata import optimize
     from streaming import MDSWriter
 
@@ -404,8 +405,8 @@ def convert(data: Data) -> None:
     print("true")
 
 
-def crops_of_sample_photographs(folder: Path) -> list[Path]:
-    """Squares cut at random from the photographs that scikit-image carries."""
+def crops_of_sample_photos(folder: Path) -> list[Path]:
+    """Cut random squares from the photos in scikit-image."""
     import cv2
     import numpy as np
 
@@ -414,7 +415,7 @@ def crops_of_sample_photographs(folder: Path) -> list[Path]:
     write_sample_photos(folder / "whole")
     random = np.random.default_rng(0)
     made = []
-    for path in photographs_in(folder / "whole"):
+    for path in photos_in(folder / "whole"):
         image: Any = cv2.imread(str(path))
         for number in range(CROPS):
             top, left = (int(random.integers(side - SIZE + 1)) for side in image.shape[:2])
@@ -423,28 +424,28 @@ def crops_of_sample_photographs(folder: Path) -> list[Path]:
     return made
 
 
-def photographs_in(folder: Path) -> list[Path]:
+def photos_in(folder: Path) -> list[Path]:
     suffixes = (".jpg", ".jpeg", ".png")
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
 
 
-def prepare(photographs: Sequence[Path], folder: Path, name: str, python: str) -> Data:
-    """Shards of images and of as many masks, and the same in the peers' formats, in a folder."""
+def prepare(photos: Sequence[Path], folder: Path, name: str, python: str) -> Data:
+    """Write shards of images and of as many masks, and the same data in the other formats."""
     from data_prep.core.storage.local import LocalStore
     from data_prep.images.settings import ImagesSettings
     from data_prep.images.stage import prepare_images
     from data_prep.masks.settings import MasksSettings
     from data_prep.masks.stage import prepare_masks
 
-    source, store = folder / "photographs" / name, LocalStore(folder / "data" / name)
-    one = photographs[:1]
-    for split, chosen in {"train": photographs, "val": one, "test": one}.items():
+    source, store = folder / "photos" / name, LocalStore(folder / "data" / name)
+    one = photos[:1]
+    for split, chosen in {"train": photos, "val": one, "test": one}.items():
         (source / split).mkdir(parents=True)
         for number, path in enumerate(chosen):
             (source / split / f"{number:06d}{path.suffix}").symlink_to(path.absolute())
     config: dict[str, Any] = {"source": str(source), "size": SIZE, "quality": QUALITY}
     config |= {"mode": "center-crop", "dedupe": "off", "near_duplicates": "off"}
-    config |= {"shard_samples": math.ceil(len(photographs) / SHARDS), "workers": WORKERS}
+    config |= {"shard_samples": math.ceil(len(photos) / SHARDS), "workers": WORKERS}
     images = prepare_images(ImagesSettings.model_validate(config), store)
     count = images.summary["splits"]["train"]["samples"]
     config = {"size": SIZE, "train": count, "eval_per_bin": 1}
@@ -461,7 +462,7 @@ def environment() -> dict[str, str]:
 
 
 def peers_python(cache: Path) -> str:
-    """The interpreter of an environment with the pinned peers, made unless it is there."""
+    """Return the Python of an environment with the other loaders. Create it if needed."""
     packages = " ".join([*PEERS, *(f"{name}=={version(name)}" for name in DECODERS)])
     home = cache / f"loader-{hashlib.sha256(packages.encode()).hexdigest()[:12]}"
     python, ready = home / "bin" / "python", home / "ready"
@@ -474,7 +475,7 @@ def peers_python(cache: Path) -> str:
 
 
 def measure(name: str, python: str, data: Data, scratch: Path) -> Counted:
-    """An epoch of a contender. Exits when images are missing or come twice."""
+    """Measure an epoch of a contender. Exit if images are missing or come twice."""
     own = scratch / "own"
     own.mkdir()
     command = [python, __file__, "--run", name, json.dumps(asdict(data)), str(own)]
@@ -482,7 +483,7 @@ def measure(name: str, python: str, data: Data, scratch: Path) -> Counted:
         images, seconds, work = in_a_process(command, environment())
     finally:
         shutil.rmtree(own, ignore_errors=True)
-    # A batch that would not be full may be dropped, or filled up.
+    # A loader can drop its last batch, or fill it up.
     if abs(images - data.count) >= BATCH * WORKERS:
         sys.exit(f"{name} gave {images} images of {data.count}")
     return images, seconds, work
@@ -490,7 +491,7 @@ def measure(name: str, python: str, data: Data, scratch: Path) -> Counted:
 
 @contextmanager
 def put(folder: Path, uri: str) -> Iterator[None]:
-    """What is in `folder` is also under `uri`, until the end."""
+    """Copy a folder to `uri`, and delete the copy at the end."""
     from data_prep.core.storage.local import LocalStore
     from data_prep.core.storage.open import open_store
 
@@ -508,13 +509,15 @@ def put(folder: Path, uri: str) -> Iterator[None]:
 def measure_all(
     photos: Path | None, repeats: int, s3: str | None, cache: Path, *, check: bool
 ) -> dict[str, list[tuple[Counted, Counted]]]:
-    """Each contender's quarter and whole epoch, in each repeat."""
+    """Return the quarter and the whole epoch of each contender, for each repeat."""
     if len(os.sched_getaffinity(0)) > WORKERS:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:WORKERS])
     peers = peers_python(cache)
-    scratch = Path(tempfile.mkdtemp(prefix="dpnet-bench-", dir="/tmp"))  # short: for Ray's sockets
+    scratch = Path(
+        tempfile.mkdtemp(prefix="dpnet-bench-", dir="/tmp")
+    )  # a short path, for Ray's sockets
     try:
-        found = photographs_in(photos) if photos else crops_of_sample_photographs(scratch / "crops")
+        found = photos_in(photos) if photos else crops_of_sample_photos(scratch / "crops")
         some = prepare(found[::4], scratch, "quarter", peers)
         every = prepare(found, scratch, "all", peers)
         if check:
@@ -541,13 +544,15 @@ def measure_all(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--photos", type=Path, help="folder of photographs (default: samples)")
+    parser.add_argument("--photos", type=Path, help="folder of photos (default: samples)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--s3", metavar="URI", help="where to put the data and read it from")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where peers are installed")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--s3", metavar="URI", help="copy the data there and read it from there")
     parser.add_argument(
-        "--check-order", action="store_true", help="first prove that an epoch has each sample once"
+        "--cache", type=Path, default=CACHE, help="folder of the environment of other loaders"
+    )
+    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
+    parser.add_argument(
+        "--check-order", action="store_true", help="first check that an epoch has each sample once"
     )
     parser.add_argument(
         "--pairs", action="store_true", help="measure evaluation pairs instead (pairs.py)"
