@@ -87,7 +87,7 @@ class NextVersion:
 def look(settings: ImagesSettings, store: Store, run: Map = run_tasks) -> Changes:
     """Compare `settings.source` with the newest version, and prepare nothing.
 
-    A file with a new date and the same bytes is not a change; its bytes are read to find that out.
+    A file with a new date and the same bytes is not a change: its bytes are read and compared.
     Raises PipelineError if the source cannot be listed, or a version could not be prepared from it.
     """
     return count_changes(plan_next_version(settings, store, run))

@@ -29,8 +29,7 @@ def prepare_images(
 ) -> StageRef:
     """Make the shards of the photos in `settings.source`, unless they exist.
 
-    If a version of the dataset was made with the same settings, only items that are new, changed or
-    removed since then cause work.
+    If a version with the same settings exists, only new, changed and removed items cause work.
 
     Args:
         settings: of the dataset.

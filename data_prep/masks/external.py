@@ -85,7 +85,7 @@ def find_polarity(files: Sequence[MaskFile], where: str) -> tuple[Polarity, str]
     """Find the hole's colour in these files, and return it with a sentence that explains it.
 
     Most masks have more known pixels than hole, and most edge pixels are known. So a file votes for
-    white holes if its share of white plus the share of white along its edges is below 1. Raises
+    white holes if its share of white, in all and along the edges, is together below 1. Raises
     ConfigError if the files do not agree.
     """
     masks = [file for file in files if file.kind == "mask"]

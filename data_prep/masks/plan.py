@@ -1,7 +1,7 @@
 """Decide which masks are drawn and kept: pure functions of a seed.
 
 Training masks have 1 to 60 % hole, in the proportions in which their recipes draw them. Evaluation
-masks are sorted into ratio bins until each bin has the same number, so that all bins have the same
+masks are sorted into ratio bins until each bin has the same number. So all bins have the same
 weight.
 """
 

@@ -24,8 +24,8 @@ def colours_of(mode: str) -> str:
 def srgb_transform(profile: bytes, colours: str) -> Any:
     """Return Pillow's transform from a profile to sRGB, or None if there is nothing to convert.
 
-    There is nothing to convert without a profile, and with a profile that is broken, describes
-    other colours, or is sRGB under any name.
+    There is nothing to convert without a profile. The same is true for a profile that is broken,
+    describes other colours, or is sRGB under any name.
     """
     import numpy as np
     from PIL import Image, ImageCms

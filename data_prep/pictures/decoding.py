@@ -40,8 +40,8 @@ class Decoded:
 def decode_rgb(data: bytes, limits: Limits, at_least: int | None = None) -> Decoded:
     """Decode a photo to its end.
 
-    Alpha is laid over white, gray becomes three equal channels, 16 bits become the upper 8, and
-    colour profiles are converted to sRGB. Of an animation the first image is used.
+    Alpha is laid over white. Gray becomes three equal channels. 16 bits become the upper 8. Colour
+    profiles are converted to sRGB. Of an animation the first image is used.
 
     Args:
         data: the file's bytes.

@@ -20,8 +20,8 @@ def valid_orientation(value: Any) -> int:
 def upright(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Turn or mirror pixels uint8 [H, W, 3] so that the image is upright.
 
-    The comments say which side of the upright image holds the first stored row, and which side
-    holds the first stored column (EXIF 2.3, tag Orientation).
+    Each comment names two sides of the upright image: the side of the first stored row, and the
+    side of the first stored column (EXIF 2.3, tag Orientation).
     """
     import cv2
 

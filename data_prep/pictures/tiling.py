@@ -13,8 +13,8 @@ Box = tuple[int, int, int]  # left, top, side of a square tile, in pixels of the
 def square_tiles(width: int, height: int, sides: Sequence[int], stride: float) -> list[Box]:
     """Return the square tiles that cover a photo, for each side that fits.
 
-    Tiles of one side are `stride` x side apart. The last tile of a row or column ends at the edge,
-    so it may overlap its neighbour more than the others do.
+    Tiles of one side are `stride` x side apart. The last tile of a row or column ends at the edge.
+    It may overlap its neighbour more than the others do.
 
     Args:
         width: of the photo, in pixels.
