@@ -106,6 +106,7 @@ def _summary(
     resolution: Resolution,
     figures: Mapping[str, Mapping[str, int]],
 ) -> dict[str, Any]:
+    """Return the figures of the version for its manifest."""
     plan = following.plan
     return {
         "version": following.number,
@@ -223,6 +224,7 @@ class _Builder:
                 outcomes.dropped.difference_update(self._fresh_rows(shard))
 
     def _check_no_stale_duplicate(self, resolution: Resolution) -> None:
+        """Check that every item marked as a duplicate still is one. Raises PipelineError."""
         stale = self.outcomes.are(DUPLICATE)
         stale[resolution.rows] = False
         if stale.any():
@@ -252,6 +254,7 @@ class _Builder:
         return [int(row) for row in shard.rows[self.following.plan.before[shard.rows] < 0]]
 
     def _task(self, shard: PlannedShard) -> ShardTask:
+        """Make the task that builds a shard."""
         import numpy as np
 
         plan, rows = self.following.plan, self._fresh_rows(shard)

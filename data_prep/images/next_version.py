@@ -165,6 +165,7 @@ def _plan(
     *,
     retry_failed: bool,
 ) -> tuple[Plan, ParentState | None]:
+    """Plan the version, and compare the listing with the parent if there is one."""
     import numpy as np
 
     hashes = key_hashes(listing.table["key"])

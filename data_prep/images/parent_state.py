@@ -50,7 +50,8 @@ def compare_with_parent(
     """Find the parent's outcomes that still hold for the listing's items.
 
     An outcome holds if the item has the same fingerprint and size. Otherwise the item is read and
-    hashed, and the outcome holds if the bytes are the same. An item that moves to another split is prepared again.
+    hashed, and the outcome holds if the bytes are the same. An item that moves to another split is
+    prepared again.
 
     Args:
         settings: of the dataset.

@@ -235,6 +235,7 @@ def _prepare_items(
 def _prepare_item(
     task: ShardTask, item: Item, get_bytes: Callable[[], bytes], unsure: bool
 ) -> tuple[Finding, list[ShardSample]]:
+    """Read one item and cut its samples; a failure becomes its finding."""
     try:
         data = get_bytes()
     except ItemError as error:
@@ -256,6 +257,7 @@ def _prepare_item(
 def _sample(
     split: str, item: Item, sha256: str, size: tuple[int, int], piece: Piece
 ) -> ShardSample:
+    """Return the sample of a piece: its key, its files, and its columns in the index."""
     key = sample_key(item.key, piece.box)
     columns = {
         "width": piece.width,

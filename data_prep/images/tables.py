@@ -74,6 +74,7 @@ def write_tables(work: Work, outcomes: Outcomes, resolution: Resolution) -> list
 
 
 def _failure_table(outcomes: Outcomes) -> pa.Table:
+    """Return failures.parquet: the failed and the ignored items."""
     import pyarrow as pa
 
     rows = outcomes.are(FAILED, IGNORED).nonzero()[0]
@@ -88,6 +89,7 @@ def _failure_table(outcomes: Outcomes) -> pa.Table:
 
 
 def _duplicate_table(outcomes: Outcomes, resolution: Resolution) -> pa.Table:
+    """Return duplicates.parquet: the items that leave, and for each the one that stays."""
     import pyarrow as pa
 
     return pa.table(
@@ -101,6 +103,7 @@ def _duplicate_table(outcomes: Outcomes, resolution: Resolution) -> pa.Table:
 
 
 def _near_table(outcomes: Outcomes, resolution: Resolution) -> pa.Table:
+    """Return near_duplicates.parquet: all pairs of nearly the same photos."""
     import pyarrow as pa
 
     rows = [pair.row for pair in resolution.near]

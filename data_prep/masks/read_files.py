@@ -159,6 +159,7 @@ def files_digest(files: Sequence[MaskFile]) -> str:
 
 
 def _read(reading: Reading, items: Sequence[Item]) -> Iterator[MaskFile]:
+    """Read these items, and yield a MaskFile for each."""
     if not items:
         return
     # Archives are fast to read only in the order of their members.

@@ -79,6 +79,7 @@ class MasksSettings(BaseModel):
     @field_validator("recipes", "eval_recipes")
     @classmethod
     def _known_recipes(cls, weights: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        """Check the names and weights of recipes. Raises ConfigError."""
         for name, weight in weights.items():
             if name not in KNOWN:
                 raise ConfigError(
@@ -96,6 +97,7 @@ class MasksSettings(BaseModel):
 
     @model_validator(mode="after")
     def _files_and_recipe_go_together(self) -> Self:
+        """Check that `external` is set only together with its recipe. Raises ConfigError."""
         if self.file_splits and self.external is None:
             raise ConfigError(
                 "masks.external is missing: the recipe external needs a folder or archive of mask"

@@ -171,6 +171,7 @@ def make_shard(
 
 
 def _samples(settings: MasksSettings, shard: Shard) -> Iterator[ShardSample]:
+    """Draw the masks of a shard, and yield its samples."""
     seed = split_seed(settings.seed, shard.split)
     for position, wanted in enumerate(shard.masks, start=shard.number * settings.shard_samples):
         file = ""

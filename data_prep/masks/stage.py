@@ -81,6 +81,7 @@ class _Files:
 
 
 def _read_mask_files(settings: MasksSettings, store: Store, top: str, run: Map) -> _Files:
+    """Read the mask files, and find the colour of their holes."""
     from data_prep.raw.source import open_source
 
     assert settings.external is not None
@@ -117,6 +118,7 @@ def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
 
 
 def _build(settings: MasksSettings, files: _Files | None, run: Map, work: Work) -> Produced:
+    """Choose the masks, make the shards, and return the files and figures of the set."""
     wanted = settings.train + len(BINS) * settings.eval_per_bin
     workers = (settings.workers or cores()) if wanted > POOL_MASKS else 1
     records: list[FileRecord] = []

@@ -80,6 +80,7 @@ def prepare(data: bytes, how: Cutting, key: str) -> Prepared:
 
 
 def _tiles(photo: Decoded, how: Cutting, key: str) -> list[Piece]:
+    """Cut the tiles of a photo. Raises PhotoError if no tile fits."""
     boxes = square_tiles(photo.width, photo.height, sorted(set(how.tile)), how.tile_stride)
     if not boxes:
         size = f"it has {photo.width}x{photo.height} pixels"
