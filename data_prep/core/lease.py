@@ -1,9 +1,9 @@
-"""One worker of a stage at a time.
+"""A lease: only one runner builds a stage at a time.
 
-`lease.json` holds the owner, the attempt and a heartbeat counter. It is made and renewed by
-compare-and-swap, so two runners never both hold it. A waiter judges staleness by its own monotonic
-clock (the counter did not move for three intervals), so clocks of machines need not agree; a lease
-whose owner is a dead process of this very machine is taken over at once.
+`lease.json` holds the owner, the attempt and a heartbeat counter. It is created and renewed by
+compare-and-swap, so two runners never hold it together. A waiting runner takes it over if the
+counter has not changed for three intervals of its own monotonic clock, so the clocks of machines
+need not agree. If the owner was a process of this machine and has ended, it takes over at once.
 """
 
 from __future__ import annotations
@@ -31,10 +31,16 @@ MISSED = 3
 
 
 class Lease:
-    """Held while in the `with` block; renewed by a thread.
+    """A lease that is held in a `with` block; a thread renews it.
 
-    While another runner holds it, this one waits. `done` is called between polls: when it returns
-    True, the other runner has finished the work, and the wait ends with `held` False.
+    While another runner holds the lease, this one waits. If `done` returns True between two polls,
+    the other runner has finished the work, and the wait ends with `held` False.
+
+    Args:
+        store: the root.
+        key: key of the lease file.
+        done: returns whether the work is finished.
+        interval: seconds between two renewals.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Lease:
         self._beat = 0
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._renew_for_ever, daemon=True)
+        self._thread = threading.Thread(target=self._renew_regularly, daemon=True)
 
     def __enter__(self) -> Lease:
         self._acquire()
@@ -77,18 +83,18 @@ class Lease:
                 try:
                     self.store.delete(self.key)
                 except PipelineError:
-                    # An unreachable store must not hide the block's own outcome; the lease
-                    # goes stale by itself.
+                    # An unreachable store must not hide the outcome of the block. The lease
+                    # expires without renewals.
                     pass
 
     def check(self) -> None:
-        """Renew now. Raises LeaseLostError when another runner has taken over."""
+        """Renew the lease now. Raise LeaseLostError if another runner has taken it over."""
         with self._lock:
             self._renew()
             if not self.held:
                 raise LeaseLostError(
-                    f"{self.store.uri}/{self.key} was taken over by another runner: this one"
-                    " stops; run the same command again to wait for the other's result."
+                    f"{self.store.uri}/{self.key} was taken over by another runner, so this one"
+                    " stops. Run the same command again to wait for the other's result."
                 )
 
     def _acquire(self) -> None:
@@ -125,13 +131,13 @@ class Lease:
                 )
             time.sleep(min(1.0, self.interval / 4))
 
-    def _renew_for_ever(self) -> None:
+    def _renew_regularly(self) -> None:
         while not self._stop.wait(self.interval):
             with self._lock:
                 try:
                     self._renew()
                 except PipelineError:
-                    continue  # unreachable now; the next beat or check() tells
+                    continue  # unreachable now; the next renewal or check() decides
             if not self.held:
                 return
 
@@ -173,7 +179,7 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def _is_dead_here(other: dict[str, Any], me: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this boot of this machine that has ended."""
+    """Return whether the owner was a process of this machine, since its boot, that has ended."""
     if not me["boot"] or other.get("boot") != me["boot"] or other.get("host") != me["host"]:
         return False
     return process_start(int(other.get("pid", -1))) != other.get("started")

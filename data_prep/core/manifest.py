@@ -20,7 +20,7 @@ from data_prep.core.storage.store import Store
 
 FORMAT = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ADVICE = "delete its folder and run the stage again"
+_ADVICE = "Delete its folder and run the stage again"
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class Manifest:
         if isinstance(found, dict) and isinstance(number := found.get("format"), int):
             if number != FORMAT:
                 raise ValueError(
-                    f"has format {number}, this version reads {FORMAT}: use the version of dpnet"
+                    f"has format {number}, this version reads {FORMAT}. Use the version of dpnet"
                     " that wrote it, or build the stage again"
                 )
             try:
                 return cls._read(found)
             except (KeyError, TypeError, AttributeError, ValueError):
                 pass
-        raise ValueError(f"was altered: it is not a whole manifest; {_ADVICE}")
+        raise ValueError(f"was altered: it is not a whole manifest. {_ADVICE}")
 
     @classmethod
     def _read(cls, found: Mapping[str, Any]) -> Manifest:
@@ -224,7 +224,7 @@ def read_manifest(store: Store, folder: str) -> Manifest:
         raise PipelineError(f"{where} {error}.") from None
     if manifest.folder != folder:
         raise PipelineError(
-            f"{where} was altered: it says that its folder is {manifest.folder}; {_ADVICE}."
+            f"{where} was altered: it names the folder {manifest.folder}. {_ADVICE}."
         )
     return manifest
 

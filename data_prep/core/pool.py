@@ -1,8 +1,8 @@
 """Worker processes for many independent tasks.
 
-Processes, because Pillow's encoders hold the interpreter's lock; started afresh (spawn), because a
-fork of a process with threads can hang. Each has a connection of its own, so that it is known which
-task a worker died of: the standard library's pools break as a whole, or wait for ever.
+Processes are used because Pillow's encoders hold the interpreter's lock. They are spawned because
+a fork of a process with threads can hang. Each worker has its own connection, so the parent knows
+which task a dead worker was running. The pools of the standard library break as a whole or hang.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-DEATHS = 3  # of the worker processes of one task, before it is given up
+DEATHS = 3  # after so many dead workers, the task counts as failed
 
 
 class Map(Protocol):
     """A way to run tasks: `run_tasks` on this machine, `dpnet.pipeline.ray_map` on a cluster.
 
-    It calls `function` on every task and gives the results in the order of the tasks, each once.
-    `tasks` may be endless: they are taken as results are. `function` is defined at the top of a
-    module; it, the tasks and the results can be pickled. Use it with `contextlib.closing`, so that
-    an error in the loop's body ends the work under way. Raises what `function` raises, and
-    PipelineError when a task ends its worker process again and again; a task with an attribute
-    `name` is called by it.
+    It calls `function` on every task and yields each result once, in the order of the tasks.
+    `tasks` may be endless, because they are taken only as results are. `function` is defined at the
+    top of a module. It, the tasks and the results can be pickled. Messages use the attribute `name`
+    of a task, if it has one. Use the map with `contextlib.closing`, so that an error in the loop's
+    body ends the running tasks.
+
+    An error of `function` passes through. A task that ends its worker process several times raises
+    PipelineError.
     """
 
     def __call__(
@@ -54,30 +56,31 @@ class Map(Protocol):
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def called(task: Any) -> str:
-    """What to call a task in a sentence."""
+def task_name(task: Any) -> str:
+    """Return the name of a task for messages."""
     return str(getattr(task, "name", "a task"))
 
 
 def died_again(task: Any, times: int) -> PipelineError:
-    """The error of a task whose worker processes did not survive it."""
+    """Return the error of a task that ended its worker process several times."""
     return PipelineError(
-        f"{called(task)} ended its worker process {times} times (perhaps for want of memory):"
-        " run the same command again with fewer workers, it resumes."
+        f"{task_name(task)} ended its worker process {times} times (perhaps because memory is"
+        " short). Run the same command again with fewer workers. It resumes."
     )
 
 
 def run_tasks(
     function: Callable[[T], R], tasks: Iterable[T], workers: int
 ) -> Generator[R, None, None]:
-    """Results of `function` in the order of `tasks`, at most 2 tasks per worker under way.
+    """Yield the results of `function` in the order of `tasks`, as a `Map` does.
 
-    A `Map`. With one worker or one task all happens in this process. When a worker dies, its task
-    is tried again, alone so that it has all the memory, up to three times.
+    At most two tasks per worker are running or waiting. One worker or one task runs in this
+    process. If a worker dies, its task runs again without others, so that it has all the memory.
+    It runs at most three times.
     """
     rest = iter(tasks)
     first = list(islice(rest, 2))
@@ -85,35 +88,36 @@ def run_tasks(
     if workers <= 1 or len(first) <= 1:
         yield from map(function, rest)
         return
-    # A thread drives the workers, so that they have work while the results are used. This one
-    # meets it at queues alone: a Ctrl-C here finds nothing half done that the thread waits for.
-    given: deque[_Task] = deque()
-    taken, give = multiprocessing.Pipe(duplex=False)  # a byte for each task given; closed: the end
+    # A thread drives the workers, so that they have work while the caller uses results. This thread
+    # shares only queues with it, so a Ctrl-C here leaves nothing half done that it waits for.
+    submitted: deque[_Task] = deque()
+    # A byte for each submitted task. It is closed at the end.
+    incoming, outgoing = multiprocessing.Pipe(duplex=False)
     results: SimpleQueue[_Result] = SimpleQueue()
     driver = threading.Thread(
-        target=_drive, args=(function, workers, given, taken, results), daemon=True
+        target=_drive, args=(function, workers, submitted, incoming, results), daemon=True
     )
-    under_way: deque[T] = deque()
+    running: deque[T] = deque()
     early: dict[int, _Result] = {}
     done = 0
 
-    def hand_out(most: int) -> None:
+    def submit(most: int) -> None:
         for task in islice(rest, most):
-            given.append(_Task(done + len(under_way), pickle.dumps(task), called(task)))
-            under_way.append(task)
-            give.send_bytes(b".")
+            submitted.append(_Task(done + len(running), pickle.dumps(task), task_name(task)))
+            running.append(task)
+            outgoing.send_bytes(b".")
 
     driver.start()
     try:
-        hand_out(2 * workers)
-        while under_way:
+        submit(2 * workers)
+        while running:
             while done not in early:
                 result = results.get()
-                if isinstance(result.outcome, BaseException):  # the driver's own
+                if isinstance(result.outcome, BaseException):  # of the driver
                     raise result.outcome
                 early[result.number] = result
             outcome = early.pop(done).outcome
-            task = under_way.popleft()
+            task = running.popleft()
             done += 1
             if outcome is None:
                 raise died_again(task, DEATHS)
@@ -123,11 +127,11 @@ def run_tasks(
                 error.add_note(f"In a worker process:\n{trace}")
                 raise error
             yield value
-            hand_out(1)
+            submit(1)
     finally:
-        give.close()  # workers still at work end at once
+        outgoing.close()  # running workers end at once
         driver.join()
-        taken.close()
+        incoming.close()
 
 
 @dataclass
@@ -140,7 +144,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Result:
-    """`outcome`: what the worker sent, None when it died of the task, an error of the driver."""
+    """`outcome`: the worker's answer, None if it died of the task, or an error of the driver."""
 
     number: int
     outcome: bytes | BaseException | None
@@ -150,17 +154,25 @@ class _Result:
 class _Worker:
     process: SpawnProcess
     connection: Connection
-    task: _Task | None = None  # that it is at work on
+    task: _Task | None = None  # the running one
 
 
 def _drive(
     function: Callable[[Any], Any],
     workers: int,
-    given: deque[_Task],
-    taken: Connection,
+    submitted: deque[_Task],
+    incoming: Connection,
     results: SimpleQueue[_Result],
 ) -> None:
-    """Have the tasks done, in about their order, until `taken` is closed at its other end."""
+    """Run the tasks roughly in order until the other end of `incoming` is closed.
+
+    Args:
+        function: the function to call on each task.
+        workers: the largest number of worker processes.
+        submitted: the tasks, one for each byte of `incoming`.
+        incoming: announces new tasks.
+        results: takes the results in any order.
+    """
     team: list[_Worker] = []
     todo: deque[_Task] = deque()
     again: deque[_Task] = deque()  # tasks whose worker died
@@ -170,20 +182,20 @@ def _drive(
                 idle = [worker for worker in team if worker.task is None]
                 if not idle and len(team) == workers:
                     break
-                worker = idle[0] if idle else _started(function, team)
+                worker = idle[0] if idle else _start_worker(function, team)
                 queue = again if task.deaths else todo
                 worker.task = queue.popleft()
                 try:
                     worker.connection.send_bytes(task.data)
-                except OSError:  # it died while it had nothing to do; told below
+                except OSError:  # it died while it was idle; the loop below notices
                     pass
-            for ready in wait([taken, *(worker.connection for worker in team)]):
-                if ready is taken:
+            for ready in wait([incoming, *(worker.connection for worker in team)]):
+                if ready is incoming:
                     try:
-                        taken.recv_bytes()
+                        incoming.recv_bytes()
                     except EOFError:
                         return
-                    todo.append(given.popleft())
+                    todo.append(submitted.popleft())
                     continue
                 worker = next(worker for worker in team if worker.connection is ready)
                 try:
@@ -199,14 +211,14 @@ def _drive(
                     assert worker.task is not None
                     results.put(_Result(worker.task.number, data))
                     worker.task = None
-    except BaseException as error:  # raised where the results are taken
+    except BaseException as error:  # raised again in the thread of `run_tasks`
         results.put(_Result(-1, error))
     finally:
         _dismiss(team)
 
 
 def _next(todo: Sequence[_Task], again: Sequence[_Task], team: Sequence[_Worker]) -> _Task | None:
-    """The task to hand out now. One that a worker died of runs while no other does."""
+    """Return the task to run now. A task that ended a worker runs only without others."""
     running = [worker.task for worker in team if worker.task is not None]
     if again:
         return None if running else again[0]
@@ -215,9 +227,10 @@ def _next(todo: Sequence[_Task], again: Sequence[_Task], team: Sequence[_Worker]
     return todo[0] if todo else None
 
 
-def _started(function: Callable[[Any], Any], team: list[_Worker]) -> _Worker:
-    # Workers inherit the mask, so that a Ctrl-C cannot hit one that is not yet ready to ignore it.
-    # The tracker, when it is started, takes SIGINT off the mask of this thread: so it goes first.
+def _start_worker(function: Callable[[Any], Any], team: list[_Worker]) -> _Worker:
+    """Start a worker process and add it to the team."""
+    # Workers inherit the mask, so a Ctrl-C cannot end a worker before it ignores the signal.
+    # The start of the tracker removes SIGINT from the mask of this thread, so it comes first.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     ours, theirs = multiprocessing.Pipe()
@@ -226,8 +239,8 @@ def _started(function: Callable[[Any], Any], team: list[_Worker]) -> _Worker:
         process.start()
     except OSError as error:
         raise PipelineError(
-            f"cannot start worker process {len(team) + 1} ({error.strerror}): run the same command"
-            " again with fewer workers, it resumes."
+            f"cannot start worker process {len(team) + 1} ({error.strerror}). Run the same command"
+            " again with fewer workers. It resumes."
         ) from error
     finally:
         theirs.close()
@@ -236,7 +249,7 @@ def _started(function: Callable[[Any], Any], team: list[_Worker]) -> _Worker:
 
 
 def _died(worker: _Worker) -> _Task | None:
-    """The task that a dead worker was at work on, one death older."""
+    """Return the task of a dead worker with its deaths counted; None if the worker was idle."""
     worker.connection.close()
     worker.process.join()
     if (task := worker.task) is not None:
@@ -253,7 +266,7 @@ def _died(worker: _Worker) -> _Task | None:
 
 
 def _dismiss(team: Iterable[_Worker]) -> None:
-    """End the workers: those at work at once, idle ones in good order."""
+    """End the workers: running ones at once, idle ones after they have closed down."""
     for worker in team:
         if worker.task is None:
             try:
@@ -266,8 +279,8 @@ def _dismiss(team: Iterable[_Worker]) -> None:
 
 
 def _work(function: Callable[[Any], Any], connection: Connection, logs: bool) -> None:
-    """A worker process: answer each task with (value, error, traceback), pickled."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Run a worker process: answer each task with a pickled (value, error, traceback)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     if logs:
         start_logging()
     tasks: SimpleQueue[bytes] = SimpleQueue()
@@ -281,7 +294,7 @@ def _work(function: Callable[[Any], Any], connection: Connection, logs: bool) ->
 
 
 def _receive(connection: Connection, tasks: SimpleQueue[bytes]) -> None:
-    """Pass tasks on, until an empty one; end this process when the parent closes or dies."""
+    """Pass tasks on until an empty one; end this process if the parent closes or dies."""
     try:
         while data := connection.recv_bytes():
             tasks.put(data)
@@ -294,7 +307,7 @@ def _failure(error: BaseException) -> bytes:
     trace = traceback.format_exc()
     try:
         answer = pickle.dumps((None, error, trace))
-        pickle.loads(answer)  # some errors cannot be made again from their arguments
+        pickle.loads(answer)  # some errors cannot be built again from their arguments
         return answer
     except Exception:
         return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), trace))

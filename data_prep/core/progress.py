@@ -23,10 +23,17 @@ PLAIN_EVERY_S = 10.0
 
 @dataclass(frozen=True)
 class Moment:
-    """How far a task is.
+    """The progress of a task at one moment.
 
-    `count` and `total` are of `unit`s. `per_second` is the mean since the first count of this
-    process, `seconds_left` what follows from it: both None while nothing is known.
+    Attributes:
+        title: name of the task.
+        count: finished units.
+        total: all units.
+        unit: name of the units, such as "files".
+        note: a short note, such as the current loss.
+        per_second: mean speed since the first count of this process; None before the second count.
+        seconds_left: the remaining time at this speed; None before the second count.
+        state: whether the task has just started, is running, or has ended, with or without error.
     """
 
     title: str
@@ -39,12 +46,12 @@ class Moment:
     state: Literal["started", "running", "done", "failed"] = "running"
 
 
-# Told of every count, in the thread that counts and before it goes on: be quick, or pass it on.
+# Functions that receive every count. They run in the counting thread, so they must be quick.
 watchers: list[Callable[[Moment], None]] = []
 
 
 class Progress:
-    """Counts `unit`s of one task. `update` takes the new absolute count and a short note."""
+    """A task with a count of units. It shows a bar on a terminal and logs lines elsewhere."""
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -72,16 +79,17 @@ class Progress:
             )
             self._bar.start()
             self._task = self._bar.add_task(self.title, total=self.total, note="")
-        _tell(Moment(self.title, 0, self.total, self.unit, state="started"))
+        _notify(Moment(self.title, 0, self.total, self.unit, state="started"))
         return self
 
     def update(self, count: int, note: str = "") -> None:
+        """Set the absolute count of finished units, and a short note."""
         if self._first is None:
             self._first = self._shown = count
-            self._start = time.monotonic()  # what came before the first was no work of this kind
+            self._start = time.monotonic()  # the time before it was spent on other work
         self._count, self._note = count, note
         moment = self._moment("running")
-        _tell(moment)
+        _notify(moment)
         if self._bar is not None:
             self._bar.update(self._task, completed=count, note=note)
             return
@@ -122,10 +130,10 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        _tell(self._moment("done" if kind is None else "failed"))
+        _notify(self._moment("done" if kind is None else "failed"))
 
 
-def _tell(moment: Moment) -> None:
+def _notify(moment: Moment) -> None:
     for watcher in list(watchers):
-        with suppress(Exception):  # the work goes on, whatever becomes of the showing
+        with suppress(Exception):  # a failing watcher must not stop the task
             watcher(moment)

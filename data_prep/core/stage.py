@@ -1,7 +1,8 @@
-"""The stage: skip what is done, take up what was begun, commit at the end.
+"""The stage: skip it if it is committed, resume it if it was started, commit at the end.
 
-A stage's folder is named by its request digest, so the same request always lands on the same
-folder. `manifest.json` is written last: without it the stage did not happen, whatever lies there.
+A stage's folder is named by its request digest, so the same request always uses the same folder.
+`manifest.json` is written last. Without it the stage is not committed, and leftover files are
+checked and reused.
 """
 
 from __future__ import annotations
@@ -30,11 +31,16 @@ from data_prep.core.storage.store import Store
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a stage.
+    """A request for a stage: everything that decides its output.
 
-    `settings` is the part of the config that changes the output, nothing else. `inputs` are
-    committed stages; `sources` are content digests of what has no stage (raw data, weight files).
-    `top` is the folder under the root ("images/demo"); `slug` goes before the digest in the name.
+    Attributes:
+        stage: name of the stage, such as "images".
+        name: name of the dataset, run or model.
+        top: the folder under the root that contains the stage's folder ("images/demo").
+        settings: the part of the config that changes the output, and nothing else.
+        inputs: the committed stages it is made from, by role.
+        sources: content digests of inputs without a stage (raw data, weight files), by role.
+        slug: text in front of the digest in the folder's name.
     """
 
     stage: str
@@ -47,6 +53,7 @@ class Request:
 
     @property
     def digest(self) -> str:
+        """Return the request digest."""
         return digest.sha256_json(
             {
                 "stage": self.stage,
@@ -59,10 +66,11 @@ class Request:
 
     @property
     def folder(self) -> str:
+        """Return the key of the stage's folder."""
         return f"{self.top}/{self.slug}{self.digest[: digest.SHORT]}"
 
     def draft(self) -> Manifest:
-        """Return the manifest before the commit: without files, summary, digest of the content."""
+        """Return the manifest before the commit, without files, summary and content digest."""
         return Manifest(
             stage=self.stage,
             name=self.name,
@@ -84,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage's build function works with; `folder` is the key it writes under."""
+    """The tools of a stage's build function, which writes files under `folder`."""
 
     store: Store
     folder: str
@@ -92,22 +100,23 @@ class Work:
     lease: Lease
 
     def key(self, path: str) -> str:
+        """Return the key of a path in the stage's folder."""
         return f"{self.folder}/{path}"
 
 
 @dataclass(frozen=True)
 class Produced:
-    """What a build function made: its files, and figures worth showing."""
+    """The result of a build function: its files, and figures worth showing."""
 
     files: list[FileRecord]
     summary: dict[str, Any]
 
 
 def run_stage(store: Store, request: Request, build: Callable[[Work], Produced]) -> StageRef:
-    """Return the committed stage for `request`, building it unless it is there.
+    """Return the committed stage for `request`; build it if it is not committed.
 
-    One runner works, others wait for its result. Raises whatever `build` raises; nothing is
-    committed then, and the next call finds what was begun in the same folder.
+    One runner builds, the others wait for its result. An error of `build` passes through, and
+    nothing is committed. The next call finds the files of this one in the same folder.
     """
     start = time.monotonic()
     key = manifest_key(request.folder)
@@ -141,7 +150,7 @@ def _skipped(store: Store, request: Request, start: float) -> StageRef:
     manifest = read_manifest(store, request.folder)
     if manifest.request_digest != request.digest:
         raise PipelineError(
-            f"{store.uri}/{manifest_key(request.folder)} answers another request: it was altered;"
-            " delete its folder and run the stage again."
+            f"{store.uri}/{manifest_key(request.folder)} was altered: it has another request"
+            " digest. Delete its folder and run the stage again."
         )
     return reference(manifest, time.monotonic() - start, skipped=True)

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.logs import start_logging
-from data_prep.core.pool import Map, called, cores, died_again
+from data_prep.core.pool import Map, cores, died_again, task_name
 from dpnet.training.ray.start import connect, prepare_start
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def _result(ray: Any, reference: Any, task: Any) -> Any:
     except ray.exceptions.RayError as error:
         lost = str(error).strip().split("\n")[0].rstrip(".")
     raise PipelineError(
-        f"Ray lost {called(task)} ({lost}): run the same command again, it resumes."
+        f"Ray lost {task_name(task)} ({lost}): run the same command again, it resumes."
     )
 
 

@@ -56,7 +56,8 @@ def images_build(args: Namespace) -> Outcome:
 
 def images_log(args: Namespace) -> Outcome:
     """List the versions of a dataset."""
-    from data_prep.inspection.inspect import log_images, log_text
+    from data_prep.inspection.inspect import log_images
+    from data_prep.inspection.text import log_text
 
     store = open_store(root_to_read(args))
     found = log_images(store, args.name)
@@ -66,13 +67,10 @@ def images_log(args: Namespace) -> Outcome:
 
 def images_inspect(args: Namespace) -> Outcome:
     """Show what a version of a dataset contains."""
-    from data_prep.inspection.inspect import (
-        find_set,
-        image_sheet,
-        images_text,
-        inspect_images,
-        save_sheet,
-    )
+    from data_prep.inspection.contact_sheet import image_sheet, save_sheet
+    from data_prep.inspection.find_set import find_set
+    from data_prep.inspection.inspect import inspect_images
+    from data_prep.inspection.text import images_text
 
     store, folder = find_set("images", args.uri, root_to_read(args))
     found = inspect_images(store, folder)
@@ -83,8 +81,10 @@ def images_inspect(args: Namespace) -> Outcome:
 
 def masks_inspect(args: Namespace) -> Outcome:
     """Show what a version of masks contains."""
-    from data_prep.inspection.contact_sheet import mask_sheet
-    from data_prep.inspection.inspect import find_set, inspect_masks, masks_text, save_sheet
+    from data_prep.inspection.contact_sheet import mask_sheet, save_sheet
+    from data_prep.inspection.find_set import find_set
+    from data_prep.inspection.inspect import inspect_masks
+    from data_prep.inspection.text import masks_text
 
     store, folder = find_set("masks", args.uri, root_to_read(args))
     found = inspect_masks(store, folder)

@@ -92,7 +92,7 @@ def test_a_manifest_of_another_format_is_refused(store: LocalStore) -> None:
     with pytest.raises(PipelineError) as refused:
         read_manifest(store, FOLDER)
     assert str(refused.value) == (
-        f"{store.uri}/{KEY} has format 2, this version reads 1: use the version of dpnet that"
+        f"{store.uri}/{KEY} has format 2, this version reads 1. Use the version of dpnet that"
         " wrote it, or build the stage again."
     )
 
@@ -141,7 +141,7 @@ def test_a_field_of_another_type_is_refused(store: LocalStore, change: dict[str,
 
 def test_a_manifest_in_another_folder_is_refused(store: LocalStore) -> None:
     store.write("masks/other/0123456789ab/manifest.json", OLD)
-    with pytest.raises(PipelineError, match=f"it says that its folder is {FOLDER}; delete"):
+    with pytest.raises(PipelineError, match=f"it names the folder {FOLDER}. Delete"):
         read_manifest(store, "masks/other/0123456789ab")
 
 

@@ -17,9 +17,9 @@ def cells(sheet: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
     return (np.asarray(sheet) == colour).all(axis=2)
 
 
-def test_each_row_has_its_caption_and_pictures() -> None:
-    pictures = [Image.new("RGB", (40, 40), RED), Image.new("RGB", (40, 40), BLUE)]
-    sheet = contact_sheet([("first", pictures), ("second", pictures[:1])], 42)
+def test_each_row_has_its_caption_and_images() -> None:
+    images = [Image.new("RGB", (40, 40), RED), Image.new("RGB", (40, 40), BLUE)]
+    sheet = contact_sheet([("first", images), ("second", images[:1])], 42)
     red, blue = cells(sheet, RED), cells(sheet, BLUE)
     assert red.sum() == 2 * 40 * 40
     assert blue.sum() == 40 * 40
@@ -38,7 +38,7 @@ def test_the_same_rows_give_the_same_pixels() -> None:
 @pytest.mark.parametrize(
     ("size", "shown"), [((100, 50), (40, 20)), ((50, 100), (20, 40)), ((10, 30), (10, 30))]
 )
-def test_a_picture_is_shrunk_to_its_cell_with_its_aspect_and_never_enlarged(
+def test_a_large_image_is_reduced_to_its_cell_and_a_small_one_keeps_its_size(
     size: tuple[int, int], shown: tuple[int, int]
 ) -> None:
     found = cells(contact_sheet([("", [Image.new("RGB", size, RED)])], 42), RED)
@@ -46,15 +46,15 @@ def test_a_picture_is_shrunk_to_its_cell_with_its_aspect_and_never_enlarged(
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "LA"])
-def test_pictures_of_any_mode_are_shown(mode: str) -> None:
+def test_images_of_any_mode_are_shown(mode: str) -> None:
     sheet = contact_sheet([("", [Image.new(mode, (300, 300))])], 42)
     assert sheet.mode == "RGB"
     assert (np.asarray(sheet)[10:] == np.asarray(sheet)[10:, :, :1]).all() or mode == "CMYK"
 
 
-def test_a_long_row_goes_on_in_the_next_line() -> None:
-    pictures = [Image.new("RGB", (40, 40), RED)] * 7
-    found = cells(contact_sheet([("", pictures)], 42, columns=3), RED)
+def test_a_long_row_continues_in_the_next_line() -> None:
+    images = [Image.new("RGB", (40, 40), RED)] * 7
+    found = cells(contact_sheet([("", images)], 42, columns=3), RED)
     assert found.sum() == 7 * 40 * 40
     assert found.any(axis=0).sum() == 3 * 40
     assert found.any(axis=1).sum() == 3 * 40
@@ -98,27 +98,23 @@ def test_a_mask_set_has_a_row_for_each_bin_and_one_of_training_masks(
         assert holes[middle - 24, centre] == 0
 
 
-def test_the_sheet_says_what_touches_the_border(
+def test_the_captions_count_the_masks_at_the_border(
     masks: tuple[LocalStore, MasksSettings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, config = masks
-    said: list[str] = []
+    texts: list[str] = []
 
     def captions(rows: list, cell: int, columns: int) -> Image.Image:
-        said.extend(text for text, _ in rows)
+        texts.extend(text for text, _ in rows)
         return contact_sheet(rows, cell, columns)
 
     monkeypatch.setattr("data_prep.inspection.contact_sheet.contact_sheet", captions)
     mask_sheet(store, prepare_masks(config, store).folder)
-    assert said[0] == "evaluation, 0.01-0.10 hole: none"
-    assert (
-        said[2] == "evaluation, 0.20-0.30 hole: 5 masks, 0 of them reach to the border or near it"
-    )
-    assert (
-        said[4] == "evaluation, 0.40-0.50 hole: 5 masks, 5 of them reach to the border or near it"
-    )
-    assert said[6] == "training"
-    assert len(said) == 7
+    assert texts[0] == "evaluation, 0.01-0.10 hole: none"
+    assert texts[2] == "evaluation, 0.20-0.30 hole: 5 masks, 0 of them at or near the border"
+    assert texts[4] == "evaluation, 0.40-0.50 hole: 5 masks, 5 of them at or near the border"
+    assert texts[6] == "training"
+    assert len(texts) == 7
 
 
 def test_a_sheet_is_saved_as_a_png(tmp_path: Path, masks: tuple[LocalStore, MasksSettings]) -> None:

@@ -1,4 +1,4 @@
-"""What `inspect` and `log` tell of prepared images and masks."""
+"""The figures and text of `inspect` and `log` for prepared images and masks."""
 
 from __future__ import annotations
 
@@ -16,29 +16,23 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.inspection import inspect as inspection
-from data_prep.inspection.inspect import (
-    committed,
-    find_set,
-    image_sheet,
-    images_text,
-    inspect_images,
-    inspect_masks,
-    log_images,
-    log_text,
-    masks_text,
-    tars_for,
-)
+from data_prep.inspection.contact_sheet import PER_SPLIT, image_sheet, tars_for
+from data_prep.inspection.find_set import committed, find_set
+from data_prep.inspection.inspect import inspect_images, inspect_masks, log_images
+from data_prep.inspection.text import images_text, log_text, masks_text
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, list[str], str]:
-    """A root with three versions of images (the second adds to the first, the third has other
-    settings), and masks; their folders."""
+    """A root with three versions of images and a set of masks, and their folders.
+
+    The second version adds to the first; the third has other settings.
+    """
     top = tmp_path_factory.mktemp("built")
     store, photos = LocalStore(top / "root"), small_root.photographs(top / "photos", 40)
-    (photos / "notes.txt").write_text("no picture")
+    (photos / "notes.txt").write_text("not a photo")
     (photos / "broken.png").write_bytes((photos / "00.png").read_bytes()[:300])
     (photos / "empty.png").write_bytes(b"")
     shutil.copyfile(photos / "01.png", photos / "copy.png")
@@ -110,7 +104,7 @@ def test_the_text_of_a_version_fits_a_terminal(store: LocalStore, folders: list[
     assert "(first 'broken.png')" in text
 
 
-def test_reasons_that_differ_in_numbers_are_one(
+def test_reasons_that_differ_only_in_numbers_are_counted_together(
     store: LocalStore, folders: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reasons = ["it has 3x5 pixels", "it has 12x5 pixels", "it is truncated", None]
@@ -136,7 +130,7 @@ def test_masks_are_shown_by_bin_and_recipe(built: tuple[LocalStore, list[str], s
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_a_contact_sheet_has_pictures_of_every_split_and_is_the_same_every_time(
+def test_a_contact_sheet_has_images_of_every_split_and_is_the_same_every_time(
     store: LocalStore, folders: list[str]
 ) -> None:
     sheet = np.asarray(image_sheet(store, folders[1]))
@@ -159,27 +153,27 @@ def test_a_contact_sheet_reads_samples_not_whole_shards(
     image_sheet(store, folders[0])
 
 
-def test_pictures_are_spread_over_the_shards() -> None:
+def test_images_are_spread_over_the_shards() -> None:
     many = tars_for([str(number) for number in range(1000)])
-    assert len(many) == inspection.PER_SPLIT
+    assert len(many) == PER_SPLIT
     assert {number for _, number in many} == {1}
     assert tars_for(["a", "b"]) == [("a", 18), ("b", 18)]
     assert tars_for([]) == []
 
 
-def test_a_damaged_sample_is_told_with_advice(
+def test_a_damaged_sample_is_reported_with_advice(
     store: LocalStore, folders: list[str], tmp_path: Path
 ) -> None:
     shutil.copytree(store.folder, tmp_path / "copy")
     copy = LocalStore(tmp_path / "copy")
     tar = f"{folders[0]}/train-000000.tar"
     copy.write(tar, bytes(len(copy.read(tar))))
-    with pytest.raises(PipelineError, match=r"sample .* of .* cannot be decoded: `dpnet verify`"):
+    with pytest.raises(PipelineError, match=r"sample .* cannot be decoded: run `dpnet verify`"):
         image_sheet(copy, folders[0])
-    copy.write(f"{folders[0]}/train-000000.parquet", b"no parquet")
-    with pytest.raises(PipelineError, match=r"the index of .* is lost: `dpnet verify`"):
+    copy.write(f"{folders[0]}/train-000000.parquet", b"not a parquet file")
+    with pytest.raises(PipelineError, match=r"the index of .* cannot be decoded: run `dpnet"):
         image_sheet(copy, folders[0])
-    copy.write(f"{folders[0]}/sources.parquet", b"no parquet")
+    copy.write(f"{folders[0]}/sources.parquet", b"not a parquet file")
     with pytest.raises(PipelineError, match=r"sources.parquet cannot be read .* `dpnet verify`"):
         inspect_images(copy, folders[0])
 
@@ -198,21 +192,21 @@ def test_a_set_is_found_by_folder_uri_manifest_and_name(
 
 
 @pytest.mark.parametrize("what", ["images/small", "nosuch/folder", ".", "s", "../small"])
-def test_what_is_no_set_is_told_with_advice(
+def test_a_place_without_a_set_is_refused_with_advice(
     store: LocalStore, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(store.folder)
-    with pytest.raises(PipelineError, match=r"is no folder of prepared images|there are small"):
+    with pytest.raises(PipelineError, match=r"is not a folder of prepared images|it has small"):
         find_set("images", what, str(store.folder))
 
 
-def test_masks_are_no_images(built: tuple[LocalStore, list[str], str]) -> None:
+def test_a_folder_of_masks_is_not_a_set_of_images(built: tuple[LocalStore, list[str], str]) -> None:
     store, _, masks = built
-    with pytest.raises(PipelineError, match="is no folder of prepared images"):
+    with pytest.raises(PipelineError, match="is not a folder of prepared images"):
         find_set("images", str(store.folder / masks), "")
 
 
-def test_the_log_tells_what_each_version_added_and_where_it_comes_from(
+def test_the_log_has_the_changes_and_the_parent_of_each_version(
     store: LocalStore, folders: list[str]
 ) -> None:
     first, second, third = json.loads(json.dumps(log_images(store, "small")))
@@ -240,10 +234,10 @@ def test_the_log_is_a_table_with_a_line_for_each_version(
     assert "(other " in lines[2]
 
 
-def test_an_unknown_name_is_told_with_those_there_are(store: LocalStore, tmp_path: Path) -> None:
-    with pytest.raises(PipelineError, match=r"has no images named 'other': there are small\."):
+def test_an_unknown_name_is_refused_with_the_known_names(store: LocalStore, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"has no images named 'other': it has small\."):
         log_images(store, "other")
     with pytest.raises(PipelineError, match=r"has no masks named 'other': it has none yet\."):
         committed(LocalStore(tmp_path), "masks", "other")
-    with pytest.raises(PipelineError, match=r"'\.\./x' is no name of images"):
+    with pytest.raises(PipelineError, match=r"'\.\./x' is not a name of images"):
         log_images(store, "../x")

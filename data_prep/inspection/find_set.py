@@ -1,0 +1,75 @@
+"""Find a committed set of images or masks by its name or its folder."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import Manifest, read_manifest
+from data_prep.core.paths import MANIFEST
+from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
+from data_prep.images.versions import versions
+
+Kind = Literal["images", "masks"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def find_set(kind: Kind, place: str, root: str) -> tuple[Store, str]:
+    """Find the set at `place`.
+
+    Args:
+        kind: images or masks.
+        place: path or URI of the set's folder or manifest; or a name, which stands for the newest
+            version of that name under `root`.
+        root: path or URI of the root.
+
+    Returns:
+        The store of the root, and the key of the set's folder.
+
+    Raises:
+        PipelineError: there is no such set.
+    """
+    store = open_store(place.removesuffix(MANIFEST).rstrip("/") or ".")
+    if not _NAME.fullmatch(place) or store.exists(MANIFEST):
+        folder = "/".join(store.uri.rsplit("/", 3)[1:])
+        top = open_store(store.uri.removesuffix(f"/{folder}"))
+        if not folder.startswith(f"{kind}/") or not store.exists(MANIFEST):
+            raise PipelineError(
+                f"{place} is not a folder of prepared {kind}. Give a folder such as"
+                f" ROOT/{kind}/NAME/0123456789ab, or a name together with --root."
+            )
+        return top, folder
+    store = open_store(root)
+    return store, committed(store, kind, place)[-1].folder
+
+
+def committed(store: Store, kind: Kind, name: str) -> list[Manifest]:
+    """Return the manifests of all versions of a set, oldest first.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    if not _NAME.fullmatch(name):
+        raise PipelineError(f"{name!r} is not a name of {kind}. Give the NAME of {kind}/NAME.")
+    found = versions(store, name) if kind == "images" else _by_date(store, f"{kind}/{name}")
+    if not found:
+        names = sorted({key.split("/")[1] for key in _manifests(store, kind)})
+        known = f"it has {', '.join(names)}" if names else "it has none yet"
+        raise PipelineError(f"{store.uri} has no {kind} named {name!r}: {known}.")
+    return found
+
+
+def _manifests(store: Store, folder: str) -> Iterator[str]:
+    for entry in store.list(folder):
+        if entry.key.count("/") == 3 and posixpath.basename(entry.key) == MANIFEST:
+            yield entry.key
+
+
+def _by_date(store: Store, top: str) -> list[Manifest]:
+    found = [read_manifest(store, posixpath.dirname(key)) for key in _manifests(store, top)]
+    return sorted(found, key=lambda manifest: (manifest.created, manifest.folder))
