@@ -260,7 +260,7 @@ def test_a_contact_sheet_that_cannot_be_written_is_an_error(
     prepared: LocalStore, out: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("images", "inspect", "small", "--root", str(prepared.folder), "-o", out)
-    assert "cannot be written: name a PNG file" in fails(capsys, *words)
+    assert "cannot be written. Name a PNG file" in fails(capsys, *words)
 
 
 def test_the_log_lists_the_versions(
@@ -270,7 +270,7 @@ def test_the_log_lists_the_versions(
     assert status == 0
     assert [version["version"] for version in found["versions"]] == [1]
     words = ("images", "log", "other", "--root", str(prepared.folder))
-    assert "has no images named 'other': there are small." in fails(capsys, *words)
+    assert "has no images named 'other': it has small." in fails(capsys, *words)
 
 
 def test_a_misspelt_option_is_reported_with_the_nearest_one(
