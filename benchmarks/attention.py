@@ -1,10 +1,10 @@
-"""B3: pyramidal attention, forward and backward, beside its plain form.
+"""B3: pyramidal attention, forward and backward, compared with its plain form.
 
     python benchmarks/attention.py --json
 
 64 x 64 queries, keys of 64 x 64 + 32 x 32 + 16 x 16, 3 x 3 patches, 256 channels projected to
-d = d_v = 128 and back. The plain form cuts patches out and holds the whole score matrix. Needs
-torch alone. Memory is what a process holds at its peak beyond what it held before.
+d = d_v = 128 and back. The plain form cuts patches out and holds the whole score matrix. Memory is
+the peak of a process minus its memory before. The benchmark needs only torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     if args.memory_of:
         print(peak(args.memory_of, batch, args.side))
         return
-    # A CPU without bfloat16 arithmetic only pretends, so it is left out there.
+    # Not on a CPU: without bfloat16 arithmetic it only emulates.
     forms = FORMS if cuda else FORMS[:2]
     difference = largest_difference(args.side)
     passes = {form: one_pass(form, batch, args.side) for form in forms}
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def one_pass(form: str, batch: int, side: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A call that runs forward and backward once; the output and the gradient of the queries."""
+    """Return a function that runs one pass and returns output and gradient of the queries."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     layer = PyramidAttention(CHANNELS, [CHANNELS] * 3, DIM).to(device)
@@ -95,7 +95,7 @@ def one_pass(form: str, batch: int, side: int) -> Callable[[], tuple[Tensor, Ten
 
 
 def largest_difference(side: int) -> float:
-    """Of the two forms in fp32, relative to the largest value, over output and gradient."""
+    """Return the largest difference of the two forms in fp32, relative to the largest value."""
     both = [one_pass(form, 1, side)() for form in FORMS[:2]]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*both, strict=True))
 
@@ -117,7 +117,7 @@ def wait() -> None:
 
 
 def peak(form: str, batch: int, side: int) -> float:
-    """MB that a pass takes at its peak; measured in a process of its own."""
+    """Return the peak memory of a pass in MB. Run this in a process of its own."""
     run = one_pass(form, batch, side)
     if torch.cuda.is_available():
         run()
@@ -131,7 +131,7 @@ def peak(form: str, batch: int, side: int) -> float:
 
 
 def high_water() -> int:
-    """kB that this process has held at most. (`ru_maxrss` counts what it was forked from.)"""
+    """Return this process's peak memory in kB. (`ru_maxrss` includes its parent's.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 

@@ -1,6 +1,6 @@
-"""What the benchmarks share: contenders that take turns, medians with their spread, the table.
+"""Shared parts of the benchmarks: contenders in turns, medians with their spread, the table.
 
-A figure is a ratio of contenders measured in one run, because machines differ and are noisy.
+Each figure is a ratio of contenders measured in one run, because machines differ and are noisy.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """From the least to the greatest, as a share of the median."""
+        """Return the range from lowest to highest, as a share of the median."""
         return (max(self.values) - min(self.values)) / abs(self.median) if self.median else 0.0
 
 
 def take_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
-    """What each contender measured in each repeat; all have a turn before one has its next."""
+    """Measure all contenders in turn, `repeats` times. Return the measurements of each."""
     measured: dict[str, list[Any]] = {name: [] for name in contenders}
     for number in range(repeats):
         for name, measure in contenders.items():
@@ -45,12 +45,12 @@ def take_turns(contenders: Mapping[str, Callable[[], Any]], repeats: int) -> dic
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    """Median over the repeats of the ratio within each, so that a machine's drift cancels out."""
+    """Return the median of the ratios within each repeat, so that drift cancels out."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def in_a_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
-    """The JSON in the last line that a process prints. Raises SystemExit when it fails."""
+    """Run a process and return the JSON in its last line. Raises SystemExit if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")

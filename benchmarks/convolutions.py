@@ -1,10 +1,10 @@
-"""Grouped convolutions of the pyramids beside dense ones with zeros between the groups.
+"""Grouped convolutions of the pyramids, compared with dense ones with zeros between groups.
 
     python benchmarks/convolutions.py --json
 
-Why `dpnet/model/pyramid.py` does the second on a GPU in half precision. Forward and backward of the
-four convolutions of a pyramid of `base` in training at 256 x 256, in channels_last; bfloat16 on a
-GPU, fp32 on a CPU. Needs torch alone.
+The result is why `dpnet/model/pyramid.py` uses dense ones on a GPU in half precision. It measures
+forward and backward passes of the four convolutions of a pyramid of `base`, in training at 256 x
+256, in channels_last: bfloat16 on a GPU, fp32 on a CPU. It needs only torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def passes(name: str, batch: int, *, groups: bool) -> Callable[[], None]:
-    """A call that runs a pyramid's convolutions forward and backward once."""
+    """Return a function that runs a pyramid's convolutions forward and backward once."""
     channels, out, side, stride = PYRAMIDS[name]
     cuda = torch.cuda.is_available()
     place = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
@@ -74,7 +74,7 @@ def timed(run: Callable[[], None]) -> Callable[[], float]:
     times = 20 if cuda else 1
 
     def measure() -> float:
-        run()  # what was done last by the other form does not matter then
+        run()  # so that the other form's last run has no effect
         if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()

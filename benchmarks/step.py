@@ -1,17 +1,17 @@
-"""B4: one whole GAN step (generator, discriminator, losses, optimisers) beside the model plain.
+"""B4: one whole GAN step (generator, discriminator, losses, optimisers) and its plain form.
 
     python benchmarks/step.py [--preset base] [--size 256] [--batch 8] [--repeats 5] [--json]
 
-Ours is the training loop's step: channels_last, fused Adam, attention without a score matrix; on a
-GPU bf16 autocast and torch.compile (on a CPU --compile, which takes minutes). The other is eager
-fp32, NCHW, torch's default Adam, attention with the whole score matrix; torch keeps its default
-precision, in which convolutions may use TF32 and matrix products do not. Both have the same losses,
-with a feature network of VGG19's shape, its weights random unless --vgg names a file. They take
-turns, and beside them large matrix products in the precision of ours.
+Ours is the step of the training loop: channels_last, fused Adam, attention without a score matrix.
+On a GPU it uses bf16 autocast and torch.compile (on a CPU with --compile, which takes minutes). The
+plain form is eager fp32 in NCHW, with torch's default Adam and the whole score matrix. torch keeps
+its default precision: convolutions may use TF32, matrix products do not. Both have the same losses
+with a feature network of VGG19's shape. Its weights are random unless --vgg names a file. The two
+and a large matrix product in the precision of ours take turns.
 
-FLOP are those of the plain form, counted by torch over convolutions and matrix products, forward
-and backward, the feature network included. `vs_eager_fp32` is how many times faster ours is,
-`of_matmul_rate` the share of the matrix products' FLOP/s that it reaches. Needs torch alone.
+torch counts the FLOP of the plain form over convolutions and matrix products, forward and backward,
+with the feature network. `vs_eager_fp32` is how many times faster ours is. `of_matmul_rate` is the
+share of the matrix product's FLOP/s that ours reaches. It needs only torch.
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ VGG19 |= dict.fromkeys((12, 14, 16), (256, 256))
 
 
 class Turn(NamedTuple):
-    """Seconds a step, and the most memory in bytes that this contender alone had (GPU)."""
+    """Seconds for a step, and this contender's peak memory in bytes (on a GPU)."""
 
     seconds: float
     peak: int
 
 
 class DefaultAdam(torch.optim.Adam):
-    """torch's, which the step cannot have skip a step: on a GPU it refuses to be asked."""
+    """torch's default Adam. It never skips a step: on a GPU it does not support `found_inf`."""
 
     found_inf = property(lambda self: None, lambda self, value: None)
 
 
 class Contender:
-    """A model with its step on random photographs; what it holds on the device is known."""
+    """A model with its step on random images, and its memory on the device."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device, *, ours: bool) -> None:
         before = _allocated(device)
@@ -135,7 +135,7 @@ class Contender:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product in the precision of our step."""
+    """Return the FLOP/s of a large matrix product in the precision of our step."""
     cuda = device.type == "cuda"
     side, times = (8192, 30) if cuda else (2048, 3)
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if cuda else None)
@@ -149,7 +149,7 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def flop_per_image(options: argparse.Namespace, device: torch.device) -> int:
-    """FLOP of a step on one image in the plain form."""
+    """Return the FLOP of a step on one image in the plain form."""
     one = argparse.Namespace(**{**vars(options), "batch": 1})
     contender = Contender(one, device, ours=False)
     # torch counts the backward pass of grouped convolutions as if they had no groups.

@@ -2,23 +2,21 @@
 
     python benchmarks/training.py [--photos DIR] [--preset tiny] [--size 64] [--batch 16] [--json]
 
-B5: the GAN step fed by the loader (shards read whole, decoded, paired, augmented, copied to the
-device) beside the same step on one batch that lies on the device already. They take turns in one
-process; `of_device_only` is the share of the latter's images/s that the former reaches.
+B5 compares the GAN step fed by the loader (read whole shards, decode, pair, augment, copy to the
+device) with the same step on one batch that is already on the device. Both take turns in one
+process. `of_device_only` is the share of the latter's images/s that the former reaches.
 
-B6: `dpnet.training.loop.train_loop` with two workers under Ray Train and, in turns, under
-torchrun. The rate
-is the loop's own, from its log: without start, validation and checkpoints, and without the first
-record. `ray_overhead` is the share of a step's time that Ray adds. Its processes need a processor
-too, and where the workers leave them none, as two on two cores, both wait whenever one of these
-works: so the processor time of a step is told beside it, of the workers and of all other processes.
-With --spare-core the workers of both share all cores but one, which is left to the rest.
-Then one worker of a run under Ray is killed (kill -9): `recover_s` is how long it takes until
-training has made its next step, `steps_lost` how many were made twice. Checkpoints come every 10
-steps there.
+B6 runs `dpnet.training.loop.train_loop` with two workers under Ray Train and under torchrun, in
+turns. The rate comes from the loop's own log, without start, validation and checkpoints, and
+without the first record. `ray_overhead` is the share of a step's time that Ray adds. Ray's
+processes need a core too. If the workers use all cores, such as two workers on two cores, both wait
+whenever a process of Ray runs. So the table has the processor time of a step too, for the workers
+and for all other processes. With --spare-core the workers leave one core free.
+Then one worker of a run under Ray is killed (kill -9). `recover_s` is the time until training has
+made its next step, `steps_lost` the number of steps made twice. This run has a checkpoint every 10
+steps.
 
-Without --photos the photographs are those of scikit-image, cut into tiles. On a GPU B5 alone is
-measured where Ray is not installed.
+Without --photos the photos are those of scikit-image, cut into tiles. Without Ray only B5 runs.
 """
 
 from __future__ import annotations
@@ -49,12 +47,12 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photos
+from dpnet.loading.batch import to_device
 from dpnet.tracking.run_log import read_status
 from dpnet.training.job import TrainJob, TrainRequest, requested, stage_request
 from dpnet.training.loop import initial_state, open_loader, train_loop
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 from dpnet.training.step import Step
-from dpnet.training.validation import to_device
 
 WORKERS = 2
 WARM_UP = 3  # steps before the first turn
@@ -64,7 +62,7 @@ EVERY = 10  # steps between checkpoints of the run whose worker is killed
 
 
 class TorchSession:
-    """The loop's surroundings under torchrun."""
+    """The session of a rank under torchrun."""
 
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -79,7 +77,7 @@ class TorchSession:
 
 
 class OneProcess:
-    """The loop's surroundings for one rank in this process."""
+    """The session of one rank in this process."""
 
     rank, world, local_world, node, attempt = 0, 1, 1, "here", "one"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +87,7 @@ class OneProcess:
 
 
 def prepared(arguments: argparse.Namespace, root: Path) -> TrainJob:
-    """A job on real shards."""
+    """Prepare real shards and return a job on them."""
     store = open_store(str(root))
     photos = arguments.photos or str(root / "photos")
     if not arguments.photos:
@@ -115,7 +113,7 @@ def prepared(arguments: argparse.Namespace, root: Path) -> TrainJob:
 
 
 def loader_or_device(job: TrainJob, repeats: int) -> dict[str, list[float]]:
-    """images/s of the step with the loader, and on a batch that is on the device."""
+    """Return the images/s of the step with the loader, and on a batch on the device."""
     session: Any = OneProcess()
     device = session.device
     loader = open_loader(job, session, open_store(job.root))
@@ -147,7 +145,7 @@ def loader_or_device(job: TrainJob, repeats: int) -> dict[str, list[float]]:
 
 
 def loop_rate(job: TrainJob) -> float:
-    """images/s of a finished run: the median of its records but the first."""
+    """Return the images/s of a finished run: the median of its records without the first."""
     log = open_store(job.root).read(f"{job.folder}/log.jsonl").splitlines()
     records = [json.loads(line) for line in log]
     rates = [r["images"] / r["seconds"] for r in records if r["kind"] == "train"]
@@ -155,7 +153,7 @@ def loop_rate(job: TrainJob) -> float:
 
 
 class Loop(NamedTuple):
-    """What a run of the loop gave: images/s, and core-seconds of a step."""
+    """The result of a run of the loop: images/s, and core-seconds of a step."""
 
     rate: float
     workers: float
@@ -163,7 +161,7 @@ class Loop(NamedTuple):
 
 
 def measured(process: subprocess.Popen[bytes], job: TrainJob, *, spare: bool) -> Loop:
-    """Watch a run under `process` until it ends; with `spare` its workers leave a core free."""
+    """Measure a run under `process` until it ends; with `spare`, workers leave a core free."""
     cores = sorted(os.sched_getaffinity(0))
     store = open_store(job.root)
     seen = dict[int, tuple[float, float]]()  # processor times when a step was first seen
@@ -185,14 +183,14 @@ def measured(process: subprocess.Popen[bytes], job: TrainJob, *, spare: bool) ->
 
 
 def place_on(cores: Sequence[int], pid: int) -> None:
-    """Have every thread of a process run on these cores alone."""
+    """Let every thread of a process run only on these cores."""
     with contextlib.suppress(OSError):  # one that has just ended
         for thread in os.listdir(f"/proc/{pid}/task"):
             os.sched_setaffinity(int(thread), cores)
 
 
 def processor_times(pid: int) -> dict[int, float]:
-    """Seconds of processor time of a process and of all below it, by process."""
+    """Return seconds of processor time of a process and all its descendants, by process."""
     parents, used = dict[int, int](), dict[int, float]()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -218,7 +216,7 @@ def under_torchrun(job: TrainJob, *, spare: bool) -> Loop:
 
 
 class UnderRay:
-    """A run under Ray on this machine, in a process of its own as the command's is."""
+    """A run under Ray on this machine, in a process of its own like the command's."""
 
     def __init__(self, job: TrainJob) -> None:
         self.job = job
@@ -244,7 +242,7 @@ def under_ray(job: TrainJob, *, spare: bool) -> Loop:
 
 
 def recovery(job: TrainJob) -> tuple[float, int]:
-    """Seconds from the death of a worker to the next step, and how many steps were made twice."""
+    """Return seconds from a worker's death to the next step, and the steps made twice."""
     settings = job.settings.model_copy(update={"checkpoint_every": EVERY, "steps": 10_000})
     job = replace(job, settings=settings)
     store = open_store(job.root)
@@ -316,7 +314,7 @@ def main() -> None:
         try:
             import ray  # noqa: F401
         except ImportError:
-            print("Ray is not installed: B6 is left out", file=sys.stderr)
+            print("Ray is not installed: B6 does not run", file=sys.stderr)
         else:
             spare = arguments.spare_core
             both = {

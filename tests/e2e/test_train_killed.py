@@ -1,4 +1,4 @@
-"""`dpnet train` killed at any step and typed again ends with the weights of an undisturbed run."""
+"""`dpnet train`, killed at any step and run again, ends with the weights of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ train: {{steps: {steps}, batch_size: 6, learning_rate: 1.0e-3, warmup_steps: 2, 
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The user's, in which no other Ray or root is set up."""
+    """Return the user's environment without settings of another Ray or root."""
     hidden = ("PREFECT_", "RAY_", "DPNET_", "AWS_")
     return {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | dict(more or {})
 
@@ -58,7 +58,7 @@ def command(file: Path, root: str) -> list[str]:
 
 
 def trained(file: Path, root: str, env: Mapping[str, str]) -> dict[str, Any]:
-    """The train stage as a command that succeeds prints it."""
+    """Run the command and return the train stage from its output."""
     done = subprocess.run(
         command(file, root), env=env, capture_output=True, text=True, timeout=600, check=False
     )
@@ -67,7 +67,7 @@ def trained(file: Path, root: str, env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def processes_of(session: int) -> set[int]:
-    """Living processes of a session."""
+    """Return the running processes of a session."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -80,7 +80,7 @@ def processes_of(session: int) -> set[int]:
 
 
 def killed_at(step: int, file: Path, root: str, env: Mapping[str, str]) -> None:
-    """Type the command, and kill -9 all that it started once `step` is done."""
+    """Run the command, and kill -9 all its processes after `step`."""
     process = subprocess.Popen(
         command(file, root),
         env=env,
@@ -137,12 +137,12 @@ def test_killed_at_random_steps_it_ends_bit_identical(workers: int, tmp_path: Pa
 
 
 def losses(root: str, folder: str) -> dict[int, dict[str, float]]:
-    """Losses by the step that their record ends at."""
+    """Return the losses by the last step of their record."""
     lines = open_store(root).read(f"{folder}/log.jsonl").splitlines()
     return {r["step"]: r["losses"] for r in map(json.loads, lines) if r["kind"] == "train"}
 
 
-def test_with_another_number_of_workers_the_next_steps_are_the_same_but_for_rounding(
+def test_another_number_of_workers_changes_the_next_steps_only_by_rounding(
     tmp_path: Path,
 ) -> None:
     file, env = config(tmp_path, 2), environment()
@@ -165,7 +165,7 @@ def test_with_another_number_of_workers_the_next_steps_are_the_same_but_for_roun
         assert mine[step] == pytest.approx(its[step], rel=3e-5)
 
 
-def test_shards_and_checkpoints_on_s3_are_taken_up_all_the_same(
+def test_a_killed_training_resumes_with_shards_and_checkpoints_on_s3(
     ceph: Server, tmp_path: Path, s3_root: str
 ) -> None:
     file, env = config(tmp_path, 2), environment(ceph.environment())

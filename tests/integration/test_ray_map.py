@@ -50,7 +50,7 @@ def fail_at_three(number: int) -> int:
 
 @dataclass(frozen=True)
 class Visit:
-    """A task that leaves a line each time it is begun, and may end its worker."""
+    """A task that writes a line at each start, and may kill its worker."""
 
     name: str
     book: Path
@@ -81,7 +81,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def cluster(scratch: Path) -> Iterator[str]:
-    """The address of a Ray cluster of two nodes with one core each."""
+    """Start a Ray cluster of two nodes with one core each, and return its address."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     common = ["--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
@@ -125,7 +125,7 @@ def wait_for_lines(log: Path, line: str, times: int, node: subprocess.Popen[byte
 
 @pytest.fixture(scope="module")
 def connected(cluster: str) -> Iterator[str]:
-    """This process connected to the cluster for several tests."""
+    """Keep this process connected to the cluster for several tests."""
     import ray
 
     ray.init(address=cluster, log_to_driver=False)
@@ -134,7 +134,7 @@ def connected(cluster: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("by_environment", [False, True])
-def test_no_cluster_at_the_address_is_told_in_one_sentence(
+def test_an_address_without_a_cluster_gives_one_sentence(
     by_environment: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
@@ -201,9 +201,7 @@ def test_an_error_of_the_function_keeps_its_type(connected: str) -> None:
     assert seen == [0, 1, 2]
 
 
-def test_a_task_whose_worker_dies_is_tried_again_and_none_is_lost(
-    connected: str, tmp_path: Path
-) -> None:
+def test_a_task_is_retried_if_its_worker_dies(connected: str, tmp_path: Path) -> None:
     book = tmp_path / "book"
     tasks = [Visit(f"shard-{n}", book, int(n == 2)) for n in range(6)]
     assert list(ray_map(connected)(visit, tasks, 0)) == [task.name for task in tasks]
@@ -220,7 +218,7 @@ def test_a_task_that_ends_each_worker_is_named(connected: str, tmp_path: Path) -
     assert book.read_text().split().count("shard-2") == 4
 
 
-def test_leaving_the_loop_ends_what_is_under_way(connected: str, tmp_path: Path) -> None:
+def test_leaving_the_loop_ends_running_tasks(connected: str, tmp_path: Path) -> None:
     book = tmp_path / "book"
     tasks = [Visit("first", book, 0), *(Visit(f"long-{n}", book, 0, 60) for n in range(9))]
     with closing(ray_map(connected)(visit, tasks, 2)) as results:
@@ -254,7 +252,7 @@ with closing(ray_map("local")(visit, tasks, 2)) as results:
 """
 
 
-def test_a_ray_of_its_own_ends_with_a_ctrl_c_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_local_ray_ends_on_ctrl_c_and_leaves_nothing_behind(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH}

@@ -1,4 +1,4 @@
-"""Training on a real Ray cluster, in which everything dies once: it ends all the same, unaided."""
+"""Training on a real Ray cluster in which each part dies once: it recovers by itself."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ workers.run_worker = worker
 
 @dataclass
 class Training:
-    """`dpnet train` in a process of its own, as a user starts it."""
+    """`dpnet train` in a process of its own, started like a user does."""
 
     store: Store
     process: subprocess.Popen[str]
@@ -97,7 +97,7 @@ class Training:
         return found
 
     def saved(self) -> list[int]:
-        """The steps of the checkpoints that are there."""
+        """Return the steps of the existing checkpoints."""
         marks = [e.key for e in self.store.list("runs") if e.key.endswith("/checkpoint.json")]
         return sorted(json.loads(self.store.read(mark))["step"] for mark in marks)
 
@@ -105,7 +105,7 @@ class Training:
         self._wait(lambda: self.status().get("step", 0) >= step, f"step {step}")
 
     def wait_for(self, step: int) -> None:
-        """Until the checkpoint of `step`, or a later one, is there."""
+        """Wait until the checkpoint of `step` or a later one exists."""
         self._wait(lambda: any(saved >= step for saved in self.saved()), f"step {step}")
 
     def _wait(self, true: Any, what: str) -> None:
@@ -116,7 +116,7 @@ class Training:
         wait_until(reached, f"{what}: {self.log}", PATIENCE_S)
 
     def finish(self) -> dict[str, Any]:
-        """Wait for its end, which is a good one; the training's summary. Every step was made."""
+        """Wait until training succeeds, check that it made every step, and return its summary."""
         out, _ = self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == 0, self.log.read_text()
         summary: dict[str, Any] = json.loads(out.splitlines()[-1])["stages"][-1]["summary"]
@@ -135,7 +135,7 @@ class Training:
         return {r["step"]: r["hole_psnr"] for r in self.records() if r["kind"] == "validation"}
 
     def fail(self) -> str:
-        """Wait for its end, which is a bad one; the sentence."""
+        """Wait until training fails, and return its error message."""
         self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == 1, self.log.read_text()
         last = self.log.read_text().splitlines()[-1]
@@ -145,7 +145,7 @@ class Training:
 
 @dataclass
 class Trainer:
-    """Starts trainings on the same data, and ends those that a test leaves behind."""
+    """Starts trainings on the same data, and ends those that a test leaves running."""
 
     folder: Path
     started: list[Training] = field(default_factory=list)
@@ -163,7 +163,7 @@ class Trainer:
         environment: Mapping[str, str] | None = None,
         patience: float | None = None,
     ) -> Training:
-        """`patience` with storage in seconds, None: the product's own."""
+        """Start a training. `patience` with storage is in seconds; None is the product's own."""
         hurried = "" if patience is None else HURRIED.format(patience=patience)
         code = f"{COMMAND}{hurried}sys.exit(main())"
         command = [sys.executable, "-c", code, "train", str(self.folder / "config.yaml"), "--json"]
@@ -246,7 +246,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def job(cluster: Cluster) -> Iterator[list[str]]:
-    """The options that make a training a job on the cluster, which has two sound nodes."""
+    """Return the options for a job on the cluster, after making sure that it has two nodes."""
     yield job_on(cluster)
     cluster.nodes = [node for node in cluster.nodes if node.process.poll() is None]
     while len(cluster.nodes) < 2:
@@ -263,7 +263,7 @@ def job_on(cluster: Cluster) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    """A run with two workers to which nothing happens but a request for their stacks."""
+    """Return a run of two workers with no faults, only a request for their stacks."""
     root = str(tmp_path_factory.mktemp("undisturbed"))
     trainer.fill(root)
     training = trainer.start(root)
@@ -283,7 +283,7 @@ def test_a_signal_prints_what_every_thread_of_every_worker_is_doing(undisturbed:
         assert " in train_loop" in stacks
 
 
-def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(
+def test_a_killed_worker_restarts_from_the_last_checkpoint(
     trainer: Trainer, job: list[str], root: Path, undisturbed: Training
 ) -> None:
     training = trainer.start(root, *job)
@@ -295,7 +295,7 @@ def test_a_killed_worker_is_started_again_and_goes_on_from_the_last_checkpoint(
     assert training.said("train: resumes from the checkpoint of step ")
 
 
-def test_when_ray_trains_controller_is_killed_training_is_started_again_at_once(
+def test_training_restarts_at_once_if_ray_trains_controller_is_killed(
     trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
 ) -> None:
     # With elastic workers, for which Ray keeps what the dead one had for three minutes.
@@ -348,7 +348,7 @@ def test_the_job_outlives_its_launcher_and_the_next_one_attaches_to_it_and_stops
 
 
 def jobs(cluster: Cluster, training: Training) -> dict[int, str]:
-    """The state of each attempt at a training that the cluster knows of."""
+    """Return the state of each attempt that the cluster knows."""
     name = re.findall(r"the job (dpnet-\S+-)\d+ is", training.log.read_text())[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -361,7 +361,7 @@ def jobs(cluster: Cluster, training: Training) -> dict[int, str]:
     return {int(each.removeprefix(name)): state for each, state in found if each.startswith(name)}
 
 
-def test_when_a_machine_dies_training_goes_on_with_fewer_workers(
+def test_if_a_machine_dies_training_continues_with_fewer_workers(
     trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
 ) -> None:
     training = trainer.start(root, *job, "train.min_workers=1")
@@ -373,7 +373,7 @@ def test_when_a_machine_dies_training_goes_on_with_fewer_workers(
     assert training.validations() == pytest.approx(undisturbed.validations(), abs=0.2)
 
 
-def test_when_a_machine_dies_training_waits_for_another_one(
+def test_if_a_machine_dies_training_waits_for_another_one(
     trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
 ) -> None:
     training = trainer.start(root, *job)
@@ -387,7 +387,7 @@ def test_when_a_machine_dies_training_waits_for_another_one(
     assert training.validations() == undisturbed.validations()
 
 
-def test_before_a_machine_is_taken_away_training_saves_and_goes_on_elsewhere_and_no_step_is_lost(
+def test_before_a_machine_is_taken_away_training_saves_and_then_continues_elsewhere(
     trainer: Trainer, cluster: Cluster, job: list[str], root: Path
 ) -> None:
     cluster.add_node()
@@ -407,7 +407,7 @@ def test_before_a_machine_is_taken_away_training_saves_and_goes_on_elsewhere_and
     assert len(training.workers()) == 2
 
 
-def test_without_enough_free_workers_it_is_given_up_after_the_deadline(
+def test_without_enough_free_workers_training_is_given_up_after_the_deadline(
     trainer: Trainer, job: list[str], root: Path
 ) -> None:
     training = trainer.start(root, *job, "train.workers=3", "launch.deadline_s=3")
@@ -417,7 +417,9 @@ def test_without_enough_free_workers_it_is_given_up_after_the_deadline(
     assert "2 of 2" in sentence
 
 
-def test_what_the_user_must_mend_ends_training_at_once(trainer: Trainer, root: Path) -> None:
+def test_an_error_that_only_the_user_can_fix_ends_training_at_once(
+    trainer: Trainer, root: Path
+) -> None:
     (shard,) = root.glob("images/t/*/train-000000.tar")
     shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
     training = trainer.start(root)
@@ -427,7 +429,7 @@ def test_what_the_user_must_mend_ends_training_at_once(trainer: Trainer, root: P
     assert not training.said("workers failed")
 
 
-def test_a_head_without_the_interpreter_is_told_in_one_sentence(
+def test_a_head_without_the_interpreter_gives_one_sentence(
     trainer: Trainer, job: list[str], root: Path
 ) -> None:
     training = trainer.start(root, *job, "launch.python=/no/such/python")
@@ -436,13 +438,13 @@ def test_a_head_without_the_interpreter_is_told_in_one_sentence(
     assert not training.said("it restarts from")
 
 
-def test_no_cluster_at_the_address_is_told_in_one_sentence(trainer: Trainer, root: Path) -> None:
+def test_an_address_without_a_cluster_gives_one_sentence(trainer: Trainer, root: Path) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     training = trainer.start(root, "launch.launcher=ray-job", f"launch.address={address}")
     assert training.fail().startswith(f"cannot reach a Ray cluster at {address} (")
 
 
-def test_a_cluster_takes_the_right_token_alone_and_one_that_comes_back_is_given_the_job_again(
+def test_a_cluster_accepts_only_its_token_and_gets_the_job_again_after_a_restart(
     trainer: Trainer, root: Path, tmp_path: Path
 ) -> None:
     token = secrets.token_hex(32)
@@ -467,7 +469,7 @@ def test_a_cluster_takes_the_right_token_alone_and_one_that_comes_back_is_given_
         assert training.said("is unknown now, because the cluster was replaced: it restarts")
 
 
-def test_on_this_machine_the_controllers_death_is_got_over_and_a_command_that_ends_leaves_nothing(
+def test_a_local_training_survives_its_controller_and_a_command_leaves_nothing_behind(
     trainer: Trainer, root: Path, undisturbed: Training
 ) -> None:
     first = trainer.start(root)
@@ -492,7 +494,7 @@ def test_on_this_machine_the_controllers_death_is_got_over_and_a_command_that_en
 
 
 def at_work(training: Training) -> list[int]:
-    """Its processes, but for two of Ray's that take a minute to notice that they are left alone."""
+    """Return its processes, without two of Ray's that end a minute after their parent."""
     return [
         pid
         for pid in family(training.process.pid)
@@ -500,7 +502,7 @@ def at_work(training: Training) -> list[int]:
     ]
 
 
-def test_while_storage_cannot_be_reached_training_goes_on_and_the_checkpoint_is_written_later(
+def test_training_continues_without_storage_and_writes_the_checkpoint_later(
     trainer: Trainer, moto: Server
 ) -> None:
     root = moto.fresh_root()
@@ -538,7 +540,7 @@ def small_disk(megabytes: int) -> Iterator[Path]:
 
 
 def fill(file: Path) -> None:
-    """Take up all the space that there is."""
+    """Fill the disk."""
     with file.open("wb", buffering=0) as ballast:
         for size in (1 << 20, 1 << 12):
             try:
@@ -548,7 +550,7 @@ def fill(file: Path) -> None:
                 pass
 
 
-def test_when_the_disk_is_full_training_goes_on_and_what_stays_full_is_told_and_damages_nothing(
+def test_training_continues_on_a_full_disk_and_a_permanently_full_one_is_reported(
     trainer: Trainer,
 ) -> None:
     with small_disk(128) as folder:

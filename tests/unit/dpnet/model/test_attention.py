@@ -138,7 +138,7 @@ def test_samples_without_keys_give_zero_and_excluded_keys_nothing(form):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_what_excluded_keys_hold_has_no_influence(form):
+def test_values_of_excluded_keys_have_no_influence(form):
     query, keys, values, shares = example((4, 4), ((4, 4),))
     # A value patch reaches one pixel further than its key, so three rows are excluded.
     shares[0][:, :, :3] = 0.02
@@ -205,7 +205,7 @@ def test_the_form_that_a_compiler_fuses_gives_the_same(block):
     torch.testing.assert_close(fused, block(*inputs, sides))
 
 
-def test_the_score_matrix_is_never_whole():
+def test_the_whole_score_matrix_never_exists():
     """No tensor of a forward and backward pass is as large as queries x keys."""
     largest = 0
 

@@ -1,4 +1,4 @@
-"""What a network is said to cost, against counts made in other ways."""
+"""The described cost of a network, compared with counts made in other ways."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_above_512_pixels_attention_is_counted_on_averaged_maps() -> None:
     assert at_1024["macs"] == pytest.approx(4 * at_512["macs"])
 
 
-def test_base_costs_what_the_paper_states() -> None:
+def test_the_preset_base_has_the_cost_in_the_paper() -> None:
     found = describe(PRESETS["base"])
     assert found["macs"] / 1e9 == pytest.approx(55.58, rel=0.02)
     assert found["discriminator"]["parameters"] == pytest.approx(2.8e6, rel=0.02)
@@ -108,7 +108,7 @@ def test_the_text_has_a_line_for_each_layer_and_fits_a_terminal() -> None:
             assert any(line.split()[0] == layer["name"] for line in lines if line)
 
 
-def test_the_table_in_the_docs_is_what_the_command_prints() -> None:
+def test_the_table_in_the_docs_is_the_output_of_the_command() -> None:
     docs = Path(__file__).parents[4] / "docs" / "network.md"
     assert description_text(describe(PRESETS["base"])) in docs.read_text("utf-8")
 

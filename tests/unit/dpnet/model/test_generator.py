@@ -105,7 +105,7 @@ def macs(model, size):
     return total
 
 
-def test_base_costs_what_the_paper_states():
+def test_the_preset_base_has_the_cost_in_the_paper():
     with torch.device("meta"):  # shapes only: nothing is computed
         base = build_generator("base")
     assert macs(base, 256) / 1e9 == pytest.approx(55.58, rel=0.02)

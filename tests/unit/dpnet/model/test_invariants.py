@@ -94,7 +94,7 @@ def test_a_sample_does_not_depend_on_the_others_in_its_batch(seed, size, n):
 
 
 @pytest.mark.parametrize("normalization", ["instance", "region", "batch"])
-def test_nor_does_it_with_other_normalizations(normalization):
+def test_with_other_normalizations_a_sample_does_not_depend_on_its_batch_either(normalization):
     generator = network(normalization=normalization)
     image, valid = random_image(0, 3, 32, 48), random_mask(0, 3, 32, 48)
     with torch.no_grad():

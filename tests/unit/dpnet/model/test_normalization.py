@@ -257,7 +257,7 @@ def test_tiles_that_share_statistics_are_the_whole_maps_normalization(mask_kind,
     assert not torch.allclose(alone[0][0], whole[0][0])
 
 
-def test_after_sharing_a_layer_works_with_its_own_statistics_again():
+def test_after_sharing_a_layer_uses_its_own_statistics_again():
     torch.manual_seed(0)
     norm = EncoderNorm(2, "dynamic")
     x, m = torch.randn(1, 2, 6, 6), mask("soft", 1, 6, 6).float()
@@ -270,7 +270,7 @@ def test_after_sharing_a_layer_works_with_its_own_statistics_again():
     assert torch.equal(norm(x, m), expected)
 
 
-def test_using_statistics_before_any_were_gathered_is_refused():
+def test_statistics_cannot_be_used_before_they_are_gathered():
     norm = EncoderNorm(2, "dynamic")
     with shared_statistics(norm) as shared:
         shared.use()
@@ -279,7 +279,7 @@ def test_using_statistics_before_any_were_gathered_is_refused():
 
 
 @pytest.mark.parametrize("kind", ["instance", "batch"])
-def test_other_kinds_have_nothing_to_share(kind):
+def test_other_kinds_of_normalization_share_nothing(kind):
     torch.manual_seed(0)
     norm = EncoderNorm(2, kind).eval()
     x, m = torch.randn(1, 2, 4, 4), torch.ones(1, 1, 4, 4)

@@ -1,4 +1,4 @@
-"""Configs: packaged ones, overrides, and what is said of mistakes."""
+"""Configs: packaged ones, overrides, and error messages."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def written(tmp_path: Path):  # type: ignore[no-untyped-def]
     return write
 
 
-def test_there_is_a_config_for_the_demo_and_for_each_data_set_of_the_paper() -> None:
+def test_the_package_has_a_config_for_the_demo_and_each_data_set_of_the_paper() -> None:
     assert packaged_configs() == ["celeba-hq", "demo", "paris-street-view", "places2"]
 
 
 @pytest.mark.parametrize("name", packaged_configs())
-def test_every_packaged_config_loads_and_is_named_as_its_file(name: str) -> None:
+def test_every_packaged_config_loads_and_has_the_name_of_its_file(name: str) -> None:
     config = load_config(name)
     assert config.name == name
     assert config.images.size == config.masks.size
@@ -103,19 +103,19 @@ def test_an_option_unlike_any_lists_those_of_its_section() -> None:
         ("masks.recipes={circles: 1}", "'circles' is not a mask recipe: choose from free-form"),
     ],
 )
-def test_a_value_out_of_range_names_the_option_and_what_it_may_be(
+def test_the_error_for_a_value_out_of_range_names_option_and_range(
     override: str, expected: str
 ) -> None:
     assert expected in message("demo", override)
 
 
-def test_several_mistakes_are_told_as_the_first_and_a_count() -> None:
+def test_several_mistakes_give_the_first_one_and_a_count() -> None:
     text = message("demo", "train.steps=0", "train.seed=-1")
     assert "train.steps is 0" in text
     assert "(1 more after this one)" in text
 
 
-def test_a_misspelt_section_is_told_before_what_is_missing_for_it(written) -> None:  # type: ignore[no-untyped-def]
+def test_a_misspelt_section_is_reported_before_a_missing_option(written) -> None:  # type: ignore[no-untyped-def]
     text = message(written("name: a\nimagse: {source: b}\nmasks: {name: c}\n"))
     assert "imagse is not an option: the nearest is images" in text
 
@@ -125,7 +125,7 @@ def test_images_and_masks_of_different_size_are_refused() -> None:
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", "a=[1"])
-def test_an_override_of_another_form_is_refused(override: str) -> None:
+def test_an_override_without_option_and_value_is_refused(override: str) -> None:
     assert "--set" in message("demo", override)
 
 
@@ -145,17 +145,17 @@ def test_an_unknown_config_lists_the_packaged_ones_and_the_nearest() -> None:
         ("!!python/object/apply:os.system [ls]", "is not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_config_says_why(written, content: str, expected: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_error_for_an_invalid_file_says_why(written, content: str, expected: str) -> None:  # type: ignore[no-untyped-def]
     assert expected in message(written(content))
 
 
-def test_a_file_that_is_not_text_and_a_folder_say_why(tmp_path: Path) -> None:
+def test_the_errors_for_a_binary_file_and_a_folder_say_why(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in message(str(tmp_path / "binary.yaml"))
     assert "cannot be read (Is a directory)" in message(str(tmp_path))
 
 
-def test_the_root_is_the_given_one_then_the_environments_then_the_configs(
+def test_the_root_is_the_option_or_the_environments_or_the_configs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -167,7 +167,7 @@ def test_the_root_is_the_given_one_then_the_environments_then_the_configs(
     assert resolve_root(None, config) == str(tmp_path / "of-config")
 
 
-def test_without_a_root_it_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_a_root_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DPNET_ROOT", raising=False)
     with pytest.raises(ConfigError, match="--root DIR, DPNET_ROOT or the config"):
         resolve_root(None, load_config("places2"))

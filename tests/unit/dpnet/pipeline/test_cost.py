@@ -1,4 +1,4 @@
-"""What training costs: measured by its log, estimated by an earlier run's."""
+"""The cost of training: measured from its log, estimated from an earlier run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def record(step: int, **more: Any) -> dict[str, Any]:
 def ran(
     store: LocalStore, folder: str, config: Config, log: list[dict[str, Any]], **status: Any
 ) -> None:
-    """Leave what a run that was made with `config` leaves, as far as costs are concerned."""
+    """Write the files of a run with `config` that costs are computed from."""
     about = {"size": config.masks.size, "gpus": config.train.gpus, "time": 1.0, **status}
     resolved = {"model": config.model.model_dump()}
     store.write(f"{folder}/status.json", json.dumps(about).encode())
@@ -61,7 +61,7 @@ def data(store: LocalStore) -> tuple[StageRef, StageRef]:
     return images, commit(store, "masks", "masks/x", {"train-000000.tar": b"masks"})
 
 
-def test_the_hours_of_a_run_are_those_of_all_its_workers_validation_included(
+def test_the_hours_of_a_run_count_all_workers_and_validation(
     store: LocalStore,
 ) -> None:
     log = [{"kind": "validation", "step": 0, "hole_psnr": 9.0}, record(10), record(20, workers=2)]
@@ -72,7 +72,7 @@ def test_the_hours_of_a_run_are_those_of_all_its_workers_validation_included(
     assert cost.money == pytest.approx(0.1 * 180 / 3600)
 
 
-def test_workers_with_a_gpu_are_counted_apart_and_at_their_own_price(store: LocalStore) -> None:
+def test_workers_with_a_gpu_have_hours_and_a_price_of_their_own(store: LocalStore) -> None:
     log = [record(10), record(20, gpu_memory_gb=3.0, seconds=3595.0)]
     ran(store, "runs/a-1", config_of(), log)
     cost = measured(store, "runs/a-1", PRICES)
@@ -81,15 +81,13 @@ def test_workers_with_a_gpu_are_counted_apart_and_at_their_own_price(store: Loca
 
 
 @pytest.mark.parametrize("log", [None, b'{"kind": "tra'])
-def test_a_run_without_a_readable_log_has_cost_nothing_that_is_known(
-    store: LocalStore, log: bytes | None
-) -> None:
+def test_a_run_without_a_readable_log_costs_nothing(store: LocalStore, log: bytes | None) -> None:
     if log:
         store.write("runs/a-1/log.jsonl", log)
     assert measured(store, "runs/a-1", PRICES) == Cost(0.0, 0.0, PRICES)
 
 
-def test_the_estimate_is_by_the_speed_of_the_newest_run_with_the_same_network_size_and_device(
+def test_the_estimate_uses_the_newest_run_with_the_same_network_size_and_device(
     store: LocalStore,
 ) -> None:
     config = config_of("cost={cpu_hour: 0.1, currency: EUR}")
@@ -105,7 +103,7 @@ def test_the_estimate_is_by_the_speed_of_the_newest_run_with_the_same_network_si
     assert cost_text(cost) == "1.0 worker-hours, 0.10 EUR (at 0.10 an hour)"
 
 
-def test_without_such_a_run_nothing_is_estimated(store: LocalStore) -> None:
+def test_without_such_a_run_there_is_no_estimate(store: LocalStore) -> None:
     assert estimated(config_of(), store) is None
     ran(store, "runs/a-1", config_of(), [record(10)])
     store.write("runs/a-1/resolved-config.yaml", b"model: [")
@@ -120,7 +118,7 @@ def test_hours_on_gpus_are_estimated_from_runs_on_gpus(store: LocalStore) -> Non
     assert cost_text(cost) == "1.0 GPU-hours, 2.50 USD (at 2.50 an hour)"
 
 
-def test_a_run_that_resumes_costs_only_the_steps_left_and_one_that_is_done_nothing(
+def test_a_resumed_run_costs_only_the_remaining_steps_and_a_finished_one_nothing(
     store: LocalStore, data: tuple[StageRef, StageRef]
 ) -> None:
     config = config_of()
@@ -134,7 +132,7 @@ def test_a_run_that_resumes_costs_only_the_steps_left_and_one_that_is_done_nothi
     assert estimated(config, store, *data) == Cost(0.0, 0.0, config.cost)
 
 
-def test_a_run_that_extends_another_costs_the_steps_that_the_other_has_not(
+def test_a_run_that_extends_another_costs_only_the_additional_steps(
     store: LocalStore, data: tuple[StageRef, StageRef]
 ) -> None:
     config, shorter = config_of("train.steps=500"), config_of()
@@ -156,11 +154,11 @@ def test_a_run_that_extends_another_costs_the_steps_that_the_other_has_not(
         ((0.0, 0.0), "0.00 worker-hours"),
     ],
 )
-def test_hours_are_told_in_words(hours: tuple[float, float], text: str) -> None:
+def test_hours_are_shown_as_text(hours: tuple[float, float], text: str) -> None:
     assert hours_text(*hours) == text
 
 
-def test_money_is_told_with_its_price_and_not_at_all_where_none_is_given() -> None:
+def test_money_is_shown_with_its_price_and_only_if_there_is_one() -> None:
     assert cost_text(Cost(3.2, 0.0, PRICES)) == "3.2 GPU-hours, 8.00 EUR (at 2.50 an hour)"
     assert cost_text(Cost(3.2, 0.0, CostSettings())) == "3.2 GPU-hours"
     assert cost_text(Cost(3.2, 1.0, PRICES)).endswith("8.10 EUR (at 2.50 and 0.10 an hour)")
@@ -176,13 +174,13 @@ def test_money_is_told_with_its_price_and_not_at_all_where_none_is_given() -> No
         ("cost.gpu_hours=1", "the nearest is cost.gpu_hour"),
     ],
 )
-def test_a_price_that_is_none_is_refused(override: str, said: str) -> None:
+def test_an_invalid_price_is_refused(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config_of(override)
     assert said in str(caught.value)
 
 
-def test_prices_change_nothing_that_is_asked_for(
+def test_prices_do_not_change_the_request(
     store: LocalStore, data: tuple[StageRef, StageRef]
 ) -> None:
     digests = set()

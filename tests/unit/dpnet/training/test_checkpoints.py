@@ -1,4 +1,4 @@
-"""Checkpoints on storage: whole or not at all, and never mixed."""
+"""Checkpoints on storage: complete or absent, and never mixed."""
 
 import json
 import threading
@@ -41,7 +41,7 @@ def write(store, *steps, scores=None, **kept):
     return [mark.folder.rpartition("/")[2] for mark in marks(store, RUN)]
 
 
-def test_what_was_saved_comes_back_the_newest_first(store):
+def test_saved_checkpoints_are_read_back_newest_first(store):
     assert write(store, 5, 20, 100) == ["step-00000100", "step-00000020", "step-00000005"]
     loaded = newest(store, RUN)
     assert loaded.mark.step == 100
@@ -56,7 +56,7 @@ def test_a_run_without_checkpoints_has_none(store):
 
 @pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])
 @pytest.mark.parametrize("how", ["altered", "cut short", "missing"])
-def test_a_damaged_one_is_passed_over_with_a_warning_and_left_as_it_is(store, name, how, caplog):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_and_kept(store, name, how, caplog):
     write(store, 1, 2)
     key = f"{RUN}/step-00000002/{name}"
     data = store.read(key)
@@ -76,14 +76,14 @@ def test_a_damaged_one_is_passed_over_with_a_warning_and_left_as_it_is(store, na
 
 
 @pytest.mark.parametrize("mark", [b"", b"{}", b'{"format": 99}', b"[1]"])
-def test_one_whose_mark_cannot_be_read_is_passed_over_with_a_warning(store, mark, caplog):
+def test_a_checkpoint_with_an_unreadable_mark_is_skipped_with_a_warning(store, mark, caplog):
     write(store, 1, 2)
     store.write(f"{RUN}/step-00000002/{MARK}", mark)
     assert newest(store, RUN).mark.step == 1
     assert "step-00000002 is skipped: its checkpoint.json" in caplog.text
 
 
-def test_one_that_was_never_finished_does_not_exist_and_is_told(store, caplog):
+def test_an_unfinished_checkpoint_does_not_count_and_is_reported(store, caplog):
     write(store, 1)
     store.write(f"{RUN}/step-00000002/state.pt", b"half")
     assert newest(store, RUN).mark.step == 1
@@ -94,7 +94,7 @@ def test_one_that_was_never_finished_does_not_exist_and_is_told(store, caplog):
     assert not store.exists(f"{RUN}/step-00000002/state.pt")
 
 
-def test_where_all_are_damaged_nothing_is_trained_afresh(store):
+def test_training_does_not_restart_if_all_checkpoints_are_damaged(store):
     write(store, 1, 2)
     for step in (1, 2):
         store.write(f"{RUN}/step-{step:08d}/state.pt", b"no")
@@ -154,7 +154,7 @@ def failing(monkeypatch, times):
     monkeypatch.setattr(checkpoints, "_WAIT_S", 0.01)
 
 
-def test_storage_that_refuses_for_a_while_is_tried_again_and_told_once(store, monkeypatch, caplog):
+def test_a_write_that_storage_refuses_is_retried_and_reported_once(store, monkeypatch, caplog):
     failing(monkeypatch, 3)
     assert write(store, 1) == ["step-00000001"]
     told = caplog.text
@@ -162,7 +162,7 @@ def test_storage_that_refuses_for_a_while_is_tried_again_and_told_once(store, mo
     assert "the checkpoint of step 1 is written now" in told
 
 
-def test_storage_that_refuses_for_too_long_ends_training(store, monkeypatch):
+def test_training_ends_if_storage_refuses_for_too_long(store, monkeypatch):
     failing(monkeypatch, 10**6)
     writer = Writer(store, RUN, ASKED, last=1, best=0, patience=0.05)
     writer.save(1, state(1), [])
@@ -178,7 +178,7 @@ def test_a_second_writer_of_the_same_checkpoint_is_refused(store, monkeypatch):
         writer.wait()
 
 
-def test_what_differs_is_named_with_both_values(store):
+def test_options_that_differ_are_named_with_both_values(store):
     other = {"train": {"batch_size": 8, "steps": 10, "lanes": 64}, "sha256": {}}
     assert differences(ASKED, other) == ["train.batch_size 4, not 8", "train.lanes unset, not 64"]
     assert differences(ASKED, json.loads(json.dumps(ASKED))) == []
@@ -190,7 +190,7 @@ def test_what_differs_is_named_with_both_values(store):
 
 
 @pytest.mark.parametrize("kind", ["", "moto"])
-def test_checkpoints_on_s3_are_as_those_in_a_folder(kind, request, tmp_path):
+def test_checkpoints_work_on_s3_like_in_a_folder(kind, request, tmp_path):
     from data_prep.core.storage.open import open_store
 
     root = request.getfixturevalue("moto_root") if kind else str(tmp_path)

@@ -1,4 +1,4 @@
-"""What runs otherwise on a GPU: half precision, compiled layers, convolutions without groups."""
+"""The parts that differ on a GPU: half precision, compiled layers, convolutions without groups."""
 
 import copy
 from contextlib import nullcontext

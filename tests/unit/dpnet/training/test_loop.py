@@ -1,4 +1,4 @@
-"""The training loop without Ray: one process, real shards, a session that keeps folders."""
+"""The training loop without Ray: one process, real shards, a session for one rank."""
 
 import io
 import itertools
@@ -49,7 +49,7 @@ from dpnet.training.validation import hole_psnr
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """(store, images, masks): a dozen 32-pixel pictures and as many masks."""
+    """Return store, images and masks: a dozen 32-pixel images and masks."""
     photos, root = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("root")
     random = np.random.default_rng(0)
     for i in range(12):
@@ -98,7 +98,7 @@ def training_of(job, **changes):
 
 
 class Session:
-    """One rank, nothing around it; warns of its end at the steps `notices`."""
+    """A session of one rank. It warns of its end at the calls `notices`."""
 
     rank, world, local_world, device = 0, 1, 1, torch.device("cpu")
     node, attempt = "here", "first"
@@ -112,11 +112,11 @@ class Session:
 
 
 class Killed(BaseException):
-    """What the process's end looks like to the code after it: nothing runs any more."""
+    """Stands for the end of the process: no code of the loop catches it."""
 
 
 def killed_after(job, step):
-    """Train, and end all at once when `step` is done."""
+    """Train until `step` and stop there, as if the process was killed."""
     real = Step.__call__
 
     def dying(self, number, *rest):
@@ -131,7 +131,7 @@ def killed_after(job, step):
 
 
 def saved(job, step):
-    """The state and the log of the checkpoint at a step."""
+    """Return the state and the log of the checkpoint at a step."""
     store = open_store(job.root)
     (mark,) = [mark for mark in marks(store, job.folder) if mark.step == step]
     found = load(store, mark)
@@ -158,7 +158,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize(("step", "last"), [(1, 0), (3, 3), (5, 4)])
-def test_a_run_cut_off_and_taken_up_ends_bit_identical(prepared, step, last):
+def test_a_killed_run_that_resumes_ends_bit_identical(prepared, step, last):
     whole, broken = make_job(prepared), make_job(prepared)
     train_loop(whole, Session())
     killed_after(broken, step)
@@ -166,7 +166,7 @@ def test_a_run_cut_off_and_taken_up_ends_bit_identical(prepared, step, last):
     train_loop(broken, Session())
     (mine, my_log), (its, its_log) = saved(broken, 6), saved(whole, 6)
     assert equal(mine, its)
-    # Records end at other steps where the run was cut off in between; what is measured is the same.
+    # A killed run ends its records at other steps, but its measurements are the same.
     assert [r for r in my_log if r["kind"] == "validation"] == [
         r for r in its_log if r["kind"] == "validation"
     ]
@@ -181,9 +181,7 @@ def test_a_finished_run_is_not_trained_again(prepared, monkeypatch):
     assert saved_steps(job) == [2]
 
 
-def test_a_warning_that_the_machine_goes_away_is_answered_by_a_checkpoint_at_once(
-    prepared, monkeypatch
-):
+def test_a_warning_that_the_machine_goes_away_saves_a_checkpoint_at_once(prepared, monkeypatch):
     monkeypatch.setattr(loop, "NOTICE_EVERY", 1)
     job = make_job(prepared, checkpoint_every=100, validate_every=100, finetune_share=1)
     assert not train_loop(job, Session(notices={5}))
@@ -192,7 +190,7 @@ def test_a_warning_that_the_machine_goes_away_is_answered_by_a_checkpoint_at_onc
     assert saved_steps(job) == [6, 5]
 
 
-def test_checkpoints_are_kept_as_asked_the_last_the_best_and_where_fine_tuning_begins(prepared):
+def test_the_last_the_best_and_the_fine_tuning_checkpoints_are_kept(prepared):
     job = make_job(
         prepared,
         steps=10,
@@ -229,9 +227,7 @@ def test_training_ends_early_when_validation_does_not_get_better(prepared, monke
     train_loop(job, Session())  # it is finished: no further validation is asked for
 
 
-def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_identical(
-    prepared, caplog
-):
+def test_a_longer_run_extends_a_shorter_one_and_ends_bit_identical(prepared, caplog):
     short = make_job(prepared, finetune_share=0.5, folder="runs/more-000000000001")
     train_loop(short, Session())
     settings = {"steps": 10, "finetune_share": 0.5}
@@ -250,7 +246,7 @@ def test_another_number_of_steps_begins_where_fine_tuning_began_and_ends_bit_ide
     assert first_step(open_store(longer.root), longer) == 10
 
 
-def test_a_run_that_cannot_be_extended_is_told(prepared, caplog):
+def test_a_run_that_cannot_be_extended_is_reported(prepared, caplog):
     train_loop(make_job(prepared, folder="runs/cosine-000000000001", finetune_share=1), Session())
     caplog.clear()
     longer = make_job(prepared, steps=8, folder="runs/cosine-000000000002", finetune_share=1)
@@ -262,7 +258,7 @@ def test_a_run_that_cannot_be_extended_is_told(prepared, caplog):
     assert caplog.text == ""
 
 
-def test_a_run_begins_with_another_ones_generator(prepared, tmp_path):
+def test_a_run_starts_from_another_runs_generator(prepared, tmp_path):
     from dpnet.model import build_generator
 
     torch.manual_seed(7)
@@ -280,9 +276,7 @@ def test_a_run_begins_with_another_ones_generator(prepared, tmp_path):
         resume(other, Session(), open_store(job.root), state)
 
 
-def test_the_generator_that_a_run_begins_with_is_part_of_its_request_and_of_the_chain(
-    prepared, tmp_path
-):
+def test_the_initial_generator_is_part_of_the_request_and_its_run_an_input(prepared, tmp_path):
     from small_root import trained
 
     store, images, masks = prepared
@@ -297,7 +291,7 @@ def test_the_generator_that_a_run_begins_with_is_part_of_its_request_and_of_the_
     assert of_run.inputs["init"].content_digest == run.content_digest
     assert of_run.digest != request(None).digest
     assert requested(of_run)["content digest"]["init"] == run.content_digest
-    # Elsewhere it is known by the hash of its weights alone.
+    # In another root, only the hash of its weights identifies it.
     (tmp_path / "elsewhere").symlink_to(store.folder / run.folder)
     elsewhere = request(str(tmp_path / "elsewhere"))
     assert elsewhere.sources["init"] == of_run.sources["init"]
@@ -314,7 +308,7 @@ def test_a_checkpoint_made_with_other_settings_is_refused_by_their_names(prepare
         train_loop(other, Session())
 
 
-def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, caplog):
+def test_a_damaged_newest_checkpoint_is_skipped(prepared, caplog):
     job = make_job(prepared)
     killed_after(job, 5)
     store = open_store(job.root)
@@ -322,7 +316,7 @@ def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, capl
     store.write(f"{job.folder}/step-00000004/state.pt", whole[:-1] + b"x")
     train_loop(job, Session())
     assert "step-00000004 is skipped: state.pt was altered" in caplog.text
-    # The same step came again, and went elsewhere.
+    # The same step was saved again, to another folder.
     assert store.read(f"{job.folder}/step-00000004/state.pt") == whole[:-1] + b"x"
     again = next(m for m in marks(store, job.folder) if m.folder.endswith("/step-00000004.2"))
     assert equal(load(store, again).state, torch.load(io.BytesIO(whole), weights_only=True))
@@ -331,7 +325,7 @@ def test_the_newest_checkpoint_is_passed_over_where_it_is_damaged(prepared, capl
     assert equal(saved(job, 6)[0], saved(undisturbed, 6)[0])
 
 
-def test_the_run_tells_how_it_goes_while_it_goes_on(prepared):
+def test_a_running_training_publishes_status_log_and_images(prepared):
     began = time.time() - 0.001  # it is told in milliseconds
     job = make_job(prepared, validate_every=2)
     train_loop(job, Session())
@@ -370,12 +364,12 @@ def test_the_run_tells_how_it_goes_while_it_goes_on(prepared):
         ({"workers": 2, "min_workers": 3, "batch_size": 4}, r"train\.min_workers is 3"),
     ],
 )
-def test_numbers_that_do_not_go_together_are_refused(settings, told):
+def test_contradictory_numbers_are_refused(settings, told):
     with pytest.raises(ConfigError, match=told):
         training.check_settings(TrainSettings(**settings))
 
 
-def test_fewer_samples_than_a_batch_are_refused_before_workers_are_started_and_by_them(
+def test_fewer_samples_than_a_batch_are_refused_before_workers_start_and_by_them(
     prepared, monkeypatch
 ):
     monkeypatch.setattr(launch, "run_training", lambda *given: pytest.fail("it is started"))
@@ -398,7 +392,7 @@ def test_training_changes_every_part_and_the_discriminator_waits_for_its_turn(pr
     assert last["discriminator_optimizer"]["state"] != {}
 
 
-def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp_path):
+def test_vgg_weights_add_the_perceptual_and_style_losses(prepared, tmp_path):
     shapes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128)}
     weights = {}
     for i, (out, into) in shapes.items():
@@ -416,7 +410,7 @@ def test_with_vgg_weights_the_perceptual_and_style_terms_take_part(prepared, tmp
     assert "vgg" in stage_request(training_of(job)).sources
 
 
-def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepared, tmp_path):
+def test_the_error_for_a_missing_vgg_file_has_the_command_that_makes_it(prepared, tmp_path):
     losses = LossSettings(vgg_weights=str(tmp_path / "vgg.pth"))
     with pytest.raises(
         ConfigError, match=r"does not exist: make the file with `python -c .*vgg\.pth`"
@@ -424,7 +418,7 @@ def test_a_vgg_file_that_is_missing_is_told_with_the_command_that_makes_it(prepa
         make_job(prepared, losses)
 
 
-def test_workers_are_given_the_whole_path_of_the_vgg_file(prepared, tmp_path, monkeypatch):
+def test_workers_get_the_absolute_path_of_the_vgg_file(prepared, tmp_path, monkeypatch):
     (tmp_path / "vgg.pth").write_bytes(b"weights")
     monkeypatch.chdir(tmp_path)
     jobs = []
@@ -450,7 +444,7 @@ def test_the_command_that_makes_a_vgg_file_saves_torchvisions_weights(tmp_path):
 
 
 @pytest.mark.parametrize(("due", "every"), [("checkpoint", 3), ("validate", 3), ("log", 2)])
-def test_a_loss_that_is_not_finite_stops_before_anything_is_kept_and_names_its_first_step(
+def test_a_loss_that_is_not_finite_stops_before_a_save_and_names_its_first_step(
     prepared, monkeypatch, due, every
 ):
     real, steps = L.l1_terms, []
@@ -486,7 +480,7 @@ def meter(max_skipped=0):
     return Meter(loader, state, settings), state, loader
 
 
-def test_a_gradient_that_is_not_finite_stops_even_where_the_losses_are():
+def test_a_gradient_that_is_not_finite_stops_training_even_with_finite_losses():
     made, state, _ = meter()
     for gradient in (1.0, float("inf"), float("nan")):
         losses = {"hole": torch.tensor(0.5)}
@@ -496,7 +490,7 @@ def test_a_gradient_that_is_not_finite_stops_even_where_the_losses_are():
         made.record()
 
 
-def test_steps_that_may_be_skipped_are_counted_and_left_out_of_the_means():
+def test_skipped_steps_are_counted_but_not_averaged():
     made, state, _ = meter(max_skipped=2)
     for value in (1.0, float("nan"), 3.0, float("inf")):
         losses = {"hole": torch.tensor(value)}
@@ -531,7 +525,7 @@ def test_a_record_holds_the_mean_of_each_term_over_the_steps_that_have_it():
     assert record["skipped_samples"] == 3
 
 
-def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(monkeypatch):
+def test_the_step_is_compiled_on_a_gpu_if_possible_and_on_a_cpu_on_request(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(loop, "compiler_problem", lambda device: None)
     assert choose_backend(None, cpu) == (None, None)
@@ -544,9 +538,7 @@ def test_the_step_is_compiled_on_a_gpu_where_that_works_and_elsewhere_on_demand(
         choose_backend(True, cpu)
 
 
-def test_while_layers_are_compiled_the_status_says_so_and_no_step_waits_for_it(
-    prepared, monkeypatch
-):
+def test_layers_are_compiled_before_the_first_step_and_the_status_says_so(prepared, monkeypatch):
     monkeypatch.setattr(loop, "choose_backend", lambda wanted, device: ("eager", None))
     told, graphs = [], []
     real = Step.__call__
@@ -564,11 +556,11 @@ def test_while_layers_are_compiled_the_status_says_so_and_no_step_waits_for_it(
     torch.compiler.reset()
     assert ["compiling" in each["note"] for each in told] == [True] + [False] * (len(told) - 1)
     assert told[0]["step"] == 0
-    # The term by which the discriminator teaches is the one thing left to be compiled in a step.
+    # Only the adversarial loss is compiled in a step.
     assert graphs == [1, 0]
 
 
-def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled():
+def test_the_status_line_has_the_newest_figures_and_why_nothing_is_compiled():
     log = [{"kind": "validation", "step": 0, "hole_psnr": 20.0}]
     assert status_line(log, None) == "validation 20.00 dB at step 0"
     times = {"seconds": 2.0, "data_seconds": 0.5, "images_per_second": 12.34}
@@ -579,7 +571,7 @@ def test_progress_tells_the_newest_figures_and_why_nothing_is_compiled():
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_compiler_is_found_out(tmp_path):
+def test_a_machine_without_a_compiler_is_detected(tmp_path):
     code = """
 import torch
 from torch._inductor import config
@@ -625,7 +617,7 @@ def test_the_request_ignores_what_does_not_change_the_weights(prepared):
     assert digest() != digest(finetune_share=0.3)
 
 
-def test_weights_survive_storage_and_alterations_are_found(tmp_path):
+def test_stored_weights_are_read_back_and_altered_ones_refused(tmp_path):
     from dpnet.model import build_generator
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""One step of GAN training: what it computes, what it compiles to, what it saves."""
+"""One step of GAN training: its results, its compiled graphs, its saved state."""
 
 import copy
 import io
@@ -65,7 +65,7 @@ def losses(**changes):
 
 
 def batch(number, samples=2, size=32):
-    """A batch as the loop makes it: the image in channels_last."""
+    """Return a batch like the loop's, with the image in channels_last."""
     random = torch.Generator().manual_seed(number)
     image = torch.rand(samples, size, size, 3, generator=random).permute(0, 3, 1, 2)
     valid = (torch.rand(samples, 1, size // 8, size // 8, generator=random) > 0.4).float()
@@ -87,7 +87,7 @@ def floats(record):
 
 
 def trained(steps=range(STEPS), batch=batch, config=SMALL, **options):
-    """The state after some steps, and what each of them measured."""
+    """Return the state after some steps, and the measurements of each."""
     state = TrainState(config, settings(), CPU)
     step = Step(state, losses(), settings(), **options)
     measured = []
@@ -115,7 +115,7 @@ def assert_near(ours, theirs, relative):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_one_graph_of_each_kind_serves_every_step_and_computes_what_eager_does():
+def test_each_kind_of_layer_is_compiled_once_and_computes_the_same():
     config = replace(SMALL, blocks=3)
     state, compiled = trained(config=config, backend="aot_eager")
     assert counters["stats"]["unique_graphs"] == LAYERS + 3
@@ -132,7 +132,7 @@ def test_one_graph_of_each_kind_serves_every_step_and_computes_what_eager_does()
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-def test_generated_code_computes_what_eager_does():
+def test_generated_code_computes_the_same():
     if problem := compiler_problem(CPU):
         pytest.skip(f"torch.compile does not work here: {problem}")
     counters.clear()
@@ -179,7 +179,7 @@ distributed.destroy_process_group()
 
 
 def ranks(folder, world, samples, steps=range(4), start="-", backend=""):
-    """Gradients' norms and the state after `steps`, trained by several processes."""
+    """Return gradient norms and the state after `steps`, trained by several processes."""
     environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"}
     folder.mkdir()
     result, meet = str(folder / "result"), str(folder / "meet")
@@ -192,9 +192,7 @@ def ranks(folder, world, samples, steps=range(4), start="-", backend=""):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("samples", "backend"), [(2, ""), (2, "aot_eager"), (3, "")])
-def test_two_ranks_train_as_one_with_all_samples_also_where_one_has_more(
-    samples, backend, tmp_path
-):
+def test_two_ranks_train_like_one_rank_even_with_unequal_shares(samples, backend, tmp_path):
     norms, saved = ranks(tmp_path / "two", 2, samples, backend=backend)
     state = TrainState(SMALL, settings(), CPU)
     alone = run(state, range(4), batch=lambda number: batch(number, samples))
@@ -206,7 +204,7 @@ def test_two_ranks_train_as_one_with_all_samples_also_where_one_has_more(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
-def test_several_ranks_taken_up_in_the_middle_end_bit_identical(world, tmp_path):
+def test_several_ranks_that_resume_end_bit_identical(world, tmp_path):
     _, whole = ranks(tmp_path / "whole", world, 6, range(STEPS))
     _, first = ranks(tmp_path / "first", world, 6, range(3))
     torch.save(first, tmp_path / "start")
@@ -215,7 +213,7 @@ def test_several_ranks_taken_up_in_the_middle_end_bit_identical(world, tmp_path)
 
 
 class NothingRead(TorchDispatchMode):
-    """Fails when a value is read from a tensor, for which the host would wait for the device."""
+    """Fails if a value is read from a tensor, because then the host waits for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
@@ -245,7 +243,7 @@ def test_the_discriminator_sees_real_and_composite_in_one_forward():
     assert torch.equal(composite * valid, image * valid)
 
 
-def test_the_adversarial_term_teaches_the_generator_and_leaves_the_discriminator_alone():
+def test_the_adversarial_loss_changes_the_generator_and_not_the_discriminator():
     def gradients(weight):
         state = TrainState(SMALL, settings(), CPU)
         Step(state, losses(adversarial=weight), settings())(SECOND, *batch(0))
@@ -258,7 +256,7 @@ def test_the_adversarial_term_teaches_the_generator_and_leaves_the_discriminator
     assert light[1].any()
 
 
-def test_gradients_are_clipped_and_their_norm_is_that_from_before():
+def test_gradients_are_clipped_and_their_norm_is_measured_before():
     def norm(clip):
         state = TrainState(SMALL, settings(), CPU)
         measured = Step(state, losses(), settings(gradient_clip=clip))(0, *batch(0))
@@ -270,21 +268,21 @@ def test_gradients_are_clipped_and_their_norm_is_that_from_before():
     assert cut == pytest.approx((free[0], 0.25), rel=1e-5)
 
 
-def test_in_bf16_terms_are_near_and_weights_stay_fp32():
+def test_bf16_gives_similar_losses_and_fp32_weights():
     state, half = trained(range(3), bf16=True)
     assert_near(half, trained(range(3))[1], 0.05)
     assert half != trained(range(3))[1]
     assert all(p.dtype == torch.float32 for p in state.generator.parameters())
 
 
-def test_weights_lie_in_channels_last():
+def test_weights_are_stored_in_channels_last():
     state = TrainState(SMALL, settings(), CPU)
     weight = state.generator.up1.conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
 
 
-def test_the_learning_rate_rises_stays_and_is_tuned_down():
+def test_the_learning_rate_rises_stays_constant_and_falls():
     s = settings(steps=100, warmup_steps=10, finetune_share=0.2)
     rates = [rate(step, s) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
@@ -326,7 +324,7 @@ def run(state, steps, changes=None, batch=batch, **options):
     return [step(number, *batch(number)) for number in steps]
 
 
-def test_a_state_saved_and_taken_up_goes_on_bit_for_bit():
+def test_a_restored_state_trains_bit_identically():
     whole, first, second = (TrainState(SMALL, settings(), CPU) for _ in range(3))
     run(whole, range(STEPS))
     run(first, range(3))
@@ -393,12 +391,12 @@ def test_a_checkpoint_of_another_version_is_refused():
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_a_batch_in_parts_trains_as_one_in_a_piece(parts):
+def test_a_batch_in_parts_trains_like_a_whole_one(parts):
     def whole(number):
         return batch(number, samples=4)
 
     of_parts, at_once = (TrainState(SMALL, settings(), CPU) for _ in range(2))
-    # Each pass of the discriminator moves its spectral norms on: its own steps are left out.
+    # Without the discriminator's steps: each of its passes updates the spectral norms.
     steps, quiet = range(3), {"discriminator_learning_rate": 1e-12}
     split = run(of_parts, steps, {"accumulate": parts, **quiet}, whole)
     one = run(at_once, steps, quiet, whole)
@@ -442,7 +440,7 @@ def test_a_step_that_is_not_finite_and_those_after_it_change_no_weight(bad):
     assert float(state.skipped) == 1
 
 
-def test_as_many_steps_as_are_allowed_are_left_out_and_training_goes_on():
+def test_training_skips_up_to_the_allowed_number_of_bad_steps():
     state = TrainState(SMALL, settings(), CPU)
     step = Step(state, losses(), settings(max_skipped=2))
     seen = []
@@ -507,7 +505,7 @@ def test_a_file_that_holds_no_vgg_weights_is_refused_in_one_sentence(content, to
 
 
 @pytest.mark.parametrize("name", ["vgg.pth", "vgg.safetensors"])
-def test_a_file_of_vgg_weights_cut_short_is_refused(name, tmp_path):
+def test_a_truncated_file_of_vgg_weights_is_refused(name, tmp_path):
     from safetensors.torch import save_file
 
     file = tmp_path / name

@@ -1,4 +1,4 @@
-"""What is common to all launchers, and what each makes of errors, without Ray."""
+"""The launchers without Ray: signals, job attempts, and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpnet.training.ray.ray_train import explain_error
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
 
-def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(
+def test_a_wait_ends_even_if_the_exception_of_the_stop_was_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost = []
@@ -41,7 +41,7 @@ def test_a_stop_whose_exception_is_lost_is_seen_all_the_same(
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_lost_stop_of_the_command_is_not_taken_for_the_second_ctrl_c(
+def test_a_lost_stop_does_not_count_as_a_second_ctrl_c(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
@@ -66,14 +66,14 @@ def test_a_lost_stop_of_the_command_is_not_taken_for_the_second_ctrl_c(
         signal.signal(signal.SIGINT, before)
 
 
-def test_who_waits_leaves_the_handlers_alone_by_which_prefect_knows_a_cancellation() -> None:
+def test_the_wait_keeps_the_signal_handlers_that_prefect_needs() -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with _interruptible_wait() as wait:
         wait(0)
         assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_cluster_is_that_of_the_config_or_else_that_of_rays_own_settings(
+def test_the_address_comes_from_the_config_or_else_from_rays_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://second:8265")
@@ -83,7 +83,7 @@ def test_a_cluster_is_that_of_the_config_or_else_that_of_rays_own_settings(
     assert cluster_address(LaunchSettings(address="http://own:8265")) == "http://own:8265"
 
 
-def test_an_address_of_rays_control_service_is_no_dashboards(
+def test_the_address_of_rays_control_service_is_not_a_dashboard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
@@ -157,7 +157,7 @@ def end(client: Client, attempt: str, status: str, code: int | None = None, log:
     client.jobs[attempt] = (status, code, log)
 
 
-def test_each_attempt_has_the_next_number_and_one_at_work_is_attached_to(client: Client) -> None:
+def test_each_attempt_gets_the_next_number_and_a_running_one_is_attached_to(client: Client) -> None:
     first = launcher()
     assert first.attempt == launcher().attempt
     end(client, first.attempt, "STOPPED")
@@ -172,7 +172,7 @@ def test_another_root_is_another_job(client: Client, monkeypatch: pytest.MonkeyP
     assert len(client.jobs) == 2
 
 
-def test_a_driver_that_dies_is_begun_again_as_often_as_is_allowed(client: Client) -> None:
+def test_a_dead_driver_restarts_up_to_the_allowed_number_of_times(client: Client) -> None:
     started = launcher()
     end(client, started.attempt, "FAILED", -9, "at work\nKilled")
     assert started.is_running()
@@ -190,7 +190,7 @@ def test_a_driver_that_dies_is_begun_again_as_often_as_is_allowed(client: Client
         (1, "No module named 'dpnet'", "set launch.python to the interpreter"),
     ],
 )
-def test_what_another_attempt_would_not_mend_ends_training(
+def test_an_error_that_a_restart_cannot_fix_ends_training(
     client: Client, code: int, last: str, sentence: str
 ) -> None:
     started = launcher()
@@ -200,14 +200,14 @@ def test_what_another_attempt_would_not_mend_ends_training(
     assert len(client.jobs) == 1
 
 
-def test_a_cluster_that_has_forgotten_the_job_is_given_it_again(client: Client) -> None:
+def test_a_job_that_the_cluster_has_forgotten_is_submitted_again(client: Client) -> None:
     started = launcher()
     client.jobs.clear()
     assert started.is_running()
     assert list(client.jobs) == [started.attempt]
 
 
-def test_a_cluster_that_does_not_answer_is_asked_on_until_the_deadline(
+def test_a_cluster_without_an_answer_is_asked_until_the_deadline(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     started = launcher(deadline_s=1)
@@ -228,7 +228,7 @@ class WorkerError(Exception):
         self.worker_failures = dict(enumerate(failures))
 
 
-def test_of_several_workers_errors_the_one_that_a_user_can_act_on_is_told() -> None:
+def test_the_worker_error_that_a_user_can_act_on_is_shown() -> None:
     collateral = RuntimeError("Connection closed by peer")
     told = explain_error(WorkerError(collateral, StorageError("the disk is full.")), "root")
     assert str(told) == "the disk is full."
@@ -247,7 +247,7 @@ def test_of_several_workers_errors_the_one_that_a_user_can_act_on_is_told() -> N
         (3, 2, None),
     ],
 )
-def test_gpus_that_this_machine_does_not_have_are_told_before_ray_starts(
+def test_missing_gpus_are_reported_before_ray_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, found: int, least: int | None, told: str | None
 ) -> None:
     import ray
@@ -270,7 +270,7 @@ def test_gpus_that_this_machine_does_not_have_are_told_before_ray_starts(
     assert asked.get("num_gpus") == (None if told else found)
 
 
-def test_a_ray_that_does_not_start_is_told_of_in_a_sentence(
+def test_the_error_of_a_failed_ray_start_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import ray
