@@ -434,7 +434,7 @@ def test_a_head_without_the_interpreter_gives_one_sentence(
 ) -> None:
     training = trainer.start(root, *job, "launch.python=/no/such/python")
     assert "has no dpnet (" in (sentence := training.fail())
-    assert "name in launch.python the interpreter there" in sentence
+    assert "set launch.python to the interpreter there" in sentence
     assert not training.said("it restarts from")
 
 
@@ -452,12 +452,12 @@ def test_a_cluster_accepts_only_its_token_and_gets_the_job_again_after_a_restart
     with ray_cluster(1, token) as cluster:
         options = [*job_on(cluster), "train.workers=1"]
         missing = trainer.start(root, *options, environment=home)
-        assert f"{cluster.dashboard} wants its token" in missing.fail()
+        assert f"{cluster.dashboard} requires its token" in missing.fail()
         wrong = trainer.start(
             root, *options, environment={**home, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         )
-        assert f"{cluster.dashboard} wants its token" in wrong.fail()
-        # An address in the environment leads Ray's own client astray.
+        assert f"{cluster.dashboard} requires its token" in wrong.fail()
+        # Ray's own client would prefer an address in the environment.
         right = {**home, "RAY_AUTH_TOKEN": token, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
         training = trainer.start(root, *options, environment=right)
         training.wait_for(2 * EVERY)
@@ -560,7 +560,7 @@ def test_training_continues_on_a_full_disk_and_a_permanently_full_one_is_reporte
         first.wait_for(EVERY)
         fill(ballast)
         first.wait_to_say("the disk is full")
-        assert first.said("Training goes on")
+        assert first.said("Training continues")
         ballast.unlink()
         first.wait_to_say("is written now.")
         fill(ballast)
