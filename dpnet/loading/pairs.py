@@ -51,7 +51,7 @@ def validation_pairs(
     """Return at most `count` frozen pairs, spread evenly over the ratio bins.
 
     Args:
-        images: the images, of which only the number counts.
+        images: the images; only their number counts.
         masks: the masks, sorted by ratio bin; only their number counts.
         digests: content digests of the images stage and of the masks stage.
         seed: another seed gives other pairs.
