@@ -1,3 +1,5 @@
+"""Masks from files: reading, polarity, and the recipe external."""
+
 import io
 import shutil
 import zipfile

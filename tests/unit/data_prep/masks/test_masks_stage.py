@@ -1,3 +1,5 @@
+"""The masks stage: settings, committed sets, and resuming."""
+
 import json
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Mask recipes: deterministic, scaled with the side, and with the published parameters."""
+
 import math
 from typing import Any
 
