@@ -66,7 +66,7 @@ class Files(Protocol):
     def blob(self, key: str) -> Blob:
         """Return the file for reading in parts. Raises ItemError if it is gone."""
 
-    def text_beside(self, *paths: str) -> str | None:
+    def first_text(self, *paths: str) -> str | None:
         """Return the text of the first file that exists; a path may lead out of the folder."""
 
 

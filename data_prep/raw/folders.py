@@ -79,7 +79,7 @@ class Folder:
                 f"{self.uri} contains no tar archive, which the layout webdataset needs. Choose"
                 " another images.layout or source."
             )
-        return apply_layout(listing, self.layout, self.uri, self._beside)
+        return apply_layout(listing, self.layout, self.uri, self._text_of)
 
     def reader(self) -> FolderReader:
         return FolderReader(self)
@@ -139,9 +139,9 @@ class Folder:
             raise PipelineError(f"{self.uri} cannot be used: {reason}. Replace the file.")
         yield Item(key or names.add(file.key), file.size, 0, "", number), reason
 
-    def _beside(self, name: str) -> str | None:
+    def _text_of(self, name: str) -> str | None:
         folders = ("", "Eval/", "Anno/", "../", "../Eval/", "../Anno/")
-        return self.files.text_beside(*(folder + name for folder in folders))
+        return self.files.first_text(*(folder + name for folder in folders))
 
 
 class FolderReader:

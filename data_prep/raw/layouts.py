@@ -27,7 +27,7 @@ _SHARD = re.compile(
     rf"(train|training|val|valid|validation|test|testing)(?:[-_.][^/]*)?{CONTAINERS}", re.IGNORECASE
 )
 
-Beside = Callable[[str], str | None]  # returns the text of a file in or next to the source
+TextOf = Callable[[str], str | None]  # returns the text of a file in or next to the source
 SplitOf = Callable[[str], str | None]  # by key; "": not decided; None: not part of the set
 
 
@@ -89,7 +89,7 @@ def are_samples(layout: str) -> bool | None:
     return {"webdataset": True, "files": False}.get(layout)
 
 
-def apply_layout(listing: Listing, layout: str, uri: str, beside: Beside) -> Listing:
+def apply_layout(listing: Listing, layout: str, uri: str, text_of: TextOf) -> Listing:
     """Return the listing with the splits of the layout.
 
     A file that is not part of the layout gets a problem. A listing with splits stays as it is.
@@ -98,7 +98,7 @@ def apply_layout(listing: Listing, layout: str, uri: str, beside: Beside) -> Lis
         listing: The items of the source.
         layout: One of `LAYOUTS`.
         uri: The source's address, for messages.
-        beside: Returns the text of a file in or next to the source, None if there is none.
+        text_of: Returns the text of a file in or next to the source, None if there is none.
 
     Raises:
         ConfigError: The source has no file of the layout, or a list of splits is missing or broken.
@@ -108,7 +108,7 @@ def apply_layout(listing: Listing, layout: str, uri: str, beside: Beside) -> Lis
     if layout not in PRESETS:
         split_of = _folders(listing)
         return listing if split_of is None else _split(listing, split_of, OUTSIDE)
-    split_of = _preset(layout, uri, beside)
+    split_of = _preset(layout, uri, text_of)
     done = _split(listing, split_of, f"{IGNORED}not part of {layout}")
     if all(done.problems.get(key, "").startswith(IGNORED) for key in _keys(done)):
         raise ConfigError(
@@ -170,10 +170,10 @@ def _folder_split(name: str) -> str | None:
     return _FOLDERS[shard[1]] if shard else None
 
 
-def _preset(layout: str, uri: str, beside: Beside) -> SplitOf:
+def _preset(layout: str, uri: str, text_of: TextOf) -> SplitOf:
     pattern = PRESETS[layout].pattern
     if layout == "celeba":
-        text = beside(_PARTITION)
+        text = text_of(_PARTITION)
         if text is None:
             raise ConfigError(
                 f"the layout celeba needs {_PARTITION}, which contains the splits. Put it next to"
@@ -182,7 +182,7 @@ def _preset(layout: str, uri: str, beside: Beside) -> SplitOf:
         listed = _partition(text, uri)
         return lambda key: listed.get(_number(pattern, key))
     if layout == "celeba-hq":
-        mapping, text = beside(_MAPPING), beside(_PARTITION)
+        mapping, text = text_of(_MAPPING), text_of(_PARTITION)
         if mapping is None or text is None:
             return lambda key: "" if _number(pattern, key) >= 0 else None
         origins, listed = _origins(mapping), _partition(text, uri)

@@ -65,7 +65,7 @@ class ListFile:
         listing = collected(items(), [], problems, self.uri)
         if not listing:
             raise PipelineError(f"{self.uri} contains no paths. Put the paths of photos into it.")
-        return apply_layout(listing, self.layout, self.uri, self.files.text_beside)
+        return apply_layout(listing, self.layout, self.uri, self.files.first_text)
 
     def reader(self) -> ListReader:
         return ListReader(_Places(self.files, self.name))

@@ -88,7 +88,7 @@ class LocalFiles:
         except OSError as error:
             raise _unreadable(self.where(key), error) from error
 
-    def text_beside(self, *paths: str) -> str | None:
+    def first_text(self, *paths: str) -> str | None:
         for path in paths:
             if (self.folder / path).is_file():
                 return self.read(path, LONGEST_TEXT).decode("utf-8", "replace")

@@ -70,7 +70,7 @@ class S3Files:
             raise ItemError(GONE)
         return S3Blob(self.store, found)
 
-    def text_beside(self, *paths: str) -> str | None:
+    def first_text(self, *paths: str) -> str | None:
         bucket = s3_files(self.store.bucket, "")
         for path in paths:
             key = posixpath.normpath(posixpath.join(self.store.prefix, path))

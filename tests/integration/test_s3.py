@@ -1,4 +1,4 @@
-"""The S3 store on a real server (Ceph): rights, races and multipart, which moto cannot prove."""
+"""The S3 store with a real server (Ceph): rights, races and multipart uploads."""
 
 import multiprocessing
 import random
@@ -53,7 +53,7 @@ def test_every_operation_works(store, tmp_path):
     assert not store.exists("a/b.bin")
 
 
-def test_odd_names_are_listed_as_they_are(store):
+def test_names_with_special_characters_are_listed_unchanged(store):
     names = ["a b", "a+b", "a%20b", "new\nline", "tab\tx", "\x01", "é漢😀", "q?x#y&z=1", "a'\"<&>"]
     names += [" first", "last ", "a//b", "dot/./x"]
     for name in names:
@@ -63,14 +63,14 @@ def test_odd_names_are_listed_as_they_are(store):
     assert all(store.read(f"odd/{name}") == name.encode() for name in names)
 
 
-def test_a_listing_of_more_than_a_page_is_whole_and_sorted(store):
+def test_a_listing_of_several_pages_is_complete_and_sorted(store):
     keys = [f"many/{number:04d}" for number in range(1100)]
     with ThreadPoolExecutor(8) as pool:
         [*pool.map(lambda key: store.write(key, b""), reversed(keys))]
     assert [entry.key for entry in store.list("many")] == keys
 
 
-def test_one_of_many_creators_wins_and_no_warning_is_logged(store, caplog):
+def test_one_of_many_creators_succeeds_and_no_warning_is_logged(store, caplog):
     assert store.create("warm", b"") is not None
     for round_ in range(10):
         with ThreadPoolExecutor(8) as pool:
@@ -117,9 +117,9 @@ def test_a_lease_lets_one_runner_in_at_a_time(store):
     assert not store.exists("stage/lease.json")
 
 
-def test_a_runner_that_was_taken_over_is_told(store):
+def test_a_runner_without_its_lease_gets_an_error(store):
     with Lease(store, "lease.json", interval=60) as lease:
-        store.write("lease.json", b"{}")  # another's
+        store.write("lease.json", b"{}")  # of another runner
         with pytest.raises(LeaseLostError):
             lease.check()
 
@@ -150,7 +150,7 @@ def large():
     return random.Random(0).randbytes(40 << 20)
 
 
-def test_a_large_object_goes_up_in_parts_and_is_read_by_ranges(store, large, tmp_path):
+def test_a_large_object_is_uploaded_in_parts_and_read_in_ranges(store, large, tmp_path):
     (tmp_path / "up").write_bytes(large)
     store.upload("large", tmp_path / "up")
     assert store.read_tagged("large")[1].endswith('-3"')  # three parts
@@ -185,7 +185,7 @@ def test_zip_and_tar_readers_work_on_an_open_object(store, large, tmp_path):
         assert {m.name: tar.extractfile(m).read() for m in tar} == members
 
 
-def test_faults_in_front_of_a_real_server_are_outlived(ceph, monkeypatch, large, tmp_path):
+def test_requests_survive_faults_before_a_real_server(ceph, monkeypatch, large, tmp_path):
     monkeypatch.setattr(s3_requests, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(s3_requests, "LONGEST_WAIT_S", 0.05)
     with fault_proxy(ceph) as proxy:
@@ -212,13 +212,13 @@ def test_faults_in_front_of_a_real_server_are_outlived(ceph, monkeypatch, large,
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "text"),
     [
         ("AWS_ACCESS_KEY_ID", "does not accept the AWS credentials (InvalidAccessKeyId)"),
         ("AWS_SECRET_ACCESS_KEY", "does not accept the AWS credentials (SignatureDoesNotMatch)"),
     ],
 )
-def test_a_wrong_key_is_told_in_one_sentence_without_it(s3_root, monkeypatch, setting, told):
+def test_a_wrong_key_is_reported_without_showing_it(s3_root, monkeypatch, setting, text):
     monkeypatch.setenv(setting, "wrong-and-secret")
     store = open_store(s3_root)
     for act in (
@@ -229,14 +229,14 @@ def test_a_wrong_key_is_told_in_one_sentence_without_it(s3_root, monkeypatch, se
     ):
         with pytest.raises(StorageError) as caught:
             act()
-        assert told in str(caught.value)
+        assert text in str(caught.value)
         assert "wrong-and-secret" not in repr(caught.value) + str(caught.value.__context__)
     with pytest.raises(StorageError, match="access denied"):
         store.exists("a")
 
 
-def test_a_bucket_of_somebody_else_is_told(ceph, s3_root, monkeypatch):
-    """Without a key the server knows nobody: what it then answers is `AccessDenied`."""
+def test_a_bucket_without_access_rights_is_reported(ceph, s3_root, monkeypatch):
+    """A request without a key is anonymous, and the server answers `AccessDenied`."""
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config
@@ -247,7 +247,7 @@ def test_a_bucket_of_somebody_else_is_told(ceph, s3_root, monkeypatch):
         store.read("a")
 
 
-def test_a_missing_bucket_is_told_in_one_sentence(s3_root):
+def test_a_missing_bucket_is_reported(s3_root):
     store = open_store("s3://nowhere-at-all/x")
     for act in (
         lambda: store.read("a"),

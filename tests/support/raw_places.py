@@ -1,4 +1,4 @@
-"""Where a raw source lies in a test: a local folder, or a prefix on moto's server or on Ceph."""
+"""Places of raw sources in tests: a local folder, or a prefix on moto's server or Ceph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Place:
         self._store = open_store(self.uri)
 
     def put(self, key: str, data: bytes = b"x") -> str:
-        """Write a file; its URI."""
+        """Write a file and return its URI."""
         self._store.write(key, data)
         return f"{self.uri}/{key}"
 
@@ -47,7 +47,7 @@ def keys(listing: Listing) -> list[str]:
 def contents(
     source: Source, change: Callable[[Item], Item] = lambda item: item
 ) -> dict[str, object]:
-    """What every item holds, or the reason that it does not, by key; `change` is applied first."""
+    """Return the bytes or the failure of each changed item by its key."""
     found: dict[str, object] = {}
     with source.reader() as reader:
         for item in source.list().items():
@@ -59,7 +59,7 @@ def contents(
 
 
 def by_name(item: Item) -> Item:
-    """The item as it is known after its place in the container was forgotten."""
+    """Return the item without its place in the container, so that it is found by name."""
     return Item(item.key, item.size, item.fingerprint)
 
 

@@ -1,4 +1,4 @@
-"""S3 servers for tests: moto's, Ceph's, and a proxy in front of either that misbehaves on order."""
+"""S3 servers for tests: moto, Ceph, and a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from urllib.parse import urlsplit
 import pytest
 
 BUCKET = "dpnet-test"
-_BESIDE = Path(__file__).parents[3] / "shared/tools/s3-ceph.sh"
-CEPH_SCRIPT = Path(os.environ.get("DPNET_S3_SCRIPT") or _BESIDE)  # start DIR PORT, stop DIR
+_SHARED_SCRIPT = Path(__file__).parents[3] / "shared/tools/s3-ceph.sh"
+CEPH_SCRIPT = Path(os.environ.get("DPNET_S3_SCRIPT") or _SHARED_SCRIPT)  # start DIR PORT, stop DIR
 CEPH_ATTEMPTS = 6
 CEPH_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-mgr")
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where an S3 server listens, and the key that it takes."""
+    """The address of an S3 server and its access key."""
 
     endpoint: str
     access_key: str = "test"
     secret_key: str = "test"
 
     def environment(self) -> dict[str, str]:
-        """The AWS settings that lead there, with nothing of the user's own configuration."""
+        """Return the AWS settings for this server, without the user's own configuration."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -50,14 +50,14 @@ class Server:
         }
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let this process and those it starts talk to this server, until the test ends."""
+        """Make this process and its children use this server until the end of the test."""
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             monkeypatch.delenv(name)
         for name, value in self.environment().items():
             monkeypatch.setenv(name, value)
 
     def make_bucket(self) -> None:
-        """The bucket that tests work in."""
+        """Create the bucket for tests."""
         import boto3
 
         session = boto3.session.Session(self.access_key, self.secret_key)
@@ -66,13 +66,13 @@ class Server:
 
     @staticmethod
     def fresh_root() -> str:
-        """The URI of a prefix that nobody has used."""
+        """Return the URI of a new prefix."""
         return f"s3://{BUCKET}/{secrets.token_hex(6)}"
 
 
 @contextmanager
 def moto_server() -> Iterator[Server]:
-    """moto's server, in memory: it proves the calls, not the rights (it ignores signatures)."""
+    """Start moto's server in memory. It checks requests, but no signatures or rights."""
     pytest.importorskip("moto.server")
     from moto.server import ThreadedMotoServer
 
@@ -87,16 +87,16 @@ def moto_server() -> Iterator[Server]:
 
 @contextmanager
 def ceph_server() -> Iterator[Server]:
-    """A real server: one-node Ceph, about 20 s to start. Skips the test where it is not there."""
+    """Start Ceph on one node, in about 20 s. Skip the test if Ceph is not installed."""
     if not CEPH_SCRIPT.exists():
         pytest.skip(f"no S3 server script at {CEPH_SCRIPT}: name one in DPNET_S3_SCRIPT")
     missing = [name for name in CEPH_PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"Ceph is not installed ({', '.join(missing)}): .ci/run does it")
-    # Sockets lie in the folder, and their paths may not be long.
+    # The folder contains sockets, and their paths have a length limit.
     folder = Path(tempfile.mkdtemp(prefix="ceph", dir="/tmp"))
-    # The daemons are no children of ours, so a process that sees our end stops them: also where
-    # the tests are killed.
+    # The daemons are not children of this process. The keeper stops them when this process ends,
+    # even if it is killed.
     stop = f'read -r _; for at in {folder}/*/; do bash "{CEPH_SCRIPT}" stop "$at"; done'
     keeper = subprocess.Popen(
         ["bash", "-c", f"{stop}; rm -rf {folder}"], stdin=subprocess.PIPE, start_new_session=True
@@ -119,9 +119,9 @@ def ceph_server() -> Iterator[Server]:
 
 
 def _start_ceph(folder: Path) -> dict[str, str]:
-    """Start it in `folder`: the settings to use it with, none where it did not start.
+    """Start Ceph in `folder` and return its settings; an empty dict if it did not start.
 
-    That happens on a busy machine, where its disk daemon may speak before it knows the cluster.
+    On a busy machine Ceph's disk daemon may start before it knows the cluster, and fail.
     """
     folder.mkdir()
     with (folder / "out").open("w+b") as out:  # no pipe: the daemons would keep it open
@@ -139,7 +139,7 @@ def _start_ceph(folder: Path) -> dict[str, str]:
 
 
 def _two_free_ports() -> int:
-    """A port that is free and has a free one after it."""
+    """Return a free port that is followed by a free port."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))
@@ -153,7 +153,7 @@ def _two_free_ports() -> int:
 
 @dataclass
 class Fault:
-    """What the proxy does to the next `times` requests that fit `method` and `path` (a part)."""
+    """A fault for the next `times` requests with this method and this part of the path."""
 
     kind: Literal["answer", "reset", "truncate", "stall", "lose", "ignore conditions"]
     times: int = 1
@@ -161,13 +161,13 @@ class Fault:
     path: str = ""
     status: int = 503  # of "answer"
     code: str = "SlowDown"  # of "answer"
-    keep: float = 0.5  # of "truncate" and "stall": the share of the body that still comes
-    seconds: float = 1.0  # of "stall": how long nothing comes then
+    keep: float = 0.5  # of "truncate" and "stall": the share of the body that is sent
+    seconds: float = 1.0  # of "stall": the pause before the connection closes
 
 
 @dataclass
 class FaultProxy:
-    """In front of `upstream`. Its address is `server`; what went through is in `requests`."""
+    """A proxy with the address `server`. `requests` are the requests so far."""
 
     server: Server
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
@@ -179,7 +179,7 @@ class FaultProxy:
 
     @contextmanager
     def outage(self) -> Iterator[None]:
-        """Nothing listens there while in the block, and who was connected is cut off."""
+        """Refuse and break all connections inside the block."""
         self.stop()
         try:
             yield
@@ -191,7 +191,7 @@ class FaultProxy:
             self.faults.append(fault)
 
     def count(self, method: str, path: str = "") -> int:
-        """Requests so far of that method whose path, with its query, has `path` in it."""
+        """Count the requests so far with this method and with `path` in their URL."""
         with self.lock:
             return sum(m == method and path in p for m, p, _ in self.requests)
 
@@ -212,7 +212,7 @@ class FaultProxy:
 
 @contextmanager
 def fault_proxy(upstream: Server) -> Iterator[FaultProxy]:
-    """A proxy that passes requests to `upstream` unless a fault was injected."""
+    """Run a proxy that passes requests to `upstream` unless a fault was injected."""
     address = urlsplit(upstream.endpoint)
 
     class Handler(BaseHTTPRequestHandler):
@@ -285,7 +285,7 @@ def fault_proxy(upstream: Server) -> Iterator[FaultProxy]:
             self.wfile.write(data)
 
         def _break(self) -> None:
-            """Close with a reset instead of a proper end."""
+            """Close the connection with a reset."""
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.close_connection = True

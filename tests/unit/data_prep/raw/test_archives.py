@@ -1,4 +1,4 @@
-"""Zip, tar and tar.gz archives as raw sources, alone and in folders."""
+"""Zip, tar and tar.gz archives as raw sources and in folders."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ MAKERS: dict[str, Callable[[dict[str, bytes]], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_an_archive_in_a_folder_is_a_folder(place: Place, kind: str) -> None:
+def test_an_archive_in_a_folder_is_listed_like_a_folder(place: Place, kind: str) -> None:
     place.put(f"sub/set.{kind}", MAKERS[kind](FILES))
     place.put("other.jpg", b"other")
     source = open_source(place.uri)
@@ -81,7 +81,7 @@ def test_an_archive_is_a_source(place: Place, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_reading_from_many_threads_and_in_any_order_gives_the_same(
+def test_many_threads_read_the_same_bytes_in_any_order(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tars_module, "_WINDOW", 4000)
@@ -118,7 +118,7 @@ def test_a_compressed_tar_is_decompressed_once_when_it_is_read_in_order(
         for item in items:
             reader.read(item, LIMIT)
         assert len(opened) == 1
-        assert reader.read(items[0], LIMIT) == files["000.jpg"]  # going back starts anew
+        assert reader.read(items[0], LIMIT) == files["000.jpg"]  # a read backward starts again
     assert len(opened) == 2
 
 
@@ -127,13 +127,13 @@ def test_an_unchanged_archive_is_not_opened_again(place: Place, kind: str) -> No
     place.put(f"set.{kind}", MAKERS[kind](FILES))
     source = open_source(place.uri)
     first = source.list()
-    asked: list[tuple[str, int]] = []
+    requested: list[tuple[str, int]] = []
 
     def known(container: str, fingerprint: int) -> list[Item]:
-        asked.append((container, fingerprint))
+        requested.append((container, fingerprint))
         return list(first.items())
 
-    # As long as the real one, and as it was not read nobody noticed.
+    # Same size and time. If the archive were opened, the listing would fail.
     if not place.is_remote:
         path = Path(place.uri, f"set.{kind}")
         times = path.stat()
@@ -141,11 +141,11 @@ def test_an_unchanged_archive_is_not_opened_again(place: Place, kind: str) -> No
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     second = source.list(known)
     assert second.table.equals(first.table)
-    assert asked == [(f"set.{kind}", next(first.items()).fingerprint)]
+    assert requested == [(f"set.{kind}", next(first.items()).fingerprint)]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_changed_archive_is_noticed_when_it_is_read(tmp_path: Path, kind: str) -> None:
+def test_reading_a_changed_archive_is_an_error(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"set.{kind}").write_bytes(MAKERS[kind](FILES))
     source = open_source(str(tmp_path))
     items = list(source.list().items())
@@ -154,13 +154,13 @@ def test_a_changed_archive_is_noticed_when_it_is_read(tmp_path: Path, kind: str)
         reader.read(items[0], LIMIT)
 
 
-def test_an_archive_that_is_gone_is_its_items_fault(place: Place) -> None:
+def test_an_item_of_a_deleted_archive_fails(place: Place) -> None:
     place.put("other.jpg")
     with open_source(place.uri).reader() as reader, pytest.raises(ItemError, match="it is gone"):
         reader.read(Item("set.zip/a.jpg", 1, 1, "", 0, 0, 0), LIMIT)
 
 
-def test_a_folder_called_like_an_archive_is_a_folder(tmp_path: Path) -> None:
+def test_a_folder_named_like_an_archive_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "set.zip").mkdir()
     (tmp_path / "set.zip/a.jpg").write_bytes(b"a")
     (tmp_path / "set.zip/in.tar").write_bytes(tarred({"b.jpg": b"b"}))
@@ -170,14 +170,14 @@ def test_a_folder_called_like_an_archive_is_a_folder(tmp_path: Path) -> None:
     }
 
 
-def test_an_archive_in_an_archive_is_an_item_like_any_other(tmp_path: Path) -> None:
+def test_an_archive_in_an_archive_is_an_ordinary_item(tmp_path: Path) -> None:
     inner = zipped(FILES)
     (tmp_path / "set.tar").write_bytes(tarred({"in.zip": inner}))
     assert contents(open_source(str(tmp_path))) == {"set.tar/in.zip": inner}
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_hidden_members_folders_and_links_are_no_items(tmp_path: Path, kind: str) -> None:
+def test_hidden_members_folders_and_links_are_not_items(tmp_path: Path, kind: str) -> None:
     work = tmp_path / "work"
     (work / "sub").mkdir(parents=True)
     (work / "__MACOSX").mkdir()
@@ -213,7 +213,7 @@ def test_names_that_leave_the_archive_have_a_problem(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tgz"])
-def test_members_of_one_name_are_told_apart(tmp_path: Path, kind: str) -> None:
+def test_members_with_the_same_name_get_different_keys(tmp_path: Path, kind: str) -> None:
     with pytest.warns(UserWarning, match="Duplicate") if kind == "zip" else io.BytesIO():
         if kind == "zip":
             into = io.BytesIO()
@@ -236,7 +236,7 @@ def test_members_of_one_name_are_told_apart(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_member_over_the_limit_is_that_items_fault(tmp_path: Path, kind: str) -> None:
+def test_a_member_over_the_limit_fails_and_others_are_read(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"set.{kind}").write_bytes(MAKERS[kind]({"a": b"12345", "b": b"123"}))
     source = open_source(str(tmp_path / f"set.{kind}"))
     large, small = source.list().items()
@@ -247,7 +247,7 @@ def test_a_member_over_the_limit_is_that_items_fault(tmp_path: Path, kind: str) 
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_file_that_is_no_archive_is_one_failed_item_of_a_folder(place: Place, kind: str) -> None:
+def test_a_broken_archive_is_one_failed_item_of_its_folder(place: Place, kind: str) -> None:
     place.put(f"set.{kind}", b"this is something else" * 100)
     place.put(f"empty.{kind}", b"")
     place.put("a.jpg")
@@ -258,7 +258,7 @@ def test_a_file_that_is_no_archive_is_one_failed_item_of_a_folder(place: Place, 
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_source_that_is_no_archive_is_told_in_one_sentence(place: Place, kind: str) -> None:
+def test_a_broken_or_empty_archive_as_source_is_refused(place: Place, kind: str) -> None:
     uri = place.put(f"set.{kind}", b"this is something else" * 100)
     with pytest.raises(PipelineError, match=rf"set\.{kind} cannot be used: it is not a "):
         open_and_list(uri)
@@ -266,13 +266,11 @@ def test_a_source_that_is_no_archive_is_told_in_one_sentence(place: Place, kind:
         open_and_list(place.put(f"none.{kind}", MAKERS[kind]({})))
 
 
-# zip
+# Zip.
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_every_usual_compression_is_read_and_a_bomb_stays_bounded(
-    tmp_path: Path, method: int
-) -> None:
+def test_each_usual_compression_is_read_and_a_bomb_is_refused(tmp_path: Path, method: int) -> None:
     (tmp_path / "set.zip").write_bytes(zipped({"bomb": bytes(BOMB), "noise": noise(5000)}, method))
     source = open_source(str(tmp_path / "set.zip"))
     bomb, fine = source.list().items()
@@ -282,8 +280,8 @@ def test_every_usual_compression_is_read_and_a_bomb_stays_bounded(
             reader.read(bomb, 100_000)
 
 
-def lie_about_size(archive: bytes, size: int) -> bytes:
-    """The archive with another size of its only member in header and directory."""
+def with_false_size(archive: bytes, size: int) -> bytes:
+    """Return the archive with another size of its only member in header and directory."""
     changed = bytearray(archive)
     directory = archive.rindex(b"PK\1\2")
     struct.pack_into("<L", changed, 22, size)
@@ -292,8 +290,8 @@ def lie_about_size(archive: bytes, size: int) -> bytes:
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path: Path, method: int) -> None:
-    (tmp_path / "set.zip").write_bytes(lie_about_size(zipped({"bomb": bytes(BOMB)}, method), 10))
+def test_a_bomb_with_a_false_size_is_not_decompressed(tmp_path: Path, method: int) -> None:
+    (tmp_path / "set.zip").write_bytes(with_false_size(zipped({"bomb": bytes(BOMB)}, method), 10))
     source = open_source(str(tmp_path / "set.zip"))
     (bomb,) = source.list().items()
     assert bomb.size == 10
@@ -305,7 +303,7 @@ def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path: Path, method:
         tracemalloc.stop()
 
 
-def test_damage_of_a_zip_is_the_members_fault(tmp_path: Path) -> None:
+def test_a_damaged_member_of_a_zip_fails(tmp_path: Path) -> None:
     plain = {"a.jpg": noise(500), "b.jpg": noise(400, 1)}
     whole = zipped(plain, zipfile.ZIP_STORED)
     flipped = bytearray(whole)
@@ -319,7 +317,7 @@ def test_damage_of_a_zip_is_the_members_fault(tmp_path: Path) -> None:
         assert found["b.jpg"] == plain["b.jpg"]
 
 
-def test_a_cut_zip_and_a_broken_directory_are_named(tmp_path: Path) -> None:
+def test_a_truncated_zip_and_a_broken_directory_are_reported(tmp_path: Path) -> None:
     whole = zipped(FILES)
     (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
     at = whole.rindex(b"PK\1\2")
@@ -345,7 +343,7 @@ def test_encrypted_members_and_unknown_methods_have_a_reason(tmp_path: Path) -> 
     }
 
 
-def test_zip64_and_something_in_front_of_the_archive_are_read(
+def test_zip64_and_archives_after_other_bytes_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = {f"{number}.jpg": noise(50, number) for number in range(30)}
@@ -361,14 +359,14 @@ def test_zip64_and_something_in_front_of_the_archive_are_read(
         assert contents(open_source(str(tmp_path / f"{name}.zip"))) == plain
 
 
-def test_old_names_of_a_zip_are_read_as_utf8_or_else_code_page_437(tmp_path: Path) -> None:
+def test_names_without_a_flag_are_read_as_utf8_or_code_page_437(tmp_path: Path) -> None:
     whole = zipped({"grXX.jpg": b"1", "grY.jpg": b"2"})
     whole = whole.replace(b"grXX", "grü".encode()).replace(b"grY", b"gr\x81")
     (tmp_path / "set.zip").write_bytes(whole)
     assert keys(open_and_list(str(tmp_path / "set.zip"))) == ["grü.jpg", "grü.jpg#2"]
 
 
-# tar
+# Tar.
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -389,7 +387,7 @@ def test_a_name_in_a_tar_that_is_not_unicode_is_listed_and_read(tmp_path: Path) 
         assert contents(source, by_name) == {"gr\\xfc.jpg": b"1"}
 
 
-def test_a_tar_by_gnu_tar_with_sparse_files_is_read_but_for_these(tmp_path: Path) -> None:
+def test_sparse_files_of_gnu_tar_have_a_problem_and_others_are_read(tmp_path: Path) -> None:
     with (tmp_path / "sparse.bin").open("wb") as file:
         for number in range(40):
             file.seek(number << 16)
@@ -415,7 +413,7 @@ def test_a_tar_by_gnu_tar_with_sparse_files_is_read_but_for_these(tmp_path: Path
         (9 * 512, ["1", "2", "3"], ("", "it may be cut off: its end mark is missing")),
     ],
 )
-def test_what_stands_before_a_cut_is_listed_and_the_cut_is_named(
+def test_members_before_a_truncation_are_listed_and_it_is_reported(
     tmp_path: Path, kind: str, length: int, listed: list[str], problem: tuple[str, str]
 ) -> None:
     plain = {name: noise(700, int(name)) for name in ("1", "2", "3")}
@@ -430,7 +428,7 @@ def test_what_stands_before_a_cut_is_listed_and_the_cut_is_named(
     assert contents(source)[f"set.{kind}/2"] == plain["2"]
 
 
-def test_a_cut_compressed_stream_is_named_and_what_came_before_is_read(tmp_path: Path) -> None:
+def test_a_truncated_gzip_stream_is_reported_and_members_before_it_are_read(tmp_path: Path) -> None:
     plain = {name: noise(5000, int(name)) for name in ("1", "2", "3")}
     whole = tarred(plain, "w:gz")
     (tmp_path / "set.tgz").write_bytes(whole[: len(whole) // 2])
@@ -441,7 +439,7 @@ def test_a_cut_compressed_stream_is_named_and_what_came_before_is_read(tmp_path:
     assert str(found["set.tgz/2"]).startswith(("the archive is cut off", "it is broken or cut off"))
 
 
-def test_a_flipped_byte_of_a_compressed_tar_is_named(tmp_path: Path) -> None:
+def test_a_flipped_byte_of_a_compressed_tar_is_reported(tmp_path: Path) -> None:
     plain = {str(name): noise(50_000, name) for name in range(4)}
     whole = bytearray(tarred(plain, "w:gz"))
     whole[-4] ^= 1  # of the length at the end
@@ -456,7 +454,7 @@ def test_a_flipped_byte_of_a_compressed_tar_is_named(tmp_path: Path) -> None:
         assert wrong
 
 
-def test_a_broken_header_is_named_and_what_stood_before_is_listed(tmp_path: Path) -> None:
+def test_a_broken_header_is_reported_and_members_before_it_are_listed(tmp_path: Path) -> None:
     whole = bytearray(tarred({"1": b"1", "2": b"2", "3": b"3"}, "w", tarfile.USTAR_FORMAT))
     whole[1024 + 10] ^= 1
     (tmp_path / "set.tar").write_bytes(whole)
@@ -475,7 +473,7 @@ def test_a_container_with_a_problem_is_opened_again_next_time(tmp_path: Path) ->
     assert marks["set.tar/../2"] == 0
 
 
-# WebDataset
+# WebDataset.
 
 SAMPLES = {
     "b/000.jpg": b"p0", "b/000.json": b"{}", "b/000.txt": b"t",
@@ -485,7 +483,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("kind", ["tar", "tgz"])
-def test_of_a_webdataset_only_the_images_are_items(tmp_path: Path, kind: str) -> None:
+def test_only_the_images_of_a_webdataset_are_items(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"set.{kind}").write_bytes(MAKERS[kind](SAMPLES))
     source = open_source(str(tmp_path / f"set.{kind}"))
     listing = source.list()
@@ -494,7 +492,7 @@ def test_of_a_webdataset_only_the_images_are_items(tmp_path: Path, kind: str) ->
     assert contents(source, by_name)["b/001.seg.png"] == b"p1"
 
 
-def test_the_layout_forbids_or_forces_samples(tmp_path: Path) -> None:
+def test_the_layout_decides_whether_a_tar_has_samples(tmp_path: Path) -> None:
     (tmp_path / "set.tar").write_bytes(tarred(SAMPLES))
     assert len(open_and_list(str(tmp_path), "files")) == 6
     late = {f"{number}.jpg": b"p" for number in range(99)} | {"x.jpg": b"p", "x.json": b"{}"}
@@ -503,7 +501,7 @@ def test_the_layout_forbids_or_forces_samples(tmp_path: Path) -> None:
     assert len(open_and_list(str(tmp_path), "webdataset")) == 100
 
 
-def test_images_with_one_stem_and_no_side_files_are_no_samples(tmp_path: Path) -> None:
+def test_images_with_the_same_stem_alone_are_not_samples(tmp_path: Path) -> None:
     (tmp_path / "set.tar").write_bytes(tarred({"a.jpg": b"1", "a.png": b"2", "b.jpg": b"3"}))
     assert keys(open_and_list(str(tmp_path / "set.tar"))) == ["a.jpg", "a.png", "b.jpg"]
 
@@ -514,7 +512,7 @@ def test_the_layout_webdataset_needs_a_tar(tmp_path: Path) -> None:
         open_and_list(str(tmp_path), "webdataset")
 
 
-def test_a_webdataset_that_is_cut_early_is_listed_up_to_there(tmp_path: Path) -> None:
+def test_a_truncated_webdataset_is_listed_up_to_the_cut(tmp_path: Path) -> None:
     (tmp_path / "set.tar").write_bytes(tarred(SAMPLES, "w", tarfile.USTAR_FORMAT)[: 512 * 5])
     listing = open_and_list(str(tmp_path))
     assert keys(listing) == ["set.tar", "set.tar/b/000.jpg"]

@@ -1,4 +1,4 @@
-"""Layouts: the split of every file of a published dataset, by its key."""
+"""Layouts give the split of every file of a published dataset by its key."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHOTOS = Path(__file__).parents[5] / "shared/data/photos"
 
 
 def splits(folder: Path, layout: str, names: list[str]) -> dict[str, str]:
-    """The split of every item of a folder with these files; "ignored" for no part of the set."""
+    """Return the split of every item of a folder, "ignored" for one outside of the set."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if not (folder / name).exists():
@@ -35,7 +35,7 @@ def listed(uri: str, layout: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("below", ["", "photos/", "photos.zip/"])
 @pytest.mark.parametrize("val", ["val", "validation"])
-def test_auto_takes_folders_named_by_splits_also_below_one_folder(
+def test_auto_finds_folders_named_after_splits_also_one_level_down(
     tmp_path: Path, below: str, val: str
 ) -> None:
     names = [f"{below}train/x/1.jpg", f"{below}{val}/2.jpg", f"{below}test/3.jpg"]
@@ -47,7 +47,7 @@ def test_auto_takes_folders_named_by_splits_also_below_one_folder(
     }
 
 
-def test_auto_finds_no_splits_without_train_and_another(tmp_path: Path) -> None:
+def test_auto_needs_train_and_another_split(tmp_path: Path) -> None:
     names = ["train/1.jpg", "other/2.jpg", "val.jpg"]
     assert splits(tmp_path / "a", "auto", names) == dict.fromkeys(names, "")
     names = ["val/1.jpg", "test/2.jpg"]
@@ -56,12 +56,12 @@ def test_auto_finds_no_splits_without_train_and_another(tmp_path: Path) -> None:
     assert splits(tmp_path / "c", "auto", names) == dict.fromkeys(names, "")
 
 
-def test_what_lies_outside_has_the_reason(tmp_path: Path) -> None:
+def test_files_outside_the_split_folders_are_ignored_with_a_reason(tmp_path: Path) -> None:
     splits(tmp_path, "auto", ["train/1.jpg", "val/2.jpg", "3.jpg"])
     assert open_and_list(str(tmp_path)).problems == {"3.jpg": OUTSIDE}
 
 
-def test_archives_and_tables_named_by_splits_are_folders_of_splits(tmp_path: Path) -> None:
+def test_archives_and_tables_named_after_splits_count_as_split_folders(tmp_path: Path) -> None:
     for name in ("train-00000-of-00002.tar", "train.zip", "validation-00000.tar"):
         if name.endswith("zip"):
             with zipfile.ZipFile(tmp_path / name, "w") as archive:
@@ -128,10 +128,12 @@ def celeba_zip() -> bytes:
     return into.getvalue()
 
 
-@pytest.mark.parametrize("beside", ["", "Img/"])
-def test_celeba_by_its_list_beside_the_archive_or_in_the_folder(place: Place, beside: str) -> None:
-    uri = place.put(f"{beside}img_align_celeba.zip", celeba_zip())
-    place.put(f"{'Eval/' if beside else ''}list_eval_partition.txt", PARTITION)
+@pytest.mark.parametrize("folder", ["", "Img/"])
+def test_celeba_uses_its_list_next_to_the_archive_or_in_the_folder(
+    place: Place, folder: str
+) -> None:
+    uri = place.put(f"{folder}img_align_celeba.zip", celeba_zip())
+    place.put(f"{'Eval/' if folder else ''}list_eval_partition.txt", PARTITION)
     expected = ["train", "val", "test", "ignored"]
     assert list(listed(uri, "celeba").values()) == expected
     found = listed(place.uri, "celeba")
@@ -139,7 +141,7 @@ def test_celeba_by_its_list_beside_the_archive_or_in_the_folder(place: Place, be
     assert len(found) == 5
 
 
-def test_celeba_from_the_folder_of_photographs_alone(tmp_path: Path) -> None:
+def test_celeba_is_read_from_its_folder_of_photos(tmp_path: Path) -> None:
     (tmp_path / "list_eval_partition.txt").write_bytes(PARTITION)
     found = splits(tmp_path / "img_align_celeba", "celeba", ["000002.jpg", "000003.png"])
     assert found == {"000002.jpg": "val", "000003.png": "test"}
@@ -153,7 +155,7 @@ def test_celeba_without_its_list_is_refused(tmp_path: Path) -> None:
         splits(tmp_path, "celeba", [])
 
 
-def test_celeba_hq_by_the_lists_of_celeba_where_both_are_there(tmp_path: Path) -> None:
+def test_celeba_hq_uses_the_lists_of_celeba_if_both_exist(tmp_path: Path) -> None:
     names = [f"CelebA-HQ-img/{number}.jpg" for number in range(4)]
     names.append("CelebAMask-HQ-mask-anno/0/00000_hair.png")
     found = splits(tmp_path, "celeba-hq", names)
@@ -195,7 +197,7 @@ def test_bsds500_without_the_ground_truth(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no photos at {PHOTOS}")
-def test_the_photographs_at_hand_are_laid_out_as_they_should() -> None:
+def test_the_photos_of_paris_street_view_on_this_machine_match_the_layout() -> None:
     found = list(listed(str(PHOTOS / "bsds500"), "bsds500").values())
     assert {split: found.count(split) for split in set(found)} == {
         "train": 200, "val": 100, "test": 200,
@@ -214,7 +216,7 @@ def test_the_photographs_at_hand_are_laid_out_as_they_should() -> None:
         ("bsds500", "train, val and test"),
     ],
 )
-def test_a_layout_that_nothing_matches_says_what_it_expects(
+def test_an_error_names_the_files_that_a_layout_expects(
     tmp_path: Path, layout: str, expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"{layout}\. It expects .*{expected}"):

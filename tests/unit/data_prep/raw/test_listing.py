@@ -1,4 +1,4 @@
-"""Listings: items as columns, sorted by key."""
+"""Listings hold items in columns, sorted by key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from data_prep.raw import listing
 from data_prep.raw.listing import Item, collect, fingerprint
 
 
-def test_items_come_back_sorted_by_key_in_the_order_of_their_characters() -> None:
+def test_items_are_sorted_by_key_in_character_order() -> None:
     keys = ["b", "a/b", "a", "ä", "Z", "a.b", "é漢😀", "a b", "\n", ""]
     found = collect(Item(key, n, n + 1) for n, key in enumerate(keys))
     assert [item.key for item in found.items()] == sorted(keys)
@@ -19,14 +19,14 @@ def test_items_come_back_sorted_by_key_in_the_order_of_their_characters() -> Non
     assert len(found) == 10
 
 
-def test_items_in_several_pieces_are_one_listing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_in_several_batches_make_one_listing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "ROWS", 7)
     items = [Item(f"{n:03d}", n, 2**64 - 1 - n) for n in range(50)]
     for given in (items, items[::-1], items[25:] + items[:25]):
         assert list(collect(given).items()) == items
 
 
-def test_splits_and_containers_have_columns_only_where_there_are_any() -> None:
+def test_splits_and_containers_have_columns_only_if_needed() -> None:
     plain = collect([Item("a", 1, 1), Item("b", 1, 1)])
     assert plain.table.column_names == ["key", "size", "fingerprint"]
     items = [Item("a", 1, 1, "test"), Item("b", 1, 1), Item("c", -1, 0, "", 0, 512, 3)]
@@ -35,7 +35,7 @@ def test_splits_and_containers_have_columns_only_where_there_are_any() -> None:
     assert (full.containers, full.problems) == (("x.tar",), {"c": "broken"})
 
 
-def test_some_rows_can_be_asked_for() -> None:
+def test_selected_rows_can_be_read() -> None:
     items = [Item(f"{n}", n, 1, ("train", "val", "test", "")[n % 4]) for n in range(8)]
     found = collect(items)
     assert list(found.items(slice(2, 5))) == items[2:5]
@@ -44,12 +44,12 @@ def test_some_rows_can_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize("keys", ["aab", "aba", "baa"])
-def test_a_key_that_comes_twice_is_refused_by_name(keys: str) -> None:
+def test_a_repeated_key_is_refused_and_named(keys: str) -> None:
     with pytest.raises(ValueError, match=r"^a$"):
         collect(Item(key, 1, 1) for key in keys)
 
 
-def test_nothing_is_a_listing_without_items() -> None:
+def test_a_listing_can_be_empty() -> None:
     found = collect([])
     assert len(found) == 0
     assert list(found.items()) == []

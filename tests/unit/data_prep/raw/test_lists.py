@@ -1,4 +1,4 @@
-"""List files as raw sources. S3 here is moto's server, in slow tests Ceph's."""
+"""List files as raw sources. S3 is moto's server, or Ceph in slow tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["place"]
 
 
 def split_of(place: Place, name: str, text: str) -> dict[str, str]:
-    """The split of every item of a list."""
+    """Return the split of every item of a list."""
     listing = open_and_list(place.put(name, text.encode()))
     return {item.key: item.split for item in listing.items()}
 
@@ -60,7 +60,7 @@ def test_paths_of_every_kind_of_list_are_relative_to_its_folder(
     }
 
 
-def test_absolute_paths_and_uris_lead_elsewhere(tmp_path: Path, moto_root: str) -> None:
+def test_a_list_may_contain_absolute_paths_and_uris(tmp_path: Path, moto_root: str) -> None:
     remote = Place(moto_root, True)
     bucket_uri = remote.put("x/far.jpg", b"far")
     (tmp_path / "lists").mkdir()
@@ -95,14 +95,14 @@ def test_absolute_paths_and_uris_lead_elsewhere(tmp_path: Path, moto_root: str) 
     }
 
 
-def test_fingerprints_are_those_of_the_same_files_in_a_folder(place: Place) -> None:
+def test_a_list_and_a_folder_give_the_same_fingerprints(place: Place) -> None:
     place.put("a.jpg", b"1")
     (folder,) = open_and_list(place.uri).items()
     (item,) = open_and_list(place.put("l.txt", b"a.jpg")).items()
     assert item == folder
 
 
-def test_a_split_column_is_taken_over_under_its_usual_names(tmp_path: Path) -> None:
+def test_a_split_column_is_read_under_its_usual_names(tmp_path: Path) -> None:
     place = Place(str(tmp_path), False)
     names = {
         "train": "train", "Training": "train", "val": "val", "valid": "val", "validation": "val",
@@ -120,7 +120,7 @@ def test_a_split_column_is_taken_over_under_its_usual_names(tmp_path: Path) -> N
     }
 
 
-def test_without_a_split_column_the_folders_tell_the_splits(tmp_path: Path) -> None:
+def test_without_a_split_column_the_folders_decide_the_splits(tmp_path: Path) -> None:
     place = Place(str(tmp_path), False)
     assert split_of(place, "l.txt", "train/a.jpg\nval/b.jpg") == {
         "train/a.jpg": "train",
@@ -153,7 +153,7 @@ def test_repeated_lines_are_listed_once(tmp_path: Path) -> None:
         ("l.txt", "\0\0\0", "this is not a text file"),
     ],
 )
-def test_a_list_that_cannot_be_used_is_told_with_its_line(
+def test_the_error_for_an_unusable_list_names_the_line(
     tmp_path: Path, name: str, text: str, sentence: str
 ) -> None:
     (tmp_path / name).write_text(text)
@@ -163,12 +163,12 @@ def test_a_list_that_cannot_be_used_is_told_with_its_line(
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_an_absolute_path_in_a_list_on_s3_names_no_object(moto_root: str) -> None:
+def test_an_absolute_path_in_a_list_on_s3_is_refused(moto_root: str) -> None:
     with pytest.raises(ConfigError, match=r"line 1 of .*Write s3://bucket/key"):
         open_and_list(Place(moto_root, True).put("l.txt", b"/data/a.jpg"))
 
 
-def test_an_empty_and_an_absent_list_are_told_in_one_sentence(place: Place) -> None:
+def test_an_empty_list_and_an_absent_list_are_refused(place: Place) -> None:
     with pytest.raises(PipelineError, match=r"l\.txt contains no paths"):
         open_and_list(place.put("l.txt", b"\n\n"))
     for check in (check_source, open_and_list):

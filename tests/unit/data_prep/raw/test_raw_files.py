@@ -1,4 +1,4 @@
-"""Folders and prefixes as raw sources. S3 here is moto's server, in slow tests Ceph's."""
+"""Folders and prefixes as raw sources. S3 is moto's server, or Ceph in slow tests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_names_with_spaces_newlines_and_unicode_are_read(
     place: Place, request: pytest.FixtureRequest
 ) -> None:
     names = ["a b.jpg", "grün/ß 猫.jpg", "50%20.jpg", "a#b?c.jpg", "'\"&<>.jpg"]
-    if "moto" not in request.node.name:  # which cannot store it
+    if "moto" not in request.node.name:  # moto cannot store it
         names.append("new\nline.jpg")
     for name in names:
         place.put(name, name.encode())
@@ -46,7 +46,7 @@ def test_a_file_uri_is_a_folder(tmp_path: Path) -> None:
     assert keys(open_and_list((tmp_path / "a b").as_uri())) == ["x.jpg"]
 
 
-def test_the_fingerprint_changes_with_the_file_alone(place: Place) -> None:
+def test_the_fingerprint_changes_only_with_its_file(place: Place) -> None:
     place.put("a", b"1")
     place.put("b", b"1")
     first = {item.key: item for item in open_and_list(place.uri).items()}
@@ -78,13 +78,13 @@ def test_a_linked_folder_is_followed_and_a_loop_of_links_ends(tmp_path: Path) ->
     assert list(listing.problems) == ["self.png"]
 
 
-def test_a_link_to_nothing_is_listed_with_its_problem(tmp_path: Path) -> None:
+def test_a_broken_link_is_listed_with_its_problem(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
     listing = open_and_list(str(tmp_path))
     assert listing.problems == {"link.png": "it is a link to a file that does not exist"}
 
 
-def test_what_is_no_file_is_not_listed(tmp_path: Path) -> None:
+def test_pipes_and_sockets_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"a")
     os.mkfifo(tmp_path / "pipe.png")
     assert keys(open_and_list(str(tmp_path))) == ["a.png"]
@@ -104,7 +104,7 @@ def test_a_name_that_is_not_unicode_is_listed_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [b"\xff", b"\\xff", b"\\x5cxff", b"\\\xff", b"\\x\xff", b"\\x8\xff", "ü\\xe4".encode()]
 )
-def test_every_name_comes_back_from_its_key(name: bytes) -> None:
+def test_unescape_restores_every_name(name: bytes) -> None:
     key = escape(name.decode("utf-8", "surrogateescape"))
     key.encode()
     assert unescape(key).encode("utf-8", "surrogateescape") == name
@@ -119,7 +119,7 @@ def test_every_name_comes_back_from_its_key(name: bytes) -> None:
         ("folder", r"is empty\. Put photos into it"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_told_in_one_sentence(
+def test_a_folder_that_cannot_be_used_is_refused_with_advice(
     tmp_path: Path, make: str, sentence: str, check: object
 ) -> None:
     assert callable(check)
@@ -138,9 +138,7 @@ def test_a_folder_of_empty_folders_is_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("check", [check_source, open_and_list])
-def test_an_empty_prefix_and_an_absent_object_are_told_in_one_sentence(
-    moto_root: str, check: object
-) -> None:
+def test_an_empty_prefix_and_an_absent_object_are_refused(moto_root: str, check: object) -> None:
     assert callable(check)
     with pytest.raises(PipelineError, match=f"there is nothing at {moto_root}"):
         check(moto_root)
@@ -149,14 +147,14 @@ def test_an_empty_prefix_and_an_absent_object_are_told_in_one_sentence(
 
 
 @pytest.mark.parametrize("check", [check_source, open_and_list])
-def test_a_missing_bucket_is_told_in_one_sentence(moto_root: str, check: object) -> None:
+def test_a_missing_bucket_is_reported(moto_root: str, check: object) -> None:
     assert callable(check)
     with pytest.raises(StorageError, match="bucket 'no-such-bucket' does not exist"):
         check("s3://no-such-bucket/photos")
 
 
 @pytest.mark.parametrize("uri", ["https://me:secret@host/photos", "gs://bucket/x", "s3:///x"])
-def test_another_scheme_is_refused_without_repeating_what_may_be_secret(uri: str) -> None:
+def test_another_scheme_is_refused_without_showing_a_password(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_source(uri)
     assert "secret" not in str(caught.value)
@@ -168,13 +166,13 @@ def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
         check_source(str(tmp_path), "imagenet")
 
 
-def test_a_file_gone_since_the_listing_is_that_items_fault(place: Place) -> None:
+def test_a_file_deleted_after_the_listing_fails_as_an_item(place: Place) -> None:
     place.put("a", b"a")
     with open_source(place.uri).reader() as reader, pytest.raises(ItemError, match="it is gone"):
         reader.read(Item("b", 1, 1), LIMIT)
 
 
-def test_a_file_over_the_limit_is_that_items_fault(place: Place) -> None:
+def test_a_file_over_the_limit_fails_as_an_item(place: Place) -> None:
     place.put("a", b"12345")
     place.put("empty", b"")
     with open_source(place.uri).reader() as reader:
@@ -184,7 +182,7 @@ def test_a_file_over_the_limit_is_that_items_fault(place: Place) -> None:
             reader.read(Item("a", 5, 1), 4)
 
 
-def test_a_file_that_may_not_be_read_ends_the_build_with_a_mocked_refusal(
+def test_a_file_without_read_permission_ends_the_build_with_a_mocked_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
@@ -200,7 +198,7 @@ def test_a_file_that_may_not_be_read_ends_the_build_with_a_mocked_refusal(
         open_and_list(str(tmp_path))
 
 
-def test_a_folder_that_vanishes_while_it_is_listed_is_left_out_with_a_mocked_scan(
+def test_a_folder_removed_during_the_listing_is_left_out_with_a_mocked_scan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gone").mkdir()
@@ -216,7 +214,7 @@ def test_a_folder_that_vanishes_while_it_is_listed_is_left_out_with_a_mocked_sca
     assert keys(open_and_list(str(tmp_path))) == ["a"]
 
 
-def test_keys_that_would_leave_a_prefix_are_listed_with_a_problem(
+def test_keys_that_lead_out_of_a_prefix_are_listed_with_a_problem(
     moto: Server, moto_root: str
 ) -> None:
     import boto3
@@ -233,7 +231,7 @@ def test_keys_that_would_leave_a_prefix_are_listed_with_a_problem(
         reader.read(Item("back\\slash.jpg", 1, 1), LIMIT)
 
 
-def test_a_source_is_small_and_survives_pickling(place: Place) -> None:
+def test_a_source_is_small_and_can_be_pickled(place: Place) -> None:
     for number in range(10):
         place.put(f"{number}.jpg")
     source = open_source(place.uri)
@@ -245,7 +243,7 @@ def test_a_source_is_small_and_survives_pickling(place: Place) -> None:
         assert reader.threads == (16 if place.is_remote else 1)
 
 
-def test_walking_holds_no_more_than_one_folder_however_many_files(tmp_path: Path) -> None:
+def test_walking_keeps_only_one_folder_in_memory(tmp_path: Path) -> None:
     for number in range(3000):
         os.mknod(tmp_path / f"{number:06d}.jpg")
     tracemalloc.start()

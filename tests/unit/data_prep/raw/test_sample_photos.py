@@ -1,4 +1,4 @@
-"""The sample photographs, written as files."""
+"""The sample photos are written as files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_prep.raw import sample_photos as photos
 from data_prep.raw.sample_photos import write_sample_photos
 
 
-def test_every_photograph_is_written_into_its_split_and_opens(tmp_path: Path) -> None:
+def test_every_photo_is_written_into_its_split_and_can_be_opened(tmp_path: Path) -> None:
     write_sample_photos(tmp_path)
     for split, count in {"train": 10, "val": 2, "test": 3}.items():
         files = sorted((tmp_path / split).iterdir())
@@ -23,7 +23,7 @@ def test_every_photograph_is_written_into_its_split_and_opens(tmp_path: Path) ->
                 assert min(image.size) >= 300
 
 
-def test_no_photograph_is_in_two_splits_and_the_motorcycles_share_one() -> None:
+def test_no_photo_is_in_two_splits_and_the_motorcycles_share_one() -> None:
     names = [name for split in photos.SAMPLE_PHOTOS.values() for name in split]
     assert len(names) == len(set(names))
     motorcycles = [
@@ -32,7 +32,7 @@ def test_no_photograph_is_in_two_splits_and_the_motorcycles_share_one() -> None:
     assert motorcycles == ["train"]
 
 
-def test_what_is_there_already_is_not_touched_and_what_was_altered_is_written_again(
+def test_an_equal_file_is_not_touched_and_an_altered_file_is_written_again(
     tmp_path: Path,
 ) -> None:
     write_sample_photos(tmp_path)
@@ -44,7 +44,7 @@ def test_what_is_there_already_is_not_touched_and_what_was_altered_is_written_ag
     assert moon.read_bytes() == whole
 
 
-def test_a_photograph_that_scikit_image_lacks_is_named(
+def test_a_photo_missing_from_scikit_image_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(photos.SAMPLE_PHOTOS, "train", ("unicorn.png",))

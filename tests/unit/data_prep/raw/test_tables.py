@@ -1,4 +1,4 @@
-"""Parquet tables as raw sources. S3 here is moto's server, in slow tests Ceph's."""
+"""Parquet tables as raw sources. S3 is moto's server, or Ceph in slow tests."""
 
 from __future__ import annotations
 
@@ -52,13 +52,15 @@ def test_rows_of_a_table_in_a_folder_are_items(place: Place) -> None:
     assert places["data/a.parquet/w.jpg"] == (2, 1)  # row and row group
 
 
-def test_a_table_is_a_source_and_unchanged_it_is_not_opened_again(place: Place) -> None:
+def test_a_table_is_a_source_and_is_not_opened_again_if_unchanged(place: Place) -> None:
     source = open_source(place.put("set.parquet", hugging_face(["b.jpg", "a.jpg"])))
     listing = source.list()
     assert contents(source) == {"a.jpg": b"1", "b.jpg": b"0"}
     first = [Item(item.key, 99, item.fingerprint) for item in listing.items()]
-    again = source.list(lambda *asked: first if asked == ("", first[0].fingerprint) else None)
-    assert [item.size for item in again.items()] == [99, 99]  # as it was known
+    again = source.list(
+        lambda *requested: first if requested == ("", first[0].fingerprint) else None
+    )
+    assert [item.size for item in again.items()] == [99, 99]  # from the earlier listing
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -76,22 +78,20 @@ def test_the_column_of_images_is_found_by_name_or_type(
 @pytest.mark.parametrize(
     "names", [["a.jpg", "a.jpg"], ["a.jpg", None], ["a.jpg", ""], ["/a.jpg", "a.jpg"]]
 )
-def test_rows_without_names_of_their_own_are_numbered(
-    tmp_path: Path, names: list[str | None]
-) -> None:
+def test_rows_without_names_are_numbered(tmp_path: Path, names: list[str | None]) -> None:
     (tmp_path / "a.parquet").write_bytes(hugging_face(names))
     source = open_source(str(tmp_path / "a.parquet"))
     assert contents(source) == {"row-000000000": b"0", "row-000000001": b"1"}
     assert contents(source, by_name) == contents(source)
 
 
-def test_the_next_column_of_names_serves_where_the_first_is_not_unique(tmp_path: Path) -> None:
+def test_the_next_column_of_names_is_used_if_the_first_has_repeats(tmp_path: Path) -> None:
     columns = {"path": ["a", "a"], "key": ["k", "k"], "Filename": ["/f/1", "/f/2"]}
     (tmp_path / "a.parquet").write_bytes(packed({"image": [b"1", b"2"], **columns}))
     assert contents(open_source(str(tmp_path / "a.parquet"))) == {"f/1": b"1", "f/2": b"2"}
 
 
-def test_a_row_without_an_image_is_that_items_fault(tmp_path: Path) -> None:
+def test_a_row_without_an_image_fails_as_an_item(tmp_path: Path) -> None:
     rows = [{"bytes": b"1", "path": "a"}, {"bytes": None, "path": "b"}, {"bytes": b"", "path": "c"}]
     (tmp_path / "a.parquet").write_bytes(packed({"image": pa.array(rows, STRUCT)}))
     (tmp_path / "b.parquet").write_bytes(packed({"image": pa.array([b"1", None]), "id": [1, 2]}))
@@ -109,7 +109,7 @@ def test_a_row_without_an_image_is_that_items_fault(tmp_path: Path) -> None:
     }
 
 
-def test_an_image_over_the_limit_is_that_items_fault(tmp_path: Path) -> None:
+def test_an_image_over_the_limit_fails_as_an_item(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(packed({"image": [b"12345", b"123"]}))
     source = open_source(str(tmp_path))
     large, small = source.list().items()
@@ -136,7 +136,7 @@ def test_a_table_without_images_is_ignored_in_a_folder_and_refused_alone(tmp_pat
             open_and_list(str(tmp_path / f"{name}.parquet"))
 
 
-def test_a_broken_table_is_named_and_a_broken_page_is_its_rows_fault(tmp_path: Path) -> None:
+def test_a_broken_table_is_reported_and_a_broken_page_fails_its_rows(tmp_path: Path) -> None:
     whole = packed({"image": [random.Random(0).randbytes(9000)] * 3, "key": ["a", "b", "c"]})
     (tmp_path / "cut.parquet").write_bytes(whole[:-100])
     (tmp_path / "page.parquet").write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
@@ -146,7 +146,7 @@ def test_a_broken_table_is_named_and_a_broken_page_is_its_rows_fault(tmp_path: P
     assert contents(source)["page.parquet/a"] == "its part of the table is broken"
 
 
-def test_the_column_of_images_is_not_read_to_list_a_table(tmp_path: Path) -> None:
+def test_listing_a_table_does_not_read_the_images(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     path.write_bytes(packed({"image": [random.Random(0).randbytes(1 << 20)], "key": ["a"]}))
     data = bytearray(path.read_bytes())
@@ -155,7 +155,7 @@ def test_the_column_of_images_is_not_read_to_list_a_table(tmp_path: Path) -> Non
     assert keys(open_and_list(str(path))) == ["a"]
 
 
-def test_any_order_and_many_threads_give_the_same_from_long_row_groups(
+def test_many_threads_read_the_same_from_large_row_groups_in_any_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables_module, "_HELD", 0)
@@ -171,7 +171,7 @@ def test_any_order_and_many_threads_give_the_same_from_long_row_groups(
     assert read == [images[item.offset] for item in items]
 
 
-def test_a_long_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
+def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pa.table({"image": [random.Random(n).randbytes(1 << 20) for n in range(200)]})
     pq.write_table(table, path, use_dictionary=False, row_group_size=200)

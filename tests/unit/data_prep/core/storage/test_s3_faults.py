@@ -1,4 +1,4 @@
-"""What an S3 server does on a bad day: moto's behind a proxy that misbehaves on order."""
+"""The S3 store with faults: moto's server behind a proxy that injects them."""
 
 import io
 import pickle
@@ -41,7 +41,7 @@ def store(proxy):
 
 
 def message(act):
-    """The sentence that `act` fails with; nothing else may hang on the error."""
+    """Return the message of the error that `act` raises. It may not chain another error."""
     with pytest.raises(StorageError) as caught:
         act()
     assert caught.value.__context__ is None
@@ -72,7 +72,7 @@ TRANSIENT = [
 
 
 @pytest.mark.parametrize("fault", TRANSIENT, ids=lambda f: f"{f.kind} {f.status} {f.code}")
-def test_every_request_outlives_a_fault_that_passes(store, proxy, fault, tmp_path):
+def test_every_request_survives_a_temporary_fault(store, proxy, fault, tmp_path):
     def again():
         proxy.reset()
         proxy.inject(Fault(**vars(fault)))
@@ -82,7 +82,7 @@ def test_every_request_outlives_a_fault_that_passes(store, proxy, fault, tmp_pat
     assert proxy.count("GET") == fault.times + 1
     again()
     assert store.read_range("a", 5, 10) == DATA[5:15]
-    if fault.status != 400:  # an answer to HEAD has no body that would say which 400
+    if fault.status != 400:  # an answer to HEAD has no body, so its 400 has no code
         again()
         assert store.exists("a")
     again()
@@ -99,7 +99,7 @@ def test_every_request_outlives_a_fault_that_passes(store, proxy, fault, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["truncate", "stall"])
-def test_a_body_that_breaks_off_is_taken_up_where_it_broke(store, proxy, kind, monkeypatch):
+def test_a_read_resumes_where_the_connection_broke(store, proxy, kind, monkeypatch):
     if kind == "stall":
         monkeypatch.setattr(s3_requests, "READ_TIMEOUT_S", 0.2)
         store = pickle.loads(pickle.dumps(store))  # a client with that timeout
@@ -108,25 +108,25 @@ def test_a_body_that_breaks_off_is_taken_up_where_it_broke(store, proxy, kind, m
     assert store.read("a") == DATA
     assert fault.times == 0
     ranges = [headers["Range"] for m, _, headers in proxy.requests if "Range" in headers]
-    begins = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges]
+    begins = [int(span.removeprefix("bytes=").partition("-")[0]) for span in ranges]
     assert begins == sorted(begins)
     assert begins[0] >= 2 * s3.BLOCK  # not from the start
     assert all("If-Match" in headers for _, _, headers in proxy.requests if "Range" in headers)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5])
-def test_a_short_range_is_asked_for_again(store, proxy, keep):
+def test_an_incomplete_range_is_requested_again(store, proxy, keep):
     proxy.inject(Fault("truncate", method="GET", times=4, keep=keep))
     assert store.read_range("a", 100, 1000) == DATA[100:1100]
     assert proxy.count("GET") == 5
 
 
-def test_a_listing_that_breaks_off_is_asked_for_again(store, proxy):
+def test_an_incomplete_listing_is_requested_again(store, proxy):
     proxy.inject(Fault("truncate", method="GET", times=2))
     assert [entry.key for entry in store.list()] == ["a"]
 
 
-def test_an_open_object_outlives_faults_and_asks_in_growing_blocks(proxy, store):
+def test_an_open_object_survives_faults_and_is_read_in_growing_blocks(proxy, store):
     store.write("large", LARGE)
     with store.open("large") as file:
         proxy.reset()
@@ -138,7 +138,7 @@ def test_an_open_object_outlives_faults_and_asks_in_growing_blocks(proxy, store)
         proxy.reset()
         file.seek(-50_000, io.SEEK_END)
         assert file.read() == LARGE[-50_000:]
-        assert proxy.count("GET") == 0  # the last block is held
+        assert proxy.count("GET") == 0  # the last block is in memory
         file.seek(1_000_000)
         assert file.read(10) == LARGE[1_000_000:1_000_010]
         file.seek(1_200_000)
@@ -146,12 +146,12 @@ def test_an_open_object_outlives_faults_and_asks_in_growing_blocks(proxy, store)
         assert proxy.count("GET") == 1
 
 
-def test_an_object_that_changes_while_it_is_read_is_read_anew(store, proxy):
+def test_a_read_starts_again_if_the_object_changes(store, proxy):
     other = DATA[::-1]
     client = s3_requests.new_client()
 
     class Changing:
-        """The client, behind which another writer comes after the first answer."""
+        """A client with another writer that comes after the first answer."""
 
         def __getattr__(self, name):
             return getattr(client, name)
@@ -171,32 +171,32 @@ def test_an_object_that_changes_while_it_is_read_is_read_anew(store, proxy):
     assert changed
 
 
-def test_an_open_object_that_changes_is_told(store):
+def test_a_change_of_an_open_object_is_an_error(store):
     with store.open("a") as file:
         file.read(10)
         store.write("a", DATA[::-1])
-        assert file.read(10) == DATA[10:20]  # still held
+        assert file.read(10) == DATA[10:20]  # still in memory
         file.seek(-10, io.SEEK_END)
         assert "was changed while it was read" in message(file.read)
 
 
-def test_a_fault_that_does_not_pass_is_told_after_a_bounded_number_of_attempts(store, proxy):
+def test_a_lasting_fault_is_reported_after_a_fixed_number_of_attempts(store, proxy):
     proxy.inject(Fault("answer", times=1000))
     assert "overloaded (SlowDown). Use fewer workers or wait" in message(lambda: store.read("a"))
     assert proxy.count("GET") == s3_requests.ATTEMPTS
-    for fault, told in [
+    for fault, text in [
         (Fault("answer", status=500, code="InternalError", times=1000), "the S3 server fails"),
         (Fault("reset", times=1000), "keeps breaking"),
         (Fault("truncate", keep=0.1, times=1000), "keeps breaking"),
     ]:
         proxy.reset()
         proxy.inject(fault)
-        assert told in message(lambda: store.read("a"))
+        assert text in message(lambda: store.read("a"))
         assert proxy.count("GET") == s3_requests.ATTEMPTS
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "told"),
+    ("status", "code", "text"),
     [
         (403, "AccessDenied", "access denied (AccessDenied): the AWS credentials need the rights"),
         (403, "InvalidAccessKeyId", "the server does not accept the AWS credentials"),
@@ -209,7 +209,7 @@ def test_a_fault_that_does_not_pass_is_told_after_a_bounded_number_of_attempts(s
         (418, "Strange", "refuses the request (Strange)"),
     ],
 )
-def test_a_refusal_is_told_at_once_in_one_sentence(store, proxy, status, code, told):
+def test_a_refusal_is_reported_without_a_retry(store, proxy, status, code, text):
     proxy.inject(Fault("answer", status=status, code=code, times=1000))
     for act in (
         lambda: store.read("a"),
@@ -218,11 +218,11 @@ def test_a_refusal_is_told_at_once_in_one_sentence(store, proxy, status, code, t
         lambda: store.create("lease", b""),
     ):
         proxy.requests.clear()
-        assert told in message(act)
+        assert text in message(act)
         assert len(proxy.requests) == 1
 
 
-def test_a_refusal_without_a_body_is_told_too(store, proxy):
+def test_a_refusal_without_a_body_is_reported(store, proxy):
     proxy.inject(Fault("answer", status=403, times=1000))
     assert "access denied (403)" in message(lambda: store.exists("a"))
     proxy.reset()
@@ -230,18 +230,18 @@ def test_a_refusal_without_a_body_is_told_too(store, proxy):
     assert "The AWS credentials may have expired" in message(lambda: store.exists("a"))
 
 
-def test_a_server_that_never_answered_is_given_up_soon_and_named(proxy, monkeypatch):
+def test_a_server_that_never_answered_is_named_after_few_attempts(proxy, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:hush-hush@127.0.0.1:9")
-    told = message(lambda: open_store("s3://b/x").read("a"))
-    assert "cannot reach the S3 server 127.0.0.1:9. Check AWS_ENDPOINT_URL" in told
-    assert "hush" not in told
+    text = message(lambda: open_store("s3://b/x").read("a"))
+    assert "cannot reach the S3 server 127.0.0.1:9. Check AWS_ENDPOINT_URL" in text
+    assert "hush" not in text
     monkeypatch.setattr(s3_requests, "FIRST_WAIT_S", 0.2)
     begun = time.monotonic()
     message(lambda: open_store("s3://b/x").read("a"))
     assert time.monotonic() - begun < 5
 
 
-def test_a_server_that_goes_away_for_a_while_is_waited_for(store, proxy, monkeypatch):
+def test_requests_wait_longer_for_a_server_that_answered_before(store, proxy, monkeypatch):
     begun = time.monotonic()
     waits = []
     monkeypatch.setattr(s3_requests.time, "sleep", waits.append)
@@ -277,28 +277,28 @@ def test_a_patient_store_warns_once_and_retries(store, proxy, caplog):
 
 
 @pytest.mark.parametrize("missing", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "both"])
-def test_missing_credentials_are_told(proxy, monkeypatch, missing):
+def test_missing_credentials_are_reported(proxy, monkeypatch, missing):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         if missing in (name, "both"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    told = message(lambda: open_store("s3://b/x").read("a"))
-    assert "credentials" in told
-    assert "Credentials" in told  # the name of what is missing
+    text = message(lambda: open_store("s3://b/x").read("a"))
+    assert "credentials" in text
+    assert "Credentials" in text  # the name of what is missing
 
 
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("AWS_ENDPOINT_URL", "localhost:9000"), ("AWS_PROFILE", "nobody")],
 )
-def test_settings_that_cannot_be_used_are_told(proxy, monkeypatch, setting, value):
+def test_unusable_aws_settings_are_reported(proxy, monkeypatch, setting, value):
     monkeypatch.setenv(setting, value)
-    told = message(lambda: open_store("s3://b/x").read("a"))
-    assert "the AWS settings cannot be used" in told
-    assert setting in told
+    text = message(lambda: open_store("s3://b/x").read("a"))
+    assert "the AWS settings cannot be used" in text
+    assert setting in text
 
 
-def test_a_name_that_no_bucket_can_have_is_told(proxy):
+def test_an_impossible_bucket_name_is_reported(proxy):
     assert "a bucket or an object cannot have this name" in message(
         lambda: open_store("s3://a b!/x").read("a")
     )
@@ -332,7 +332,7 @@ def test_credentials_are_never_shown(store, proxy, monkeypatch, caplog, capfd):
     assert "do-not-show" not in everything
 
 
-# Conditional writes
+# Conditional writes.
 
 
 def test_conditions_are_probed_once_and_the_probe_leaves_nothing(store, proxy):
@@ -383,10 +383,10 @@ def test_a_server_without_conditional_writes_serves_one_runner_with_a_warning(
     assert "Start only one" in warning
 
 
-def test_a_server_that_compares_tags_without_quotes_alone_is_served_that_form(
+def test_a_server_that_compares_tags_only_without_quotes_gets_that_form(
     store, proxy, caplog, monkeypatch
 ):
-    """So does Ceph 16 on writing: it answers 412 to the very tag that it gives out."""
+    """Ceph 16 is such a server: it answers 412 to a write with the tag that it reported."""
 
     def next_fault(method, path, headers, real=proxy.next_fault):
         if method == "PUT" and headers.get("If-Match", "").startswith('"'):
@@ -399,17 +399,17 @@ def test_a_server_that_compares_tags_without_quotes_alone_is_served_that_form(
     assert newer is not None
     assert store.replace("x", b"3", tag) is None
     assert store.read_tagged("x") == (b"2", newer)
-    assert "If-Match" in proxy.requests[-2][2]  # it was asked for, not looked up
+    assert "If-Match" in proxy.requests[-2][2]  # a conditional request, not a look-up
     assert warnings_of(caplog) == []
 
 
-def test_no_warning_where_conditions_hold(store, caplog):
+def test_there_is_no_warning_if_the_server_supports_conditions(store, caplog):
     store.create("x", b"1")
     assert warnings_of(caplog) == []
 
 
 @pytest.mark.parametrize("kind", ["lose", "reset"])
-def test_a_conditional_write_whose_answer_is_lost_is_known_as_ours(store, proxy, kind):
+def test_a_conditional_write_with_a_lost_answer_is_recognised_as_our_own(store, proxy, kind):
     store.create("warm", b"")  # the probe
     proxy.inject(Fault(kind, method="PUT"))
     tag = store.create("x", b"mine")
@@ -418,11 +418,11 @@ def test_a_conditional_write_whose_answer_is_lost_is_known_as_ours(store, proxy,
     newer = store.replace("x", b"mine, newer", tag)
     assert newer == store.read_tagged("x")[1]
     proxy.inject(Fault(kind, method="PUT"))
-    assert store.create("x", b"mine, newer") is None  # equal bytes do not make it ours
+    assert store.create("x", b"mine, newer") is None  # equal bytes do not make it our own
     assert store.replace("x", b"another's", tag) is None
 
 
-def test_a_write_that_races_another_is_tried_again(store, proxy):
+def test_a_write_in_conflict_with_another_is_retried(store, proxy):
     store.create("warm", b"")
     proxy.inject(Fault("answer", method="PUT", status=409, code="ConditionalRequestConflict"))
     assert store.create("x", b"1") is not None
@@ -430,11 +430,11 @@ def test_a_write_that_races_another_is_tried_again(store, proxy):
     assert store.create("x", b"2") is None
 
 
-# Multipart uploads
+# Multipart uploads.
 
 
 @pytest.mark.parametrize("kind", ["answer", "reset", "lose"])
-def test_a_large_upload_outlives_faults_in_each_of_its_steps(store, proxy, kind, tmp_path):
+def test_a_large_upload_survives_faults_in_each_of_its_steps(store, proxy, kind, tmp_path):
     (tmp_path / "large").write_bytes(LARGE)
     for method, path in [("POST", "?uploads"), ("PUT", "partNumber=2"), ("POST", "?uploadId")]:
         proxy.inject(Fault(kind, method=method, path=path))
@@ -459,13 +459,13 @@ def test_a_download_that_fails_leaves_nothing_behind(store, proxy, tmp_path):
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_listing_is_asked_for_page_by_page(proxy, store):
+def test_a_listing_is_requested_page_by_page(proxy, store):
     for number in range(5):
         store.write(f"many/{number}", b"")
     client = store.client
 
     class ShortPages:
-        """The client with two names a page, so that five are enough to see pages."""
+        """A client with two names per page, so that five names need several pages."""
 
         def __getattr__(self, name):
             return getattr(client, name)

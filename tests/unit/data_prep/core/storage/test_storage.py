@@ -1,4 +1,4 @@
-"""Both stores behave alike. S3 here is moto's server in memory: it proves the calls, not auth."""
+"""Both stores behave in the same way. S3 is moto's server, which does not check credentials."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def test_an_s3_store_has_no_folder_and_is_labelled_by_its_uri():
     assert store.label == store.uri == "s3://bucket/a/prefix"
 
 
-def test_what_is_written_is_read(store, tmp_path):
+def test_a_written_object_is_read_back(store, tmp_path):
     store.write("a/b.bin", b"0123456789")
     assert store.read("a/b.bin") == b"0123456789"
     assert store.read_range("a/b.bin", 3, 4) == b"3456"
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(store, tmp_path):
     assert (tmp_path / "down").read_bytes() == b"large"
 
 
-def test_an_absent_object_is_file_not_found(store):
+def test_reading_an_absent_object_raises_file_not_found(store):
     store.write("there", b"")
     for read in (store.read, store.read_tagged, lambda key: store.read_range(key, 0, 1)):
         with pytest.raises(FileNotFoundError):
@@ -59,7 +59,7 @@ def test_an_absent_object_is_file_not_found(store):
     store.delete("not/there")
 
 
-def test_a_folder_is_no_object(store):
+def test_a_folder_is_not_an_object(store):
     store.write("a/b", b"1")
     for key in ("a", "a/b/c"):
         assert not store.exists(key)
@@ -68,7 +68,7 @@ def test_a_folder_is_no_object(store):
                 read(key)
 
 
-def test_a_range_gives_what_there_is(store):
+def test_a_range_beyond_the_end_gives_fewer_bytes(store):
     store.write("a", b"0123456789")
     assert store.read_range("a", 8, 100) == b"89"
     assert store.read_range("a", 10, 5) == b""
@@ -79,7 +79,7 @@ def test_a_range_gives_what_there_is(store):
     assert store.read("empty") == b""
 
 
-def test_an_open_object_can_be_read_and_sought_like_a_file(store, tmp_path):
+def test_an_open_object_reads_and_seeks_like_a_file(store, tmp_path):
     data = random.Random(0).randbytes(700_000)
     store.write("a", data)
     with store.open("a") as file:
@@ -128,7 +128,7 @@ def test_zip_tar_and_parquet_readers_work_on_an_open_object(store):
     assert {row["name"]: row["data"] for row in rows} == members
 
 
-def test_a_large_object_goes_up_and_comes_down_whole(store, tmp_path):
+def test_a_large_object_is_uploaded_and_downloaded_whole(store, tmp_path):
     data = random.Random(0).randbytes(40 << 20)
     (tmp_path / "up").write_bytes(data)
     store.upload("file", tmp_path / "up")
@@ -139,17 +139,17 @@ def test_a_large_object_goes_up_and_comes_down_whole(store, tmp_path):
         assert store.read_range(key, (16 << 20) - 3, 6) == data[(16 << 20) - 3 :][:6]
 
 
-def test_odd_names_are_listed_as_they_are(store):
+def test_names_with_special_characters_are_listed_unchanged(store):
     names = ["a b", "a+b", "a%20b", "tab\tx", "é漢😀", "q?x#y&z=1", "a'\"<&>"]
     if isinstance(store, LocalStore):
-        names.append("new\nline")  # moto does not take it; Ceph does, in tests/integration
+        names.append("new\nline")  # moto refuses it; Ceph accepts it, in tests/integration
     for name in names:
         store.write(f"odd/{name}", name.encode())
     assert [entry.key for entry in store.list("odd")] == sorted(f"odd/{name}" for name in names)
     assert all(store.read(f"odd/{name}") == name.encode() for name in names)
 
 
-def test_the_folders_right_under_one_are_named_without_what_is_in_them(store):
+def test_folders_lists_only_the_folders_directly_below(store):
     for key in ("runs/b/x/y", "runs/a b?/x", "runs/a b?/z", "runs/file", "runs-2/c/x", "top"):
         store.write(key, b"")
     assert list(store.folders("runs")) == ["runs/a b?", "runs/b"]
@@ -164,7 +164,7 @@ def test_a_listing_is_in_the_order_of_its_keys(store):
     assert [entry.key for entry in store.list()] == sorted(keys)
 
 
-def test_listing_is_sorted_and_keeps_to_the_folder(store):
+def test_a_listing_of_a_folder_contains_only_its_objects(store):
     for key in ("a/2", "a/1", "a/b/3", "ab/4"):
         store.write(key, key.encode())
     assert [entry.key for entry in store.list("a")] == ["a/1", "a/2", "a/b/3"]
@@ -181,7 +181,7 @@ def test_create_writes_only_once(store):
     assert store.read("x/lock") == b"mine"
 
 
-def test_replace_compares_before_it_swaps(store):
+def test_replace_writes_only_if_the_tag_is_unchanged(store):
     tag = store.create("lock", b"1")
     newer = store.replace("lock", b"2", tag)
     assert newer is not None
@@ -206,7 +206,7 @@ def test_a_store_can_be_sent_to_another_process(store):
     assert sent.replace("b", b"2", tag) is not None
 
 
-def test_a_failed_write_leaves_the_old_object_and_no_debris(tmp_path):
+def test_a_failed_write_leaves_the_old_object_and_no_temporary_file(tmp_path):
     store = open_store(str(tmp_path))
     store.write("a/b", b"old")
     with pytest.raises(StorageError, match="there is a folder where a file is needed"):
@@ -217,7 +217,7 @@ def test_a_failed_write_leaves_the_old_object_and_no_debris(tmp_path):
     assert store.read("a/b") == b"old"
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next_write(tmp_path):
+def test_the_next_write_removes_the_temporary_file_of_a_killed_writer(tmp_path):
     store = open_store(str(tmp_path))
     code = (
         "import os, signal, sys; from data_prep.core.storage.local import LocalStore\n"
@@ -229,14 +229,14 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_write(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     (left,) = (tmp_path / "a").iterdir()
     assert [*store.list()] == []
-    with store._staged("a/mine") as (_, mine):  # of a living process: stays
+    with store._staged("a/mine") as (_, mine):  # of a running process, so it stays
         open_store(str(tmp_path)).write("a/c", b"1")
         assert mine.exists()
     assert not left.exists()
     assert [entry.key for entry in store.list()] == ["a/c"]
 
 
-def test_a_file_that_vanishes_while_it_is_listed_is_left_out(tmp_path):
+def test_a_file_removed_during_a_listing_is_not_listed(tmp_path):
     store = open_store(str(tmp_path))
     for key in ("a", "b", "c"):
         store.write(key, b"")
@@ -247,7 +247,7 @@ def test_a_file_that_vanishes_while_it_is_listed_is_left_out(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a tmpfs: root")
-def test_a_full_disk_is_told_in_one_sentence(tmp_path):
+def test_a_full_disk_is_reported_with_advice(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(

@@ -1,4 +1,4 @@
-"""Roots and sources are addressed in the same way and refused with the same words."""
+"""Roots and sources have the same addresses and the same error messages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from data_prep.raw.source import check_source, open_files
         ("//[a", Path("//[a")),
     ],
 )
-def test_an_address_names_a_folder_or_a_bucket_and_a_prefix(
+def test_an_address_is_a_folder_or_a_bucket_with_a_prefix(
     uri: str, address: Path | S3Address
 ) -> None:
     assert parse_uri(uri) == address
@@ -52,7 +52,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("gs://bucket/x", "gs:// addresses cannot be used: .*s3://bucket/prefix"),
     ],
 )
-def test_a_wrong_address_is_refused_with_one_message_everywhere_and_no_password(
+def test_a_wrong_address_gets_the_same_message_everywhere_without_a_password(
     uri: str, message: str
 ) -> None:
     texts = set[str]()
