@@ -360,8 +360,8 @@ def test_without_a_root_dpnet_root_is_used(root, monkeypatch, tmp_path):
     [
         ("models:/dpnet/7", "its versions are 1"),
         ("models:/other@champion", "no such model"),
-        ("models:/dpnet@staging", "no model reference"),
-        ("models:/../x/1", "no model reference"),
+        ("models:/dpnet@staging", "is not a model reference"),
+        ("models:/../x/1", "is not a model reference"),
         ("/nowhere/runs/x", "holds no model"),
     ],
 )
