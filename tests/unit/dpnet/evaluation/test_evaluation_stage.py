@@ -26,7 +26,7 @@ from dpnet.inpainting import tiles
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Real images, masks in shards of three, and a real generator without training."""
+    """Return real images, masks in shards of three, and a real generator without training."""
     store = LocalStore(tmp_path_factory.mktemp("data") / "root")
     images, masks = small_root.real_data(store, shard_samples=3)
     return store, images, masks, small_root.trained(store, images=images, masks=masks)
@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def fresh(data, tmp_path):
-    """The same data in a folder that the test may change."""
+    """Copy the data to a folder that the test may change."""
     store = LocalStore(tmp_path / "root")
     shutil.copytree(data[0].folder, store.folder, ignore=shutil.ignore_patterns("evaluations"))
     return store, *data[1:]

@@ -10,7 +10,7 @@ from dpnet.pipeline import summary
 
 
 def rows_of(values: dict[str, list[float]]) -> Rows:
-    """Rows of pairs with these hole PSNR values of DPNet in each ratio bin."""
+    """Return rows of pairs with these hole PSNR values of DPNet in each ratio bin."""
     return [
         {"ratio_bin": name, "method": method, **dict.fromkeys(METRICS, 0.0)}
         | {"hole_psnr": value if method == "dpnet" else 10.0}

@@ -103,13 +103,13 @@ def data_in(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
-    """Data that tests only read."""
+    """Return data that tests only read."""
     return data_in(LocalStore(tmp_path_factory.mktemp("root")))
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Data:
-    """The same data, which a test may change."""
+    """Return the same data for tests that change it."""
     return data_in(LocalStore(tmp_path / "root"))
 
 

@@ -26,8 +26,10 @@ Pixels = NDArray[np.uint8]
 
 
 class Root:
-    """A store with images of these sizes (width, height): one in the first shard, others in the
-    second. And as many masks, in the same way."""
+    """A store with images of these sizes (width, height), and as many masks.
+
+    The first sample is in the first shard, the others are in the second.
+    """
 
     def __init__(self, folder: Path, *sizes: tuple[int, int]) -> None:
         self.store = LocalStore(folder)

@@ -28,7 +28,7 @@ HASHES = {name: sha256_bytes(name.encode() * SIZE) for name in "abcdef"}
 
 @pytest.fixture
 def far(tmp_path: Path) -> Far:
-    """A remote store with the shards a to f of SIZE bytes."""
+    """Return a remote store with the shards a to f of SIZE bytes."""
     near = LocalStore(tmp_path / "far")
     for name in HASHES:
         near.write(name, name.encode() * SIZE)

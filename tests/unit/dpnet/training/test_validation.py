@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 @pytest.fixture
 def own(data: Data, tmp_path: Path) -> Data:
-    """The same data in a folder that the test may damage."""
+    """Copy the data to a folder that the test may damage."""
     store = LocalStore(tmp_path / "root")
     shutil.copytree(data[0].folder, store.folder)
     return store, *data[1:]
@@ -54,7 +54,7 @@ def tiny() -> Generator:
 
 
 def shard_of(data: Data, kind: str) -> str:
-    """The key of the first shard that validation reads for images or masks."""
+    """Return the key of the first shard that validation reads for images or masks."""
     store, images, masks = data
     ref, split = (images, "val") if kind == "image" else (masks, "eval")
     return split_shards(store, ref.folder, split)[0]
