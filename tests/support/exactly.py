@@ -1,4 +1,4 @@
-"""Blocks against plain references in float64: values and gradients, over all kinds of masks."""
+"""Compare blocks with plain references in float64: values and gradients, for all kinds of masks."""
 
 from collections.abc import Callable, Mapping
 
@@ -18,7 +18,7 @@ MASKS = (
 
 
 def mask(kind: str, n: int, height: int, width: int) -> Tensor:
-    """A mask N1HW in float64 from the global generator."""
+    """Return a mask N1HW in float64 from the global generator."""
     m = torch.rand(n, 1, height, width, dtype=torch.float64)
     at = int(torch.randint(height, ())), int(torch.randint(width, ()))
     if kind == "no hole":
@@ -29,11 +29,11 @@ def mask(kind: str, n: int, height: int, width: int) -> Tensor:
         m.fill_(0)[:, :, at[0], at[1]] = 1
     elif kind == "one hole pixel":
         m.fill_(1)[:, :, at[0], at[1]] = 0
-    elif kind == "hole over a window":  # of the largest kernel, 9 x 9, where there is room
+    elif kind == "hole over a window":  # of the largest kernel, 9 x 9, if it fits
         m.fill_(1)[:, :, 1:10, 1:10] = 0
     elif kind == "binary":
         m = (m > 0.5).double()
-    elif kind == "faint":  # windows around the least share that counts, and beyond the cap
+    elif kind == "faint":  # windows around the smallest share that counts, and beyond the limit
         m = 10 ** (-6 * m)
     else:
         assert kind == "soft"
@@ -46,7 +46,14 @@ def assert_exact(
     inputs: Mapping[str, Tensor],
     tolerance: float = 1e-9,
 ) -> None:
-    """Both give the same tensors and, for random weights on them, the same gradients."""
+    """Check that both return the same tensors and, with random weights on them, the same gradients.
+
+    Args:
+        ours: the block.
+        reference: the plain computation.
+        inputs: the leaves that get gradients, by name.
+        tolerance: largest absolute and relative difference.
+    """
     got, expected = ours(), reference()
     assert len(got) == len(expected)
     weights = [torch.randn_like(e, dtype=torch.float64) for e in expected]
@@ -65,12 +72,12 @@ def _gradients(
     out: tuple[Tensor, ...], weights: list[Tensor], leaves: list[Tensor]
 ) -> list[Tensor]:
     total = sum((o * w).sum() for o, w in zip(out, weights, strict=True))
-    total = total + 0.0 * sum(leaf.sum() for leaf in leaves)  # some depend on nothing
+    total = total + 0.0 * sum(leaf.sum() for leaf in leaves)  # some leaves have no influence
     return list(torch.autograd.grad(total, leaves))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
-    """A plain convolution NCHW, pixel by pixel."""
+    """Compute a plain convolution NCHW, pixel by pixel."""
     k = weight.shape[2]
     x = torch.nn.functional.pad(x, (padding,) * 4)
     rows, columns = (x.shape[2] - k) // stride + 1, (x.shape[3] - k) // stride + 1

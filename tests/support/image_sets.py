@@ -28,22 +28,26 @@ def picture(seed: int, width: int = 80, height: int = 64) -> Image.Image:
 
 
 def photograph(path: Path, seed: int, width: int = 80, height: int = 64) -> Path:
+    """Write one photo."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(seed, width, height).save(path)
     return path
 
 
 def photographs(folder: Path, count: int = 12) -> Path:
+    """Write photos into three subfolders."""
     for number in range(count):
         photograph(folder / f"trip {number % 3}/{number}.png", number)
     return folder
 
 
 def crops(source: object, **options: Any) -> ImagesSettings:
+    """Return settings for crops of 32 pixels."""
     return ImagesSettings(source=str(source), **{"size": 32, "workers": 1, **options})
 
 
 def tiles(source: object, **options: Any) -> ImagesSettings:
+    """Return settings for overlapping tiles."""
     defaults = {"mode": "tiles", "tile": [32, 48], "tile_stride": 0.5, "max_tiles": 40}
     return crops(source, **{**defaults, "shard_samples": 160, **options})
 

@@ -40,7 +40,7 @@ def commit(
     inputs: Mapping[str, StageRef] | None = None,
     summary: Mapping[str, Any] | None = None,
 ) -> StageRef:
-    """A stage whose files are the given ones."""
+    """Commit a stage with the given files."""
 
     def build(work: Work) -> Produced:
         records = [write_file(work, path, data) for path, data in files.items()]
@@ -51,7 +51,7 @@ def commit(
 
 
 def trained(store: LocalStore, *, seed: int = 0, images: StageRef, masks: StageRef) -> StageRef:
-    """A run with a real, untrained generator of the tiny preset."""
+    """Commit a run with a real, untrained generator of the tiny preset."""
     import torch
 
     from dpnet.model import build_generator
@@ -70,18 +70,18 @@ def trained(store: LocalStore, *, seed: int = 0, images: StageRef, masks: StageR
 
 
 def photographs(folder: Path, count: int = 12) -> Path:
-    """Smooth colourful pictures with a little noise."""
+    """Write smooth colourful photos."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for number in range(count):
         coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC)
-        picture.save(folder / f"{number:02d}.png")
+        photo = Image.fromarray(coarse).resize((48, 40), Image.Resampling.BICUBIC)
+        photo.save(folder / f"{number:02d}.png")
     return folder
 
 
 def real_data(store: LocalStore, **masks: Any) -> tuple[StageRef, StageRef]:
-    """Real image and mask stages of SIZE pixels, with two evaluation masks of each ratio bin."""
+    """Prepare images and masks of SIZE pixels, with two evaluation masks of each ratio bin."""
     source = photographs(store.folder / "photos")
     images = ImagesSettings(source=str(source), name="small", size=SIZE, val=0.1, test=0.4)
     config = MasksSettings(name="small", size=SIZE, train=4, **({"eval_per_bin": 2} | masks))
@@ -89,14 +89,16 @@ def real_data(store: LocalStore, **masks: Any) -> tuple[StageRef, StageRef]:
 
 
 class NewDatabase(NamedTuple):
+    """A new MLflow database: its bytes, and traces of its making."""
+
     data: bytes
-    output: str  # what making it printed
-    files: list[str]  # what there was in its folder
+    output: str  # printed while it was made
+    files: list[str]  # the files in its folder
 
 
 @functools.cache
 def new_database() -> NewDatabase:
-    """A new MLflow database from a fresh process; making one takes seconds, so tests copy it."""
+    """Make a new MLflow database in a new process, once; it takes seconds, so tests copy it."""
     with tempfile.TemporaryDirectory() as folder:
         code = (
             "from dpnet.tracking.mlflow_client import connect\n"
@@ -115,7 +117,7 @@ def new_database() -> NewDatabase:
 
 
 def new_store(folder: Path) -> LocalStore:
-    """A root that has an MLflow database already."""
+    """Return a root that already has an MLflow database."""
     store = LocalStore(folder)
     store.write("mlflow.db", new_database().data)
     return store
@@ -124,7 +126,7 @@ def new_store(folder: Path) -> LocalStore:
 def run_and_evaluation(
     store: LocalStore, psnr: float, *, pairs: str = "p" * 64
 ) -> tuple[StageRef, StageRef]:
-    """A run and its evaluation with nothing real in them but what a registration reads."""
+    """Commit a run and its evaluation with only the figures that a registration reads."""
     run = commit(
         store,
         "train",
@@ -146,7 +148,7 @@ def run_and_evaluation(
 
 
 def champion(store: LocalStore) -> StageRef:
-    """A run with a real, untrained generator, registered as version 1 and champion of `dpnet`."""
+    """Register a run with a real, untrained generator as version 1 and champion of `dpnet`."""
     from dpnet.registry.settings import RegisterSettings
     from dpnet.registry.stage import register
 

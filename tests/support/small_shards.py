@@ -33,6 +33,7 @@ def stage_of(
 
 
 def flip_byte(path: Path, at: int) -> None:
+    """Flip all bits of one byte of a file."""
     data = bytearray(path.read_bytes())
     data[at] ^= 0xFF
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""The manifest: its bytes, what is ignored in it, and what is refused."""
+"""The manifest: its bytes, ignored fields, and refused files."""
 
 from __future__ import annotations
 

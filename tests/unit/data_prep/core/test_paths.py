@@ -1,4 +1,4 @@
-"""Names under a root: what they are, and that the packages have no copies of them."""
+"""Names under a root: they have not changed, and the packages have no copies of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALLOWED = {("data_prep/masks/plan.py", "masks/")}
 
 
 def literals(tree: ast.AST) -> Iterator[ast.Constant]:
-    """The strings of a file, and the fixed parts of its f-strings, without docstrings."""
+    """Yield the strings of a file and the fixed parts of its f-strings, without docstrings."""
     docstrings = {
         id(node.value)
         for node in ast.walk(tree)
@@ -45,7 +45,7 @@ def literals(tree: ast.AST) -> Iterator[ast.Constant]:
 
 
 def copies(source: str) -> list[str]:
-    """The literals in a source that are names under a root."""
+    """Return the literals in a source that are names under a root."""
     return [node.value for node in literals(ast.parse(source)) if NAME.fullmatch(node.value)]
 
 

@@ -1,4 +1,4 @@
-"""Worker processes: order, errors, deaths, and that none outlives its parent."""
+"""Worker processes: order, errors, deaths, and their end with the parent."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def fail_at_three(number: int) -> int:
 
 @dataclass(frozen=True)
 class Visit:
-    """A task that leaves a line each time it is begun and done, and may end its worker."""
+    """A task that writes a line when it starts and when it ends, and may end its worker."""
 
     name: str
     book: Path
-    deaths: int = 0  # how many times it ends its worker before it succeeds
+    deaths: int = 0  # the number of workers it ends before it succeeds
     seconds: float = 0.0
 
 
@@ -99,21 +99,21 @@ def test_an_error_of_a_task_is_raised_here(workers: int) -> None:
         list(run_tasks(fail_at_three, range(9), workers))
 
 
-def test_an_error_that_cannot_be_pickled_is_still_told() -> None:
+def test_an_error_that_cannot_be_pickled_is_still_reported() -> None:
     with pytest.raises(RuntimeError, match="Odd: 0 and 2"):
         list(run_tasks(fail_oddly, range(9), 2))
     with pytest.raises(TypeError, match="pickle"):
         list(run_tasks(unpicklable, range(9), 2))
 
 
-def test_an_error_says_where_in_the_worker_it_was_raised() -> None:
+def test_an_error_has_the_traceback_of_the_worker() -> None:
     with pytest.raises(PipelineError) as caught:
         list(run_tasks(fail_at_three, range(9), 2))
     assert "in fail_at_three" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_tasks_may_be_endless_and_are_taken_as_results_are(workers: int) -> None:
+def test_tasks_may_be_endless_because_they_are_taken_only_as_results_are(workers: int) -> None:
     taken = 0
 
     def numbers() -> Iterator[int]:
@@ -139,7 +139,7 @@ def test_an_error_while_tasks_are_listed_is_raised_after_the_results_before_it()
     assert len(seen) >= 6
 
 
-def test_tasks_whose_worker_dies_are_tried_again_and_none_is_lost_or_done_twice(
+def test_the_task_of_a_dead_worker_runs_again_and_no_task_is_lost_or_repeated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tasks, book = visits(tmp_path, {0: 1, 4: 2, 5: 1, 8: 2})
@@ -147,7 +147,7 @@ def test_tasks_whose_worker_dies_are_tried_again_and_none_is_lost_or_done_twice(
     begun = book.read_text().split()
     assert {task.name: begun.count(task.name) for task in tasks} == {
         task.name: task.deaths + 1 for task in tasks
-    }  # innocent ones that were under way at a death were not disturbed
+    }  # a death does not disturb the other running tasks
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 6
     died = "a worker process died (signal 9) while it ran shard-0"
@@ -163,7 +163,7 @@ def test_a_task_that_ends_its_worker_three_times_is_named(tmp_path: Path) -> Non
     assert book.read_text().split().count("shard-3") == 3
 
 
-def test_a_task_that_its_worker_died_of_is_tried_again_while_no_other_runs(tmp_path: Path) -> None:
+def test_the_task_of_a_dead_worker_runs_again_without_others(tmp_path: Path) -> None:
     book = tmp_path / "book"
     names = [f"shard-{n}" for n in range(8)]
     tasks = [Visit(name, book, int(name == "shard-1"), 0.2) for name in names]
@@ -177,10 +177,10 @@ def test_a_task_that_its_worker_died_of_is_tried_again_while_no_other_runs(tmp_p
     assert all(f"{name}-done" in before for name in others)
 
 
-def test_a_worker_that_dies_with_nothing_to_do_is_replaced() -> None:
+def test_an_idle_worker_that_dies_is_replaced() -> None:
     with closing(run_tasks(process, range(20), 2)) as results:
         workers = {next(results) for _ in range(3)}
-        time.sleep(0.3)  # what was handed out is done, so they are idle
+        time.sleep(0.3)  # all submitted tasks are done, so the workers are idle
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
         wait_until_gone(workers)
@@ -207,7 +207,7 @@ def test_there_is_at_least_one_core() -> None:
 
 SCRIPT = """
 import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 from contextlib import closing
 sys.path.insert(0, {tests!r})
 from data_prep.core.pool import run_tasks
@@ -260,7 +260,7 @@ def test_the_workers_end_with_their_parent(tmp_path: Path, ending: signal.Signal
     parent = start(tmp_path, "slow")
     assert parent.stdout is not None
     assert parent.stdout.readline() == "main runs\n"
-    parent.stdout.readline()  # a worker has answered, others are at work
+    parent.stdout.readline()  # a worker has answered, others are running
     family = children(parent.pid)
     assert len(family) >= 2
     if ending == signal.SIGINT:
@@ -270,4 +270,4 @@ def test_the_workers_end_with_their_parent(tmp_path: Path, ending: signal.Signal
     _, err = parent.communicate(timeout=20)
     wait_until_gone(family)
     if ending == signal.SIGINT:
-        assert err.count("KeyboardInterrupt") == 1  # the parent's own, no worker's
+        assert err.count("KeyboardInterrupt") == 1  # of the parent; workers ignore it

@@ -1,4 +1,4 @@
-"""Who watches a task is told how far it is."""
+"""Progress of a task: what watchers receive."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from data_prep.core.progress import Moment, Progress
 
 
 @pytest.fixture
-def told() -> Iterator[list[Moment]]:
+def seen() -> Iterator[list[Moment]]:
     moments: list[Moment] = []
     progress.watchers.append(moments.append)
     yield moments
     progress.watchers.remove(moments.append)
 
 
-def test_watchers_are_told_the_begin_every_count_and_the_end(told: list[Moment]) -> None:
+def test_watchers_receive_the_start_every_count_and_the_end(seen: list[Moment]) -> None:
     with Progress("masks", 4, "masks") as task:
         task.update(1, "the first")
         task.update(4)
-    assert [(m.state, m.count, m.note) for m in told] == [
+    assert [(m.state, m.count, m.note) for m in seen] == [
         ("started", 0, ""),
         ("running", 1, "the first"),
         ("running", 4, ""),
         ("done", 4, ""),
     ]
-    assert {(m.title, m.total, m.unit) for m in told} == {("masks", 4, "masks")}
+    assert {(m.title, m.total, m.unit) for m in seen} == {("masks", 4, "masks")}
 
 
-def test_the_last_moment_of_a_failed_task_has_its_count_and_note(told: list[Moment]) -> None:
+def test_the_last_moment_of_a_failed_task_has_its_count_and_note(
+    seen: list[Moment],
+) -> None:
     def fail() -> None:
         with Progress("train", 9, "steps") as task:
             task.update(3, "loss 0.1")
@@ -43,27 +45,31 @@ def test_the_last_moment_of_a_failed_task_has_its_count_and_note(told: list[Mome
 
     with pytest.raises(ValueError, match="no more"):
         fail()
-    assert (told[-1].state, told[-1].count, told[-1].note) == ("failed", 3, "loss 0.1")
+    assert (seen[-1].state, seen[-1].count, seen[-1].note) == (
+        "failed",
+        3,
+        "loss 0.1",
+    )
 
 
-def test_speed_and_time_left_count_from_the_first_count_not_from_what_was_there_before(
-    told: list[Moment], monkeypatch: pytest.MonkeyPatch
+def test_speed_and_remaining_time_are_measured_from_the_first_count(
+    seen: list[Moment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
     with Progress("train", 1000, "steps") as task:
         now = 100.0
-        task.update(500)  # taken up there
+        task.update(500)  # resumed there
         now = 110.0
         task.update(520)
-    resumed, later = told[1:3]
+    resumed, later = seen[1:3]
     assert (resumed.per_second, resumed.seconds_left) == (None, None)
     assert later.per_second == pytest.approx(2.0)
     assert later.seconds_left == pytest.approx(240.0)
 
 
-def test_a_watcher_that_fails_neither_stops_the_work_nor_keeps_others_from_being_told(
-    told: list[Moment],
+def test_a_failing_watcher_stops_neither_the_task_nor_the_other_watchers(
+    seen: list[Moment],
 ) -> None:
     def fails(moment: Moment) -> None:
         raise RuntimeError("the server is away")
@@ -74,11 +80,11 @@ def test_a_watcher_that_fails_neither_stops_the_work_nor_keeps_others_from_being
             task.update(1)
     finally:
         progress.watchers.remove(fails)
-    assert [m.count for m in told] == [0, 1, 1]
+    assert [m.count for m in seen] == [0, 1, 1]
 
 
 def test_progress_continues_after_the_reader_of_its_lines_has_ended(
-    told: list[Moment], monkeypatch: pytest.MonkeyPatch
+    seen: list[Moment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start_logging()
     reader, writer = os.pipe()
@@ -88,4 +94,4 @@ def test_progress_continues_after_the_reader_of_its_lines_has_ended(
         with Progress("masks", 4, "masks") as task:
             task.update(1)
             task.update(4)
-    assert [m.state for m in told] == ["started", "running", "running", "done"]
+    assert [m.state for m in seen] == ["started", "running", "running", "done"]

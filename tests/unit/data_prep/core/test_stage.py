@@ -1,4 +1,4 @@
-"""Stage, lease and digests: skip, take up, commit, and never two at once."""
+"""Stage, lease and digests: skip, resume, commit, and never two runners at once."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_an_unfinished_stage_is_built_again_in_the_same_folder(store):
     assert not run_stage(store, request(), build()).skipped
 
 
-def test_the_content_digest_sees_the_files_and_not_the_times(tmp_path):
+def test_the_content_digest_depends_on_files_and_not_on_times(tmp_path):
     def made(where, **kw):
         return run_stage(open_store(str(tmp_path / where)), request(), build(**kw))
 
@@ -145,7 +145,7 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(store):
 
 
 def foreign(store, beat=0):
-    """A lease as a runner on another machine would have written it."""
+    """Write a lease like a runner on another machine."""
     record = {"owner": "x", "host": "elsewhere", "pid": 1, "attempt": 1, "interval": 0.2}
     store.write("a/lease.json", json.dumps({**record, "heartbeat": beat}).encode())
 

@@ -26,7 +26,7 @@ from data_prep.masks.stage import prepare_masks
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, list[str], str]:
-    """A root with three versions of images and a set of masks, and their folders.
+    """Make a root with three versions of images and a set of masks; return their folders.
 
     The second version adds to the first; the third has other settings.
     """

@@ -1,4 +1,4 @@
-"""Committed sets of images and masks: whatever is damaged in one is named by `verify`."""
+"""`verify` names every damage in committed sets of images and masks."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str, str]:
-    """A root with two versions of images and with masks; their folders. Of the 31 files of the
-    second version one is broken, one a copy and one no picture; at least two shards are
-    inherited."""
+    """Make a root with two versions of images and with masks; return their folders.
+
+    Of the 31 files of the second version, one is broken, one is a copy and one is not a photo. At
+    least two shards are inherited.
+    """
     top = tmp_path_factory.mktemp("built")
     store, photos = LocalStore(top / "root"), small_root.photographs(top / "photos", 24)
     (photos / "notes.txt").write_text("no picture")
@@ -77,8 +79,8 @@ def masks(built: tuple[Path, str, str, str]) -> str:
     return built[3]
 
 
-def told(result: Verification, where: str, *words: str) -> bool:
-    """Whether a problem of `where` has all the words."""
+def reported(result: Verification, where: str, *words: str) -> bool:
+    """Return whether a problem of `where` has all the words."""
     return any(
         p.where == where and all(word in p.problem for word in words) for p in result.problems
     )
@@ -90,14 +92,14 @@ def manifest_of(root: LocalStore, folder: str) -> dict[str, Any]:
 
 
 def change_manifest(root: LocalStore, folder: str, **changes: Any) -> None:
-    """Change fields of a manifest so that its content digest fits again."""
+    """Change fields of a manifest and make its content digest fit again."""
     manifest = manifest_of(root, folder) | changes
     manifest["content_digest"] = content_digest(FileRecord(**f) for f in manifest["files"])
     root.write(f"{folder}/manifest.json", json.dumps(manifest).encode())
 
 
 def rewrite(root: LocalStore, folder: str, path: str, data: bytes) -> None:
-    """Write a file anew and say so in the manifest: only what it says can be wrong then."""
+    """Write a file again and update the manifest, so that only the file's content can be wrong."""
     root.write(f"{folder}/{path}", data)
     files = manifest_of(root, folder)["files"]
     for file in files:
@@ -109,7 +111,7 @@ def rewrite(root: LocalStore, folder: str, path: str, data: bytes) -> None:
 def edit_table(
     root: LocalStore, folder: str, path: str, edit: Callable[[list[Row]], object]
 ) -> None:
-    """Edit the rows of a parquet file and say so in the manifest."""
+    """Edit the rows of a parquet file and update the manifest."""
     table = pq.read_table(io.BytesIO(root.read(f"{folder}/{path}")))
     rows = table.to_pylist()
     edit(rows)
@@ -119,7 +121,7 @@ def edit_table(
 
 
 def own_shards(root: LocalStore, folder: str) -> list[str]:
-    """Names of the shards that lie in the folder itself."""
+    """Return the names of the shards in the folder itself."""
     paths = [f["path"] for f in manifest_of(root, folder)["files"]]
     return [p.removesuffix(".tar") for p in paths if p.endswith(".tar") and "/" not in p]
 
@@ -155,7 +157,7 @@ def test_a_byte_flipped_anywhere_names_the_file(root: LocalStore, seed: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_a_flipped_byte_of_a_manifest_is_told_or_was_without_a_meaning(
+def test_a_flipped_byte_of_a_manifest_is_reported_or_changes_an_unchecked_field(
     root: LocalStore, child: str, seed: int
 ) -> None:
     rng, key = random.Random(seed), f"{child}/manifest.json"
@@ -173,8 +175,10 @@ def test_a_flipped_byte_of_a_manifest_is_told_or_was_without_a_meaning(
 
 
 def unchecked(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether a manifest differs only in what nothing else tells: when it was made and how long
-    that took, what was added and removed, and a name of another field that is not read."""
+    """Return whether two manifests differ only in fields that `verify` cannot check.
+
+    These are the times, the counts of changes, and names of fields that nobody reads.
+    """
     parts = {k: after.get(k) for k in before}
     parts |= {k: before[k] for k in ("created", "seconds", "name")}
     summary = dict(parts["summary"] or {})
@@ -193,17 +197,17 @@ def test_a_flipped_byte_names_the_sample(root: LocalStore, first: str, masks: st
         data = bytearray(root.read(f"{folder}/{name}.tar"))
         data[rows[1]["offset"] + 30] ^= 1
         root.write(f"{folder}/{name}.tar", bytes(data))
-        assert told(verify(root, folder), f"{folder}/{name}.tar", f"sample {rows[1]['key']}: ")
+        assert reported(verify(root, folder), f"{folder}/{name}.tar", f"sample {rows[1]['key']}: ")
 
 
-def test_the_size_of_the_original_in_a_sidecar_is_held_against_the_table(
+def test_the_size_of_the_photo_in_a_sidecar_is_compared_with_the_table(
     root: LocalStore, first: str
 ) -> None:
     key = f"{first}/{own_shards(root, first)[0]}.tar"
     data = root.read(key)
     assert data.count(b'"original_width":48') > 1
     root.write(key, data.replace(b'"original_width":48', b'"original_width":49', 1))
-    assert told(verify(root), key, ".json has another size of the original")
+    assert reported(verify(root), key, ".json has another size of the original")
 
 
 def test_a_missing_tar_and_a_missing_index_are_named(root: LocalStore, first: str) -> None:
@@ -211,8 +215,8 @@ def test_a_missing_tar_and_a_missing_index_are_named(root: LocalStore, first: st
     root.delete(f"{first}/{one}.tar")
     root.delete(f"{first}/{other}.parquet")
     result = verify(root)
-    assert told(result, f"{first}/{one}.tar", "is missing")
-    assert told(result, f"{first}/{other}.parquet", "is missing")
+    assert reported(result, f"{first}/{one}.tar", "is missing")
+    assert reported(result, f"{first}/{other}.parquet", "is missing")
     assert len(result.problems) <= 20
 
 
@@ -307,7 +311,7 @@ def strange_outcome(rows: list[Row]) -> None:
         (strange_outcome, "has the outcome 'lost'"),
     ],
 )
-def test_a_table_of_sources_that_does_not_add_up_is_told(
+def test_a_table_of_sources_that_disagrees_with_the_shards_is_reported(
     root: LocalStore, child: str, edit: Callable[[list[Row]], None], words: str
 ) -> None:
     edit_table(root, child, "sources.parquet", edit)
@@ -331,7 +335,7 @@ def test_a_table_of_sources_that_does_not_add_up_is_told(
         ("duplicates", lambda rows: rows[0].update(kept="nobody"), "the kept item 'nobody'"),
     ],
 )
-def test_tables_that_disagree_are_told_of(
+def test_tables_that_disagree_are_reported(
     root: LocalStore, child: str, table: str, edit: Callable[[list[Row]], object], words: str
 ) -> None:
     edit_table(root, child, f"{table}.parquet", edit)
@@ -348,7 +352,7 @@ def test_tables_that_disagree_are_told_of(
         (("splits", "val", "samples"), "its summary has 999 samples of val"),
     ],
 )
-def test_a_summary_that_disagrees_is_told(
+def test_a_summary_that_disagrees_is_reported(
     root: LocalStore, child: str, path: tuple[str, ...], words: str
 ) -> None:
     summary = manifest_of(root, child)["summary"]
@@ -357,14 +361,14 @@ def test_a_summary_that_disagrees_is_told(
         at = at[name]
     at[path[-1]] = 999
     change_manifest(root, child, summary=summary)
-    assert told(verify(root), f"{child}/manifest.json", words)
+    assert reported(verify(root), f"{child}/manifest.json", words)
 
 
 @pytest.mark.parametrize("summary", [{}, [], None, {"splits": 3}, {"splits": {"train": None}}])
-def test_a_summary_of_another_form_is_told(root: LocalStore, masks: str, summary: object) -> None:
+def test_a_malformed_summary_is_reported(root: LocalStore, masks: str, summary: object) -> None:
     change_manifest(root, masks, summary=summary)
     words = "its summary" if isinstance(summary, dict) else "it is not a whole manifest"
-    assert told(verify(root), f"{masks}/manifest.json", words)
+    assert reported(verify(root), f"{masks}/manifest.json", words)
 
 
 def test_the_bins_of_masks_are_counted(root: LocalStore, masks: str) -> None:
@@ -372,7 +376,7 @@ def test_the_bins_of_masks_are_counted(root: LocalStore, masks: str) -> None:
     name = next(iter(summary["bins"]))
     summary["bins"][name] += 1
     change_manifest(root, masks, summary=summary)
-    assert told(verify(root), f"{masks}/manifest.json", f"4 evaluation masks with {name} hole")
+    assert reported(verify(root), f"{masks}/manifest.json", f"4 evaluation masks with {name} hole")
 
 
 @pytest.mark.parametrize("table", ["sources", "failures", "duplicates"])
@@ -398,7 +402,7 @@ def test_a_table_with_columns_of_other_types_is_named(
     names = (*names, "width", "height")
     pq.write_table(pa.table({name: [[1.5]] for name in names}), sink)
     rewrite(root, child, f"{table}.parquet", sink.getvalue())
-    assert told(verify(root), f"{child}/{table}.parquet", "has a column 'key' of the type list")
+    assert reported(verify(root), f"{child}/{table}.parquet", "has a column 'key' of the type list")
 
 
 def test_an_old_table_of_sources_is_noted_and_the_rest_is_checked(
@@ -414,13 +418,13 @@ def test_an_old_table_of_sources_is_noted_and_the_rest_is_checked(
     assert note.startswith(f"{child}/sources.parquet was written by an earlier version of dpnet")
 
 
-def test_a_parent_that_is_gone_breaks_the_chain(root: LocalStore, first: str, child: str) -> None:
+def test_a_missing_parent_is_reported(root: LocalStore, first: str, child: str) -> None:
     root.delete(f"{first}/manifest.json")
     result = verify(root, child)
-    assert told(result, f"{child}/manifest.json", "its input 'parent' does not exist")
+    assert reported(result, f"{child}/manifest.json", "its input 'parent' does not exist")
 
 
-def test_an_inherited_shard_that_is_damaged_or_gone_is_named(
+def test_a_damaged_or_missing_inherited_shard_is_named(
     root: LocalStore, first: str, child: str
 ) -> None:
     paths = [f["path"] for f in manifest_of(root, child)["files"]]
@@ -431,11 +435,11 @@ def test_an_inherited_shard_that_is_damaged_or_gone_is_named(
     root.write(f"{top}/{one}", bytes(data))
     root.delete(f"{top}/{other}")
     result = verify(root, child)
-    assert told(result, f"{top}/{one}", "was altered: another sha256")
-    assert told(result, f"{top}/{other}", "is missing")
+    assert reported(result, f"{top}/{one}", "was altered: another sha256")
+    assert reported(result, f"{top}/{other}", "is missing")
 
 
-def test_an_inherited_shard_with_another_hash_than_its_maker_says_is_told(
+def test_an_inherited_shard_with_another_hash_than_in_its_own_version_is_reported(
     root: LocalStore, child: str
 ) -> None:
     files = manifest_of(root, child)["files"]
@@ -443,10 +447,10 @@ def test_an_inherited_shard_with_another_hash_than_its_maker_says_is_told(
     file["sha256"] = "0" * 64
     change_manifest(root, child, files=files)
     words = f"names {file['path']}, but the version that made it differs"
-    assert told(verify(root), f"{child}/manifest.json", words)
+    assert reported(verify(root), f"{child}/manifest.json", words)
 
 
-def test_a_file_of_a_version_that_is_no_ancestor_is_told(
+def test_a_file_of_a_version_that_is_not_an_ancestor_is_reported(
     root: LocalStore, child: str, masks: str
 ) -> None:
     files = manifest_of(root, child)["files"]
@@ -455,14 +459,14 @@ def test_a_file_of_a_version_that_is_no_ancestor_is_told(
     path = f"../../../{masks}/{name}.tar"
     change_manifest(root, child, files=[*files, stranger | {"path": path}])
     words = f"names {path}, but no ancestor made {masks}"
-    assert told(verify(root), f"{child}/manifest.json", words)
+    assert reported(verify(root), f"{child}/manifest.json", words)
 
 
 @pytest.mark.parametrize(
     "path",
     ["../../../../outside.tar", "/etc/passwd", "../../..", "a\\..\\b.tar", "x\0.tar", "..", ""],
 )
-def test_no_path_of_a_manifest_leads_out_of_the_root(
+def test_a_path_in_a_manifest_cannot_leave_the_root(
     root: LocalStore, child: str, path: str
 ) -> None:
     (root.folder.parent / "outside.tar").write_bytes(b"secret")
@@ -471,7 +475,7 @@ def test_no_path_of_a_manifest_leads_out_of_the_root(
     change_manifest(root, child, files=[*files, record])
     result = verify(root)
     where = posixpath.dirname(child) if path == ".." else child if path == "" else ""
-    assert told(result, f"{child}/manifest.json", "was altered", "is not inside") or told(
+    assert reported(result, f"{child}/manifest.json", "was altered", "is not inside") or reported(
         result, where, "is missing"
     )
 
@@ -489,16 +493,16 @@ def test_no_path_of_a_manifest_leads_out_of_the_root(
         {"path": None},
     ],
 )
-def test_a_file_that_a_manifest_does_not_say_rightly_is_told(
+def test_a_damaged_file_record_in_a_manifest_is_reported(
     root: LocalStore, child: str, change: Row
 ) -> None:
     manifest = manifest_of(root, child)
     manifest["files"][0] |= change
     root.write(f"{child}/manifest.json", json.dumps(manifest).encode())
-    assert told(verify(root), f"{child}/manifest.json", "was altered: it ")
+    assert reported(verify(root), f"{child}/manifest.json", "was altered: it ")
 
 
-def test_a_sample_reads_the_same_share_every_time_and_says_what_it_left(
+def test_a_share_reads_the_same_shards_every_time_and_reports_the_unread_ones(
     root: LocalStore, masks: str
 ) -> None:
     result = verify(root, masks, Depth(share=0.3))
@@ -519,18 +523,16 @@ def test_a_sample_reads_the_same_share_every_time_and_says_what_it_left(
     assert chosen(shards_of(records), 0.6)[:2] == chosen(shards_of(records), 0.3)
 
 
-def test_of_shards_that_are_not_read_presence_and_size_are_checked(
-    root: LocalStore, first: str
-) -> None:
+def test_presence_and_size_of_unread_shards_are_checked(root: LocalStore, first: str) -> None:
     names = own_shards(root, first)
     root.delete(f"{first}/{names[0]}.tar")
     root.write(f"{first}/{names[1]}.tar", b"short")
     root.delete(f"{first}/{names[2]}.parquet")
     for depth in (Depth(share=1e-9), Depth(index_only=True)):
         result = verify(root, first, depth)
-        assert told(result, f"{first}/{names[0]}.tar", "is missing")
-        assert told(result, f"{first}/{names[1]}.tar", "it has 5 bytes, not")
-        assert told(result, f"{first}/{names[2]}.parquet", "is missing")
+        assert reported(result, f"{first}/{names[0]}.tar", "is missing")
+        assert reported(result, f"{first}/{names[1]}.tar", "it has 5 bytes, not")
+        assert reported(result, f"{first}/{names[2]}.parquet", "is missing")
 
 
 def test_index_only_reads_no_tar(root: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,7 +566,7 @@ def edit_index(change: Row) -> Callable[[list[Row]], None]:
         ({"source_sha256": "0" * 64}, "has another sha256 of item"),
     ],
 )
-def test_an_index_that_cannot_be_right_is_told_without_reading_the_tar(
+def test_an_impossible_index_is_reported_without_reading_the_tar(
     root: LocalStore, child: str, change: Row, words: str
 ) -> None:
     name = next(name for name in own_shards(root, child) if name.startswith("train"))
@@ -573,24 +575,24 @@ def test_an_index_that_cannot_be_right_is_told_without_reading_the_tar(
     assert any(words in p.problem for p in result.problems), result.problems
 
 
-def test_an_index_of_another_tar_is_told_without_reading_the_tar(
+def test_an_index_of_another_tar_is_reported_without_reading_the_tar(
     root: LocalStore, masks: str
 ) -> None:
     first, second = own_shards(root, masks)[:2]
     rewrite(root, masks, f"{first}.parquet", root.read(f"{masks}/{second}.parquet"))
     result = verify(root, masks, Depth(index_only=True))
-    assert told(result, f"{masks}/{first}.tar", "has another sha256 than its index says")
+    assert reported(result, f"{masks}/{first}.tar", "has another sha256 than its index says")
 
 
-def test_two_shards_of_one_name_are_told(root: LocalStore, masks: str) -> None:
+def test_two_shards_with_one_name_are_reported(root: LocalStore, masks: str) -> None:
     files = manifest_of(root, masks)["files"]
     file = next(f for f in files if f["path"] == "train-000000.tar")
     root.write(f"{masks}/more/train-000000.tar", root.read(f"{masks}/train-000000.tar"))
     change_manifest(root, masks, files=[*files, file | {"path": "more/train-000000.tar"}])
-    assert told(verify(root), f"{masks}/manifest.json", "names 2 shards train-000000")
+    assert reported(verify(root), f"{masks}/manifest.json", "names 2 shards train-000000")
 
 
-def test_a_stage_with_no_shards_to_speak_of_is_told(tmp_path: Path) -> None:
+def test_a_stage_without_whole_shards_is_reported(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
 
     def build(work: Any) -> Produced:
@@ -602,7 +604,7 @@ def test_a_stage_with_no_shards_to_speak_of_is_told(tmp_path: Path) -> None:
     assert "its summary does not name the splits" in problems
 
 
-def test_sets_on_s3_are_checked_as_well(root: LocalStore, masks: str, moto_root: str) -> None:
+def test_sets_on_s3_are_checked_too(root: LocalStore, masks: str, moto_root: str) -> None:
     far = open_store(moto_root)
     for entry in root.list():
         far.write(entry.key, root.read(entry.key))
@@ -611,8 +613,8 @@ def test_sets_on_s3_are_checked_as_well(root: LocalStore, masks: str, moto_root:
     data = bytearray(far.read(key))
     data[550] ^= 1
     far.write(key, bytes(data))
-    assert told(verify(far), key, "sample eval-00000000: eval-00000000.png has another sha256")
+    assert reported(verify(far), key, "sample eval-00000000: eval-00000000.png has another sha256")
     far.write(key, bytes(data[:-700]))
-    assert told(verify(far), key, "is truncated")
+    assert reported(verify(far), key, "is truncated")
     far.delete(key)
-    assert told(verify(far), key, "is missing")
+    assert reported(verify(far), key, "is missing")

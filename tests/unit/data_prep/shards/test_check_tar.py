@@ -1,4 +1,4 @@
-"""Shards read back: every kind of damage, at seeded random places, is named."""
+"""Checks of a shard find every kind of damage, at seeded random places."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SEEDS = range(6)
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[LocalStore, str, str]:
-    """A root with real image and mask stages, and their folders."""
+    """Make a root with real images and masks; return their folders."""
     store = LocalStore(tmp_path_factory.mktemp("built"))
     images, masks = small_root.real_data(store)
     return store, images.folder, masks.folder
 
 
 class Shard:
-    """One committed shard, copied to where a test may damage it."""
+    """A copy of a committed shard that a test may damage."""
 
     def __init__(self, store: LocalStore, folder: str, name: str, to: LocalStore) -> None:
         self.store, self.key = to, f"{folder}/{name}.tar"
@@ -46,7 +46,7 @@ class Shard:
         return check_shard(self.store, self.key, self.record)
 
     def plain(self) -> list[str]:
-        """The same without a manifest."""
+        """Return the problems without a manifest."""
         return check_shard(self.store, self.key)
 
     @property
@@ -62,7 +62,7 @@ class Shard:
             return tar.getmembers()
 
     def pieces(self) -> list[bytes]:
-        """The members with their headers, as they lie in the tar."""
+        """Return the members with their headers, in the order of the tar."""
         return [
             self.data[m.offset : m.offset_data + m.size + -m.size % BLOCK] for m in self.members()
         ]
@@ -88,7 +88,7 @@ class Shard:
 def shard(
     request: pytest.FixtureRequest, built: tuple[LocalStore, str, str], tmp_path: Path
 ) -> Shard:
-    """A shard with at least four samples."""
+    """Return a shard with at least four samples."""
     store, images, masks = built
     if request.param == "images":
         return Shard(store, images, "train-000000", LocalStore(tmp_path))
@@ -99,8 +99,8 @@ def key_of(member: tarfile.TarInfo) -> str:
     return member.name.partition(".")[0]
 
 
-def told(problems: list[str], *words: str) -> bool:
-    """Whether one of the problems has all the words."""
+def reported(problems: list[str], *words: str) -> bool:
+    """Return whether one of the problems has all the words."""
     return any(all(word in problem for word in words) for problem in problems)
 
 
@@ -135,7 +135,7 @@ def test_a_byte_flipped_in_a_sidecar_names_the_sample_and_its_file(shard: Shard,
     problems = check_shard(
         shard.store, shard.key, shard.record, lambda key: before if before[0] else None
     )
-    assert told(problems, f"sample {key_of(member)}: {member.name} ")
+    assert reported(problems, f"sample {key_of(member)}: {member.name} ")
     assert len(problems) <= 5
 
 
@@ -157,16 +157,16 @@ def test_a_byte_flipped_in_a_header_names_the_sample_and_nothing_else(
 def test_any_flipped_byte_of_the_tar_is_noticed(shard: Shard, seed: int) -> None:
     rng = random.Random(seed)
     shard.flip(rng.randrange(len(shard.data)), rng.randrange(8))
-    assert len(shard.plain()) >= 2  # the whole and the place, or that no place tells it
+    assert len(shard.plain()) >= 2  # the hash, and the place if it is known
 
 
-def test_a_byte_in_the_filling_of_a_block_names_the_member_before(shard: Shard) -> None:
+def test_a_changed_byte_of_padding_names_the_member_before_it(shard: Shard) -> None:
     member = next(m for m in shard.members() if m.size % BLOCK)
     shard.flip(member.offset_data + member.size)
-    assert told(shard.check(), f"sample {key_of(member)}: the padding after", member.name)
+    assert reported(shard.check(), f"sample {key_of(member)}: the padding after", member.name)
 
 
-def test_a_header_of_zeros_is_a_bad_header_and_no_end(shard: Shard) -> None:
+def test_a_header_of_zeros_is_a_bad_header_and_not_the_end(shard: Shard) -> None:
     member = shard.members()[2]
     data = shard.data
     shard.data = data[: member.offset] + bytes(BLOCK) + data[member.offset_data :]
@@ -176,7 +176,7 @@ def test_a_header_of_zeros_is_a_bad_header_and_no_end(shard: Shard) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_tar_cut_off_names_where_and_what_is_missing(shard: Shard, seed: int) -> None:
+def test_a_truncated_tar_is_reported_with_its_missing_samples(shard: Shard, seed: int) -> None:
     rng = random.Random(seed)
     member = rng.choice(shard.members()[:-2])
     cut = member.offset_data + rng.randrange(member.size)
@@ -185,14 +185,14 @@ def test_a_tar_cut_off_names_where_and_what_is_missing(shard: Shard, seed: int) 
     assert problems[0] == f"was altered: it has {cut} bytes, not {shard.record.size}"
     name = f"inside {member.name} of sample {key_of(member)}"
     assert f"is truncated: it ends at byte {cut}, {name}" in problems
-    assert told(problems, "samples of the index are missing")
+    assert reported(problems, "samples of the index are missing")
 
 
 @pytest.mark.parametrize("cut", [BLOCK, 2 * BLOCK, 100])
-def test_an_end_mark_cut_off_is_told(shard: Shard, cut: int) -> None:
+def test_a_truncated_end_mark_is_reported(shard: Shard, cut: int) -> None:
     shard.data = shard.data[:-cut]
     problems = shard.plain()
-    assert told(problems, "is truncated")
+    assert reported(problems, "is truncated")
     assert len(problems) == 3
 
 
@@ -202,11 +202,11 @@ def test_a_missing_sample_is_named(shard: Shard, seed: int) -> None:
     key = key_of(shard.members()[2 * number])
     pieces = shard.pieces()
     shard.join(pieces[: 2 * number] + pieces[2 * number + 2 :])
-    assert told(shard.plain(), f"1 samples of the index are missing: {key}")
+    assert reported(shard.plain(), f"1 samples of the index are missing: {key}")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_missing_member_is_named_and_what_follows_is_not(shard: Shard, seed: int) -> None:
+def test_a_missing_member_is_named_and_the_following_ones_are_not(shard: Shard, seed: int) -> None:
     number = random.Random(seed).randrange(len(shard.members()))
     member = shard.members()[number]
     pieces = shard.pieces()
@@ -235,7 +235,7 @@ def test_an_extra_sample_is_named(shard: Shard) -> None:
     assert "sample stranger is not in the index" in shard.plain()
 
 
-def test_a_member_that_is_there_twice_is_named(shard: Shard) -> None:
+def test_a_duplicate_member_is_named(shard: Shard) -> None:
     pieces, member = shard.pieces(), shard.members()[2]
     shard.join([*pieces[:3], pieces[2], *pieces[3:]])
     assert f"sample {key_of(member)}: the tar has {member.name} twice" in shard.plain()
@@ -249,7 +249,7 @@ def test_samples_that_changed_places_are_named(shard: Shard, seed: int) -> None:
     pairs[first], pairs[second] = pairs[second], pairs[first]
     shard.join([piece for pair in pairs for piece in pair])
     here, there = key_of(members[2 * second]), key_of(members[2 * first])
-    assert told(
+    assert reported(
         shard.plain(), f"another order than in the index: sample {here} in place of {there}"
     )
 
@@ -262,29 +262,29 @@ def test_members_of_a_sample_that_changed_places_are_named(shard: Shard) -> None
     assert f"sample {key}: {key}.json comes before {member.name}" in shard.plain()
 
 
-def test_a_sample_whose_members_are_apart_is_named(shard: Shard) -> None:
+def test_a_sample_with_separated_members_is_named(shard: Shard) -> None:
     pieces, key = shard.pieces(), key_of(shard.members()[1])
     shard.join([pieces[0], *pieces[2:], pieces[1]])
     assert f"sample {key}: its members are not together" in shard.plain()
 
 
 @pytest.mark.parametrize("garbage", [b"x", bytes(BLOCK), b"garbage" * 1000])
-def test_what_follows_the_end_is_told(shard: Shard, garbage: bytes) -> None:
+def test_bytes_after_the_end_are_reported(shard: Shard, garbage: bytes) -> None:
     shard.data += garbage
     assert f"{len(garbage)} bytes follow the mark of its end" in shard.plain()
 
 
-def test_a_tar_appended_to_the_tar_is_told(shard: Shard) -> None:
+def test_a_second_tar_after_the_end_is_reported(shard: Shard) -> None:
     end = len(shard.data) - 2 * BLOCK
     shard.data += shard.data
     problems = shard.plain()
-    assert told(problems, f"the mark of its end is at byte {end}, before a member")
-    assert told(problems, "its members are not together")
+    assert reported(problems, f"the mark of its end is at byte {end}, before a member")
+    assert reported(problems, "its members are not together")
 
 
 @pytest.mark.parametrize("lost", [1, 60, BLOCK, 700])
 @pytest.mark.parametrize("seed", range(3))
-def test_bytes_lost_in_a_payload_do_not_hide_what_follows(
+def test_lost_bytes_in_a_payload_do_not_hide_the_following_samples(
     shard: Shard, lost: int, seed: int
 ) -> None:
     members = shard.members()
@@ -294,8 +294,8 @@ def test_bytes_lost_in_a_payload_do_not_hide_what_follows(
     data = shard.data
     shard.data = data[: member.offset_data] + data[member.offset_data + lost :]
     problems = shard.plain()
-    assert told(problems, f"sample {key_of(member)}: {member.name}")
-    assert not told(problems, "samples of the index are missing") or member is payloads[-1]
+    assert reported(problems, f"sample {key_of(member)}: {member.name}")
+    assert not reported(problems, "samples of the index are missing") or member is payloads[-1]
     assert len(problems) <= 9
 
 
@@ -344,7 +344,7 @@ def test_an_index_that_disagrees_names_the_sample(shard: Shard, what: str, seed:
     edit(rows, number)
     shard.write_index(rows)
     problems = shard.check()
-    assert told(problems, f"sample {key}", words)
+    assert reported(problems, f"sample {key}", words)
     assert all(key in p or p.startswith("it has ") for p in problems)
 
 
@@ -373,7 +373,7 @@ def test_rows_that_changed_places_are_named(shard: Shard) -> None:
         (b"tar_size", b"1", "its index says '1'"),
     ],
 )
-def test_the_metadata_of_an_index_that_disagrees_is_told(
+def test_wrong_metadata_of_an_index_are_reported(
     shard: Shard, mark: bytes, value: bytes, words: str
 ) -> None:
     table = shard.index()
@@ -381,18 +381,18 @@ def test_the_metadata_of_an_index_that_disagrees_is_told(
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(metadata), sink)
     shard.store.write(shard.index_key, sink.getvalue())
-    assert told(shard.check(), words)
+    assert reported(shard.check(), words)
 
 
-def test_an_index_without_metadata_or_columns_is_told_of(shard: Shard) -> None:
+def test_an_index_without_metadata_or_columns_is_reported(shard: Shard) -> None:
     shard.store.write(shard.index_key, encode_table([{"key": "a"}]))
     problems = shard.check()
-    assert told(problems, "row 0 of its index, of sample 'a', is not whole")
-    assert told(problems, "has another sha256 than its index says")
+    assert reported(problems, "row 0 of its index, of sample 'a', is not whole")
+    assert reported(problems, "has another sha256 than its index says")
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_damaged_index_is_told_of_without_a_traceback(shard: Shard, seed: int) -> None:
+def test_a_damaged_index_is_reported_without_a_traceback(shard: Shard, seed: int) -> None:
     rng, data = random.Random(seed), bytearray(shard.store.read(shard.index_key))
     for _ in range(rng.choice((1, 1, 3, 50))):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -400,7 +400,7 @@ def test_a_damaged_index_is_told_of_without_a_traceback(shard: Shard, seed: int)
     check_shard(shard.store, shard.key)
 
 
-def test_a_missing_index_is_told_and_the_tar_is_read(shard: Shard) -> None:
+def test_a_missing_index_is_reported_and_the_tar_is_still_read(shard: Shard) -> None:
     shard.store.delete(shard.index_key)
     assert shard.check() == ["its index is missing"]
     shard.join(shard.pieces()[1:])
@@ -408,27 +408,27 @@ def test_a_missing_index_is_told_and_the_tar_is_read(shard: Shard) -> None:
     assert f"sample {key}: its payload is missing" in shard.plain()
 
 
-def test_an_index_of_absurd_length_is_not_read(shard: Shard) -> None:
+def test_an_index_with_too_many_rows_is_not_read(shard: Shard) -> None:
     sink = io.BytesIO()
     pq.write_table(pa.table({"key": pa.array([""]).take(pa.array([0] * 1_000_001))}), sink)
     shard.store.write(shard.index_key, sink.getvalue())
     assert "its index has 1000001 rows, more than a shard can have" in shard.check()
 
 
-def test_a_missing_tar_is_told(shard: Shard) -> None:
+def test_a_missing_tar_is_reported(shard: Shard) -> None:
     shard.store.delete(shard.key)
     assert shard.check() == ["is missing"]
 
 
-def test_an_empty_tar_and_one_of_noise_are_told(shard: Shard) -> None:
+def test_an_empty_tar_and_a_tar_of_noise_are_reported(shard: Shard) -> None:
     shard.data = b""
-    assert told(shard.plain(), "is truncated: it ends at byte 0")
+    assert reported(shard.plain(), "is truncated: it ends at byte 0")
     shard.data = random.Random(0).randbytes(100_000)
-    assert told(shard.plain(), "samples of the index are missing")
+    assert reported(shard.plain(), "samples of the index are missing")
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd.jpg", "/a.jpg", "a b.jpg", "\x1b[2J.jpg", "a"])
-def test_a_member_with_a_name_that_no_shard_has_is_told(shard: Shard, name: str) -> None:
+def test_a_member_with_an_impossible_name_is_reported(shard: Shard, name: str) -> None:
     info = tarfile.TarInfo(name)
     shard.join([info.tobuf(tarfile.USTAR_FORMAT), *shard.pieces()])
     problems = shard.plain()
@@ -437,7 +437,7 @@ def test_a_member_with_a_name_that_no_shard_has_is_told(shard: Shard, name: str)
 
 
 @pytest.mark.parametrize("change", [{"mtime": 5}, {"uname": "me"}, {"type": tarfile.SYMTYPE}])
-def test_a_header_with_a_time_an_owner_or_another_type_is_told(
+def test_a_header_with_a_time_an_owner_or_another_type_is_reported(
     shard: Shard, change: dict[str, object]
 ) -> None:
     pieces, member = shard.pieces(), shard.members()[0]
@@ -447,18 +447,18 @@ def test_a_header_with_a_time_an_owner_or_another_type_is_told(
         setattr(info, field, value)
     pieces[0] = info.tobuf(tarfile.USTAR_FORMAT) + pieces[0][BLOCK:]
     shard.join(pieces)
-    assert told(shard.plain(), f"member {member.name!r}, at byte 0: no shard has such a header")
+    assert reported(shard.plain(), f"member {member.name!r}, at byte 0: no shard has such a header")
 
 
-def test_a_header_that_promises_more_than_there_is_is_told(shard: Shard) -> None:
+def test_a_header_with_a_size_beyond_the_end_is_reported(shard: Shard) -> None:
     info = tarfile.TarInfo("huge.jpg")
     info.size = 8**11 - 1
     shard.join([*shard.pieces(), info.tobuf(tarfile.USTAR_FORMAT)])
-    assert told(shard.plain(), "is truncated", "inside huge.jpg of sample huge")
+    assert reported(shard.plain(), "is truncated", "inside huge.jpg of sample huge")
 
 
 def large(tmp_path: Path, count: int) -> tuple[Folder, FileRecord]:
-    """A shard with payloads of 0, 700, 1400, … bytes."""
+    """Write a shard with payloads of 0, 700, 1400, … bytes."""
     place, rng = Folder(LocalStore(tmp_path), "images/x/0123"), random.Random(0)
     rows = [{"width": 4, "split": "train"} for _ in range(count)]
     samples = (
@@ -472,7 +472,7 @@ def large(tmp_path: Path, count: int) -> tuple[Folder, FileRecord]:
     return place, write_shard(place, "train-000000", samples)[0]
 
 
-def test_a_list_of_problems_ends_somewhere(tmp_path: Path) -> None:
+def test_a_list_of_problems_is_limited(tmp_path: Path) -> None:
     place, tar = large(tmp_path, 50)
     data = bytearray(place.store.read(place.key(tar.path)))
     for at in range(40 * 700 * 5, len(data) - 2000, 7000):

@@ -1,4 +1,4 @@
-"""Shards: deterministic tars, an index that points into them, lists of a split's shards."""
+"""Shards: deterministic tars, indexes with offsets into them, and lists of shards."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def place(tmp_path: Path) -> Folder:
 
 
 def tar_of(samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[bytes, list[int]]:
-    """A tar's bytes and where each sample's first file lies in it."""
+    """Return the bytes of a tar and the offset of the first file of each sample."""
     file = io.BytesIO()
     tar = TarWriter(file)
     offsets = [tar.add(key, files) for key, files in samples]
@@ -118,7 +118,7 @@ def test_iterating_gives_the_samples_in_order(place: Folder) -> None:
 
 
 class CountingFile(io.RawIOBase):
-    """A file that notes the size of each read."""
+    """A file that records the size of each read."""
 
     def __init__(self, file: BinaryIO, sizes: list[int]) -> None:
         self._file, self._sizes = file, sizes
@@ -146,7 +146,7 @@ class CountingFile(io.RawIOBase):
 
 
 class CountingStore(LocalStore):
-    """A folder store that notes how many bytes each read returns."""
+    """A folder store that records the size of each read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -156,7 +156,7 @@ class CountingStore(LocalStore):
         return cast(BinaryIO, CountingFile(super().open(key), self.sizes))
 
 
-def test_iterating_a_shard_holds_one_sample_at_a_time_and_no_whole_tar(tmp_path: Path) -> None:
+def test_iterating_a_shard_holds_one_sample_in_memory_not_the_whole_tar(tmp_path: Path) -> None:
     store = CountingStore(tmp_path)
     place, largest = Folder(store, "images/x/0123"), 50_000
     samples = [(f"s{n}", {"png": bytes(largest), "json": b"{}"}, {}) for n in range(40)]
@@ -180,7 +180,7 @@ def test_a_finished_shard_is_recognised_with_the_same_records(place: Folder) -> 
     assert [record.path for record in records] == ["train-000000.tar", "train-000000.parquet"]
 
 
-def test_the_record_of_a_tar_says_how_many_samples_it_has(place: Folder) -> None:
+def test_the_record_of_a_tar_has_its_number_of_samples(place: Folder) -> None:
     tar, index = write_shard(place, "train-000000", ROWED)
     assert (tar.samples, index.samples) == (3, None)
     found = finished_shard(place, "train-000000")
@@ -189,7 +189,7 @@ def test_the_record_of_a_tar_says_how_many_samples_it_has(place: Folder) -> None
 
 
 @pytest.mark.parametrize("harm", ["no tar", "no index", "altered tar", "cut index"])
-def test_a_shard_that_is_not_whole_is_not_taken_up(place: Folder, harm: str) -> None:
+def test_an_incomplete_shard_is_not_reused(place: Folder, harm: str) -> None:
     write_shard(place, "train-000000", ROWED)
     tar, index = place.key("train-000000.tar"), place.key("train-000000.parquet")
     if harm == "no tar":
@@ -203,7 +203,7 @@ def test_a_shard_that_is_not_whole_is_not_taken_up(place: Folder, harm: str) -> 
     assert finished_shard(place, "train-000000") is None
 
 
-def test_the_urls_of_a_split_lead_to_its_shards_also_in_another_version(place: Folder) -> None:
+def test_the_list_of_a_split_may_name_shards_of_another_version(place: Folder) -> None:
     write_urls(place, "val", ["val-000000", "../4567/val-000003"])
     assert split_shards(place.store, place.folder, "val") == [
         "images/x/0123/val-000000.tar",
@@ -211,12 +211,12 @@ def test_the_urls_of_a_split_lead_to_its_shards_also_in_another_version(place: F
     ]
 
 
-def test_a_split_that_is_not_there_is_named(place: Folder) -> None:
+def test_a_missing_split_is_named(place: Folder) -> None:
     with pytest.raises(PipelineError, match=r"images/x/0123 has no split 'tset'"):
         split_shards(place.store, place.folder, "tset")
 
 
-def test_a_table_comes_back_the_same_also_without_rows() -> None:
+def test_a_table_is_decoded_unchanged_even_without_rows() -> None:
     rows: list[dict[str, object]] = [{"key": "a", "width": 3}, {"key": "b", "width": None}]
     columns = {"key": "string", "width": "int32"}
     assert decode_table(encode_table(rows, columns)) == rows
