@@ -146,8 +146,8 @@ def test_another_number_of_workers_changes_the_next_steps_only_by_rounding(
     tmp_path: Path,
 ) -> None:
     file, env = config(tmp_path, 2), environment()
-    # Small steps: with large ones a difference of rounding can come to the other side of a kink of
-    # this very small network, and then grows a thousandfold within two steps.
+    # Small steps: with large ones, a rounding difference can cross a kink of this small network
+    # and then grow a thousand times within two steps.
     file.write_text(file.read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1.0e-4"))
     whole, broken = str(tmp_path / "whole"), str(tmp_path / "broken")
     undisturbed = trained(file, whole, env)
@@ -158,7 +158,7 @@ def test_another_number_of_workers_changes_the_next_steps_only_by_rounding(
     file.write_text(file.read_text().replace("workers: 2", "workers: 4"))
     resumed = trained(file, broken, env)
     start = resumed["summary"]["resumed_from"]
-    assert 0 < start < STEPS  # it may have saved once more before it was dead
+    assert 0 < start < STEPS  # it may have saved once more before it died
     mine, its = losses(broken, resumed["folder"]), losses(whole, undisturbed["folder"])
     assert mine.keys() == its.keys()
     for step in [step for step in its if start < step <= start + 10]:

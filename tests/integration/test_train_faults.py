@@ -43,15 +43,15 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 STEPS, EVERY, VALIDATE, BATCH = 90, 10, 30, 4
 SCRATCH = re.compile(r"/tmp/dpnet-ray-\w+")
 DRIVER = f"{sys.executable} -m dpnet.ray_driver"
-PATIENCE_S = 300.0  # for what takes a fraction of that on an idle machine
-# The command without MLflow, which would take seconds and has tests of its own.
+PATIENCE_S = 300.0  # most waits are far shorter on an idle machine
+# The command without MLflow: that takes seconds and has tests of its own.
 COMMAND = """
 import sys
 from dpnet.pipeline import chain
 from dpnet.cli.main import main
 chain.tracking_uri = lambda *_: None
 """
-# With shorter patience with storage than a user would want.
+# Give up on storage sooner than the product does.
 HURRIED = """
 from dpnet.training.ray import workers
 real = workers.run_worker
@@ -201,7 +201,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     photos = folder / "photos"
     photos.mkdir()
     random = np.random.default_rng(0)
-    for number in range(480):  # so many that a shard lasts for most of a training
+    for number in range(480):  # a shard is then enough for most of a training
         small = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
         small.resize((40, 40), Image.Resampling.BICUBIC).save(photos / f"{number:03}.png")
     config = {
@@ -298,7 +298,7 @@ def test_a_killed_worker_restarts_from_the_last_checkpoint(
 def test_training_restarts_at_once_if_ray_trains_controller_is_killed(
     trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
 ) -> None:
-    # With elastic workers, for which Ray keeps what the dead one had for three minutes.
+    # With elastic workers: Ray reserves the resources of a dead one for three minutes.
     training = trainer.start(root, *job, "train.min_workers=2")
     training.wait_for(2 * EVERY)
     begun = time.monotonic()
@@ -369,7 +369,7 @@ def test_if_a_machine_dies_training_continues_with_fewer_workers(
     cluster.node_of(training.workers()[1]["pid"]).kill()
     assert training.finish()["resumed_from"] >= 2 * EVERY
     assert len(training.workers()) == 1
-    # The same batches, of which the sums were rounded otherwise.
+    # The batches are the same, but their sums are rounded differently.
     assert training.validations() == pytest.approx(undisturbed.validations(), abs=0.2)
 
 
@@ -391,7 +391,7 @@ def test_before_a_machine_is_taken_away_training_saves_and_then_continues_elsewh
     trainer: Trainer, cluster: Cluster, job: list[str], root: Path
 ) -> None:
     cluster.add_node()
-    # No checkpoint but that one and the last.
+    # Only that checkpoint and the last one.
     rare = ["train.checkpoint_every=1000", "train.validate_every=1000", "train.finetune_share=0"]
     training = trainer.start(root, *job, *rare)
     training.wait_for_step(3)

@@ -35,21 +35,21 @@ def wait_until(true: Callable[[], object], what: str, seconds: float = START_S) 
 
 @dataclass
 class Node:
-    """A node: `ray start` and all that it has started."""
+    """A node: `ray start` and all processes that it has started."""
 
     process: subprocess.Popen[bytes]
 
     def has(self, pid: int) -> bool:
-        """Whether a process belongs to this node."""
+        """Return whether a process belongs to this node."""
         return pid in self.processes()
 
     def processes(self) -> list[int]:
         return family(self.process.pid)
 
     def kill(self) -> None:
-        """As when the machine loses its power."""
+        """Kill all processes at once, like a power failure of the machine."""
         members = self.processes()
-        for pid in members:  # nobody can start anything or notice
+        for pid in members:  # so that no process notices or starts another
             send(pid, signal.SIGSTOP)
         for pid in {*members, *self.processes()}:
             send(pid, signal.SIGKILL)
@@ -58,7 +58,7 @@ class Node:
 
 @dataclass
 class Cluster:
-    """A head without cores and the nodes that work."""
+    """A head without cores, and the nodes that run workers."""
 
     scratch: Path
     environment: dict[str, str]
@@ -69,7 +69,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """Of its control service."""
+        """Return the address of its control service."""
         return f"127.0.0.1:{self.port}"
 
     @property
@@ -87,7 +87,7 @@ class Cluster:
         )
 
     def kill(self) -> None:
-        """All of it, as when the power fails; `start_head` begins a new one at the same address."""
+        """Kill all nodes at once. `start_head` starts a new cluster at the same address."""
         for node in (*self.nodes, self.head):
             if node and node.process.poll() is None:
                 node.kill()
@@ -122,16 +122,16 @@ class Cluster:
         return Node(process)
 
     def node_of(self, pid: int) -> Node:
-        """The node that a process belongs to."""
+        """Return the node that a process belongs to."""
         return next(node for node in self.nodes if node.has(pid))
 
     def process(self, text: str) -> int:
-        """The process of the head whose command line begins with `text`."""
+        """Return the process of the head with a command line that begins with `text`."""
         assert self.head
         return find_process(self.head.process.pid, text)
 
     def drain(self, node_id: str, seconds: int) -> None:
-        """Give notice that a node will be taken away."""
+        """Announce that a node will be taken away."""
         when = f"--deadline-remaining-seconds={seconds}"
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test"]
         subprocess.run(
@@ -148,7 +148,7 @@ def _starts(log: Path) -> int:
 
 @contextmanager
 def ray_cluster(nodes: int, token: str | None = None) -> Iterator[Cluster]:
-    """A cluster with a head, whose dashboard takes jobs, and `nodes` nodes of one core each."""
+    """Start a cluster: a head with a dashboard that takes jobs, and `nodes` nodes of one core."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
     if token is None:
         environment["RAY_AUTH_MODE"] = "disabled"
@@ -166,7 +166,7 @@ def ray_cluster(nodes: int, token: str | None = None) -> Iterator[Cluster]:
 
 
 def family(ancestor: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -182,7 +182,7 @@ def family(ancestor: int) -> list[int]:
 
 
 def find_process(ancestor: int, text: str) -> int:
-    """The one process below `ancestor` whose command line begins with `text`."""
+    """Return the one descendant of `ancestor` with a command line that begins with `text`."""
     (found,) = [pid for pid in family(ancestor)[1:] if command_of(pid).startswith(text)]
     return found
 
@@ -195,7 +195,7 @@ def command_of(pid: int) -> str:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there, and not only waited for by its parent."""
+    """Return whether a process runs. A zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -203,7 +203,7 @@ def alive(pid: int) -> bool:
 
 
 def end_with_parent() -> None:
-    """In a new process: Linux sends it a SIGTERM when its parent dies, even if that is killed."""
+    """In a new process: ask Linux for a SIGTERM when the parent dies, even if it is killed."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
