@@ -15,7 +15,7 @@ from data_prep.raw.files import GONE, Blob, Found
 from data_prep.raw.layouts import IGNORED, apply_layout, are_samples
 from data_prep.raw.listing import Item, Listing, collect
 from data_prep.raw.local_files import LocalFiles
-from data_prep.raw.members import LEAVES, Member, leaves
+from data_prep.raw.members import LEADS_OUT, Member, leads_out
 from data_prep.raw.s3_files import S3Files
 from data_prep.raw.tables import NoImagesError, Table
 from data_prep.raw.tars import Tar
@@ -69,9 +69,9 @@ class Folder:
                     problems[item.key] = problem
                 yield item
 
-        listing = collected(items(), containers, problems, self.uri)
+        listing = checked_listing(items(), containers, problems, self.uri)
         if not listing:
-            raise empty(self.files, self.name)
+            raise empty_source(self.files, self.name)
         if self.layout == "webdataset" and not any(
             _is_tar(container or self.name) for container in containers
         ):
@@ -140,6 +140,7 @@ class Folder:
         yield Item(key or names.add(file.key), file.size, 0, "", number), reason
 
     def _text_of(self, name: str) -> str | None:
+        """Return the text of a file in the folders where datasets keep their lists."""
         folders = ("", "Eval/", "Anno/", "../", "../Eval/", "../Anno/")
         return self.files.first_text(*(folder + name for folder in folders))
 
@@ -158,8 +159,8 @@ class FolderReader:
         container, name = self._locate(item.key)
         if container is None:
             return self._source.files.read(item.key, limit)
-        if leaves(name):
-            raise ItemError(LEAVES)
+        if leads_out(name):
+            raise ItemError(LEADS_OUT)
         held = self._hold(container)
         offset, size = item.offset, item.size
         if offset < 0:
@@ -214,9 +215,8 @@ class _Held:
         self.container, self.fingerprint = container, fingerprint
         self.weight = container.weight
         self._lock = threading.Lock()
-        self._places: dict[int, tuple[int, int]] | None = (
-            None  # by hash, because names take more memory
-        )
+        # By hash of the name, because names take more memory.
+        self._places: dict[int, tuple[int, int]] | None = None
 
     def find(self, name: str) -> tuple[int, int]:
         """Return the offset and size of a member."""
@@ -246,6 +246,7 @@ class _Unique:
         return bool(self._seen)
 
     def add(self, name: str) -> str:
+        """Return the name, made unique."""
         unique, count = name, 1
         while hash(unique) in self._seen:
             count += 1
@@ -277,7 +278,7 @@ def _is_tar(key: str) -> bool:
     return _extension(key) in ("tar", "tar.gz", "tgz")
 
 
-def collected(
+def checked_listing(
     items: Iterable[Item], containers: Iterable[str], problems: Mapping[str, str], uri: str
 ) -> Listing:
     """Return the listing of the items. Raises PipelineError if two have the same key."""
@@ -288,7 +289,7 @@ def collected(
         raise PipelineError(f"{uri} has two items called {error}. Rename one.") from None
 
 
-def empty(files: LocalFiles | S3Files, name: str = "") -> PipelineError:
+def empty_source(files: LocalFiles | S3Files, name: str = "") -> PipelineError:
     """Return the error for a source without items."""
     if name:
         return PipelineError(f"{files.where(name)} is empty. It must contain photos.")

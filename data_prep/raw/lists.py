@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
 from data_prep.raw.files import Files, Found, escape
-from data_prep.raw.folders import Known, collected, nothing_known
+from data_prep.raw.folders import Known, checked_listing, nothing_known
 from data_prep.raw.layouts import apply_layout
 from data_prep.raw.listing import Item, Listing
 from data_prep.raw.local_files import LocalFiles
@@ -62,7 +62,7 @@ class ListFile:
                     problems[item.key] = problem
                 yield item
 
-        listing = collected(items(), [], problems, self.uri)
+        listing = checked_listing(items(), [], problems, self.uri)
         if not listing:
             raise PipelineError(f"{self.uri} contains no paths. Put the paths of photos into it.")
         return apply_layout(listing, self.layout, self.uri, self.files.first_text)

@@ -18,20 +18,20 @@ class Member(NamedTuple):
     problem: str = ""
 
 
-LEAVES = "its name leads out of the archive"
+LEADS_OUT = "its name leads out of the archive"
 
 
-def leaves(name: str) -> bool:
+def leads_out(name: str) -> bool:
     """Return whether a member's name, as a path, leads out of the archive."""
     parts = re.split(r"[/\\]", name)
     return not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name) is not None
 
 
-def named(name: str, size: int, offset: int, problem: str = "") -> Member | None:
+def member_of(name: str, size: int, offset: int, problem: str = "") -> Member | None:
     """Return the member with this stored name; None for a hidden one."""
     while name.startswith("./"):
         name = name[2:]
     name = escape(name) or "nameless"
-    if leaves(name):
-        return Member(name, size, offset, 0, LEAVES)
+    if leads_out(name):
+        return Member(name, size, offset, 0, LEADS_OUT)
     return None if is_hidden(name) else Member(name, size, offset, 0, problem)

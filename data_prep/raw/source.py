@@ -13,7 +13,7 @@ from typing import Protocol
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.uri import S3Address, parse_uri
 from data_prep.raw.files import escape
-from data_prep.raw.folders import Folder, Known, empty, is_container, nothing_known
+from data_prep.raw.folders import Folder, Known, empty_source, is_container, nothing_known
 from data_prep.raw.layouts import check_layout
 from data_prep.raw.listing import Item, Listing
 from data_prep.raw.lists import ListFile, is_list
@@ -106,7 +106,7 @@ def check_source(uri: str, layout: str = "auto") -> None:
     elif isinstance(files, LocalFiles):
         _check_local(files.folder)
     elif next(iter(files.walk()), None) is None:
-        raise empty(files)
+        raise empty_source(files)
 
 
 def _check_local(path: Path) -> None:
@@ -124,7 +124,7 @@ def _check_local(path: Path) -> None:
                 f"cannot read {path}: {error.strerror}. Check its permissions."
             ) from error
         if holds_none:
-            raise empty(LocalFiles(path))
+            raise empty_source(LocalFiles(path))
     elif not (is_container(path.name) or is_list(path.name)):
         raise PipelineError(
             f"{path} is not a source. Give a folder of photos, an archive (.zip, .tar, .tar.gz,"

@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby, islice, pairwise
 from threading import Lock
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from data_prep.core.errors import ItemError
 from data_prep.core.tar_format import BLOCK, padded
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.files import Blob, too_large
-from data_prep.raw.members import Member, named
+from data_prep.raw.members import Member, member_of
 
 _LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is damage or an attack
 CUT = "the archive is cut off within it"
@@ -88,7 +88,41 @@ class Tar:
 
 
 def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Member]:
-    """Yield every file that is not hidden; `reaches(end)`: whether the archive is so long."""
+    """Yield every file that is not hidden.
+
+    `reaches(end)` returns whether the archive has at least `end` bytes.
+    """
+    for entry in _entries(read_at):
+        if not entry.is_file:
+            continue
+        try:
+            whole = reaches(entry.at + entry.size)
+        except ItemError:  # a broken stream
+            whole = False
+        problem = "" if whole else CUT
+        if entry.is_sparse:
+            problem = "it is stored as a sparse file, which is not supported"
+        member = member_of(entry.name, entry.size, entry.at, problem)
+        if member is not None:
+            yield member
+        if not whole:
+            if member is None or member.problem != CUT:
+                raise ItemError("it is cut off")
+            return
+
+
+class _Entry(NamedTuple):
+    """A header of the archive, with the place of the data in bytes."""
+
+    name: str
+    at: int
+    size: int
+    is_file: bool
+    is_sparse: bool
+
+
+def _entries(read_at: ReadAt) -> Iterator[_Entry]:
+    """Yield the headers up to the end mark, each with its extended headers applied."""
     at, longer = 0, {}  # type: int, dict[str, bytes]
     while True:
         block = read_at(at, BLOCK)
@@ -102,15 +136,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
             raise ItemError(_broken_header(at, len(block))) from None
         at += BLOCK
         if header.type in _EXTENDED:
-            if not 0 <= header.size <= _LONGEST_NAME:
-                raise ItemError(_broken_header(at - BLOCK, BLOCK))
-            data = read_at(at, header.size)
-            if len(data) < header.size:
-                raise ItemError("it is cut off")
-            if header.type == tarfile.GNUTYPE_LONGNAME:
-                longer["path"] = data.rstrip(b"\0")
-            elif header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-                longer.update(_pax(data))
+            longer.update(_extension(read_at, header, at))
             at += padded(header.size)
             continue
         name = (
@@ -125,23 +151,23 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
             while (block := read_at(at, BLOCK)) and block[504:505] > b"\0":
                 at += BLOCK
             at += BLOCK
-        if header.isreg():
-            try:
-                whole = reaches(at + size)
-            except ItemError:  # a broken stream
-                whole = False
-            problem = "" if whole else CUT
-            if is_sparse:
-                problem = "it is stored as a sparse file, which is not supported"
-            member = named(name, size, at, problem)
-            if member is not None:
-                yield member
-            if not whole:
-                if member is None or member.problem != CUT:
-                    raise ItemError("it is cut off")
-                return
+        yield _Entry(name, at, size, header.isreg(), is_sparse)
         if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:
             at += padded(size)
+
+
+def _extension(read_at: ReadAt, header: tarfile.TarInfo, at: int) -> dict[str, bytes]:
+    """Return the fields that an extended header, with its data at `at`, gives to the next one."""
+    if not 0 <= header.size <= _LONGEST_NAME:
+        raise ItemError(_broken_header(at - BLOCK, BLOCK))
+    data = read_at(at, header.size)
+    if len(data) < header.size:
+        raise ItemError("it is cut off")
+    if header.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": data.rstrip(b"\0")}
+    if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+        return _pax(data)
+    return {}
 
 
 _EXTENDED = (

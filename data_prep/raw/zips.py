@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, too_large
-from data_prep.raw.members import Member, named
+from data_prep.raw.members import Member, member_of
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -44,7 +44,7 @@ class Zip:
         while at < len(directory):
             entry = self._entry(at)
             if not (entry.name.endswith("/") or entry.is_link):
-                member = named(entry.name, entry.size, at)
+                member = member_of(entry.name, entry.size, at)
                 if member is not None:
                     yield member
             at = entry.end
