@@ -66,6 +66,7 @@ class TrainJob:
     extends: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the job as JSON values, for workers on other machines."""
         return {
             **asdict(self),
             "model": self.model.model_dump(),
@@ -75,6 +76,7 @@ class TrainJob:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> TrainJob:
+        """Read a job from the values of `to_json`."""
         init = record["init"]
         return cls(
             **{

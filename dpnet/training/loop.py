@@ -151,6 +151,12 @@ def _build_step(job: TrainJob, session: Session, state: TrainState, backend: str
 def resume(job: TrainJob, session: Session, store: Store, state: TrainState) -> tuple[Log, str]:
     """Load the newest sound checkpoint into `state`, or the generator that the run starts from.
 
+    Args:
+        job: The run.
+        session: This rank. Every rank must call this.
+        store: The root.
+        state: The state before the first step. It is changed.
+
     Returns:
         The log up to there; and the reason for an early end if training has ended there, else "".
     """

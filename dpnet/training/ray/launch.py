@@ -37,6 +37,12 @@ leaves_job: ContextVar[Callable[[], bool]] = ContextVar("leaves_job", default=la
 def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> int:
     """Train to the end, on any launcher, and show the progress.
 
+    Args:
+        job: The training.
+        launch: Where training runs.
+        tracking_uri: MLflow server or database that receives the progress; None for no tracking.
+        work: The stage's folder and lease.
+
     Returns:
         The step from which training resumed, 0 if it started from nothing.
     """

@@ -203,6 +203,7 @@ def _failures_callback(attempt: str) -> Any:
 
     class Failures(UserCallback):  # type: ignore[misc]
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Any]) -> None:
+            """Report the workers that died, or the first error of those that failed."""
             # If one worker dies, the others fail too, because it does not answer.
             dead = [n for n, e in worker_exceptions.items() if hasattr(e, "health_check_failure")]
             if dead:
