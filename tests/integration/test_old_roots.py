@@ -124,7 +124,7 @@ def old(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Old:
         return 0
 
     monkeypatch.setitem(model_config.PRESETS, "tiny", SMALL)
-    monkeypatch.setattr("dpnet.training.ray.launch.launched", launched)
+    monkeypatch.setattr("dpnet.training.ray.launch.run_training", launched)
     shutil.copytree(unpacked, tmp_path / "old")
     return Old(LocalStore(tmp_path / "old" / "root"), tmp_path / "old" / "photos")
 

@@ -112,7 +112,9 @@ def test_a_second_runner_waits_and_finds_the_work_done(store, caplog):
         target=lambda: results.update(second=run_stage(store, request(), build(text="wrong")))
     )
     second.start()
+    until = time.monotonic() + 20
     while not caplog.messages:
+        assert time.monotonic() < until, "the second runner does not wait"
         time.sleep(0.01)
     go.set()
     first.join()
