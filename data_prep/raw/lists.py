@@ -129,7 +129,7 @@ class _Places:
         return files.look(name)
 
     def _keyed(self) -> Iterator[tuple[str, str]]:
-        """Keys and splits, without repetitions."""
+        """Yield each key once, with its split."""
         seen: dict[int, str] = {}  # by hash, so that a long list fits in memory
         for line in self._lines():
             try:
@@ -137,7 +137,7 @@ class _Places:
                 split = _SPLITS[line.split.strip().lower()]
             except KeyError:
                 raise self._error(
-                    line.number, f"the split {line.split!r} is unknown: write train, val or test"
+                    line.number, f"the split {line.split!r} is unknown. Write train, val or test"
                 ) from None
             except ValueError as error:
                 raise self._error(line.number, str(error)) from None
@@ -158,7 +158,7 @@ class _Places:
             lines = _READERS[self._name.rpartition(".")[2].lower()](text)
             for line in lines:
                 if isinstance(line, str):
-                    raise ConfigError(f"{self._files.where(self._name)}: {line}.")
+                    raise ConfigError(f"{self._files.where(self._name)}: {line}. Correct the list.")
                 yield line
 
     def _key(self, written: str) -> str:

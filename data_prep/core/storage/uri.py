@@ -35,17 +35,19 @@ def parse_uri(uri: str) -> Path | S3Address:
     if scheme == "s3":
         if "@" in host or ":" in host:
             raise ConfigError(
-                "an s3:// address holds no credentials, host or port: write s3://bucket/prefix. Set"
-                " AWS_ENDPOINT_URL and the other AWS variables for the rest."
+                "an s3:// address may not contain credentials, a host or a port. Write"
+                " s3://bucket/prefix and set AWS_ENDPOINT_URL and the other AWS variables."
             )
         if not host:
-            raise ConfigError(f"the address {uri!r} names no bucket: write s3://bucket/prefix.")
+            raise ConfigError(f"the address {uri!r} has no bucket. Write s3://bucket/prefix.")
         return S3Address(host, path.strip("/"))
     if scheme == "file":
         if host not in ("", "localhost"):
-            raise ConfigError("a file:// address names no host: write file:///absolute/path.")
+            raise ConfigError(
+                "a file:// address may not contain a host. Write file:///absolute/path."
+            )
         return Path(unquote(slash + path))
     raise ConfigError(
-        f"{scheme}:// addresses cannot be used: give a path, file:///path or s3://bucket/prefix."
+        f"{scheme}:// addresses cannot be used. Give a path, file:///path or s3://bucket/prefix."
         " Download photos from the web first, for example with img2dataset."
     )

@@ -44,12 +44,18 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("s3:///x", "names no bucket: write s3://bucket/prefix"),
-        ("s3://key:secret@bucket/x", "no credentials, host or port: write s3://bucket/prefix"),
-        ("s3://host:9000/bucket/x", "no credentials, host or port: write s3://bucket/prefix"),
-        ("file://me:secret@host/x", "names no host: write file:///absolute/path"),
-        ("https://me:secret@host/x", "https:// addresses cannot be used: .*s3://bucket/prefix"),
-        ("gs://bucket/x", "gs:// addresses cannot be used: .*s3://bucket/prefix"),
+        ("s3:///x", r"has no bucket\. Write s3://bucket/prefix"),
+        (
+            "s3://key:secret@bucket/x",
+            "may not contain credentials, a host or a port. Write s3://bucket/prefix",
+        ),
+        (
+            "s3://host:9000/bucket/x",
+            "may not contain credentials, a host or a port. Write s3://bucket/prefix",
+        ),
+        ("file://me:secret@host/x", r"may not contain a host\. Write file:///absolute/path"),
+        ("https://me:secret@host/x", "https:// addresses cannot be used. .*s3://bucket/prefix"),
+        ("gs://bucket/x", "gs:// addresses cannot be used. .*s3://bucket/prefix"),
     ],
 )
 def test_a_wrong_address_gets_the_same_message_everywhere_without_a_password(
