@@ -149,9 +149,10 @@ def known_members(version: Version | None) -> Callable[[str, int], list[Item] | 
 def versions(store: Store, name: str) -> list[Manifest]:
     """Return the manifests of a dataset's committed versions, oldest first.
 
-    Damaged manifests are reported and left out.
+    Damaged manifests are reported and left out. Raises PipelineError if none can be read: to build
+    everything again without a word could take days.
     """
-    found = []
+    found, damaged = [], []
     top = images_folder(name)
     for entry in store.list(top):
         folder, _, file = entry.key.rpartition("/")
@@ -161,9 +162,17 @@ def versions(store: Store, name: str) -> list[Manifest]:
             manifest = read_manifest(store, folder)
             int(manifest.summary["version"])
         except (PipelineError, KeyError, TypeError, ValueError):
-            log.warning("images: %s is damaged or of an older format: it is not used.", folder)
+            log.warning("images: %s is damaged or of another format: it is not used.", folder)
+            damaged.append(folder)
             continue
         found.append(manifest)
+    if damaged and not found:
+        raise PipelineError(
+            f"no version of {store.uri}/{top} can be read: the {MANIFEST} of"
+            f" {', '.join(damaged[:5])} is damaged or of another format. Restore it from a backup,"
+            " or use the version of dpnet that wrote it. To build the dataset again, choose another"
+            f" images.name, or remove {top}."
+        )
     return sorted(found, key=lambda m: (m.summary["version"], m.created, m.folder))
 
 

@@ -63,9 +63,26 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
 
 
 def find_champion(store: Store, model: str) -> dict[str, Any] | None:
-    """Return the record of a model's champion, or None if the model has no version yet."""
+    """Return the record of a model's champion, or None if the model has no version yet.
+
+    `champion.json` is missing if it was lost, or if a registration was killed before it wrote the
+    file. Then the newest version is the champion, or else names it.
+    """
     key = champion_key(model)
-    return read_record(store, key) if store.exists(key) else None
+    if store.exists(key):
+        return read_record(store, key)
+    records = read_records(store, model)
+    if not records:
+        return None
+    newest = records[max(records)]
+    promoted = newest.get("alias") == CHAMPION
+    number = newest["version"] if promoted else newest.get("champion_before")
+    if number not in records:
+        raise PipelineError(
+            f"{store.uri}/{key} is missing, and so is the record of version {number}, the"
+            " champion: restore one of them from a backup."
+        )
+    return records[number]
 
 
 def read_record(store: Store, key: str) -> dict[str, Any]:

@@ -165,12 +165,16 @@ def _read_or_create(work: Work, name: str, make: Callable[[], Record]) -> Record
     if not work.store.exists(key):
         work.store.create(key, _to_bytes(make()))
     try:
-        return dict(json.loads(work.store.read(key)))
-    except ValueError:
-        raise PipelineError(
-            f"{work.store.uri}/{key} cannot be read: it is not JSON. Delete {work.folder} and run"
-            " retrain again."
-        ) from None
+        record = json.loads(work.store.read(key))
+        champion = record["champion"]
+        if champion is None or {"version", "run"} <= champion.keys():
+            return dict(record)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise PipelineError(
+        f"{work.store.uri}/{key} was altered: it does not say which champion was chosen. Restore it"
+        f" from a backup, or delete {work.folder} and run retrain again."
+    )
 
 
 def _summary(

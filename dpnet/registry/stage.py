@@ -11,6 +11,7 @@ registration that was killed resumes, and never creates a second version.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,8 @@ from dpnet.model_store.records import (
     read_records,
 )
 from dpnet.registry.settings import RegisterSettings
+
+log = logging.getLogger(__name__)
 
 
 def register(
@@ -96,6 +99,15 @@ def _build(work: Work, model: str, uri: str) -> Produced:
         records = read_records(store, model)
         mlflow.restore_versions(client, store, model, records)
         champion = find_champion(store, model)
+        if champion is not None and not store.exists(champion_key(model)):
+            _promote(client, store, champion)
+            log.warning(
+                "register: %s/%s was missing: version %d is champion again, as the records of the"
+                " versions say.",
+                store.uri,
+                champion_key(model),
+                champion["version"],
+            )
         mine = [r for r in records.values() if r["request_digest"] == work.request.digest]
         if mine:  # an earlier call wrote it, and was killed afterwards
             record = mine[0]
@@ -107,11 +119,18 @@ def _build(work: Work, model: str, uri: str) -> Produced:
             lease.check()
             _write_once(store, version_key(model, version), record)
         if record["champion_before"] == (champion["version"] if champion else None):
-            client.set_registered_model_alias(model, record["alias"], str(record["version"]))
             if record["alias"] == CHAMPION:
-                store.write(champion_key(model), _bytes(record))
+                _promote(client, store, record)
+            else:
+                client.set_registered_model_alias(model, CHALLENGER, str(record["version"]))
     summary = {key: record[key] for key in ("model", "version", "alias", "reason", "hole_psnr")}
     return Produced([write_file(work, RECORD, _bytes(record))], summary)
+
+
+def _promote(client: Any, store: Store, record: Mapping[str, Any]) -> None:
+    """Make the version of a record the champion, in MLflow and in storage."""
+    client.set_registered_model_alias(record["model"], CHAMPION, str(record["version"]))
+    store.write(champion_key(record["model"]), _bytes(record))
 
 
 def _new_record(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:

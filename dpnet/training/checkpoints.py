@@ -63,9 +63,12 @@ class Loaded:
 def marks(store: Store, run: str) -> list[Mark]:
     """Return the checkpoints of a run, newest first.
 
-    A checkpoint with an unreadable `checkpoint.json` is left out, with a warning.
+    A checkpoint with an unreadable `checkpoint.json` is left out, with a warning. Raises
+    PipelineError if the run has checkpoints and none is readable: a silent restart from step 0
+    would lose the work.
     """
-    found = []
+    found: list[tuple[tuple[int, int], Mark]] = []
+    unreadable: list[tuple[tuple[int, int], str]] = []
     for entry in store.list(run):
         folder, _, name = entry.key.rpartition("/")
         match = _FOLDER.fullmatch(folder.rpartition("/")[2])
@@ -73,24 +76,51 @@ def marks(store: Store, run: str) -> list[Mark]:
             continue
         order = int(match[1]), int(match[2] or 1)
         try:
-            record = json.loads(store.read(entry.key))
-            mark = Mark(
-                folder,
-                int(record["step"]),
-                record["score"],
-                record["asked"],
-                {name: dict(record["files"][name]) for name in (STATE, LOG)},
-                record["finished"],
-            )
-            if record["format"] != FORMAT or mark.step != order[0]:
-                raise ValueError(record["format"])
+            found.append((order, _parse_mark(folder, order[0], store.read(entry.key))))
         except FileNotFoundError:
             continue  # deleted since it was listed
-        except (ValueError, KeyError, TypeError):
-            _warn_damaged(store, folder, "its checkpoint.json is not one of this version")
-            continue
-        found.append((order, mark))
+        except ValueError as error:
+            _warn_damaged(store, folder, f"its {MARK} {error}")
+            unreadable.append((order, f"{folder}/{MARK} {error}"))
+    if unreadable and not found:
+        raise PipelineError(
+            f"none of the {len(unreadable)} checkpoints of {store.uri}/{run} can be read:"
+            f" {max(unreadable)[1]}. Use the version of dpnet that wrote them, or restore one from"
+            " a backup. To train from the start, remove the run's folder, or change"
+            " name or train.seed."
+        )
     return [mark for _, mark in sorted(found, key=lambda each: each[0], reverse=True)]
+
+
+def _parse_mark(folder: str, step: int, data: bytes) -> Mark:
+    """Read a `checkpoint.json`. Raises ValueError with the rest of a sentence about it.
+
+    Args:
+        folder: Key of the checkpoint's folder.
+        step: The step in the folder's name.
+        data: The content of the file.
+    """
+    try:
+        record = json.loads(data)
+        number = record["format"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("is damaged") from None
+    if number != FORMAT:
+        raise ValueError(f"has format {number}, and this version reads format {FORMAT}")
+    try:
+        mark = Mark(
+            folder,
+            int(record["step"]),
+            record["score"],
+            record["asked"],
+            {name: dict(record["files"][name]) for name in (STATE, LOG)},
+            record["finished"],
+        )
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("is damaged") from None
+    if mark.step != step:
+        raise ValueError(f"is that of step {mark.step}")
+    return mark
 
 
 def load(store: Store, mark: Mark) -> Loaded:
@@ -128,8 +158,8 @@ def newest(store: Store, run: str) -> Loaded | None:
             _warn_damaged(store, mark.folder, str(error))
     if found:
         raise PipelineError(
-            f"all {len(found)} checkpoints of {store.uri}/{run} are damaged: restore one from a"
-            " backup, or remove the run's folder to train from the start."
+            f"every checkpoint of {store.uri}/{run} is damaged: restore one from a backup, or"
+            " remove the run's folder to train from the start."
         )
     return None
 
@@ -149,7 +179,7 @@ def _warn_unfinished(store: Store, run: str, found: Sequence[Mark]) -> None:
     last = found[0].step if found else 0
     for folder in sorted(_folders(store, run) - marked):
         match = _FOLDER.fullmatch(folder.rpartition("/")[2])
-        if match and int(match[1]) > last:
+        if match and int(match[1]) > last and not store.exists(f"{folder}/{MARK}"):
             _log.warning(
                 "train: the checkpoint %s/%s was never finished: training resumes from step %d",
                 store.uri,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.paths import RUNS
 from data_prep.core.storage.store import Store
 from dpnet.training.checkpoints import Mark, differences, marks
@@ -66,7 +67,14 @@ def _others(store: Store, job: TrainJob) -> list[Mark]:
     others: list[Mark] = []
     for run in store.folders(RUNS):
         if run.rsplit("-", 1)[0] == name and run != job.folder:
-            others += [mark for mark in marks(store, run) if _only_steps_differ(mark, job)]
+            try:
+                found = marks(store, run)
+            except StorageError:
+                raise
+            except PipelineError as error:  # this run needs no other one
+                log.warning("train: another run cannot be extended: %s", error)
+                continue
+            others += [mark for mark in found if _only_steps_differ(mark, job)]
     return others
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.loading.batch import to_device
@@ -183,7 +183,16 @@ def _extended(job: TrainJob, store: Store) -> Loaded | None:
     if job.extends is None:
         return None
     found = marks(store, job.extends.rpartition("/")[0])
-    return next((load(store, mark) for mark in found if mark.folder == job.extends), None)
+    try:
+        return load(store, next(mark for mark in found if mark.folder == job.extends))
+    except StorageError:
+        raise
+    except (StopIteration, PipelineError) as error:
+        raise PipelineError(
+            f"training cannot start from the checkpoint {store.uri}/{job.extends}"
+            f" ({error or 'it is missing'}): restore it from a backup, or remove its folder, so"
+            " that the same command chooses another start."
+        ) from None
 
 
 def load_initial(state: TrainState, uri: str, folder: str) -> None:

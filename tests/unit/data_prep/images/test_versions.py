@@ -553,6 +553,21 @@ def test_a_version_with_a_damaged_manifest_is_reported_and_not_used(
     clean(store, second)
 
 
+def test_a_dataset_without_a_readable_version_is_not_built_again(
+    folder: Path, store: LocalStore
+) -> None:
+    first = prepare_images(small(folder), store)
+    photograph(folder / "new.png", 100)
+    manifest = json.loads(store.read(f"{first.folder}/manifest.json"))
+    store.write(f"{first.folder}/manifest.json", json.dumps({**manifest, "format": 2}).encode())
+    before = list(store.list())
+    with pytest.raises(
+        PipelineError, match=r"no version of .* can be read: .* Restore it .* again"
+    ):
+        prepare_images(small(folder), store)
+    assert list(store.list()) == before
+
+
 def test_an_interrupted_later_version_resumes(
     folder: Path, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

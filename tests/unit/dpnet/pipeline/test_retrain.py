@@ -293,20 +293,34 @@ def test_options_that_do_not_change_the_result_do_not_change_the_request(
     assert retrain(config(grown, *same), store, Stages(store, 21.0)).skipped
 
 
-def test_an_altered_plan_is_refused(store: LocalStore, grown: Path) -> None:
+@pytest.mark.parametrize(
+    "altered", [b"{", b"[]", b"3", b"{}", b'{"champion": 1}', b'{"champion": {"version": 1}}']
+)
+def test_an_altered_plan_is_refused(altered: bytes, store: LocalStore, grown: Path) -> None:
     call = Stages(store, 21.0)
 
     def spoil(title: str) -> None:
         if title == "train":
             (key,) = (e.key for e in store.list("retrains") if e.key.endswith("plan.json"))
-            store.write(key, b"{")
+            store.write(key, altered)
             raise Killed
 
     call.before = spoil
     with pytest.raises(Killed):
         retrain(config(grown), store, call)
-    with pytest.raises(PipelineError, match=r"plan\.json cannot be read: it is not JSON\. Delete"):
+    with pytest.raises(PipelineError, match=r"plan\.json was altered: it does not say which"):
         retrain(config(grown), store, Stages(store, 21.0))
+
+
+def test_a_retrain_starts_from_the_champion_even_if_its_record_was_lost(
+    store: LocalStore, grown: Path
+) -> None:
+    store.delete("registry/dpnet/champion.json")
+    call = Stages(store, 10.0)
+    ref = retrain(config(grown), store, call)
+    assert call.trained == ["models:/dpnet/1"]
+    assert not ref.summary["promoted"]
+    assert find_record(store)["version"] == 1
 
 
 def test_the_record_names_the_folder_of_every_output(store: LocalStore, grown: Path) -> None:

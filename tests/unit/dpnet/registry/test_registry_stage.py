@@ -105,10 +105,25 @@ def test_a_model_evaluated_on_other_pairs_becomes_challenger(store):
     assert "other pairs" in ref.summary["reason"]
 
 
-@pytest.mark.parametrize(("psnr", "alias"), [(20.0, CHALLENGER), (20.01, CHAMPION)])
-def test_only_a_higher_figure_beats_the_champion(psnr, alias):
-    champion = {"version": 3, "hole_psnr": 20.0, "pairs_digest": "p"}
-    assert choose_alias(psnr, "p", champion)[0] == alias
+@pytest.mark.parametrize(
+    ("psnr", "its", "alias"),
+    [
+        (20.0, 20.0, CHALLENGER),
+        (20.01, 20.0, CHAMPION),
+        (19.99, 20.0, CHALLENGER),
+        (20.004, 19.996, CHALLENGER),  # both are 20.00 dB on every page
+        (20.004, 20.001, CHALLENGER),
+        (20.006, 20.004, CHAMPION),  # 20.01 is above 20.00
+        (20.1, 20.04, CHAMPION),
+        (20.04, 20.01, CHAMPION),
+    ],
+)
+def test_only_a_higher_figure_of_two_decimals_beats_the_champion(psnr, its, alias):
+    champion = {"version": 3, "hole_psnr": its, "pairs_digest": "p"}
+    chosen, reason = choose_alias(psnr, "p", champion)
+    assert chosen == alias
+    word = "above" if alias == CHAMPION else "not above"
+    assert reason == f"Its hole PSNR of {psnr:.2f} dB is {word} the {its:.2f} dB of version 3."
 
 
 def test_the_same_request_is_skipped(store):
@@ -148,6 +163,43 @@ def test_a_registration_that_resumes_late_does_not_replace_a_newer_champion(stor
     assert registered(store, 20.0).summary["version"] == 1
     assert find_record(store)["version"] == 2
     assert in_mlflow(store)[1][CHAMPION] == 2
+
+
+def test_a_lost_champion_is_still_the_one_to_beat_and_is_restored(store, caplog):
+    registered(store, 20.0)
+    registered(store, 21.0)
+    registered(store, 19.0)
+    before = store.read("registry/dpnet/champion.json")
+    store.delete("registry/dpnet/champion.json")
+    ref = registered(store, 20.5)
+    assert (
+        ref.summary["reason"] == "Its hole PSNR of 20.50 dB is not above the 21.00 dB of version 2."
+    )
+    assert store.read("registry/dpnet/champion.json") == before
+    assert in_mlflow(store)[1] == {CHAMPION: 2, CHALLENGER: 4}
+    assert "champion.json was missing: version 2 is champion again" in caplog.text
+
+
+def test_a_registration_killed_before_its_promotion_is_the_champion_for_the_next(
+    store, monkeypatch
+):
+    with monkeypatch.context() as patched:
+        patched.setattr(register_module, "_promote", killed)
+        with pytest.raises(Killed):
+            registered(store, 20.0)
+    assert registered(store, 19.0).summary["alias"] == CHALLENGER
+    assert registered(store, 20.0).summary["alias"] == CHAMPION
+    assert find_record(store)["version"] == 1
+    assert store.read("registry/dpnet/champion.json") == store.read("registry/dpnet/v1.json")
+
+
+def test_a_lost_champion_without_its_record_is_an_error(store):
+    registered(store, 20.0)
+    registered(store, 19.0)
+    store.delete("registry/dpnet/champion.json")
+    store.delete("registry/dpnet/v1.json")
+    with pytest.raises(PipelineError, match="so is the record of version 1, the champion: restore"):
+        registered(store, 22.0)
 
 
 def test_a_lost_database_is_restored_from_storage(store, caplog):

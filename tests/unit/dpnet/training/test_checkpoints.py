@@ -83,6 +83,94 @@ def test_a_checkpoint_with_an_unreadable_mark_is_skipped_with_a_warning(store, m
     assert "step-00000002 is skipped: its checkpoint.json" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("mark", "told"),
+    [
+        (b"", "is damaged"),
+        (b"[1]", "is damaged"),
+        (b'{"format": 1}', "is damaged"),
+        (b'{"format": 2}', "has format 2, and this version reads format 1"),
+    ],
+)
+def test_training_does_not_restart_if_no_mark_can_be_read(store, mark, told):
+    write(store, 1, 2)
+    for step in (1, 2):
+        store.write(f"{RUN}/step-{step:08d}/{MARK}", mark)
+    with pytest.raises(PipelineError) as refused:
+        newest(store, RUN)
+    text = str(refused.value)
+    assert f"none of the 2 checkpoints of {store.uri}/{RUN} can be read" in text
+    assert f"step-00000002/{MARK} {told}. Use the version of dpnet that wrote them" in text
+    assert "restore one from a backup. To train from the start, remove the run's folder" in text
+
+
+def test_training_does_not_restart_if_some_marks_and_the_other_states_are_damaged(store):
+    write(store, 1, 2)
+    store.write(f"{RUN}/step-00000001/state.pt", b"no")
+    store.write(f"{RUN}/step-00000002/{MARK}", b"no")
+    with pytest.raises(PipelineError, match=r"every checkpoint of .* is damaged: restore one"):
+        newest(store, RUN)
+
+
+def spoil(store, step, name):
+    store.write(f"{RUN}/step-{step:08d}/{name}", b"no")
+
+
+@pytest.mark.parametrize("name", ["state.pt", "log.jsonl", MARK])
+@pytest.mark.parametrize(
+    ("damaged", "used"), [((3,), 2), ((2,), 3), ((1,), 3), ((3, 2), 1), ((3, 1), 2), ((2, 1), 3)]
+)
+def test_the_newest_sound_checkpoint_of_three_is_used(store, name, damaged, used):
+    write(store, 1, 2, 3)
+    for step in damaged:
+        spoil(store, step, name)
+    found = newest(store, RUN)
+    assert found.mark.step == used
+    assert torch.equal(found.state["weights"], state(used)["weights"])
+    assert found.log == [{"step": used}]
+
+
+def test_a_step_that_was_saved_twice_is_read_from_its_later_folder(store):
+    write(store, 9)
+    spoil(store, 9, "state.pt")
+    write(store, 9)
+    spoil(store, 9, "log.jsonl")
+    for _ in range(9):
+        write(store, 9)  # the folders .3 to .11: they sort as numbers, not as text
+    assert newest(store, RUN).mark.folder == f"{RUN}/step-00000009.11"
+
+
+def test_of_equal_scores_the_later_checkpoint_is_kept(store):
+    scores = {1: 7.0, 2: 9.0, 3: 9.0, 4: 8.0}
+    assert write(store, 1, 2, 3, 4, 5, scores=scores, last=1, best=1) == [
+        "step-00000005",
+        "step-00000003",
+    ]
+
+
+def test_pruning_never_deletes_the_newest_the_best_or_a_fixed_step(store):
+    for newest_step in range(4, 9):
+        scores = {1: 9.0, **dict.fromkeys(range(2, newest_step + 1), 1.0)}
+        kept = write(store, newest_step, scores=scores, last=1, best=1, fixed=[2])
+        if newest_step == 4:  # earlier ones, which the next call prunes
+            kept = write(store, 3, 2, 1, scores=scores, last=1, best=1, fixed=[2])
+        assert {"step-00000001", "step-00000002"} <= set(kept)
+        assert kept[0] == f"step-{max(newest_step, 4):08d}"
+        assert len(kept) == 3
+
+
+def test_a_pruned_checkpoint_loses_its_mark_first(store, monkeypatch):
+    write(store, 1)
+    deleted, real = [], LocalStore.delete
+    monkeypatch.setattr(
+        LocalStore, "delete", lambda self, key: deleted.append(key) or real(self, key)
+    )
+    assert write(store, 2, last=1) == ["step-00000002"]
+    assert deleted[0] == f"{RUN}/step-00000001/{MARK}"
+    assert {key.rpartition("/")[2] for key in deleted} == {MARK, "state.pt", "log.jsonl"}
+    assert not (store.folder / RUN / "step-00000001").exists()
+
+
 def test_an_unfinished_checkpoint_does_not_count_and_is_reported(store, caplog):
     write(store, 1)
     store.write(f"{RUN}/step-00000002/state.pt", b"half")
@@ -98,7 +186,7 @@ def test_training_does_not_restart_if_all_checkpoints_are_damaged(store):
     write(store, 1, 2)
     for step in (1, 2):
         store.write(f"{RUN}/step-{step:08d}/state.pt", b"no")
-    with pytest.raises(PipelineError, match=r"all 2 checkpoints .* are damaged: restore one"):
+    with pytest.raises(PipelineError, match=r"every checkpoint of .* is damaged: restore one"):
         newest(store, RUN)
 
 
