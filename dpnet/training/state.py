@@ -101,15 +101,44 @@ class TrainState:
         self.best = {"score": score, "step": self.step, "ema": weights}
         return True
 
+    def of_discriminator(self) -> list[Tensor]:
+        """Return the tensors that a step of the discriminator changes, the optimiser's last.
+
+        Before the optimiser's first step, it has none.
+        """
+        module, optimizer = self.discriminator, self.discriminator_optimizer
+        kept = [optimizer.state.get(weight, {}) for weight in module.parameters()]
+        moments = [tensor for each in kept for tensor in each.values()]
+        return [*module.parameters(), *module.buffers(), *moments]
+
     @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """Move the averaged generator towards the generator by the share 1 - `decay`."""
+    def undo_discriminator(self, before: list[Tensor], undo: Tensor) -> None:
+        """Restore the discriminator if `undo` is 1, without reading it.
+
+        Args:
+            before: Copies of what `of_discriminator` returned before the step.
+            undo: A scalar on the device, 0 or 1.
+        """
+        after = self.of_discriminator()
+        before = before + [torch.zeros_like(tensor) for tensor in after[len(before) :]]
+        for mine, earlier in zip(after, before, strict=True):
+            mine.copy_(torch.where(undo > 0, earlier, mine))
+
+    @torch.no_grad()
+    def update_ema(self, decay: float, keep: Tensor) -> None:
+        """Move the averaged generator towards the generator by the share 1 - `decay`.
+
+        Args:
+            decay: Share of the average that stays, 0 to 1.
+            keep: A scalar on the device. If it is 1, nothing changes; else it is 0.
+        """
         # The decay is smaller early on, so that the first weights leave the average soon.
         decay = min(decay, (1 + self.step) / (10 + self.step))
-        averaged: list[Tensor] = list(self.ema.parameters())
-        torch._foreach_lerp_(averaged, list(self.generator.parameters()), 1 - decay)
+        share = (1 - decay) * (1 - keep)
+        for mine, theirs in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
+            mine.lerp_(theirs, share)
         for mine, theirs in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
-            mine.copy_(theirs)
+            mine.copy_(torch.where(keep > 0, mine, theirs))
 
 
 def _copied(tree: Any) -> Any:

@@ -44,9 +44,11 @@ class Measured(NamedTuple):
 class Step:
     """One GAN step: first the discriminator on real images and composites, then the generator.
 
-    A step with a loss or gradient that is not finite changes no weights. After more than
-    `settings.max_skipped` such steps, no step changes weights. The host reads the losses only for
-    the next log record, and stops training there.
+    A step with a loss or gradient that is not finite changes no weight, no average and no state of
+    an optimiser. After more than `settings.max_skipped` such steps, no step changes them. The
+    discriminator learns before the generator's loss is known, so its update is undone where that
+    loss is not finite. The host reads the losses only for the next log record, and stops training
+    there.
 
     Args:
         state: Networks and optimisers. Each step changes them.
@@ -139,7 +141,9 @@ class Step:
         # With one part, both networks learn from the same forward pass. With several, their passes
         # do not fit into memory together, so the generator computes each part again.
         once = self._inpaint(image, valid) if parts == 1 else None
+        before: list[Tensor] = []
         if adversarial > 0:
+            before = [tensor.detach().clone() for tensor in state.of_discriminator()]
             state.discriminator_optimizer.zero_grad(set_to_none=True)
             for number, (x, v, share) in enumerate(micro, 1):
                 composite = once[1] if once else self._composite(x, v)
@@ -166,8 +170,11 @@ class Step:
             state.generator_optimizer, s.learning_rate * scale, bad
         )
         state.discriminator.requires_grad_(True)
+        skip = self._skip(bad)
+        if adversarial > 0:
+            state.undo_discriminator(before, skip)
+        state.update_ema(s.ema_decay, skip)
         state.skipped += bad
-        state.update_ema(s.ema_decay)
         state.step = step + 1
         return Measured(terms, gradients, weight)
 
@@ -192,12 +199,20 @@ class Step:
         (group,) = optimizer.param_groups
         norm = nn.utils.clip_grad_norm_(group["params"], self.settings.gradient_clip)
         bad = torch.maximum(bad, (~norm.isfinite()).to(bad.dtype))
-        halted = self.state.skipped + bad > self.settings.max_skipped
         # A gradient scaler sets this too: if it is 1, the optimiser skips its step on the device.
-        optimizer.found_inf = torch.maximum(bad, halted.to(bad.dtype))  # type: ignore[attr-defined]
+        optimizer.found_inf = self._skip(bad)  # type: ignore[attr-defined]
         group["lr"] = learning_rate
         optimizer.step()
         return norm, bad
+
+    def _skip(self, bad: Tensor) -> Tensor:
+        """Return 1 if the step must change nothing, else 0.
+
+        Args:
+            bad: 1 if a loss or gradient of this step is not finite, else 0.
+        """
+        halted = self.state.skipped + bad > self.settings.max_skipped
+        return torch.maximum(bad, halted.to(bad.dtype))
 
 
 def _add(terms: dict[str, Tensor], name: str, term: Tensor, share: float) -> None:

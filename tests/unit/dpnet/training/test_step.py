@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -438,6 +439,212 @@ def test_a_step_that_is_not_finite_and_those_after_it_change_no_weight(bad):
         parameters = dict(getattr(state, name).named_parameters())
         assert all(torch.equal(mine[name][k], its[name][k]) for k in parameters)
     assert float(state.skipped) == 1
+
+
+class SpoiledGradient(torch.autograd.Function):
+    """A loss with a finite value and a gradient that is not."""
+
+    @staticmethod
+    def forward(context, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("nan")
+
+
+SPOILS = {
+    "nan": lambda loss: loss * float("nan"),
+    "inf": lambda loss: loss + float("inf"),
+    "gradient": SpoiledGradient.apply,
+}
+
+
+@contextmanager
+def spoiled_loss(name, how, part=1):
+    """Spoil one loss of one part of the batch: of all calls, only number `part` is bad."""
+    real, calls = getattr(L, name), []
+
+    def bad(*given):
+        calls.append(1)
+        result = real(*given)
+        if len(calls) != part:
+            return result
+        spoil = SPOILS[how]
+        if isinstance(result, tuple):
+            return spoil(result[0]), *result[1:]
+        return spoil(result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(L, name, bad)
+        yield
+    assert len(calls) >= part
+
+
+def changeable(state):
+    """Return all that a bad step must not change: weights, buffers, average, optimisers' states."""
+    saved = state.to_dict()
+    parts = ("generator", "discriminator", "ema")
+    optimizers = ("generator_optimizer", "discriminator_optimizer")
+    kept = {name: saved[name] for name in parts}
+    return kept | {name: saved[name]["state"] for name in optimizers}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("how", SPOILS)
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [
+        (1, "l1_terms"),  # without the discriminator
+        (SECOND + 1, "l1_terms"),
+        (SECOND + 1, "generator_adversarial"),
+        (SECOND + 1, "discriminator_loss"),
+    ],
+)
+def test_a_bad_step_changes_no_bit_of_weights_average_and_optimisers(number, name, how, parts):
+    def whole(number):
+        return batch(number, samples=2)
+
+    options = settings(max_skipped=9, accumulate=parts)
+    state = TrainState(SMALL, options, CPU)
+    step = Step(state, losses(), options)
+    for good in range(number):
+        step(good, *whole(good))
+    before = changeable(state)
+    with spoiled_loss(name, how, part=parts):  # the last part only
+        step(number, *whole(number))
+    assert equal(changeable(state), before)
+    assert (float(state.skipped), state.step) == (1, number + 1)
+    step(number + 1, *whole(number + 1))
+    assert not equal(changeable(state)["ema"], before["ema"])
+    assert float(state.skipped) == 1
+
+
+def test_a_bad_first_step_of_the_discriminator_leaves_no_trace():
+    options = settings(max_skipped=9)
+    with_bad, without = (TrainState(SMALL, options, CPU) for _ in range(2))
+    for state in (with_bad, without):
+        step = Step(state, losses(), options)
+        for number in range(SECOND):
+            step(number, *batch(number))
+        if state is with_bad:  # its optimiser has no state yet
+            with spoiled_loss("l1_terms", "nan"):
+                step(SECOND, *batch(SECOND))
+        state.step = SECOND + 1
+        step(SECOND + 1, *batch(SECOND + 1))
+    assert equal(changeable(with_bad), changeable(without))
+
+
+def test_after_too_many_bad_steps_a_good_one_changes_nothing_either():
+    options = settings(max_skipped=0)
+    state = TrainState(SMALL, options, CPU)
+    step = Step(state, losses(), options)
+    for number in range(SECOND + 1):
+        step(number, *batch(number))
+    before = changeable(state)
+    with spoiled_loss("total_variation", "inf"):
+        step(SECOND + 1, *batch(SECOND + 1))
+    step(SECOND + 2, *batch(SECOND + 2))
+    assert equal(changeable(state), before)
+    assert float(state.skipped) == 1
+
+
+BAD_RANKS = """
+import sys
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from test_step import (
+    CPU, SECOND, SMALL, batch, changeable, equal, losses, settings, spoiled_loss
+)
+from dpnet.training.state import TrainState
+from dpnet.training.step import Step
+
+meet, rank, result = sys.argv[1:]
+rank = int(rank)
+torch.set_num_threads(1)
+distributed.init_process_group(
+    "gloo", init_method=f"file://{meet}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+)
+states = []
+for parts in (1, 2):
+    for number, name, how in [
+        (1, "l1_terms", "nan"),
+        (SECOND + 1, "l1_terms", "nan"),
+        (SECOND + 1, "generator_adversarial", "gradient"),
+        (SECOND + 1, "discriminator_loss", "inf"),
+    ]:
+        options = settings(max_skipped=9, accumulate=parts)
+        state = TrainState(SMALL, options, CPU)
+        step = Step(state, losses(), options, world=2)
+        for at in range(number + 2):
+            mine = [t[rank::2] for t in batch(at, 4)]
+            before = changeable(state)
+            if at == number and rank == 1:
+                with spoiled_loss(name, how, part=parts):
+                    step(at, *mine)
+            else:
+                step(at, *mine)
+            same = equal(changeable(state), before)
+            assert same == (at == number), (parts, number, name, at)
+            assert float(state.skipped) == (at >= number), (parts, number, name, at)
+        states.append(changeable(state))
+torch.save(states, f"{result}-{rank}")
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_bad_loss_on_one_of_two_ranks_changes_nothing_on_either(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"}
+    given = [str(tmp_path / "meet"), str(tmp_path / "result")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", BAD_RANKS, given[0], str(rank), given[1]], env=environment
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    first, second = (torch.load(f"{given[1]}-{rank}", weights_only=True) for rank in range(2))
+    assert equal(first, second)
+
+
+def test_the_average_is_that_of_its_definition_in_double_precision():
+    options = settings(ema_decay=0.4)  # reached in step 6
+    state = TrainState(SMALL, options, CPU)
+    step = Step(state, losses(), options)
+    expected = {n: w.double() for n, w in state.generator.state_dict().items()}
+    for number in range(12):
+        step(number, *batch(number))
+        decay = min(0.4, (1 + number) / (10 + number))
+        for name, weight in state.generator.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight.double()
+    for name, weight in state.ema.state_dict().items():
+        assert torch.allclose(weight.double(), expected[name], rtol=0, atol=1e-6), name
+
+
+def test_the_first_weights_leave_the_average_soon():
+    state = TrainState(SMALL, settings(), CPU)
+    torch._foreach_zero_(list(state.ema.parameters()))
+    with torch.no_grad():
+        for weight in state.generator.parameters():
+            weight.fill_(1)
+    for number in range(30):
+        state.step = number
+        state.update_ema(0.999, torch.zeros(()))
+    # The product of (1 + t) / (10 + t) is below 1e-7. Of 0.999 it would be 0.97.
+    assert all(torch.allclose(p, torch.ones_like(p), atol=1e-5) for p in state.ema.parameters())
+
+
+def test_the_average_has_the_buffers_of_the_generator():
+    state = TrainState(SMALL, settings(), CPU)
+    for network, value in ((state.generator, 3.0), (state.ema, 1.0)):
+        network.register_buffer("seen", torch.tensor(value))
+    state.update_ema(0.9, torch.ones(()))
+    assert float(state.ema.seen) == 1
+    state.update_ema(0.9, torch.zeros(()))
+    assert float(state.ema.seen) == 3
 
 
 def test_training_skips_up_to_the_allowed_number_of_bad_steps():
