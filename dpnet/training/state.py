@@ -135,8 +135,9 @@ class TrainState:
         # The decay is smaller early on, so that the first weights leave the average soon.
         decay = min(decay, (1 + self.step) / (10 + self.step))
         share = (1 - decay) * (1 - keep)
-        for mine, theirs in zip(self.ema.parameters(), self.generator.parameters(), strict=True):
-            mine.lerp_(theirs, share)
+        averaged, current = self.ema.parameters(), self.generator.parameters()
+        for average, weight in zip(averaged, current, strict=True):
+            average.lerp_(weight, share)
         for mine, theirs in zip(self.ema.buffers(), self.generator.buffers(), strict=True):
             mine.copy_(torch.where(keep > 0, mine, theirs))
 
