@@ -1,0 +1,131 @@
+"""The guard in front of servers on this machine: who is let in, and who is not."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import pytest
+
+from flows.local_server.guard import LOGIN, Guard, is_password
+
+PORT = 4321
+OWN = f"127.0.0.1:{PORT}"
+PASSWORD = "dpnet:a long:password"
+BASIC = "Basic " + base64.b64encode(PASSWORD.encode()).decode()
+
+
+async def inner(scope: Any, receive: Any, send: Any) -> None:
+    """An application that allows every origin, as Prefect's does."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.accept"})
+        return
+    headers = [(b"access-control-allow-origin", b"*")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"secret"})
+
+
+def ask(
+    path: str = "/api/flows",
+    method: str = "GET",
+    kind: str = "http",
+    guard: Guard | None = None,
+    **headers: str,
+) -> dict[str, Any]:
+    """The answer to one request; header names have `_` in place of `-`."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    given = {"host": OWN, **headers}
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in given.items()]
+    scope = {"type": kind, "method": method, "path": path, "headers": raw}
+    asyncio.run((guard or Guard(inner, PORT))(scope, receive, send))
+    if kind == "websocket":
+        return {"accepted": sent[0]["type"] == "websocket.accept"}
+    return {
+        "status": sent[0]["status"],
+        "headers": {name.decode(): value.decode() for name, value in sent[0]["headers"]},
+        "body": sent[1]["body"].decode(),
+    }
+
+
+@pytest.mark.parametrize("host", [OWN, f"localhost:{PORT}", f"[::1]:{PORT}", f"LOCALHOST:{PORT}"])
+def test_the_server_answers_under_its_own_addresses(host: str) -> None:
+    assert ask(host=host)["status"] == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", f"evil.example:{PORT}", "127.0.0.1", "127.0.0.1:80", "", f"{OWN}.evil"]
+)
+def test_another_host_header_is_refused(host: str) -> None:
+    answer = ask(host=host)
+    assert (answer["status"], "secret" in answer["body"]) == (403, False)
+    assert not ask(kind="websocket", host=host)["accepted"]
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", f"https://{OWN}", "http://127.0.0.1:9999", ""]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_a_request_of_another_origin_is_refused(origin: str, method: str) -> None:
+    assert ask(method=method, origin=origin)["status"] == 403
+    assert not ask(kind="websocket", origin=origin)["accepted"]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_what_another_site_embeds_is_refused_and_a_link_is_followed(site: str) -> None:
+    embedded = {"sec_fetch_site": site, "sec_fetch_mode": "no-cors"}
+    assert ask(**embedded)["status"] == 403
+    link = {"sec_fetch_site": site, "sec_fetch_mode": "navigate"}
+    assert ask(**link)["status"] == 200
+    assert ask(method="POST", **link)["status"] == 403
+
+
+def test_its_own_pages_and_programs_are_served() -> None:
+    assert ask(origin=f"http://{OWN}", sec_fetch_site="same-origin")["status"] == 200
+    assert ask(method="POST")["status"] == 200
+    assert ask(kind="websocket", origin=f"http://{OWN}")["accepted"]
+
+
+def test_no_answer_allows_other_origins_or_frames_of_other_pages() -> None:
+    headers = ask()["headers"]
+    assert not [name for name in headers if name.startswith("access-control-")]
+    assert headers["x-frame-options"] == "SAMEORIGIN"
+
+
+def test_with_a_password_every_other_request_is_refused() -> None:
+    guard = Guard(inner, PORT, password=PASSWORD, unguarded=["/health"])
+    refused = ask(guard=guard)
+    assert (refused["status"], refused["headers"]["www-authenticate"]) == (
+        401,
+        'Basic realm="dpnet"',
+    )
+    assert ask(guard=guard, authorization=BASIC)["status"] == 200
+    assert ask(guard=guard, path="/health")["status"] == 200
+    assert ask(guard=guard, path="/health/more")["status"] == 401
+    assert not ask(guard=guard, kind="websocket")["accepted"]
+    assert ask(guard=guard, authorization=BASIC, host="evil.example")["status"] == 403
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Basic", "Basic !", "Bearer " + BASIC[6:], BASIC[:-4], BASIC + "AAAA"]
+)
+def test_another_password_is_refused(header: str) -> None:
+    assert not is_password(header, PASSWORD)
+    assert is_password(BASIC, PASSWORD)
+
+
+def test_the_login_page_keeps_the_key_in_the_browser_and_allows_no_other_script() -> None:
+    guard = Guard(inner, PORT, login_page=True)
+    answer = ask(LOGIN, guard=guard, sec_fetch_site="none")
+    assert answer["status"] == 200
+    assert "location.hash" in answer["body"]
+    assert "default-src 'none'" in answer["headers"]["content-security-policy"]
+    assert ask(LOGIN, guard=guard, host="evil.example")["status"] == 403
+    assert ask(LOGIN)["body"] == "secret"  # without the page it is an address as any other
