@@ -12,6 +12,7 @@ from typing import Any
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.config import CheckedConfig, Config
+from flows.local_server.password import PASSWORD
 from flows.local_server.server import embedded_server
 
 QUIET = {
@@ -119,12 +120,12 @@ def _embedded_prefect(home: Path) -> Iterator[None]:
             _send_queued_logs_and_events()
 
 
-def _use_server(home: Path, url: str) -> None:
-    """Configure Prefect to use the server.
+def _use_server(home: Path, url: str, password: str) -> None:
+    """Configure Prefect to use the server with this `user:password`.
 
     This imports Prefect, which takes about as long as the server takes to start.
     """
-    os.environ.update({"PREFECT_HOME": str(home), "PREFECT_API_URL": url})
+    os.environ.update({"PREFECT_HOME": str(home), "PREFECT_API_URL": url, PASSWORD: password})
     from prefect.context import refresh_global_settings_context
 
     refresh_global_settings_context()

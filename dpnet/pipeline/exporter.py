@@ -4,28 +4,45 @@
 
 The metrics describe trainings, datasets and champions. The server reads the root when Prometheus
 asks, at most every 10 seconds. `dpnet_storage_up` is 0 while the root cannot be read.
+
+Requests that the pages of other sites make are refused. With DPNET_REPORTS_PASSWORD=user:password
+in the environment, every request needs that password (HTTP basic authentication).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.logs import start_logging
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from data_prep.core.web_guard import (
+    ASK_PASSWORD,
+    PROTECTIVE,
+    REPORTS_PASSWORD,
+    WRONG_PASSWORD,
+    has_password,
+    is_loopback,
+    own_host,
+    refusal,
+)
 from dpnet.pipeline.root_metrics import METRICS, MetricValue, RootReader
 
 HOST, PORT = "127.0.0.1", 9808
@@ -82,13 +99,21 @@ class RootCollector(Collector):
         self._read_at = time.monotonic()
 
 
-def serve(store: Store, port: int = 0, host: str = HOST) -> tuple[WSGIServer, int]:
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log no requests."""
+
+
+def serve(
+    store: Store, port: int = 0, host: str = HOST, password: str = ""
+) -> tuple[WSGIServer, int]:
     """Start an HTTP server that answers requests in threads.
 
     Args:
         store: The root.
         port: The port to listen on, 0 to 65535; 0 means any free port.
         host: The address to listen on.
+        password: `user:password` that every request needs; empty for none.
 
     Returns:
         The server, which the caller shuts down, and its port.
@@ -99,14 +124,51 @@ def serve(store: Store, port: int = 0, host: str = HOST) -> tuple[WSGIServer, in
     registry = CollectorRegistry()
     registry.register(RootCollector(store))
     try:
-        server, _ = start_http_server(port, host, registry)
-        server.set_app(_with_reports(store, make_wsgi_app(registry)))
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        kind = type("_Server", (ThreadingWSGIServer,), {"address_family": family})
+        server = kind((host, port), _QuietHandler)
     except (OSError, OverflowError) as error:
         raise PipelineError(
             f"the exporter cannot listen on {host}:{port}: {error}. Choose another --port, or 0 for"
             " any free port."
         ) from None
+    names = () if is_loopback(host) else (host, socket.gethostname(), socket.getfqdn())
+    app = _with_reports(store, make_wsgi_app(registry))
+    server.set_app(_guarded(app, own_host(server.server_port, names), password))
+    threading.Thread(target=server.serve_forever, name="dpnet-exporter", daemon=True).start()
     return server, server.server_port
+
+
+def _guarded(app: Any, is_own: Callable[[str], bool], password: str) -> Any:
+    """Return a WSGI application that refuses what `data_prep/core/web_guard.py` refuses.
+
+    Args:
+        app: The application that answers the other requests.
+        is_own: Returns whether a `Host` header names this server.
+        password: `user:password` that every request needs; empty for none.
+    """
+
+    def answer(environ: dict[str, Any], start: Any) -> Any:
+        headers = {
+            name.removeprefix("HTTP_").replace("_", "-").lower(): [value]
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        reason, status, ask = refusal(environ["REQUEST_METHOD"], headers, is_own), "403", []
+        if reason is None and password and not has_password(headers, password):
+            reason, status, ask = WRONG_PASSWORD, "401", [ASK_PASSWORD]
+        if reason is not None:
+            kind = ("Content-Type", "text/plain; charset=utf-8")
+            start(f"{status} Refused", [kind, *PROTECTIVE, *ask])
+            return [f"{reason}\n".encode()]
+
+        def start_with_headers(status: str, given: list[tuple[str, str]], *rest: Any) -> Any:
+            kept = [each for each in given if not each[0].lower().startswith("access-control-")]
+            return start(status, [*kept, *PROTECTIVE], *rest)
+
+        return app(environ, start_with_headers)
+
+    return answer
 
 
 def _with_reports(store: Store, metrics: Any) -> Any:
@@ -118,7 +180,7 @@ def _with_reports(store: Store, metrics: Any) -> Any:
             return metrics(environ, start)
         status, body, kind = "200 OK", b"", "text/html; charset=utf-8"
         try:
-            body = store.read(page[1])
+            body = _read_inside(store, page[1])
         except FileNotFoundError:
             status, body, kind = "404 Not Found", b"This report does not exist.", "text/plain"
         except (OSError, StorageError):
@@ -131,6 +193,19 @@ def _with_reports(store: Store, metrics: Any) -> Any:
         return [body]
 
     return answer
+
+
+def _read_inside(store: Store, key: str) -> bytes:
+    """Read an object of the root. A symbolic link that leaves the root is no object of it."""
+    if store.local_folder is not None:
+        folder = Path(store.local_folder).resolve()
+        path = (folder / key).resolve()
+        if not path.is_relative_to(folder):
+            raise FileNotFoundError(key)
+        key = path.relative_to(folder).as_posix()
+        if not _REPORT.fullmatch(f"/{key}"):
+            raise FileNotFoundError(key)
+    return store.read(key)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,7 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda number, frame: ended.set())
     try:
-        server, port = serve(open_store(args.root), args.port, args.host)
+        password = os.environ.pop(REPORTS_PASSWORD, "")
+        server, port = serve(open_store(args.root), args.port, args.host, password)
     except PipelineError as error:
         print(f"dpnet: {error}", file=sys.stderr, flush=True)
         return 1

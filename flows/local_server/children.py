@@ -1,13 +1,13 @@
 """The processes of `dpnet up`: the command, the environment and the readiness check of each.
 
 Every environment is the user's without Prefect settings, so no profile and no variable `PREFECT_…`
-of the user reaches these processes. Each process gets only the secrets that it needs: the server
-gets the database's URL, and the worker (with its flow runs) gets the password.
+of the user reaches these processes. Each process gets only the secrets that it needs: Prefect's
+server gets the database's URL. All servers have the same password, and the worker (with its flow
+runs) gets it.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import socket
@@ -21,12 +21,14 @@ from datetime import datetime
 from pathlib import Path
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.web_guard import REPORTS_PASSWORD, basic_auth
 from dpnet.training.ray.start import RayStart
+from flows.local_server.mlflow_server import PASSWORD_VARIABLE as MLFLOW_PASSWORD
+from flows.local_server.password import PASSWORD, SERVER_PASSWORD, keep_password, users_own
 from flows.local_server.server import SETTINGS, server_command
 
 POOL = "dpnet"
 DATABASE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
-PASSWORD, SERVER_PASSWORD = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"
 HEARTBEAT_S = 30  # between heartbeats of a flow run; the shortest interval that Prefect allows
 _TIMEOUT_S = 2.0
 _DATABASES = ("postgresql+asyncpg://", "sqlite+aiosqlite:///")
@@ -47,6 +49,7 @@ class Child:
         stop_s: How many seconds it has to end after a SIGTERM.
         inherited_fds: File descriptors that it inherits.
         signal_children: Send the SIGTERM to its children too, because it waits for them.
+        private: Only this user may read the files that it creates, whatever the umask is.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Child:
     stop_s: float
     inherited_fds: tuple[int, ...] = ()
     signal_children: bool = False
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class LocalSetup:
     @property
     def password(self) -> str:
         """Return `user:password` of the Prefect API, or an empty string if it has none."""
-        return self.environ.get(PASSWORD) or self.environ.get(SERVER_PASSWORD, "")
+        return users_own(self.environ)
 
     @property
     def database(self) -> str:
@@ -82,6 +86,11 @@ class LocalSetup:
         env = {k: v for k, v in self.environ.items() if not k.startswith(("PREFECT_", *without))}
         local = ",".join(filter(None, [env.get("NO_PROXY", env.get("no_proxy")), "127.0.0.1"]))
         return {**env, "NO_PROXY": local, "no_proxy": local, "PYTHONUNBUFFERED": "1"}
+
+
+def with_password(environ: Mapping[str, str], home: Path) -> Mapping[str, str]:
+    """Return the environment with the password that is kept in `home`, or with the user's own."""
+    return environ if users_own(environ) else {**environ, PASSWORD: keep_password(home)}
 
 
 def check_secrets(setup: LocalSetup) -> None:
@@ -127,21 +136,22 @@ def server(setup: LocalSetup, listener: socket.socket) -> Child:
         lambda: answers(f"{url}/api/health"),
         5.0,
         (listener.fileno(),),
+        private=True,
     )
 
 
-def mlflow(setup: LocalSetup, database: Path, artifacts: str, port: int) -> Child:
+def mlflow(setup: LocalSetup, database: Path, artifacts: str, listener: socket.socket) -> Child:
     """Return MLflow's server with its UI.
 
     Args:
         setup: The root, the home and the environment.
         database: The SQLite file of the runs and the registry.
         artifacts: The URI of the folder of the artifacts.
-        port: The port to listen on.
+        listener: The socket to listen on.
     """
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
-    command += ["--artifacts-destination", artifacts]
+    command = [sys.executable, "-m", "flows.local_server.mlflow_server"]
+    command += [f"sqlite:///{database}", artifacts, str(listener.fileno())]
+    url = address(listener.getsockname()[1])
     env = {
         # Keep only the settings of S3, not the address of another MLflow.
         **{k: v for k, v in setup.environ.items() if k.startswith("MLFLOW_S3_")},
@@ -150,14 +160,17 @@ def mlflow(setup: LocalSetup, database: Path, artifacts: str, port: int) -> Chil
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # nothing here submits jobs
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
         "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        MLFLOW_PASSWORD: setup.password,
     }
     return Child(
         "MLflow",
         setup.home / "mlflow.log",
         command,
         env,
-        lambda: answers(f"{address(port)}/health"),
+        lambda: answers(f"{url}/health"),
         3.0,
+        (listener.fileno(),),
+        private=True,
     )
 
 
@@ -192,8 +205,8 @@ def exporter(setup: LocalSetup, port: int) -> Child:
         "the exporter",
         setup.home / "exporter.log",
         command,
-        setup.clean_environ("MLFLOW_"),
-        lambda: answers(f"{address(port)}/metrics"),
+        {**setup.clean_environ("MLFLOW_"), REPORTS_PASSWORD: setup.password},
+        lambda: answers(f"{address(port)}/metrics", setup.password),
         4.0,
     )
 
@@ -210,7 +223,8 @@ def worker(
         reports_url: The address that serves the reports.
         ray_url: The address of this machine's Ray dashboard, or None without Ray.
     """
-    env = setup.clean_environ("MLFLOW_TRACKING_URI", *(["RAY_ADDRESS"] if ray_url else [])) | {
+    user, _, password = setup.password.partition(":")
+    env = setup.clean_environ("MLFLOW_TRACKING_", *(["RAY_ADDRESS"] if ray_url else [])) | {
         "PREFECT_HOME": str(setup.home),
         "PREFECT_API_URL": api_url,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
@@ -218,8 +232,10 @@ def worker(
         "DO_NOT_TRACK": "1",
         "DPNET_ROOT": setup.root,
         "MLFLOW_TRACKING_URI": mlflow_url,
+        "MLFLOW_TRACKING_USERNAME": user,
+        "MLFLOW_TRACKING_PASSWORD": password,
         "DPNET_REPORTS_URL": reports_url,
-        **({PASSWORD: setup.password} if setup.password else {}),
+        PASSWORD: setup.password,
         **({"RAY_API_SERVER_ADDRESS": ray_url} if ray_url else {}),
     }
     if ray_url:
@@ -244,18 +260,26 @@ def address(port: int) -> str:
     return f"http://127.0.0.1:{port}"
 
 
-def answers(url: str) -> bool:
-    """Return whether a server answers at `url` without an error status."""
-    with suppress(urllib.error.URLError, OSError, ValueError), _open(url, timeout=_TIMEOUT_S):
+def answers(url: str, password: str = "") -> bool:
+    """Return whether a server answers at `url` without an error status.
+
+    Args:
+        url: The address of a page or an API.
+        password: `user:password`; empty for a page that needs none.
+    """
+    request = urllib.request.Request(url, headers=_authorization(password))
+    with suppress(urllib.error.URLError, OSError, ValueError), _open(request, timeout=_TIMEOUT_S):
         return True
     return False
 
 
+def _authorization(password: str) -> dict[str, str]:
+    return {"Authorization": basic_auth(password)} if password else {}
+
+
 def _is_online(api_url: str, name: str, since: datetime, password: str) -> bool:
     """Return whether the server has a heartbeat of the worker `name` after `since`."""
-    headers = {"Content-Type": "application/json"}
-    if password:
-        headers["Authorization"] = "Basic " + base64.b64encode(password.encode()).decode()
+    headers = {"Content-Type": "application/json", **_authorization(password)}
     url = f"{api_url}/work_pools/{POOL}/workers/filter"
     request = urllib.request.Request(url, b"{}", headers)
     with suppress(urllib.error.URLError, OSError, ValueError):

@@ -1,8 +1,6 @@
 """Keep other web pages and other users out of a server on this machine.
 
-A server on the loopback address is not private: every page in the user's browser can send it
-requests, a domain name can be pointed at it (DNS rebinding), and every user of the machine can
-reach its port. So `Guard` stands in front of Prefect's and MLflow's servers and refuses
+`Guard` is in front of Prefect's and MLflow's servers and refuses
 
 * a `Host` that is not this server's own address: DNS rebinding,
 * an `Origin` that is not this server's own, and requests that the browser marks as made by the
@@ -10,24 +8,32 @@ reach its port. So `Guard` stands in front of Prefect's and MLflow's servers and
 * requests without the password, where the server behind it does not ask for one itself.
 
 It also forbids other pages to show the server's pages in a frame (clickjacking).
+`data_prep/core/web_guard.py` has the rules.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
-import hmac
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
+
+from data_prep.core.web_guard import (
+    ASK_PASSWORD,
+    PROTECTIVE,
+    WRONG_PASSWORD,
+    Headers,
+    has_password,
+    own_host,
+    refusal,
+)
+from flows.local_server.password import LOGIN
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LOGIN = "/login"
-_NAMES = ("127.0.0.1", "localhost", "[::1]")
 # The key is in the fragment of the address (after #), which no browser sends to a server. The
 # storage belongs to this origin, port included. Prefect's pages take their password from there.
 _SCRIPT = """
@@ -37,11 +43,7 @@ location.replace("/");
 """
 _PAGE = f"<!doctype html><title>Log in</title><script>{_SCRIPT}</script>".encode()
 _SCRIPT_HASH = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-_FRAMES = [
-    (b"x-frame-options", b"SAMEORIGIN"),
-    (b"referrer-policy", b"same-origin"),
-    (b"x-content-type-options", b"nosniff"),
-]
+_PROTECTIVE = [(name.lower().encode(), value.encode()) for name, value in PROTECTIVE]
 
 
 class Guard:
@@ -59,25 +61,25 @@ class Guard:
         """Guard `app`.
 
         Args:
-            app: the ASGI application that answers what is let through.
-            port: the port that the server listens on.
+            app: The ASGI application that answers what is let through.
+            port: The port that the server listens on.
             password: `user:password` that every request must carry (HTTP basic authentication);
                 None where `app` asks for it itself.
-            unguarded: paths that need no password, such as a health check.
-            login_page: serve `LOGIN`, a page that puts the key after `#` where Prefect's pages
+            unguarded: Paths that need no password, such as a health check.
+            login_page: Serve `LOGIN`, a page that puts the key after `#` where Prefect's pages
                 look for their password.
         """
         self._app, self._password, self._unguarded = app, password, frozenset(unguarded)
-        self._hosts = frozenset(f"{name}:{port}" for name in _NAMES)
-        self._origins = frozenset(f"http://{host}" for host in self._hosts)
+        self._is_own = own_host(port)
         self._login_page = login_page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or let the application answer it."""
         if scope["type"] not in ("http", "websocket"):  # the server's start and end
             await self._app(scope, receive, send)
             return
         headers = _headers(scope)
-        reason = self.refused(scope, headers)
+        reason = refusal(scope.get("method", "GET"), headers, self._is_own)
         if reason is not None:
             await _refuse(scope, send, 403, reason)
         elif self._login_page and scope["type"] == "http" and scope["path"] == LOGIN:
@@ -85,53 +87,26 @@ class Guard:
             extra = [(b"content-security-policy", policy.encode()), (b"cache-control", b"no-store")]
             await _answer(send, 200, _PAGE, b"text/html; charset=utf-8", extra)
         elif not self._may_enter(scope, headers):
-            await _refuse(scope, send, 401, "the password is missing or wrong")
+            await _refuse(scope, send, 401, WRONG_PASSWORD)
         else:
             await self._app(scope, receive, _with_headers(send))
 
-    def refused(self, scope: Scope, headers: dict[bytes, list[bytes]]) -> str | None:
-        """Return why a request is not let in; None if it may go on to the password."""
-        hosts = [value.decode("latin-1").lower() for value in headers.get(b"host", [])]
-        if len(hosts) != 1 or hosts[0] not in self._hosts:
-            return "this server answers only under its own address"
-        origins = [value.decode("latin-1").lower() for value in headers.get(b"origin", [])]
-        if any(origin not in self._origins for origin in origins):
-            return "this server answers only its own pages"
-        site = [value.decode("latin-1") for value in headers.get(b"sec-fetch-site", [])]
-        if any(value not in ("same-origin", "none") for value in site):
-            mode = headers.get(b"sec-fetch-mode", [b""])[0]
-            # A link to this server that somebody follows shows nothing to the other page.
-            if scope.get("method") != "GET" or mode != b"navigate":
-                return "this server answers only its own pages"
-        return None
-
-    def _may_enter(self, scope: Scope, headers: dict[bytes, list[bytes]]) -> bool:
+    def _may_enter(self, scope: Scope, headers: Headers) -> bool:
         if self._password is None or scope["path"] in self._unguarded:
             return True
-        given = headers.get(b"authorization", [])
-        return len(given) == 1 and is_password(given[0].decode("latin-1"), self._password)
+        return has_password(headers, self._password)
 
 
-def is_password(header: str, password: str) -> bool:
-    """Return whether an `Authorization` header carries `password` (as `user:password`)."""
-    scheme, _, value = header.partition(" ")
-    if scheme.lower() != "basic":
-        return False
-    try:
-        given = base64.b64decode(value.strip(), validate=True)
-    except (binascii.Error, ValueError):
-        return False
-    return hmac.compare_digest(given, password.encode())
-
-
-def _headers(scope: Scope) -> dict[bytes, list[bytes]]:
-    found: dict[bytes, list[bytes]] = {}
+def _headers(scope: Scope) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for name, value in scope["headers"]:
-        found.setdefault(name.lower(), []).append(value)
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     return found
 
 
 def _with_headers(send: Send) -> Send:
+    """Return a `send` that adds the protective headers and removes those that allow origins."""
+
     async def sending(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             names = {name.lower() for name, _ in message.get("headers", [])}
@@ -141,7 +116,7 @@ def _with_headers(send: Send) -> Send:
                 for name, value in message.get("headers", [])
                 if not name.lower().startswith(b"access-control-")
             ]
-            message["headers"] = [*kept, *(h for h in _FRAMES if h[0] not in names)]
+            message["headers"] = [*kept, *(h for h in _PROTECTIVE if h[0] not in names)]
         await send(message)
 
     return sending
@@ -151,14 +126,14 @@ async def _refuse(scope: Scope, send: Send, status: int, reason: str) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": reason})
         return
-    extra = [(b"www-authenticate", b'Basic realm="dpnet"')] if status == 401 else []
-    await _answer(send, status, f"{reason}\n".encode(), b"text/plain; charset=utf-8", extra)
+    ask = [(ASK_PASSWORD[0].lower().encode(), ASK_PASSWORD[1].encode())] if status == 401 else []
+    await _answer(send, status, f"{reason}\n".encode(), b"text/plain; charset=utf-8", ask)
 
 
 async def _answer(
     send: Send, status: int, body: bytes, kind: bytes, extra: list[tuple[bytes, bytes]]
 ) -> None:
     length = str(len(body)).encode()
-    headers = [(b"content-type", kind), (b"content-length", length), *_FRAMES, *extra]
+    headers = [(b"content-type", kind), (b"content-length", length), *_PROTECTIVE, *extra]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -3,6 +3,7 @@
 `embedded_server` runs the parts of a server that one flow run needs. `dpnet up` runs a full server,
 with the UI and every service (`flows/local_server/supervisor.py`).
 
+* It has a password, and `Guard` refuses requests of other pages.
 * The parent binds the socket and passes it on, so the port cannot be taken by another program.
 * The database and the log `server.log` are in the folder `home`.
 * Ctrl-C in a terminal does not reach the server, so it still stores the last states of a stopped
@@ -29,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.private_files import UMASK, private_folder, private_opener
+from flows.local_server.password import SERVER_PASSWORD, new_password
 from flows.local_server.server_log import explain_failure
 
 START_TIMEOUT_S = 120.0
@@ -45,28 +48,30 @@ EMBEDDED = {"PREFECT_SERVER_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "
 
 @contextmanager
 def embedded_server(
-    home: Path, env: Mapping[str, str], while_starting: Callable[[Path, str], None]
+    home: Path, env: Mapping[str, str], while_starting: Callable[[Path, str, str], None]
 ) -> Iterator[bool]:
     """Run a server with its database in `home`, inside the block.
 
     Args:
         home: The folder of the database, the log and the lock.
         env: The environment of the server.
-        while_starting: Called with `home` and the address of the API while the server starts.
+        while_starting: Called while the server starts, with `home`, the address of the API and its
+            `user:password`. The password is random and known to nobody else.
 
     Yields:
         Whether no other command uses `home`. If so, a run in the state running was killed.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    private_folder(home)
+    password = new_password()
     with (home / "lock").open("ab") as lock:
         exclusive = _lock_exclusively(lock.fileno())
         if exclusive:
             remove_unfinished_database(home)
         with socket.create_server(("127.0.0.1", 0)) as listener:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
-            process = _start(home, env, listener)
+            process = _start(home, {**env, SERVER_PASSWORD: password}, listener)
         try:
-            while_starting(home, url)
+            while_starting(home, url, password)
             _wait_until_healthy(url, process, home / "server.log")
             mark_database_created(home)
             # Other commands may start now. They waited while the database was created.
@@ -99,7 +104,7 @@ def remove_unfinished_database(home: Path) -> None:
 
 def mark_database_created(home: Path) -> None:
     """Record that a server has started with the database, so that the next start keeps it."""
-    (home / "created").touch()
+    (home / "created").touch(0o600)
 
 
 def server_command(listener: socket.socket) -> list[str]:
@@ -108,7 +113,7 @@ def server_command(listener: socket.socket) -> list[str]:
 
 
 def _start(home: Path, env: Mapping[str, str], listener: socket.socket) -> subprocess.Popen[bytes]:
-    with (home / "server.log").open("wb") as log:
+    with open(home / "server.log", "wb", opener=private_opener) as log:
         return subprocess.Popen(
             server_command(listener),
             env={**env, **SETTINGS, **EMBEDDED, "PREFECT_HOME": str(home)},
@@ -117,6 +122,7 @@ def _start(home: Path, env: Mapping[str, str], listener: socket.socket) -> subpr
             stderr=log,
             pass_fds=[listener.fileno()],
             start_new_session=True,
+            umask=UMASK,
         )
 
 
@@ -159,10 +165,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _serve(listener: int) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     import uvicorn
+    from prefect.server.api.server import create_app
 
+    from flows.local_server.guard import Guard
+
+    with socket.socket(fileno=os.dup(listener)) as own:
+        port = own.getsockname()[1]
     uvicorn.run(
-        "prefect.server.api.server:create_app",
-        factory=True,
+        Guard(create_app(), port, login_page=True),
         fd=listener,
         log_level="error",
         timeout_graceful_shutdown=3,  # an open page of the UI would keep the server running

@@ -18,6 +18,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from typing import Any, BinaryIO, NoReturn
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.logs import start_logging
 from data_prep.core.paths import MLFLOW_ARTIFACTS, MLFLOW_DATABASE
+from data_prep.core.private_files import UMASK, make_private, private_folder, private_opener
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.training.ray.start import prepare_start
@@ -39,7 +41,15 @@ from flows.local_server.server import (
     remove_unfinished_database,
     start_error,
 )
-from flows.local_server.up import LOCK, STATE, Running, SupervisorArguments, free_port, listen
+from flows.local_server.up import (
+    LOCK,
+    STATE,
+    Running,
+    SupervisorArguments,
+    free_listener,
+    free_port,
+    listen,
+)
 
 START_TIMEOUT_S = 180.0  # a busy machine is slow
 POLL_S = 0.3
@@ -135,7 +145,7 @@ class Supervisor:
 
 
 def _spawn(child: Child, mode: str) -> subprocess.Popen[bytes]:
-    with child.log.open(mode) as output:
+    with open(child.log, mode, opener=private_opener) as output:
         return subprocess.Popen(
             child.command,
             env=child.env,
@@ -145,6 +155,7 @@ def _spawn(child: Child, mode: str) -> subprocess.Popen[bytes]:
             stderr=output,
             pass_fds=child.inherited_fds,
             preexec_fn=process_tree.end_with_parent,
+            umask=UMASK if child.private else -1,
         )
 
 
@@ -152,7 +163,8 @@ def supervise(arguments: SupervisorArguments) -> None:
     """Start and watch everything. Raises PipelineError, or Stopped at the end."""
     store = open_store(arguments.root)
     home = Path(arguments.home)
-    setup = LocalSetup(arguments.root, home, os.environ)
+    setup = LocalSetup(arguments.root, home, children.with_password(os.environ, home))
+    children.check_secrets(setup)
     supervisor = Supervisor(setup)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(arguments.port))
@@ -164,7 +176,8 @@ def supervise(arguments: SupervisorArguments) -> None:
         if not os.environ.get(children.DATABASE):
             remove_unfinished_database(home)
         supervisor.start(children.server(setup, listener))
-        mlflow_url = _start_mlflow(supervisor, store)
+        mlflow_listener = stack.enter_context(free_listener(5000))
+        mlflow_url = _start_mlflow(supervisor, store, mlflow_listener)
         ray_url = None
         if ray is not None:
             ray_port = free_port(8265)
@@ -186,15 +199,16 @@ def supervise(arguments: SupervisorArguments) -> None:
         supervisor.watch()
 
 
-def _start_mlflow(supervisor: Supervisor, store: Store) -> str:
+def _start_mlflow(supervisor: Supervisor, store: Store, listener: socket.socket) -> str:
     """Start MLflow and return its address. Its files are in the root, or in the home for S3."""
     setup = supervisor.setup
-    port = free_port(5000)
     database = (store.local_folder or setup.home) / MLFLOW_DATABASE
     artifacts = store.uri if store.local_folder is not None else setup.home.as_uri()
     _create_mlflow_database(database)
-    supervisor.start(children.mlflow(setup, database, f"{artifacts}/{MLFLOW_ARTIFACTS}", port))
-    return children.address(port)
+    make_private(database)
+    artifacts = f"{artifacts}/{MLFLOW_ARTIFACTS}"
+    supervisor.start(children.mlflow(setup, database, artifacts, listener))
+    return children.address(listener.getsockname()[1])
 
 
 def _create_mlflow_database(path: Path) -> None:
@@ -210,6 +224,7 @@ def _create_mlflow_database(path: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         preexec_fn=process_tree.end_with_parent,
+        umask=UMASK,
     )
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
@@ -219,7 +234,8 @@ def _create_mlflow_database(path: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(value, indent=1) + "\n")
+    with open(new, "w", opener=private_opener) as file:
+        file.write(json.dumps(value, indent=1) + "\n")
     new.replace(path)
 
 
@@ -252,8 +268,8 @@ def main() -> None:
     arguments = SupervisorArguments(**json.loads(sys.argv[1]))
     home = Path(arguments.home)
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        with (home / LOCK).open("ab") as lock:
+        private_folder(home)
+        with open(home / LOCK, "ab", opener=private_opener) as lock:
             if not _lock(lock):
                 _answer({"busy": True})
                 return

@@ -205,7 +205,13 @@ def listen(port: int | None) -> socket.socket:
 
 def free_port(preferred: int = 0) -> int:
     """Return `preferred` if no process listens on that port, else any free port."""
+    with free_listener(preferred) as probe:
+        return int(probe.getsockname()[1])
+
+
+def free_listener(preferred: int = 0) -> socket.socket:
+    """Return a socket that listens on `preferred` if that port is free, else on any free port."""
     for port in (preferred, 0):
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)) as probe:
-            return int(probe.getsockname()[1])
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
     raise PipelineError("no port can be opened: this machine has no free port. End some programs.")

@@ -93,14 +93,23 @@ def config(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
+def page(up: Platform) -> Iterator[Page]:
+    """A page of a browser that is logged in to everything."""
+    user, _, password = up.password.partition(":")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-background-networking"]
         )
-        page = browser.new_page(viewport={"width": 1400, "height": 1200})
+        page = browser.new_page(
+            viewport={"width": 1400, "height": 1200},
+            http_credentials={"username": user, "password": password},
+        )
         page.set_default_timeout(60 * SECOND)
         expect.set_options(timeout=60 * SECOND)
+        page.goto(up.login_url)
+        page.wait_for_url("**/dashboard*")
+        # Prefect's page forgets the password if it is left while it checks it.
+        expect(page.get_by_role("link", name="Flows").first).to_be_visible()
         yield page
         browser.close()
 

@@ -20,10 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import alive, command_of, end_with_parent, family, free_port, wait_until
+from clusters import (
+    alive,
+    command_of,
+    end_with_parent,
+    family,
+    free_port,
+    wait_until,
+)
 from platforms import Platform, environment, platform, up_command
+from sockets import listening
 
-from flows.local_server.up import Running, find_running
+from flows.local_server.up import find_running
 
 pytestmark = [
     pytest.mark.integration,
@@ -79,8 +87,14 @@ def started(root: Path, *options: str, **more: str) -> AbstractContextManager[Pl
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    with started(tmp_path_factory.mktemp("up") / "root") as found:
-        yield found
+    before = os.umask(0)  # nothing of it may depend on the umask
+    try:
+        root = tmp_path_factory.mktemp("up") / "root"
+        with started(root) as found:
+            os.umask(before)
+            yield found
+    finally:
+        os.umask(before)
 
 
 def ask(url: str, password: str = "", body: Any = None, **headers: str) -> Any:
@@ -107,16 +121,16 @@ def answers(url: str) -> bool:
     return True
 
 
-def status_of(url: str) -> int:
+def status_of(url: str, password: str = "", **headers: str) -> int:
     """Return the HTTP status of a refused request."""
     with pytest.raises(urllib.error.HTTPError) as caught:
-        ask(url)
+        ask(url, password, **headers)
     return caught.value.code
 
 
-def online_workers(running: Running, password: str = "") -> list[str]:
+def online_workers(up: Platform) -> list[str]:
     """Return the names of the pool's online workers."""
-    workers = ask(f"{running.api_url}/work_pools/dpnet/workers/filter", password, {})
+    workers = up.ask("/work_pools/dpnet/workers/filter", {})
     return [worker["name"] for worker in workers if worker["status"] == "ONLINE"]
 
 
@@ -126,7 +140,13 @@ def run_sleeper(up: Platform, folder: Path) -> tuple[int, int]:
     file = folder / "child"
     subprocess.run(
         [sys.executable, "-c", DEPLOY, str(folder), str(file)],
-        env=environment({"PREFECT_API_URL": up.running.api_url, "PREFECT_HOME": str(folder)}),
+        env=environment(
+            {
+                "PREFECT_API_URL": up.running.api_url,
+                "PREFECT_API_AUTH_STRING": up.password,
+                "PREFECT_HOME": str(folder),
+            }
+        ),
         cwd=folder,
         check=True,
         capture_output=True,
@@ -159,22 +179,66 @@ def test_all_addresses_answer_and_a_worker_is_online(up: Platform) -> None:
     assert ask(f"{running.api_url}/health") is True
     assert "<html" in ask(running.ui_url)
     assert ask(f"{running.ui_url}/ui-settings")["api_url"] == running.api_url
-    assert "<html" in ask(running.mlflow_url)
-    assert len(online_workers(running)) == 1
-    assert ask(f"{running.api_url}/work_pools/dpnet")["type"] == "process"
+    assert "<html" in ask(running.mlflow_url, up.password)
+    assert len(online_workers(up)) == 1
+    assert up.ask("/work_pools/dpnet")["type"] == "process"
     assert running.ray_url is None
+
+
+def test_every_server_asks_for_the_password_and_only_the_users_files_have_it(up: Platform) -> None:
+    running, secret = up.running, up.password.partition(":")[2]
+    api = f"{running.api_url}/work_pools/dpnet"
+    for address in (api, running.mlflow_url, running.metrics_url):
+        assert status_of(address) == 401
+        assert status_of(address, "dpnet:another-password") == 401
+        assert status_of(address, up.password, Host="evil.example") == 403
+        assert status_of(address, up.password, Origin="http://evil.example") == 403
+        assert ask(address, up.password)
+    assert up.login_url == f"{running.ui_url}/login#{up.password}"
+    for pid in family(up.process.pid):
+        assert secret not in command_of(pid)
+    others = [*up.home.glob("*.log"), up.home / "up.json"]
+    assert not any(secret.encode() in path.read_bytes() for path in others)
+
+
+def test_deploy_and_notify_find_the_password_by_the_root(up: Platform) -> None:
+    settings = environment({"PREFECT_HOME": str(up.root / "user")})
+    for more in ({}, {"PREFECT_API_URL": up.running.api_url}):
+        deploy = [sys.executable, "-m", "dpnet", "deploy", "--dry-run", "--root", str(up.root)]
+        done = subprocess.run(deploy, env=settings | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_everything_that_up_starts_listens_on_the_loopback_address_only(up: Platform) -> None:
+    found = listening(family(up.process.pid))
+    ports = {int(address.rpartition(":")[2]) for address in found}
+    urls = (
+        up.running.ui_url,
+        up.running.mlflow_url,
+        up.running.metrics_url.removesuffix("/metrics"),
+    )
+    assert ports >= {int(url.rpartition(":")[2]) for url in urls}
+    assert {address.rpartition(":")[0] for address in found} == {"127.0.0.1"}
+
+
+def test_only_the_user_may_read_what_can_hold_a_secret(up: Platform) -> None:
+    # The fixture started it with an umask of 000.
+    files = [up.root / "mlflow.db", up.home, *up.home.iterdir()]
+    modes = {path.name: path.stat().st_mode & 0o077 for path in files}
+    assert {"up", "password", "prefect.db", "up.json", "worker.log", "lock"} <= set(modes)
+    assert {name: oct(mode) for name, mode in modes.items() if mode} == {}
 
 
 def test_mlflow_accepts_requests_from_its_own_pages(up: Platform) -> None:
     search = f"{up.running.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
-    found = ask(search, body={"max_results": 5}, Origin=up.running.mlflow_url)
+    found = ask(search, up.password, {"max_results": 5}, Origin=up.running.mlflow_url)
     assert found["experiments"][0]["name"] == "Default"
 
 
 def test_mlflow_refuses_requests_from_another_site(up: Platform) -> None:
     search = f"{up.running.mlflow_url}/ajax-api/2.0/mlflow/experiments/search"
     with pytest.raises(urllib.error.HTTPError) as caught:
-        ask(search, body={"max_results": 5}, Origin="http://evil.example")
+        ask(search, up.password, {"max_results": 5}, Origin="http://evil.example")
     assert caught.value.code == 403
 
 
@@ -182,16 +246,22 @@ def test_a_model_of_a_local_root_is_registered_through_the_server(
     up: Platform, tmp_path: Path
 ) -> None:
     support = str(Path(__file__).parents[1] / "support")
-    path = os.pathsep.join([support, os.environ.get("PYTHONPATH", "")])
+    user, _, password = up.password.partition(":")
+    settings = {
+        "PYTHONPATH": os.pathsep.join([support, os.environ.get("PYTHONPATH", "")]),
+        "MLFLOW_TRACKING_URI": up.running.mlflow_url,
+        "MLFLOW_TRACKING_USERNAME": user,
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
     done = subprocess.run(
         [sys.executable, "-c", REGISTER, str(tmp_path)],
-        env=environment({"MLFLOW_TRACKING_URI": up.running.mlflow_url, "PYTHONPATH": path}),
+        env=environment(settings),
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stdout) == (0, "champion\n"), done.stderr
     search = f"{up.running.mlflow_url}/api/2.0/mlflow/registered-models/search"
-    (model,) = ask(search)["registered_models"]
+    (model,) = ask(search, up.password)["registered_models"]
     assert model["name"] == "through-up"
     assert model["aliases"] == [{"alias": "champion", "version": "1"}]
 
@@ -201,7 +271,12 @@ def test_a_second_up_prints_the_same_addresses_and_ends(up: Platform) -> None:
         up_command(up.root, "--json"), env=environment(USERS), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"ok": True, "attached": True, **up.running.to_json()}
+    assert json.loads(done.stdout) == {
+        "ok": True,
+        "attached": True,
+        **up.running.to_json(),
+        "login_url": up.login_url,
+    }
     assert find_running(str(up.root)) == up.running
 
 
@@ -220,7 +295,8 @@ def test_a_used_port_is_refused(up: Platform, tmp_path: Path) -> None:
 def test_two_roots_can_be_up_at_the_same_time(up: Platform, tmp_path: Path) -> None:
     with started(tmp_path / "other") as other:
         assert len({*up.running.to_json().values(), *other.running.to_json().values()}) == 13
-        assert online_workers(other.running)
+        assert online_workers(other)
+        assert other.password != up.password
 
 
 def test_a_schedule_creates_runs(up: Platform) -> None:
@@ -309,14 +385,13 @@ def test_ctrl_c_during_the_start_leaves_no_process_behind(tmp_path: Path) -> Non
     assert not [pid for pid in processes if alive(pid)]
 
 
-def test_a_password_is_needed_to_use_the_api_and_the_worker_has_it(
-    tmp_path: Path,
-) -> None:
+def test_the_users_own_password_is_used_and_shown_nowhere(tmp_path: Path) -> None:
     root = tmp_path / "root"
     with started(root, PREFECT_API_AUTH_STRING=PASSWORD) as up:
-        assert status_of(f"{up.running.api_url}/work_pools/dpnet") == 401
         assert ask(f"{up.running.api_url}/work_pools/dpnet", PASSWORD)["name"] == "dpnet"
-        assert len(online_workers(up.running, PASSWORD)) == 1
+        assert len(online_workers(up)) == 1
+        assert up.login_url == up.running.ui_url  # the user's own password is not shown
+        assert not (up.home / "password").exists()
         assert ask(f"{up.running.ui_url}/ui-settings")["auth"] == "BASIC"
     written = [up.out, *up.home.glob("*.log"), up.home / "up.json"]
     assert not any(b"correct-horse" in path.read_bytes() for path in written if path.exists())
@@ -409,7 +484,7 @@ def test_a_postgres_database_is_used_and_its_password_is_shown_nowhere(tmp_path:
         root = tmp_path / "root"
         url = f"postgresql+asyncpg://dpnet:hunter2@{address}"
         with started(root, PREFECT_SERVER_DATABASE_CONNECTION_URL=url) as up:
-            assert online_workers(up.running)
+            assert online_workers(up)
             up.deploy("watch=null", "retrain=null")
             few = ["images.size=32", "masks.size=32", "masks.train=4", "masks.eval_per_bin=1"]
             up.wait_for(up.run("prepare-masks", {"overrides": few}), "COMPLETED")

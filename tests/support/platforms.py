@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from clusters import alive, command_of, end_with_parent, family, send, wait_until
 
@@ -40,7 +41,8 @@ class Platform:
     running: Running
     out: Path  # the file with its output
     root: Path
-    password: str = ""
+    password: str  # user:password of all its servers
+    login_url: str  # the address that logs a browser in
 
     @property
     def home(self) -> Path:
@@ -48,12 +50,14 @@ class Platform:
 
     def dpnet(self, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run a `dpnet` command that uses the addresses of this platform."""
+        user, _, password = self.password.partition(":")
         settings = {
             "PREFECT_API_URL": self.running.api_url,
             "PREFECT_HOME": str(self.root / "user"),
+            "PREFECT_API_AUTH_STRING": self.password,
+            "MLFLOW_TRACKING_USERNAME": user,
+            "MLFLOW_TRACKING_PASSWORD": password,
         }
-        if self.password:
-            settings["PREFECT_API_AUTH_STRING"] = self.password
         return subprocess.run(
             [sys.executable, "-m", "dpnet", *words],
             env=environment(settings | more),
@@ -69,10 +73,8 @@ class Platform:
 
     def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
         """Send a request to the Prefect API, and return the answer."""
-        headers = {"Content-Type": "application/json"}
-        if self.password:
-            encoded = base64.b64encode(self.password.encode()).decode()
-            headers["Authorization"] = f"Basic {encoded}"
+        encoded = base64.b64encode(self.password.encode()).decode()
+        headers = {"Content-Type": "application/json", "Authorization": f"Basic {encoded}"}
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"{self.running.api_url}{path}", data, headers, method=method
@@ -208,9 +210,11 @@ def platform(root: Path, *options: str, **more: str) -> Iterator[Platform]:
         wait_until(ready, f"`dpnet up` does not start: {out}", 300)
         answer = json.loads(out.read_text().strip().splitlines()[-1])
         assert (answer.pop("ok"), answer.pop("attached")) == (True, False)
-        yield Platform(
-            process, Running(**answer), out, root, more.get("PREFECT_API_AUTH_STRING", "")
-        )
+        login = answer.pop("login_url")
+        running = Running(**answer)
+        kept = unquote(login.removeprefix(f"{running.ui_url}/login#"))
+        password = more.get("PREFECT_API_AUTH_STRING") or kept
+        yield Platform(process, running, out, root, password, login)
     finally:
         if process.poll() is None:
             process.terminate()

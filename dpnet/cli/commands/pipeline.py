@@ -15,7 +15,7 @@ from data_prep.core.paths import PREFECT, cache_folder
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
-from dpnet.cli.commands.roots import Outcome, check_root, use_server_of_up
+from dpnet.cli.commands.roots import Outcome, check_root, use_password_of_up, use_server_of_up
 from dpnet.pipeline.chain import check_config, run_chain
 from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
 from dpnet.pipeline.summary import as_text, stages_text
@@ -80,6 +80,7 @@ def _run_flow(
     start = time.monotonic()
     check_root(store)
     top = store.local_folder or cache_folder()
+    use_password_of_up(store.label)
     # The flow runs the config that was checked here, even if its file changes now.
     checked = CheckedConfig(getattr(args, "config", "demo"), overrides, resolved)
     summary = run_pipeline(checked, store.label, top / PREFECT, embedded=embedded, debug=args.debug)

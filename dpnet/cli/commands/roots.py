@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep.core.errors import StorageError, storage_error
 from data_prep.core.paths import DEMO_ROOT
+from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 
 Outcome = tuple[dict[str, Any], str]  # what a command returns: JSON values with "ok", and a text
@@ -48,3 +49,21 @@ def use_server_of_up(root: str) -> None:
 
     if "PREFECT_API_URL" not in os.environ and (up := find_running(root)):
         os.environ["PREFECT_API_URL"] = up.api_url
+    use_password_of_up(root)
+
+
+def use_password_of_up(root: str) -> None:
+    """Set the password of the root's `dpnet up`, if its server is configured without one."""
+    from flows.local_server.password import PASSWORD, stored_password
+    from flows.local_server.up import find_running, home_of
+
+    url = os.environ.get("PREFECT_API_URL")
+    if not url or os.environ.get(PASSWORD):
+        return
+    up = find_running(root)
+    if (
+        up is not None
+        and up.api_url == url
+        and (kept := stored_password(home_of(open_store(root))))
+    ):
+        os.environ[PASSWORD] = kept

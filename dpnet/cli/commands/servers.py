@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -32,28 +33,53 @@ def deploy(args: Namespace) -> Outcome:
 def up(args: Namespace) -> Outcome:
     """Start a local Prefect server, a worker and MLflow, and wait for Ctrl-C."""
     from flows.local_server.children import DATABASE, LocalSetup, check_secrets
+    from flows.local_server.password import login_url
     from flows.local_server.up import Running, home_of
     from flows.local_server.up import up as run_up
 
     if args.database:
         os.environ[DATABASE] = args.database  # the children read it: no list of processes shows it
     store = open_store(root_to_read(args))
-    check_secrets(LocalSetup(store.label, home_of(store), os.environ))
+    home = home_of(store)
+    check_secrets(LocalSetup(store.label, home, os.environ))
     check_root(store)
 
+    def shown(running: Running) -> dict[str, Any]:
+        return {**running.to_json(), "login_url": login_url(running.ui_url, home, os.environ)}
+
     def announce(running: Running) -> None:
-        shown = {"ok": True, "attached": False, **running.to_json()}
-        text = f"{_addresses(running.to_json())}\n\nCtrl-C stops everything."
-        print(json.dumps(shown) if args.json else text, flush=True)
+        found = shown(running)
+        text = f"{_addresses(found, home)}\n\nCtrl-C stops everything."
+        print(
+            json.dumps({"ok": True, "attached": False, **found}) if args.json else text, flush=True
+        )
 
     running = run_up(store, args.port, args.ray, announce)
-    text = f"{_addresses(running.to_json())}\n\nIt is already running: process {running.pid}."
-    return {"ok": True, "attached": True, **running.to_json()}, text
+    found = shown(running)
+    text = f"{_addresses(found, home)}\n\nIt is already running: process {running.pid}."
+    return {"ok": True, "attached": True, **found}, text
 
 
-def _addresses(running: dict[str, Any]) -> str:
-    rows = {"Prefect": "ui_url", "MLflow": "mlflow_url", "Ray": "ray_url"}
+def _addresses(running: dict[str, Any], home: Path) -> str:
+    """Return the addresses, and how to log in.
+
+    Args:
+        running: The values that `--json` prints.
+        home: The folder of `dpnet up`.
+    """
+    from flows.local_server.password import PASSWORD, USER, password_file
+
+    rows = {"Prefect": "login_url", "MLflow": "mlflow_url", "Ray": "ray_url"}
     rows |= {"metrics": "metrics_url", "root": "root"}
     lines = [f"{name:<9}{running[key]}" for name, key in rows.items() if running[key]]
-    export = f"export PREFECT_API_URL={running['api_url']}"
-    return "\n".join([*lines, "", "In other shells:", f"  {export}"])
+    export = [f"export PREFECT_API_URL={running['api_url']}"]
+    if running["login_url"] == running["ui_url"]:
+        log_in = f"Log in with the user and the password of {PASSWORD}."
+    else:
+        file = shlex.quote(str(password_file(home)))
+        log_in = (
+            "Prefect's address logs your browser in: do not give it to others. MLflow and the"
+            f"\nmetrics ask for the user {USER} and the password in {file}"
+        )
+        export.append(f'export {PASSWORD}="{USER}:$(cat {file})"')
+    return "\n".join([*lines, "", log_in, "", "In other shells:", *(f"  {e}" for e in export)])

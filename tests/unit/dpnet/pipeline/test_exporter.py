@@ -22,6 +22,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from data_prep.core.web_guard import basic_auth
 from dpnet.pipeline import exporter
 from dpnet.pipeline.exporter import serve
 from dpnet.pipeline.root_metrics import KEEP_ENDED_S, METRICS, MetricValue, RootReader
@@ -263,3 +264,60 @@ def test_reports_are_served_and_no_other_file_of_the_root(tmp_path: Path) -> Non
     finally:
         server.shutdown()
         server.server_close()
+
+
+def answer_of(port: int, path: str = "/metrics", **headers: str) -> tuple[int, str]:
+    """Return the status and the text of the answer to one request."""
+    given = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=given)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.headers["X-Frame-Options"] == "SAMEORIGIN"
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:9808"},
+        {"Origin": "http://evil.example"},
+        {"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "no-cors"},
+    ],
+)
+def test_requests_of_other_sites_are_refused(store, headers):
+    server, port = serve(store)
+    assert answer_of(port)[0] == 200
+    status, text = answer_of(port, **headers)
+    server.shutdown()
+    assert status == 403
+    assert "dpnet_up" not in text
+
+
+def test_with_a_password_every_request_needs_it(store):
+    store.write(f"evaluations/{'0' * 12}/report.html", b"a report")
+    server, port = serve(store, password="dpnet:secret")
+    report = f"/evaluations/{'0' * 12}/report.html"
+    assert [answer_of(port, path)[0] for path in ("/metrics", report, "/")] == [401] * 3
+    assert answer_of(port, report, Authorization=basic_auth("dpnet:other"))[0] == 401
+    assert answer_of(port, report, Authorization=basic_auth("dpnet:secret")) == (200, "a report")
+    server.shutdown()
+
+
+def test_a_link_that_leaves_the_root_or_the_reports_is_not_followed(store, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "report.html").write_text("a secret")
+    store.write("registry/report.html", b"not a report")
+    store.write(f"evaluations/{'2' * 12}/report.html", b"a report")
+    folder = store.folder / "evaluations"
+    (folder / ("0" * 12)).symlink_to(tmp_path / "secret")
+    (folder / ("1" * 12)).symlink_to(store.folder / "registry")
+    (folder / ("3" * 12)).symlink_to(folder / ("2" * 12))
+    (folder / ("4" * 12)).mkdir()
+    (folder / ("4" * 12) / "report.html").symlink_to(tmp_path / "secret" / "report.html")
+    server, port = serve(store)
+    found = [answer_of(port, f"/evaluations/{str(n) * 12}/report.html")[0] for n in range(5)]
+    server.shutdown()
+    assert found == [404, 404, 200, 200, 404]

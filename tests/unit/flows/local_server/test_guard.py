@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from flows.local_server.guard import LOGIN, Guard, is_password
+from data_prep.core.web_guard import is_password
+from flows.local_server.guard import Guard
+from flows.local_server.password import LOGIN
 
 PORT = 4321
 OWN = f"127.0.0.1:{PORT}"
@@ -82,8 +84,9 @@ def test_a_request_of_another_origin_is_refused(origin: str, method: str) -> Non
 def test_what_another_site_embeds_is_refused_and_a_link_is_followed(site: str) -> None:
     embedded = {"sec_fetch_site": site, "sec_fetch_mode": "no-cors"}
     assert ask(**embedded)["status"] == 403
-    link = {"sec_fetch_site": site, "sec_fetch_mode": "navigate"}
+    link = {"sec_fetch_site": site, "sec_fetch_mode": "navigate", "sec_fetch_dest": "document"}
     assert ask(**link)["status"] == 200
+    assert ask(**link | {"sec_fetch_dest": "iframe"})["status"] == 403
     assert ask(method="POST", **link)["status"] == 403
 
 

@@ -89,19 +89,24 @@ def test_without_a_ray_cluster_of_up_flow_runs_use_the_users(worker: Child) -> N
 def test_each_process_gets_only_the_secrets_that_it_needs_and_none_as_an_argument(
     setup: LocalSetup, server: Child, worker: Child, tmp_path: Path
 ) -> None:
-    mlflow = children.mlflow(setup, tmp_path / "mlflow.db", "file:///a", 5000)
+    with listen(None) as listener:
+        mlflow = children.mlflow(setup, tmp_path / "mlflow.db", "file:///a", listener)
+    exporter = children.exporter(setup, 9808)
     ray = children.ray_head(setup, 1, 2, RayStart(tmp_path))
     holders: dict[str, list[str]] = {"secret1": [], "hunter2": []}
-    for child in (server, worker, mlflow, ray):
+    for child in (server, worker, mlflow, exporter, ray):
         for secret, names in holders.items():
             assert not any(secret in word for word in child.command)
-            names += [child.name for value in child.env.values() if secret in value]
+            if any(secret in value for value in child.env.values()):
+                names.append(child.name)
     assert holders == {
-        "secret1": ["Prefect's server", "the worker"],
+        "secret1": ["Prefect's server", "the worker", "MLflow", "the exporter"],
         "hunter2": ["Prefect's server"],
     }
     assert server.env["PREFECT_SERVER_API_AUTH_STRING"] == "admin:secret1"
     assert worker.env["PREFECT_API_AUTH_STRING"] == "admin:secret1"
+    assert worker.env["MLFLOW_TRACKING_USERNAME"] == "admin"
+    assert worker.env["MLFLOW_TRACKING_PASSWORD"] == "secret1"
 
 
 def test_the_password_may_also_be_the_servers_own_setting(tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""Folders and files that only this user may read, whatever the umask is."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+UMASK = 0o077  # for processes whose files may contain secrets
+
+
+def private_folder(folder: Path) -> Path:
+    """Create a folder that only this user may use, with private parents where they are missing.
+
+    An older folder and the files in it become private.
+
+    Raises:
+        OSError: the folder cannot be created, or it belongs to another user.
+    """
+    for missing in reversed([each for each in folder.parents if not each.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            make_private(path)
+    return folder
+
+
+def make_private(path: Path) -> None:
+    """Take the rights of others from a file, if it exists and belongs to this user."""
+    with suppress(FileNotFoundError, PermissionError):
+        path.chmod(0o600)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """Open a file like `open` does, but create it so that only this user may read it."""
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,45 @@
+"""Folders and files that only this user may read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data_prep.core.private_files import private_folder, private_opener
+
+
+@pytest.fixture(autouse=True)
+def open_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_a_new_folder_is_private_and_so_are_the_parents_it_needs(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o777)
+    folder = private_folder(shared / "cache" / "dpnet")
+    assert [mode(each) for each in (folder, folder.parent, shared)] == [0o700, 0o700, 0o777]
+
+
+def test_an_older_folder_and_its_files_become_private(tmp_path: Path) -> None:
+    (tmp_path / "up").mkdir(mode=0o777)
+    (tmp_path / "up" / "prefect.db").touch(0o666)
+    (tmp_path / "elsewhere").touch(0o666)
+    (tmp_path / "up" / "link").symlink_to(tmp_path / "elsewhere")
+    private_folder(tmp_path / "up")
+    assert mode(tmp_path / "up") == 0o700
+    assert mode(tmp_path / "up" / "prefect.db") == 0o600
+    assert mode(tmp_path / "elsewhere") == 0o666  # it is outside of the folder
+
+
+def test_a_new_file_is_private(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "wb", opener=private_opener):
+        assert mode(tmp_path / "log") == 0o600
