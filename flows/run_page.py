@@ -32,6 +32,8 @@ from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
 from data_prep.core.storage.store import Store
 from data_prep.core.text import duration
+from data_prep.pictures.limits import STORED, PhotoError
+from data_prep.pictures.open_image import opened
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown
 from flows.deployments import PROGRESS, TAG
@@ -235,10 +237,14 @@ def result_images(store: Store, refs: Sequence[StageRef]) -> list[str]:
         if ref.stage != "evaluate":
             continue
         for entry in store.list(f"{ref.folder}/pictures"):
-            with Image.open(io.BytesIO(store.read(entry.key))) as image:
-                strip = image.convert("RGBA")
-                flat = Image.new("RGB", strip.size, "white")
-                flat.paste(strip, mask=strip.getchannel("A"))
+            try:
+                with opened(store.read(entry.key), STORED) as image:
+                    strip = image.convert("RGBA")
+            except PhotoError as error:
+                log.warning("%s cannot be shown: %s", entry.key, error)
+                continue
+            flat = Image.new("RGB", strip.size, "white")
+            flat.paste(strip, mask=strip.getchannel("A"))
             file = io.BytesIO()
             flat.save(file, "JPEG", quality=85)
             bytes_left -= file.tell()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data_prep.pictures.cutting import Cutting, Format
-from data_prep.pictures.limits import MAX_PIXELS
+from data_prep.pictures.limits import MAX_PIXELS, MOST_PIXELS
 from data_prep.raw.layouts import LAYOUTS
 
 _FORMAT = 1  # raise it when the same items give other bytes
@@ -90,7 +90,7 @@ class ImagesSettings(BaseModel):
     max_pixels: int = Field(
         default=MAX_PIXELS,
         ge=1,
-        le=178_000_000,
+        le=MOST_PIXELS,
         description="Most pixels of a photo. With more than the default, a worker process may need"
         " more than 700 MB.",
     )

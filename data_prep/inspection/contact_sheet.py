@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from data_prep.core.storage.store import Store
 from data_prep.core.text import count_of
 from data_prep.inspection.inspect import read_checked_manifest
 from data_prep.masks.plan import BINS
+from data_prep.pictures.limits import STORED, PhotoError
+from data_prep.pictures.open_image import opened
 from data_prep.shards.shards import read_index, split_shards
 
 if TYPE_CHECKING:
@@ -86,8 +87,6 @@ def tars_for(tars: Sequence[str]) -> list[tuple[str, int]]:
 
 def _some(store: Store, tar: str, number: int) -> Iterator[Image.Image]:
     """Yield at most `number` images of a shard, evenly spread, each by a range read."""
-    from PIL import Image
-
     key = ""
     try:
         rows = read_index(store, tar)
@@ -95,12 +94,13 @@ def _some(store: Store, tar: str, number: int) -> Iterator[Image.Image]:
         for row in (rows[(2 * n + 1) * len(rows) // (2 * number)] for n in range(number)):
             key = str(row["key"])
             data = store.read_range(tar, row["offset"], row["size"])
-            image = Image.open(io.BytesIO(data))
-            image.draft("RGB", (CELL, CELL))  # decodes a large JPEG at a lower resolution
-            yield image.convert("RGB")
+            with opened(data, STORED) as image:
+                image.draft("RGB", (CELL, CELL))  # decodes a large JPEG at a lower resolution
+                small = image.convert("RGB")
+            yield small
     except FileNotFoundError:
         raise PipelineError(f"{tar} or its index is missing: {_ADVICE}.") from None
-    except (OSError, ValueError, SyntaxError, KeyError, TypeError, Image.DecompressionBombError):
+    except (OSError, ValueError, KeyError, TypeError, PhotoError):
         part = f"sample {key} of {tar}" if key else f"the index of {tar}"
         raise PipelineError(f"{part} cannot be decoded: {_ADVICE}.") from None
 
@@ -136,9 +136,11 @@ def mask_sheet(store: Store, folder: str, per_bin: int = 16) -> Image.Image:
 
 
 def _payload(store: Store, tar: str, row: dict[str, Any]) -> Image.Image:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(store.read_range(tar, row["offset"], row["size"])))
+    try:
+        with opened(store.read_range(tar, row["offset"], row["size"]), STORED) as image:
+            return image.copy()
+    except PhotoError:
+        raise PipelineError(f"sample {row['key']} of {tar} cannot be decoded: {_ADVICE}.") from None
 
 
 def _one_line(text: str) -> str:

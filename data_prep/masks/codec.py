@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+MOST_PIXELS = 1 << 26  # of a mask; four times those of the largest that are made here
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The bytes before the pixels of a PNG that `encode_png` wrote: 1 bit, gray, not interlaced.
 _OWN_PNG = re.compile(
     rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR(....)(....)\x01\0\0\0\0(....)(....)IDAT", re.DOTALL
@@ -38,18 +40,26 @@ def encode_png(mask: NDArray[np.uint8]) -> bytes:
 def valid_from_png(data: bytes) -> NDArray[np.uint8]:
     """Decode a stored mask to `valid`: uint8 [H, W], 1 = known, 0 = hole.
 
-    Gray values from 128 up are holes. Raises PipelineError if `data` is not an image.
+    Gray values from 128 up are holes. Raises PipelineError if `data` is not a PNG file, or has too
+    many pixels.
     """
     import cv2
     import numpy as np
 
-    if (valid := _decode_own_png(data)) is not None:
+    # OpenCV would also read other formats.
+    fits = data[:8] == _SIGNATURE and _pixels(data) <= MOST_PIXELS
+    if fits and (valid := _decode_own_png(data)) is not None:
         return valid
-    hole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
+    hole = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if fits else None
     if hole is None:
         raise PipelineError("a mask is not a readable PNG: give a PNG with white holes.")
     known: NDArray[np.uint8] = (hole < 128).astype(np.uint8)
     return known
+
+
+def _pixels(data: bytes) -> int:
+    """Return the width times the height that a PNG file's header states."""
+    return int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
 
 
 def _decode_own_png(data: bytes) -> NDArray[np.uint8] | None:
@@ -68,8 +78,9 @@ def _decode_own_png(data: bytes) -> NDArray[np.uint8] | None:
     if data[stop + 4 : stop + 12] != b"\0\0\0\0IEND":
         return None  # another chunk follows with more pixels
     try:
-        packed = np.frombuffer(zlib.decompress(data[match.end() : stop]), np.uint8)
-        lines = packed.reshape(height, 1 + (width + 7) // 8)
+        wide = 1 + (width + 7) // 8
+        packed = zlib.decompressobj().decompress(data[match.end() : stop], height * wide + 1)
+        lines = np.frombuffer(packed, np.uint8).reshape(height, wide)
     except (zlib.error, ValueError):
         return None
     if lines[:, 0].any():  # the line is filtered

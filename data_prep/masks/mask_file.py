@@ -5,16 +5,15 @@ A file is read as black and white. Which of the two is the hole is decided for t
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_prep.core.errors import ItemError
 from data_prep.masks.plan import touches_border
 from data_prep.masks.recipes import hole_ratio
+from data_prep.pictures.limits import Limits
+from data_prep.pictures.open_image import opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,30 +63,16 @@ def white_pixels(data: bytes) -> NDArray[np.bool_]:
     is 1. If the alpha channel has opaque and transparent pixels, the opaque ones are white.
 
     Raises:
-        ItemError: the file is empty, broken, too large or not an image.
+        PhotoError: the file is empty, broken, too large or not an image.
     """
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the size has its own limit here
-            with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > MAX_FILE_PIXELS:
-                    raise ItemError(f"it has {image.width}x{image.height} pixels")
-                if image.has_transparency_data:
-                    opaque = np.asarray(image.convert("RGBA"))[..., 3] >= 128
-                    if opaque.any() and not opaque.all():
-                        return np.asarray(opaque, bool)
-                gray = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
-    except ItemError:
-        raise
-    except UnidentifiedImageError:
-        raise ItemError("it is not an image" if data else "it is empty") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # with broken data Pillow's readers raise nearly anything
-        raise ItemError(f"it is broken: {str(error).rstrip('.') or type(error).__name__}") from None
+    with opened(data, Limits(MAX_FILE_PIXELS, option="the limit")) as image:
+        if image.has_transparency_data:
+            opaque = np.asarray(image.convert("RGBA"))[..., 3] >= 128
+            if opaque.any() and not opaque.all():
+                return np.asarray(opaque, bool)
+        gray = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
     top = next((t for t in (1, 255) if gray.max() <= t), 65535)
     return np.asarray(gray >= top * 128 / 255, bool)
 

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from data_prep.pictures.colour import BAND, colours_of, srgb_transform
-from data_prep.pictures.formats import looks_like_image, pillow_formats
 from data_prep.pictures.jpeg import decoding_fraction
 from data_prep.pictures.limits import Limits, PhotoError
+from data_prep.pictures.open_image import opened
 from data_prep.pictures.orientation import ORIENTATION, valid_orientation
 
 if TYPE_CHECKING:
@@ -22,30 +16,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Pixels = NDArray[np.uint8]
-
-
-@contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
-    """Open an image and read its header. Every failure inside becomes a PhotoError."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of unusual tags
-            with Image.open(io.BytesIO(data), formats=pillow_formats()) as image:
-                yield image
-    except (PhotoError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        if not data:
-            raise PhotoError("it is empty") from None
-        if looks_like_image(data[:32]):
-            raise PhotoError("it is broken: its header cannot be read") from None
-        raise PhotoError("it is not an image, or of an unknown format") from None
-    except Exception as error:  # with broken data Pillow's readers raise nearly anything
-        message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        is_short = "truncated" in message.lower() or isinstance(error, EOFError)
-        raise PhotoError("it is truncated" if is_short else f"it is broken: {message}") from None
 
 
 def decode_with_pillow(
@@ -57,14 +27,11 @@ def decode_with_pillow(
         pixels uint8 [H, W, 3] as stored, the stored (width, height), the orientation (1 to 8), and
         Pillow's names of the format and of the mode.
     """
-    with opened(data) as image:
+    with opened(data, limits) as image:
         width, height = image.size
         mode, format = image.mode, image.format or ""
-        limits.check(width, height, format)
         if mode == "F":
             raise PhotoError("its pixels are floating-point numbers")
-        if format == "PNG":
-            _check_png(data)
         fraction = decoding_fraction(width, height, at_least)
         image.draft(None, (width // fraction, height // fraction))
         image.load()
@@ -74,25 +41,6 @@ def decode_with_pillow(
         image.close()  # frees its pixels before the caller makes more
     # Pillow calls a JPEG file MPO if a second image follows in the same file.
     return rgb, (width, height), orientation, "JPEG" if format == "MPO" else format, mode
-
-
-def _check_png(data: bytes) -> None:
-    """Check the checksums, which Pillow ignores for pixel data. Raises PhotoError."""
-    at = 8
-    while at + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, at)
-        end = at + 8 + length
-        if end + 4 > len(data):
-            break
-        kind = data[at + 4 : at + 8]
-        crc = int.from_bytes(data[end : end + 4], "big")
-        needed = not kind[0] & 0x20  # a small first letter marks an optional chunk
-        if needed and zlib.crc32(memoryview(data)[at + 4 : end]) != crc:
-            raise PhotoError("it is broken: a checksum does not fit")
-        if kind == b"IEND":
-            return
-        at = end + 4
-    raise PhotoError("it is truncated")
 
 
 def _rgb(image: Image.Image, part: int) -> Pixels:

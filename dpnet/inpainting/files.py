@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
+import stat
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,8 @@ from PIL import Image, ImageOps
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import Progress
+from data_prep.pictures.limits import MOST_PIXELS, Limits, PhotoError, PhotoSizeError
+from data_prep.pictures.open_image import opened
 from dpnet.inpainting.api import fill_image
 from dpnet.inpainting.conversion import has_alpha
 from dpnet.inpainting.tiles import TILE_MIN, on_fastest_device
@@ -35,6 +39,8 @@ _SAVE: dict[str, dict[str, Any]] = {
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
 }
+_LIMITS = Limits(MOST_PIXELS, option="the limit")
+_MAX_BYTES = 2_000_000_000  # of a file
 _JPEG = (".jpg", ".jpeg")
 _IMAGES = (*_SAVE, ".bmp", ".gif")  # extensions of the files that are used in a folder
 _MASK_ENDING = re.compile(r"_mask\d*$")
@@ -249,15 +255,27 @@ def _save(image: Image.Image, out: Path) -> None:
 def _open(path: Path) -> Image.Image:
     """Return the image in a file, decoded and upright."""
     try:
-        with Image.open(path) as image:
+        with opened(_bytes_of(path), _LIMITS) as image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: check the path.") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise PipelineError(f"{path} cannot be read: {error.strerror}. Check the path.") from None
-    except Image.DecompressionBombError as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise PipelineError(f"{path} cannot be read: {reason}. Check the path.") from None
+    except PhotoSizeError as error:
         raise PipelineError(f"{path} is too large: {error}. Give a smaller image.") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except PhotoError as error:
         raise PipelineError(
-            f"{path} cannot be decoded: give an undamaged JPEG, PNG or WebP file."
-        ) from error
+            f"{path} cannot be decoded: {error}. Give an undamaged JPEG, PNG or WebP file."
+        ) from None
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Return the bytes of a file; refuse devices and pipes, which may never end."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would block
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is not a file")
+        if status.st_size > _MAX_BYTES:
+            raise PhotoSizeError(f"it has {status.st_size} bytes, the limit is {_MAX_BYTES}")
+        return file.read(_MAX_BYTES)

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from data_prep.core.errors import PipelineError
 from data_prep.pictures.decoding import decode_rgb
-from data_prep.pictures.limits import Limits
+from data_prep.pictures.limits import STORED
 
-_NO_LIMIT = Limits(max_pixels=1 << 40)  # the images stage refuses images that are too large
 _HEAD = 4096  # bytes; the tags and the profile of a JPEG begin inside of them
 _MARKS = (b"Exif\0", b"ICC_PROFILE\0", b"Adobe\0")
 
@@ -47,11 +46,13 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
         import simplejpeg
 
         try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            STORED.check(width, height, "JPEG")
             decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, colorspace="RGB")
             return decoded
         except ValueError:
             pass  # only Pillow reads some kinds of JPEG
-    return decode_rgb(data, _NO_LIMIT).rgb
+    return decode_rgb(data, STORED).rgb
 
 
 def reason_of(error: Exception) -> str:

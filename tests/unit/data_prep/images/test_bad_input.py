@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import other_formats
 import pytest
 from image_sets import (
     SPLITS,
@@ -103,6 +104,16 @@ def test_damaged_images_and_other_files_fail_with_a_reason(folder: Path, store: 
     assert all(reason and "\n" not in reason for reason in failed.values())
     assert failed["zero bytes.jpg"] == "it is empty"
     assert {"png as.jpg", "jpeg as.png"} < set(homes(store, ref))
+
+
+def test_other_formats_that_pillow_knows_are_refused_and_start_no_program(
+    folder: Path, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = other_formats.trap_ghostscript(tmp_path / "bin", monkeypatch)
+    names = other_formats.write_all(folder)
+    ref = build(folder, store)
+    assert reasons(store, ref) == dict.fromkeys(names, other_formats.REASON)
+    assert not started.exists()
 
 
 def test_a_decompression_bomb_is_refused_from_its_header(folder: Path, store: LocalStore) -> None:

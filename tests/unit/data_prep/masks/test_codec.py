@@ -5,6 +5,7 @@ import itertools
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -130,6 +131,31 @@ def test_a_truncated_mask_is_an_error() -> None:
     short = png_of(np.zeros((15, 16), np.uint8))
     longer = short.replace(struct.pack(">II", 16, 15), struct.pack(">II", 16, 16))
     assert _decode_own_png(longer) is None  # it has fewer pixels than its header says
+
+
+@pytest.mark.parametrize("format", ["TIFF", "BMP", "JPEG", "WEBP", "PPM"])
+def test_a_mask_in_another_format_is_an_error(format: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(draw("strokes", 0, 0, 32)).save(file, format)
+    with pytest.raises(PipelineError, match="not a readable PNG"):
+        valid_from_png(file.getvalue())
+
+
+def test_a_mask_with_too_many_pixels_is_an_error() -> None:
+    huge = png_of(np.zeros((1 << 13, 1 << 14), np.uint8))
+    assert len(huge) < 100_000
+    with pytest.raises(PipelineError, match="not a readable PNG"):
+        valid_from_png(huge)
+
+
+def test_a_mask_that_expands_to_more_than_its_pixels_is_not_expanded() -> None:
+    png = png_of(np.zeros((16, 16), np.uint8))
+    start, end = png.index(b"IDAT") - 4, png.index(b"IEND") - 4
+    bomb = png[:start] + chunk(b"IDAT", zlib.compress(bytes(100 << 20), 9)) + png[end:]
+    tracemalloc.start()
+    assert _decode_own_png(bomb) is None
+    assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n"])

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import other_formats
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
@@ -131,13 +132,28 @@ def test_a_mask_stored_as_jpeg_is_thresholded() -> None:
     [
         (b"", "it is empty"),
         (b"hello", "not an image"),
-        (encoded(Image.fromarray(draw("strokes", 0, 1, 256)))[:300], "broken"),
+        (encoded(Image.fromarray(draw("strokes", 0, 1, 256)))[:300], "truncated"),
         (encoded(Image.new("1", (10_000, 9_000))), "10000x9000 pixels"),
     ],
 )
 def test_a_file_that_is_not_a_mask_has_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ItemError, match=reason):
         white_pixels(data)
+
+
+def test_other_formats_that_pillow_knows_are_no_masks_and_start_no_program(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = other_formats.trap_ghostscript(tmp_path / "bin", monkeypatch)
+    names = other_formats.write_all(tmp_path / "formats")
+    for name in names:
+        with pytest.raises(ItemError, match=other_formats.REASON):
+            white_pixels((tmp_path / "formats" / name).read_bytes())
+    shutil.copy(tmp_path / "formats" / names[0], folder / names[0])
+    assert {file.reason for file in found_in(folder) if file.kind == "failed"} == {
+        other_formats.REASON
+    }
+    assert not started.exists()
 
 
 @pytest.mark.parametrize("side", [20, 32, 57, 64, 100, 512])
@@ -262,15 +278,13 @@ def test_every_file_has_a_kind(folder: Path) -> None:
         "cut.png": "failed",
     }
     assert len(found) == 28
-    assert "broken" in next(file.reason for file in found if file.key == "cut.png")
+    assert "truncated" in next(file.reason for file in found if file.key == "cut.png")
 
 
 def test_many_broken_files_are_an_error_that_names_some(folder: Path) -> None:
     for number in range(2):
         (folder / f"cut{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(
-        PipelineError, match=r"2 of the 26 mask files in .*cut0\.png: it is not an image"
-    ):
+    with pytest.raises(PipelineError, match=r"2 of the 26 mask files in .*cut0\.png: it is broken"):
         found_in(folder)
 
 

@@ -1,8 +1,11 @@
 """`dpnet inpaint`: which files it uses, what it writes, and what it reports."""
 
 import json
+import os
 
 import numpy as np
+import other_formats
+import photo_files
 import pytest
 import small_root
 from PIL import Image
@@ -242,6 +245,36 @@ def test_a_file_that_is_not_an_image_is_reported(files, run):
     (files / "text.png").write_text("not an image")
     _, result, _ = run("photo.png", "text.png", "-o", "out.png")
     assert "text.png cannot be decoded" in result["error"]
+
+
+def test_other_formats_that_pillow_knows_are_refused_and_start_no_program(
+    files, run, tmp_path, monkeypatch
+):
+    started = other_formats.trap_ghostscript(tmp_path / "bin", monkeypatch)
+    names = other_formats.write_all(files / "formats")
+    status, result, _ = run("formats", "mask.png", "-o", "out")
+    assert status == 1
+    assert [each["error"].partition(". ")[0] for each in result["failed"]] == [
+        f"formats/{name} cannot be decoded: {other_formats.REASON}" for name in sorted(names)
+    ]
+    _, result, _ = run("photo.png", "formats/EPS.png", "-o", "out.png")
+    assert other_formats.REASON in result["error"]
+    assert not started.exists()
+
+
+def test_a_bomb_is_refused_from_its_header(files, run):
+    (files / "bomb.png").write_bytes(photo_files.bomb(100_000, 100_000))
+    sentence = "bomb.png is too large: it has 100000x100000 pixels, the limit is 178000000."
+    for words in (("bomb.png", "mask.png"), ("photo.png", "bomb.png")):
+        status, result, _ = run(*words, "-o", "out.png")
+        assert (status, result["error"]) == (1, f"{sentence} Give a smaller image.")
+
+
+def test_a_pipe_and_a_device_are_refused(files, run):
+    os.mkfifo(files / "pipe.png")
+    for name in ("pipe.png", "/dev/zero"):
+        _, result, _ = run(name, "mask.png", "-o", "out.png")
+        assert result["error"] == f"{name} cannot be read: it is not a file. Check the path."
 
 
 def test_a_truncated_image_is_reported(files, run):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 from small_shards import Far, flip_byte, stage_of
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ItemError, PipelineError
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.masks.codec import encode_png
 from data_prep.shards.shards import read_index
+from dpnet.loading.decoding import decode_image
 from dpnet.loading.samples import Samples
 
 SIZE = 16
@@ -213,3 +216,11 @@ def test_samples_on_s3_are_read_by_ranges_and_checked(
     assert (images.image(1) == root.images[1]).all()
     with pytest.raises(PipelineError, match=r"sample s1 of s3://.*tar cannot be used \(its bytes"):
         images.image(2)
+
+
+def test_a_stored_jpeg_that_claims_many_pixels_is_refused_from_its_header() -> None:
+    data = bytearray(simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8), quality=95))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", 50_000, 60_000)
+    with pytest.raises(ItemError, match="it has 60000x50000 pixels, the limit is 178000000"):
+        decode_image(bytes(data))
