@@ -48,7 +48,7 @@ from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photos
 from dpnet.loading.batch import to_device
-from dpnet.tracking.run_log import read_status
+from dpnet.tracking.run_log import read_log, read_status
 from dpnet.training.job import TrainJob, TrainRequest, requested, stage_request
 from dpnet.training.loop import initial_state, open_loader, train_loop
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
@@ -146,8 +146,7 @@ def loader_or_device(job: TrainJob, repeats: int) -> dict[str, list[float]]:
 
 def loop_rate(job: TrainJob) -> float:
     """Return the images/s of a finished run: the median of its records without the first."""
-    log = open_store(job.root).read(f"{job.folder}/log.jsonl").splitlines()
-    records = [json.loads(line) for line in log]
+    records = read_log(open_store(job.root), job.folder)
     rates = [r["images"] / r["seconds"] for r in records if r["kind"] == "train"]
     return statistics.median(rates[1:])
 

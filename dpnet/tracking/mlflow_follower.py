@@ -19,7 +19,7 @@ from types import TracebackType
 from data_prep.core.stage import Work
 from dpnet.tracking.mlflow_client import new_client, reason_of, without_credentials
 from dpnet.tracking.mlflow_runs import LogUploader, training_run
-from dpnet.tracking.run_log import read_log, read_status
+from dpnet.tracking.run_log import LogReader, read_status
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +101,8 @@ class MlflowFollower:
         """Add new records and images, and the final status if there is one."""
         if self._run is None:
             self._run = _Run(str(self._uri), self._work)
-        records = read_log(self._work.store, self._work.folder)
-        self._run.log.add(records)
-        self._read = len(records)
+        self._run.log.add(self._run.reader.read())
+        self._read = self._run.reader.count
         if status:
             self._run.client.set_terminated(self._run.id, status)
         try:
@@ -139,6 +138,7 @@ class _Run:
         self.id = training_run(self.client, work.store, work.request.draft())
         self.client.update_run(self.id, "RUNNING")
         self.log = LogUploader(self.client, self.id)
+        self.reader = LogReader(work.store, work.folder)
         self._pictures: set[str] | None = None  # names of the images that MLflow has
 
     def add_pictures(self) -> None:

@@ -90,19 +90,19 @@ class LogUploader:
             kind: max((m.step for m in client.get_metric_history(run_id, mark)), default=-1)
             for kind, mark in _MARKS.items()
         }
+        self._trained = 0  # steps of training before the next record
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Add the new records of the whole log."""
+        """Add the next records of the log. Records may come again from the first one."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         batch: list[Any] = []
-        trained = 0  # steps of training before the record
         for record in records:
             kind, step = record["kind"], record["step"]
-            before = trained
+            before = self._trained
             if kind == "train":
-                trained = step
+                self._trained = step
             if step <= self._last[kind]:
                 continue
             figures = _figures(record, max(step - before, 1))

@@ -49,6 +49,8 @@ class Reporter:
         self._about |= {"size": size, "gpus": session.device.type == "cuda"}
         self._about["workers"] = gather(describe_process(session), session)
         self._journal = None if session.rank else Journal(store, job.folder)
+        self._newest: dict[str, dict[str, Any]] = {}  # the newest record of each kind
+        self._seen = 0  # records of the log that were looked at
 
     def status(self, step: int, log: Log, activity: str = "") -> None:
         """Publish the step and the newest record of each kind.
@@ -60,9 +62,13 @@ class Reporter:
         """
         if self._journal:
             record: dict[str, Any] = {"step": step, "steps": self._steps, "records": len(log)}
-            fresh = [r for r in log if r["kind"] != "train" or r["step"] > self._start]
-            record |= {r["kind"]: r for r in fresh}  # the newest of each kind
-            parts = [status_line(fresh, self._problem), *[activity] * bool(activity)]
+            for each in log[self._seen :]:
+                if each["kind"] != "train" or each["step"] > self._start:
+                    self._newest[each["kind"]] = each
+            self._seen = len(log)
+            record |= self._newest
+            newest = list(self._newest.values())
+            parts = [status_line(newest, self._problem), *[activity] * bool(activity)]
             self._journal.status({**self._about, **record, "note": ", ".join(parts)})
 
     def log(self, log: Log) -> None:

@@ -8,7 +8,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord
 from data_prep.core.stage import Work
 from data_prep.shards.shards import write_file
-from dpnet.tracking.run_log import encode_log, hours_worked
+from dpnet.tracking.run_log import encode_log, hours_worked, remove_parts
 from dpnet.training.checkpoints import newest
 from dpnet.training.job import TrainJob, is_finished
 
@@ -45,6 +45,7 @@ def collect(job: TrainJob, work: Work) -> tuple[list[FileRecord], dict[str, Any]
         *save_generator(work.store, work.folder, state.ema, facts),
         write_file(work, "log.jsonl", text, content=False),
     ]
+    remove_parts(work.store, work.folder)
     summary = _summary(job, loaded.log, step)
     if loaded.mark.finished:
         summary["finished"] = loaded.mark.finished

@@ -37,6 +37,7 @@ from servers import Server, fault_proxy
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from dpnet.tracking.run_log import read_log
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -128,8 +129,7 @@ class Training:
         return summary
 
     def records(self) -> list[dict[str, Any]]:
-        lines = self.store.read(f"{self.run}/log.jsonl").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_log(self.store, self.run)
 
     def validations(self) -> dict[int, float]:
         return {r["step"]: r["hole_psnr"] for r in self.records() if r["kind"] == "validation"}

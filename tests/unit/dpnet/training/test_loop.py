@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.stage import Work
 from data_prep.core.storage.open import open_store
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
@@ -27,6 +29,7 @@ from dpnet.loading.pairs import validation_pairs
 from dpnet.loading.samples import Samples
 from dpnet.model import losses as L
 from dpnet.model_store.weights import load_generator, save_generator
+from dpnet.tracking.run_log import encode_log, read_log
 from dpnet.training import loop
 from dpnet.training import stage as training
 from dpnet.training.checkpoints import load, marks
@@ -42,6 +45,7 @@ from dpnet.training.job import (
 from dpnet.training.loop import choose_backend, resume, train_loop
 from dpnet.training.ray import launch
 from dpnet.training.reporting import Journal, Meter, status_line
+from dpnet.training.result import collect
 from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
 from dpnet.training.step import Measured, Step
 from dpnet.training.validation import hole_psnr
@@ -227,6 +231,100 @@ def test_training_ends_early_when_validation_does_not_get_better(prepared, monke
     train_loop(job, Session())  # it is finished: no further validation is asked for
 
 
+@pytest.mark.parametrize(
+    ("result", "scores", "step"),
+    [
+        ("last", [10.0, 11.0, 13.0, 12.0, 11.0], 4),
+        ("best", [10.0, 11.0, 13.0, 12.0, 11.0], 2),
+        ("best", [10.0, 13.0, 12.0, 13.0, 11.0], 1),  # the first of equal ones
+        ("best", [20.0, 11.0, 12.0, 13.0, 14.0], 4),  # the start is no result
+        ("best", [10.0, -3.0, -4.0, -5.0, -6.0], 1),
+    ],
+)
+def test_the_result_has_the_weights_of_the_last_or_the_best_validation(
+    prepared, monkeypatch, result, scores, step
+):
+    averages = {}
+
+    def measure(self, ema, step, rank, world):
+        averages[step] = {name: w.clone() for name, w in ema.state_dict().items()}
+        figures = {"hole_psnr": scores[step], "mean_fill_psnr": 9.0, "parameters": 1}
+        return {"kind": "validation", "step": step, **figures}
+
+    monkeypatch.setattr(loop.Validation, "measure", measure)
+    job = make_job(prepared, steps=4, validate_every=1, result=result, keep_checkpoints=1)
+    train_loop(job, Session())
+    store = open_store(job.root)
+    assert store.exists(f"{job.folder}/log/000000.jsonl")
+    work = Work(store, job.folder, stage_request(training_of(job)), lease=None)
+    _, summary = collect(job, work)
+    assert (summary["result_step"], summary["hole_psnr"]) == (step, scores[step])
+    weights = dict(load_generator(store, job.folder).state_dict())
+    assert [at for at in averages if equal(weights, averages[at])] == [step]
+    # The parts of the log became one file, with the bytes of the last checkpoint's.
+    assert store.read(f"{job.folder}/log.jsonl") == encode_log(saved(job, 4)[1])
+    assert list(store.list(f"{job.folder}/log")) == []
+
+
+TWO_RANKS = """
+import json
+import sys
+from datetime import timedelta
+
+import torch
+from torch import distributed
+from test_loop import Session
+from dpnet.training.job import TrainJob
+from dpnet.training.loop import train_loop
+
+meet, rank, job = sys.argv[1:]
+torch.set_num_threads(1)
+distributed.init_process_group(
+    "gloo", init_method=f"file://{meet}", rank=int(rank), world_size=2,
+    timeout=timedelta(seconds=120),
+)
+session = Session()
+session.rank, session.world, session.local_world = int(rank), 2, 2
+train_loop(TrainJob.from_json(json.loads(job)), session)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_unequal_shares_of_a_batch_train_like_one(prepared, tmp_path):
+    settings = {"batch_size": 3, "steps": 4, "validate_every": 2, "adversarial_from": 2}
+    alone, shared = make_job(prepared, **settings), make_job(prepared, **settings)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                TWO_RANKS,
+                str(tmp_path / "meet"),
+                rank,
+                json.dumps(shared.to_json()),
+            ],
+            env=environment,
+        )
+        for rank in "01"
+    ]
+    train_loop(alone, Session())
+    assert [process.wait(300) for process in processes] == [0, 0]
+    (mine, my_log), (its, its_log) = saved(shared, 4), saved(alone, 4)
+    for network in ("generator", "ema"):
+        for name, weight in its[network].items():
+            assert torch.allclose(mine[network][name], weight, atol=1e-5), name
+    for record, other in zip(my_log, its_log, strict=True):
+        assert record["step"] == other["step"]
+        if record["kind"] == "train":
+            assert record["losses"] == pytest.approx(other["losses"], rel=1e-3)
+            assert record["gradients"] == pytest.approx(other["gradients"], rel=1e-3)
+
+
 def test_a_longer_run_extends_a_shorter_one_and_ends_bit_identical(prepared, caplog):
     short = make_job(prepared, finetune_share=0.5, folder="runs/more-000000000001")
     train_loop(short, Session())
@@ -337,10 +435,10 @@ def test_a_running_training_publishes_status_log_and_images(prepared):
     assert status["workers"] == [
         {"rank": 0, "node": "here", "host": socket.gethostname(), "pid": os.getpid()}
     ]
-    lines = store.read(f"{job.folder}/log.jsonl").splitlines()
-    assert [json.loads(line) for line in lines] == saved(job, 6)[1]
-    assert status["records"] == len(lines)
-    train = [json.loads(line) for line in lines if b'"train"' in line]
+    records = read_log(store, job.folder)
+    assert records == saved(job, 6)[1]
+    assert status["records"] == len(records)
+    train = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in train] == [2, 4, 6]
     assert status["train"] == train[-1]
     assert status["validation"]["step"] == 6
