@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -100,10 +101,13 @@ class LocalStore:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            # After a power cut, whoever finds this file finds the files before it too.
+            _sync_folder(path.parent)
             try:
                 os.link(path, self.path(key))  # atomic; fails if the key exists
             except FileExistsError:
                 return None
+            _sync_folder(path.parent)
         return sha256_bytes(data)
 
     def replace(self, key: str, data: bytes, tag: str) -> str | None:
@@ -125,7 +129,7 @@ class LocalStore:
         target = self.path(key)
         staged = target.with_name(_temporary_name())
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(target.parent)
             if target.parent not in self._swept:
                 self._swept.add(target.parent)
                 _sweep(target.parent)
@@ -190,3 +194,25 @@ def _publish(file: BinaryIO, staged: Path, target: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     os.replace(staged, target)
+    _sync_folder(target.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents, so that they survive a power cut."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, where its file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
