@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,9 @@ from prefect.logging import get_logger, get_run_logger
 from prefect.states import Completed
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.logs import add_handler, remove_handler
+from data_prep.core.logs import PrintableLines, add_handler, remove_handler
 from data_prep.core.manifest import StageRef
+from data_prep.core.text import printable
 from dpnet.pipeline.summary import holds
 
 MAX_NAME = 100  # characters
@@ -35,7 +37,7 @@ def run_name() -> str:
     parts += [str(each) for each in parameters.get("overrides") or []]
     if parameters.get("root"):
         parts.append(f"in {parameters['root']}")
-    name = ", ".join(parts)
+    name = printable(", ".join(parts))
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
@@ -44,6 +46,7 @@ class RunLogHandler(logging.Handler):
 
     def __init__(self, run_log: logging.LoggerAdapter[logging.Logger] | logging.Logger) -> None:
         super().__init__()
+        self.setFormatter(PrintableLines())
         self._run_log = run_log
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -79,6 +82,9 @@ _logged: list[BaseException] = []
 def _shorten_error(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, PipelineError):
+        if error is not None:  # formatters use this text in place of the error's own
+            text = "".join(traceback.format_exception(error)).rstrip("\n")
+            record.exc_text = printable(text, newlines=True)
         return True
     if error in _logged:
         return False
@@ -96,7 +102,7 @@ def run_as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> 
     def run() -> State[None]:
         ref = stage(*arguments)
         results.append(ref)
-        what = f"{holds(ref.stage, ref.summary)} in {ref.folder}"
+        what = printable(f"{holds(ref.stage, ref.summary)} in {ref.folder}")
         if ref.skipped:
             return Completed(name="Skipped", message=f"Done before: {what}.")
         return Completed(message=f"{what[0].upper()}{what[1:]}.")

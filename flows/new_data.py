@@ -26,7 +26,7 @@ from pydantic import NonNegativeFloat, PositiveInt
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
-from data_prep.core.text import markdown_table
+from data_prep.core.text import markdown_table, markdown_text, printable
 from data_prep.images.next_version import Changes, look
 from data_prep.images.watch import watch
 from dpnet.pipeline.chain import check_config, with_photographs
@@ -172,7 +172,8 @@ def retrain_once(
     dataset = (event or {}).get("dataset", config.images.name)
     if dataset != config.images.name:
         return _skipped(
-            f"The event is about the dataset {dataset}, not about {config.images.name}."
+            f"The event is about the dataset {printable(str(dataset))}, not about"
+            f" {config.images.name}."
         )
     try:
         ref = retrain_stage(config, store, run_as_task)
@@ -183,7 +184,7 @@ def retrain_once(
     create_markdown_artifact(
         comparison_table(summary),
         key="retrain",
-        description=f"Retrain of {ref.name} in {store.label}",
+        description=printable(f"Retrain of {ref.name} in {store.label}"),
     )
     if ref.skipped:
         made = f"they made version {summary['version']}"
@@ -205,11 +206,13 @@ def comparison_table(summary: Mapping[str, Any]) -> str:
         rows.insert(0, previous)
     return "\n".join(
         [
-            f"**{summary['model']} version {summary['version']}: {decision}.** {summary['reason']}",
+            f"**{markdown_text(summary['model'])} version {summary['version']}: {decision}.**"
+            f" {markdown_text(summary['reason'])}",
             "",
             *markdown_table(["version", "hole PSNR, dB", ""], rows),
             "",
-            f"Both use the same frozen pairs ({summary['pairs_digest'][:12]}) of {images['name']}"
+            f"Both use the same frozen pairs ({summary['pairs_digest'][:12]}) of"
+            f" {markdown_text(images['name'])}"
             f" version {images['version']} ({counts}).",
         ]
     )

@@ -31,7 +31,7 @@ from data_prep.core.logs import start_logging
 from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
 from data_prep.core.storage.store import Store
-from data_prep.core.text import duration
+from data_prep.core.text import duration, markdown_code, markdown_text, printable
 from data_prep.pictures.limits import STORED, PhotoError
 from data_prep.pictures.open_image import opened
 from dpnet.pipeline.config import Config
@@ -100,7 +100,7 @@ class RunPage:
         from dpnet.pipeline.cost import cost_text, estimated
 
         cost = estimated(self.config, self.store)
-        lines = [f"**{self.config.name}** in `{self.store.label}`", ""]
+        lines = [f"**{markdown_text(self.config.name)}** in {markdown_code(self.store.label)}", ""]
         if cost is None:
             lines.append(
                 "Cost of training: unknown until a model of this kind has been trained here."
@@ -118,7 +118,7 @@ class RunPage:
             self._measured_cost(refs),
             links(self.config, self.store, refs),
         )
-        _publish(summary, "summary", f"Run of {self.config.name} in {self.store.label}")
+        _publish(summary, "summary", printable(f"Run of {self.config.name} in {self.store.label}"))
         images = result_images(self.store, refs)
         if images:
             _publish(
@@ -241,7 +241,7 @@ def result_images(store: Store, refs: Sequence[StageRef]) -> list[str]:
                 with opened(store.read(entry.key), STORED) as image:
                     strip = image.convert("RGBA")
             except PhotoError as error:
-                log.warning("%s cannot be shown: %s", entry.key, error)
+                log.warning("%s cannot be shown: %s", printable(entry.key), error)
                 continue
             flat = Image.new("RGB", strip.size, "white")
             flat.paste(strip, mask=strip.getchannel("A"))
@@ -250,7 +250,7 @@ def result_images(store: Store, refs: Sequence[StageRef]) -> list[str]:
             bytes_left -= file.tell()
             if bytes_left < 0:
                 break
-            name = entry.key.rpartition("/")[2].removesuffix(".png")
+            name = markdown_text(entry.key.rpartition("/")[2].removesuffix(".png"))
             data = base64.b64encode(file.getvalue()).decode()
             found.append(f"![{name}](data:image/jpeg;base64,{data})")
     return found

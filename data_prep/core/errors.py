@@ -8,9 +8,26 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+
+from data_prep.core.text import printable
 
 
-class PipelineError(Exception):
+class _Sentence(Exception):
+    """An error with one line of text, in which everything can be shown.
+
+    Messages contain names of files, which go to terminals, logs and pages.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_one_line(each) if isinstance(each, str) else each for each in args))
+
+
+def _one_line(text: str) -> str:
+    return printable(re.sub(r"\s*[\r\n]\s*", " ", text))
+
+
+class PipelineError(_Sentence):
     """A failure that the user can act on."""
 
 
@@ -26,7 +43,7 @@ class LeaseLostError(PipelineError):
     """Another runner has taken over this stage, so this one may no longer commit."""
 
 
-class ItemError(Exception):
+class ItemError(_Sentence):
     """One item of a source is itself damaged or unusable. The message is the reason.
 
     The build records it as a failure of that item and continues. A temporary problem, such as the

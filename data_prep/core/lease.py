@@ -23,6 +23,7 @@ from typing import Any
 from data_prep.core.errors import LeaseLostError, PipelineError
 from data_prep.core.process_identity import boot, process_start
 from data_prep.core.storage.store import Store
+from data_prep.core.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +126,8 @@ class Lease:
                 logged = True
                 log.info(
                     "another runner (%s, process %s) is running %s: waiting for it",
-                    other.get("host", "?"),
-                    other.get("pid", "?"),
+                    printable(str(other.get("host", "?"))),
+                    printable(str(other.get("pid", "?"))),
                     posixpath.dirname(self.key),
                 )
             time.sleep(min(1.0, self.interval / 4))

@@ -13,10 +13,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
+from data_prep.core.text import printable
+
 PACKAGES = ("data_prep", "dpnet", "flows")
 
 
-class _Sentences(logging.Formatter):
+class PrintableLines(logging.Formatter):
+    """The message. What cannot be shown is escaped, except line breaks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record."""
+        return printable(super().format(record), newlines=True)
+
+
+class _Sentences(PrintableLines):
     """The message only; the level in front of it if that is WARNING or higher."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -25,7 +35,7 @@ class _Sentences(logging.Formatter):
         return f"{level}: {text}" if record.levelno >= logging.WARNING else text
 
 
-class _TimedLines(logging.Formatter):
+class _TimedLines(PrintableLines):
     """Each line of the message with time (UTC), level and module.
 
     A log is read line by line, so no line may be without them. A line break in a file name can then
@@ -79,6 +89,7 @@ class Forward(logging.Handler):
 
     def __init__(self, send: Callable[[int, str, str], object]) -> None:
         super().__init__()
+        self.setFormatter(PrintableLines())
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-from data_prep.core.text import duration
+from data_prep.core.text import duration, printable
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn(self.unit),
                 TimeRemainingColumn(compact=True),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
             )
             self._bar.start()
@@ -87,6 +87,7 @@ class Progress:
         if self._first is None:
             self._first = self._shown = count
             self._start = time.monotonic()  # the time before it was spent on other work
+        note = printable(note)
         self._count, self._note = count, note
         moment = self._moment("running")
         _notify(moment)

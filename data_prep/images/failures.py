@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import Work
+from data_prep.core.text import printable
 from data_prep.images.findings import DUPLICATE, FAILED, IGNORED, SAMPLE
 from data_prep.images.outcomes import Outcomes
 
@@ -69,7 +70,7 @@ def log_unused(outcomes: Outcomes) -> None:
     for kind in (FAILED, IGNORED):
         if count := outcomes.count(kind):
             row = int(outcomes.are(kind).argmax())
-            first = f"{outcomes.key(row)}: {outcomes.reason(row)}"
+            first = printable(f"{outcomes.key(row)}: {outcomes.reason(row)}")
             files = "1 file" if count == 1 else f"{count} files"
             log.info("images: %s %s, first %s", files, kind, first)
 
@@ -77,4 +78,4 @@ def log_unused(outcomes: Outcomes) -> None:
 def _first(outcomes: Outcomes) -> str:
     """Return the first two failed items, with their reasons."""
     rows = outcomes.are(FAILED).nonzero()[0][:2].tolist()
-    return "; ".join(f"{outcomes.key(row)}: {outcomes.reason(row)}" for row in rows)
+    return "; ".join(printable(f"{outcomes.key(row)}: {outcomes.reason(row)}") for row in rows)

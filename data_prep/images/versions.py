@@ -17,6 +17,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord, Manifest, StageRef, load_reference, read_manifest
 from data_prep.core.paths import MANIFEST, images_folder
 from data_prep.core.storage.store import Store
+from data_prep.core.text import printable
 from data_prep.images.findings import OUTCOMES
 from data_prep.images.keys import Hashes, key_hashes
 from data_prep.raw.listing import SPLITS, Item
@@ -162,7 +163,9 @@ def versions(store: Store, name: str) -> list[Manifest]:
             manifest = read_manifest(store, folder)
             int(manifest.summary["version"])
         except (PipelineError, KeyError, TypeError, ValueError):
-            log.warning("images: %s is damaged or of another format: it is not used.", folder)
+            log.warning(
+                "images: %s is damaged or of another format: it is not used.", printable(folder)
+            )
             damaged.append(folder)
             continue
         found.append(manifest)

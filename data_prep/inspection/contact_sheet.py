@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.store import Store
-from data_prep.core.text import count_of
+from data_prep.core.text import count_of, printable
 from data_prep.inspection.inspect import read_checked_manifest
 from data_prep.masks.plan import BINS
 from data_prep.pictures.limits import STORED, PhotoError
@@ -144,7 +144,7 @@ def _payload(store: Store, tar: str, row: dict[str, Any]) -> Image.Image:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 def _place(sheet: Image.Image, image: Image.Image, left: int, top: int, cell: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.core.text import aligned_table, count_of
+from data_prep.core.text import aligned_table, count_of, joined
 
 
 def images_text(found: Mapping[str, Any]) -> str:
@@ -25,7 +25,7 @@ def images_text(found: Mapping[str, Any]) -> str:
             f"{low}-{high - 1}" if high else f"{low} or more" for low, high, _ in found["sides"]
         ]
         lines += _bars(bounds, [number for _, _, number in found["sides"]])
-    return "\n".join(lines)
+    return joined(lines)
 
 
 def _split_lines(splits: Mapping[str, Any], noun: str) -> list[str]:
@@ -57,7 +57,7 @@ def masks_text(found: Mapping[str, Any]) -> str:
         lines += ["", f"{split} masks", *aligned_table(rows)]
     if found["unreachable"]:
         lines += ["", f"no evaluation masks with {', '.join(found['unreachable'])} hole"]
-    return "\n".join(lines)
+    return joined(lines)
 
 
 def log_text(found: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from data_prep.core.digest import content_digest, sha256_bytes
 from data_prep.core.errors import ItemError, PipelineError
 from data_prep.core.pool import Map
 from data_prep.core.progress import Progress
+from data_prep.core.text import printable
 from data_prep.masks.mask_file import Conversion, PackedMask, hole_mask, rim_share, white_pixels
 from data_prep.raw.listing import Item, Listing
 
@@ -146,8 +147,8 @@ def load_masks(
                 found = now.get(file.key)
                 if found is None or found.sha256 != file.sha256:
                     raise PipelineError(
-                        f"the mask file {file.key} in {reading.source.uri} has changed since it"
-                        " was listed: run the same command again."
+                        f"the mask file {printable(file.key)} in {reading.source.uri} has changed"
+                        " since it was listed: run the same command again."
                     )
                 masks[file.key] = found.masks[polarity]
     return [(file, masks[file.key]) for file in files if file.kind == "mask"]
@@ -222,7 +223,7 @@ def _check(source: Source, files: Sequence[MaskFile]) -> None:
     kinds = Counter(file.kind for file in files)
     failed = [file for file in files if file.kind == "failed"]
     images = len(files) - kinds["ignored"]
-    first = "; ".join(f"{file.key}: {file.reason}" for file in failed[:2])
+    first = "; ".join(printable(f"{file.key}: {file.reason}") for file in failed[:2])
     if len(failed) > max(1, MAX_FAILURE_RATIO * images):
         raise PipelineError(
             f"{len(failed)} of the {images} mask files in {source.uri} cannot be used ({first}):"

@@ -22,6 +22,7 @@ from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
+from data_prep.core.text import printable
 from data_prep.masks.external import FilePool, find_polarity, make_pools
 from data_prep.masks.mask_file import Conversion
 from data_prep.masks.plan import BINS, Candidate, border_counts
@@ -227,4 +228,4 @@ def _log_files(files: _Files, used: int, outside: int, kinds: Counter[Kind]) -> 
         words = ", ".join(f"{number} {why}" for why, number in skipped.items() if number)
         log.info("masks: %d of %d mask files are used; skipped: %s", used, len(files.found), words)
     for file in [file for file in files.found if file.kind == "failed"][:NAMED_FAILURES]:
-        log.warning("masks: %s cannot be used: %s", file.key, file.reason)
+        log.warning("masks: %s cannot be used: %s", printable(file.key), printable(file.reason))

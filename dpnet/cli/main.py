@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.logs import start_logging
+from data_prep.core.text import printable
 from dpnet.cli.parser import build_parser
 
 STOPPED = 130
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
     try:
         result, text = function_of(args.command)(args)
-        print(json.dumps(result) if args.json else text, flush=True)
+        print(json.dumps(result) if args.json else printable(text, newlines=True), flush=True)
         return 0 if result["ok"] else 1
     except BrokenPipeError:  # the reader, for example `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,8 +55,10 @@ def _report(error: BaseException, args: argparse.Namespace) -> int:
     if args.debug:
         import traceback
 
-        traceback.print_exception(error)
+        text = "".join(traceback.format_exception(error))
+        print(printable(text, newlines=True), file=sys.stderr, flush=True)
     sentence, status = _explain(error)
+    sentence = printable(sentence)
     print(f"dpnet: {sentence}", file=sys.stderr, flush=True)
     if args.json:
         print(json.dumps({"ok": False, "error": sentence}), flush=True)

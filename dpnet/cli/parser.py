@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from data_prep.core.text import printable
 from dpnet.cli.arguments import data, models, pipeline, servers
 
 _DESCRIPTION = "Turn raw photos into a registered DPNet inpainting model. Every command resumes."
@@ -17,6 +18,13 @@ first steps:
 
 exit status: 0 done, 1 failed (one sentence says why), 2 wrong usage, 130 stopped
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages are printable: they repeat arguments, which can be names of files."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(printable(message, newlines=True), file)
 
 
 class _Version(argparse.Action):
@@ -37,7 +45,7 @@ class _Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser. `args.command` is the "file.function" that does the command's work."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dpnet",
         description=_DESCRIPTION,
         epilog=_EPILOG,

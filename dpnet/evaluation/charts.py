@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from data_prep.core.text import html_text
 from dpnet.evaluation.protocol import METHODS
 
 INK = "#123457"  # replaced with the text colour of the page in the finished SVG
@@ -120,4 +120,4 @@ def _svg(figure: Any, label: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html_text(label)}"', 1)

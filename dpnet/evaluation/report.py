@@ -7,10 +7,10 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.manifest import Manifest
+from data_prep.core.text import html_text
 from dpnet.evaluation.charts import Points, bins_chart, losses_chart, validation_chart
 from dpnet.evaluation.protocol import METHODS, METRICS
 from dpnet.evaluation.report_style import CSS
@@ -97,8 +97,8 @@ def render_report(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{escape(title)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+        f"<title>{html_text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{html_text(title)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -194,11 +194,11 @@ def _table(groups: Mapping[str, Any], metric: str) -> str:
             interval = f"{figure['low']:.{decimals}f} – {figure['high']:.{decimals}f}"
             cells += f"<td>{mean}<small>{interval}</small></td>"
         rows.append(
-            f'<tr><th scope="row">{escape(name)}</th><td>{group["pairs"]:,}</td>{cells}</tr>'
+            f'<tr><th scope="row">{html_text(name)}</th><td>{group["pairs"]:,}</td>{cells}</tr>'
         )
     heads = "".join(f'<th scope="col">{name}</th>' for name in METHODS.values())
     return (
-        f"<table><caption>{escape(heading)} <small>{'higher' if more else 'lower'} is better"
+        f"<table><caption>{html_text(heading)} <small>{'higher' if more else 'lower'} is better"
         f'</small></caption><thead><tr><th scope="col">Hole</th><th scope="col">Pairs</th>{heads}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
@@ -214,7 +214,7 @@ def _training(log: Sequence[Mapping[str, Any]]) -> str:
     if not charts:
         return "<p>This run has no log of its training.</p>"
     figures = "".join(
-        f'<figure class="chart"><figcaption>{escape(caption)}</figcaption>{chart}</figure>'
+        f'<figure class="chart"><figcaption>{html_text(caption)}</figcaption>{chart}</figure>'
         for caption, chart in charts
     )
     return f'<div class="charts">{figures}</div>'
@@ -224,7 +224,7 @@ def _pictures(pictures: Sequence[PictureRow]) -> str:
     if not pictures:
         return "<p>The settings ask for no examples.</p>"
     names = [METHODS.get(column, column.capitalize()) for column in STRIP]
-    heads = "".join(f"<span>{escape(name)}</span>" for name in names)
+    heads = "".join(f"<span>{html_text(name)}</span>" for name in names)
     parts, current = [f'<div class="strip heads">{heads}</div>'], ""
     for row in pictures:
         if row.ratio_bin != current:
@@ -239,20 +239,20 @@ def _pictures(pictures: Sequence[PictureRow]) -> str:
             for c in STRIP
         )
         parts.append(
-            f'<figure class="row"><img src="data:image/png;base64,{data}" alt="{escape(label)}"'
-            f' title="{escape(row.image)}, {escape(row.mask)}"><figcaption class="strip">{psnr}'
-            "</figcaption></figure>"
+            f'<figure class="row"><img src="data:image/png;base64,{data}" alt="{html_text(label)}"'
+            f' title="{html_text(row.image)}, {html_text(row.mask)}">'
+            f'<figcaption class="strip">{psnr}</figcaption></figure>'
         )
     return "\n".join(parts)
 
 
 def _protocol(report: Mapping[str, Any]) -> str:
     definitions = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>"
+        f"<dt>{html_text(name)}</dt><dd>{html_text(text)}</dd>"
         for name, text in report["protocol"].items()
     )
     missing = "".join(
-        f"<dt>{escape(item['metric'])}</dt><dd>{escape(item['reason'])}</dd>"
+        f"<dt>{html_text(item['metric'])}</dt><dd>{html_text(item['reason'])}</dd>"
         for item in report["not_computed"]
     )
     return f"<dl>{definitions}</dl>\n<h3>Not computed</h3>\n<dl>{missing}</dl>"
@@ -263,14 +263,14 @@ _SHOWN = ("settings", "sources", "summary")  # of a stage's manifest
 
 def _provenance(report: Mapping[str, Any], chain: Sequence[Manifest]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escape(stage.stage)}</th><td>{escape(stage.folder)}</td>'
-        f"<td><code>{escape(stage.request_digest[:12])}</code></td>"
-        f"<td><code>{escape(stage.content_digest[:12]) or '–'}</code></td></tr>"
+        f'<tr><th scope="row">{html_text(stage.stage)}</th><td>{html_text(stage.folder)}</td>'
+        f"<td><code>{html_text(stage.request_digest[:12])}</code></td>"
+        f"<td><code>{html_text(stage.content_digest[:12]) or '–'}</code></td></tr>"
         for stage in chain
     )
     details = "".join(
-        f"<details><summary>{escape(stage.stage)}: settings and results</summary><pre>"
-        + escape(json.dumps({k: v for k, v in stage.to_json().items() if k in _SHOWN}, indent=1))
+        f"<details><summary>{html_text(stage.stage)}: settings and results</summary><pre>"
+        + html_text(json.dumps({k: v for k, v in stage.to_json().items() if k in _SHOWN}, indent=1))
         + "</pre></details>"
         for stage in chain
         if stage.content_digest
@@ -285,4 +285,4 @@ def _provenance(report: Mapping[str, Any], chain: Sequence[Manifest]) -> str:
 
 
 def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>"
+    return f"<section>\n<h2>{html_text(title)}</h2>\n{body}\n</section>"

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_prep.core.errors import ItemError, PipelineError
+from data_prep.core.text import printable
 from data_prep.masks.codec import valid_from_png
 from dpnet.loading.batch import Batch
 from dpnet.loading.decoding import TooSmallError, decode_image, is_plain_jpeg, reason_of, unusable
@@ -203,7 +204,7 @@ class Loader:
                 sample = mask
                 self._mask(mask, int(changes.turns[i]), bool(changes.mask_flip[i]), valids[i])
             except (OSError, ValueError, ItemError, PipelineError) as error:
-                name = sample.shard.name_of(sample.position)
+                name = printable(sample.shard.name_of(sample.position))
                 if not self.skip:
                     raise unusable(name, error, ", or set train.on_bad_sample to skip") from error
                 bad[i] = reason_of(error)

@@ -33,6 +33,7 @@ from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.logs import start_logging
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from data_prep.core.text import printable
 from data_prep.core.web_guard import (
     ASK_PASSWORD,
     PROTECTIVE,
@@ -88,7 +89,7 @@ class RootCollector(Collector):
             family = GaugeMetricFamily(name, description, labels=labels)
             for each in exported:
                 if each.name == name:
-                    family.add_metric(each.labels, each.value)
+                    family.add_metric([printable(label) for label in each.labels], each.value)
             yield family
 
     def _read(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,14 @@ from data_prep.core.digest import SHORT
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import mlflow_uri
 from data_prep.core.storage.store import Store
-from data_prep.core.text import aligned_table, duration, markdown_table
+from data_prep.core.text import (
+    aligned_table,
+    duration,
+    markdown_code,
+    markdown_table,
+    markdown_text,
+    printable,
+)
 from dpnet.evaluation import protocol
 from dpnet.pipeline.cost import hours_text
 
@@ -64,7 +72,7 @@ def as_text(summary: Summary, again: str) -> str:
     registered = summary["registered"]
     model = f"{registered['model']} version {registered['version']}, {registered['alias']}"
     lines = [
-        f"{summary['name']} in {summary['root']}",
+        printable(f"{summary['name']} in {summary['root']}"),
         "",
         stages_text(summary["stages"]),
         "",
@@ -72,8 +80,8 @@ def as_text(summary: Summary, again: str) -> str:
         "For comparison: the smooth fill, an input of DPNet's decoder, has a hole PSNR of"
         f" {summary['smooth_fill_psnr']:.2f} dB.",
         "",
-        f"report      {summary['report']}",
-        f"registered  {model}: {registered['reason']}",
+        printable(f"report      {summary['report']}"),
+        printable(f"registered  {model}: {registered['reason']}"),
         *_training_hours(summary["stages"]),
         f"total       {duration(summary['seconds'])}",
         "",
@@ -94,7 +102,7 @@ def as_markdown(
         cost: cost of training in words; "" if it is unknown.
         links: paths or URLs by their titles.
     """
-    lines = [f"**{name}** in `{store.label}`", ""]
+    lines = [f"**{markdown_text(name)}** in {markdown_code(store.label)}", ""]
     lines += markdown_table(
         ["stage", "state", "time", "digest", "contains", "output"],
         [
@@ -102,9 +110,9 @@ def as_markdown(
                 ref.stage,
                 "skipped" if ref.skipped else "done",
                 duration(ref.seconds),
-                f"`{ref.content_digest[:SHORT]}`",
-                holds(ref.stage, ref.summary),
-                f"`{ref.folder}`",
+                markdown_code(ref.content_digest[:SHORT]),
+                markdown_text(holds(ref.stage, ref.summary)),
+                markdown_code(ref.folder.replace("|", "\\|")),
             ]
             for ref in refs
         ],
@@ -114,7 +122,8 @@ def as_markdown(
         lines += ["", f"Cost of training: {cost}."]
     if registered := by_stage.get("register"):
         s = registered.summary
-        lines += ["", f"{s['model']} version {s['version']}, {s['alias']}: {s['reason']}"]
+        sentence = f"{s['model']} version {s['version']}, {s['alias']}: {s['reason']}"
+        lines += ["", markdown_text(sentence)]
     if links:
         lines += ["", *(f"* {what}: {_link(where)}" for what, where in links.items())]
     if evaluation := by_stage.get("evaluate"):
@@ -140,7 +149,9 @@ def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _link(where: str) -> str:
-    return f"[{where}]({where})" if where.startswith("http") else f"`{where}`"
+    if where.startswith("http") and not re.search(r"[\s()<>]", where):
+        return f"[{markdown_text(where)}]({printable(where)})"
+    return markdown_code(where)
 
 
 def stages_text(stages: Iterable[Mapping[str, Any]]) -> str:
@@ -218,7 +229,7 @@ def _next(summary: Summary, again: str) -> list[str]:
     if "://" not in root:
         uri = mlflow_uri(root)
         commands.append((f"mlflow ui --backend-store-uri {uri}", "show the registry"))
-    return ["next:", *(f"  {at}{command}  # {what}" for command, what in commands)]
+    return ["next:", *(printable(f"  {at}{command}  # {what}") for command, what in commands)]
 
 
 def _short_path(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from data_prep.core.text import count_of
+from data_prep.core.text import count_of, joined
 from data_prep.shards.check_set import Depth
 
 EVERYTHING = Depth()
@@ -67,7 +67,7 @@ class Verification:
         lines = [*self.notes, *(f"{each.where}: {each.problem}" for each in self.problems)]
         number = len(self.problems)
         found = count_of(number, "problem") if number else "no problems"
-        return "\n".join([*lines, f"{self._covered()}: {found}"])
+        return joined([*lines, f"{self._covered()}: {found}"])
 
     def _covered(self) -> str:
         """Return in words what was read and what was not."""

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from data_prep.core.storage.open import open_store
+from data_prep.core.text import joined
 from dpnet.cli.commands.roots import Outcome, check_root, root_to_read
 
 
@@ -44,14 +45,14 @@ def images_build(args: Namespace) -> Outcome:
     )
     s = ref.summary
     splits = ", ".join(f"{split} {figures['samples']}" for split, figures in s["splits"].items())
-    text = (
+    lines = (
         f"{ref.name} version {s['version']}, {'already there' if ref.skipped else 'new'}:"
-        f" {store.label}/{ref.folder}\n"
+        f" {store.label}/{ref.folder}",
         f"{s['listed']} files: {s['photographs']} photos, {s['failed']} failed, {s['ignored']}"
         f" ignored, {s['duplicates']} duplicates, {s['near_duplicates']} almost the same in two"
-        f" splits; samples: {splits}"
+        f" splits; samples: {splits}",
     )
-    return {"ok": True, "root": store.uri, **ref.to_json()}, text
+    return {"ok": True, "root": store.uri, **ref.to_json()}, joined(lines)
 
 
 def images_log(args: Namespace) -> Outcome:

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.text import joined
 from dpnet.cli.commands.roots import Outcome, root_to_read
 
 
@@ -26,13 +27,13 @@ def inpaint(args: Namespace) -> Outcome:
     if len(done) == 1 and not failed:
         size = f"{done[0]['width']} x {done[0]['height']}"
         how = f"filled with {result['model']}" if done[0]["filled"] else "unchanged"
-        return result, f"{done[0]['out']}: {size}, {how} in {done[0]['seconds']} s"
+        return result, joined([f"{done[0]['out']}: {size}, {how} in {done[0]['seconds']} s"])
     filled = sum(image["filled"] for image in done)
     text = (
         f"{args.out}: {len(done)} of {len(done) + len(failed)} images written, {filled} of them"
         f" filled with {result['model']} in {result['seconds']} s"
     )
-    return result, "\n".join([text, *(f"failed: {each['error']}" for each in failed)])
+    return result, joined([text, *(f"failed: {each['error']}" for each in failed)])
 
 
 def describe(args: Namespace) -> Outcome:
@@ -67,4 +68,4 @@ def export(args: Namespace) -> Outcome:
         f"{name} differs from the network by at most {worst:.1e}"
         for name, worst in found["differences"].items()
     ]
-    return {"ok": True, **found}, "\n".join([f"{found['model']} in {args.out}", *lines, *checked])
+    return {"ok": True, **found}, joined([f"{found['model']} in {args.out}", *lines, *checked])
