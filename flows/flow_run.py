@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,9 @@ from prefect.logging import get_logger, get_run_logger
 from prefect.states import Completed
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.logs import add_handler, remove_handler
+from data_prep.core.logs import RedactingFormatter, add_handler, remove_handler
 from data_prep.core.manifest import StageRef
+from data_prep.core.redact import has_credentials, redact
 from dpnet.pipeline.summary import holds
 
 MAX_NAME = 100  # characters
@@ -35,7 +37,7 @@ def run_name() -> str:
     parts += [str(each) for each in parameters.get("overrides") or []]
     if parameters.get("root"):
         parts.append(f"in {parameters['root']}")
-    name = ", ".join(parts)
+    name = redact(", ".join(parts))
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
@@ -44,6 +46,7 @@ class RunLogHandler(logging.Handler):
 
     def __init__(self, run_log: logging.LoggerAdapter[logging.Logger] | logging.Logger) -> None:
         super().__init__()
+        self.setFormatter(RedactingFormatter())
         self._run_log = run_log
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -61,6 +64,26 @@ def log_to_run() -> Iterator[None]:
         yield
     finally:
         remove_handler(handler)
+
+
+@contextmanager
+def without_credentials() -> Iterator[None]:
+    """Hide credentials in the messages of errors that are not ours, inside the block.
+
+    Prefect stores the message as the state of the run, logs its traceback and sends it in alerts.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        if not has_credentials(trace):
+            raise
+        hidden = RuntimeError(redact(f"{type(error).__name__}: {error}"))
+    else:
+        return
+    raise hidden
 
 
 def shorten_logged_errors() -> None:
@@ -94,7 +117,8 @@ def run_as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> 
 
     @task(name=title, cache_policy=NO_CACHE, persist_result=False)
     def run() -> State[None]:
-        ref = stage(*arguments)
+        with without_credentials():
+            ref = stage(*arguments)
         results.append(ref)
         what = f"{holds(ref.stage, ref.summary)} in {ref.folder}"
         if ref.skipped:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import errno
 import os
 
+from data_prep.core.redact import redact
+
 
 class PipelineError(Exception):
-    """A failure that the user can act on."""
+    """A failure that the user can act on. Its message contains no credentials."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class ConfigError(PipelineError):

@@ -13,10 +13,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
+from data_prep.core.redact import redact
+
 PACKAGES = ("data_prep", "dpnet", "flows")
 
 
-class _Sentences(logging.Formatter):
+class RedactingFormatter(logging.Formatter):
+    """The message, and the traceback if there is one, without credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class _Sentences(RedactingFormatter):
     """The message only; the level in front of it if that is WARNING or higher."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -25,7 +34,7 @@ class _Sentences(logging.Formatter):
         return f"{level}: {text}" if record.levelno >= logging.WARNING else text
 
 
-class _TimedLines(logging.Formatter):
+class _TimedLines(RedactingFormatter):
     """Each line of the message with time (UTC), level and module.
 
     A log is read line by line, so no line may be without them. A line break in a file name can then
@@ -79,6 +88,7 @@ class Forward(logging.Handler):
 
     def __init__(self, send: Callable[[int, str, str], object]) -> None:
         super().__init__()
+        self.setFormatter(RedactingFormatter())
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:

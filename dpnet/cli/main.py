@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.logs import start_logging
+from data_prep.core.redact import redact
 from dpnet.cli.parser import build_parser
 
 STOPPED = 130
@@ -54,8 +55,9 @@ def _report(error: BaseException, args: argparse.Namespace) -> int:
     if args.debug:
         import traceback
 
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
     sentence, status = _explain(error)
+    sentence = redact(sentence)
     print(f"dpnet: {sentence}", file=sys.stderr, flush=True)
     if args.json:
         print(json.dumps({"ok": False, "error": sentence}), flush=True)
