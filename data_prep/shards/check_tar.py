@@ -133,12 +133,13 @@ def read_marked_index(
     if record is not None and (record.size, record.sha256) != (len(data), sha256_bytes(data)):
         report("its index was altered: another sha256")
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
+        file = pq.ParquetFile(io.BytesIO(data), pre_buffer=False)
         if file.metadata.num_rows > _MOST_ROWS:
             report(f"its index has {file.metadata.num_rows} rows, more than a shard can have")
             return None
         mark = dict(file.schema_arrow.metadata or {})
-        table = file.read().to_pylist()
+        # Arrow's threads can abort a command that ends while they start.
+        table = file.read(use_threads=False).to_pylist()
     except Exception as error:  # pyarrow raises many kinds of errors for a damaged file
         report(f"its index cannot be read ({type(error).__name__})")
         return None
