@@ -361,7 +361,7 @@ def test_an_archive_changed_after_the_listing_stops_the_build_and_the_next_build
     assert build(path, store).summary["photographs"] == 20
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_read_permission_stops_the_build_with_one_sentence(
     folder: Path, store: LocalStore
 ) -> None:
