@@ -24,8 +24,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, storage_error
@@ -242,9 +241,18 @@ class ShardFiles:
                     return kept
                 os.close(kept)
                 self.cache.drop(shard.sha256)  # this disk has altered the file, not the store
-        with tempfile.NamedTemporaryFile(prefix="dpnet-shard-") as named:
-            self.store.download(shard.key, Path(named.name))
-            return os.open(named.name, os.O_RDONLY | os.O_CLOEXEC)
+        with tempfile.TemporaryFile() as nameless:  # so that a kill leaves no file behind
+            self._receive(shard.key, nameless)
+            return os.dup(nameless.fileno())
+
+    def _receive(self, key: str, into: BinaryIO) -> None:
+        try:
+            self.store.receive(key, into)
+            into.flush()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise storage_error(error, tempfile.gettempdir()) from error
 
     def _is_sound(self, file: int, shard: Shard) -> bool:
         """Return whether a cached file has the right bytes. Each file is hashed once a process."""

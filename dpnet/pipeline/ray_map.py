@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from data_prep.core.errors import PipelineError
 from data_prep.core.logs import start_logging
 from data_prep.core.pool import Map, cores, died_again, task_name
+from dpnet.training.ray.deaths import death_reason
 from dpnet.training.ray.start import connect, prepare_start
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ def _result(ray: Any, reference: Any, task: Any) -> Any:
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
         raise died_again(task, 1 + RETRIES) from None
     except ray.exceptions.RayError as error:
-        lost = str(error).strip().split("\n")[0].rstrip(".")
+        lost = death_reason(error) or str(error).strip().split("\n")[0].rstrip(".")
     raise PipelineError(
         f"Ray lost {task_name(task)} ({lost}): run the same command again, it resumes."
     )
@@ -131,7 +132,9 @@ def _connected(address: str, workers: int) -> Iterator[Any]:
     with ExitStack() as stack:
         options: dict[str, Any] = {"address": address}
         if address == "local":
-            options = stack.enter_context(prepare_start()).init_options(workers or cores())
+            start = stack.enter_context(prepare_start())
+            stack.enter_context(start.in_this_process())
+            options = start.init_options(workers or cores())
         stack.callback(ray.shutdown)
         try:
             _find(address)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.paths import MLFLOW_DATABASE
+from data_prep.core.scratch import scratch_folder
 from data_prep.core.storage.local import LocalStore
 
 _SQLITE = "sqlite:///"
@@ -72,8 +72,8 @@ def _create_database(path: Path) -> None:
         return
     from mlflow.tracking import MlflowClient
 
-    with tempfile.TemporaryDirectory() as folder:
-        new = Path(folder, MLFLOW_DATABASE)
+    with scratch_folder("mlflow-") as folder:
+        new = folder / MLFLOW_DATABASE
         MlflowClient(tracking_uri=f"{_SQLITE}{new}").search_experiments(max_results=1)
         LocalStore(path.parent).create(path.name, new.read_bytes())
 

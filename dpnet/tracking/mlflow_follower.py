@@ -11,11 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
-import tempfile
 import threading
-from pathlib import Path
 from types import TracebackType
 
+from data_prep.core.scratch import scratch_folder
 from data_prep.core.stage import Work
 from dpnet.tracking.mlflow_client import new_client, reason_of, without_credentials
 from dpnet.tracking.mlflow_runs import LogUploader, training_run
@@ -149,8 +148,8 @@ class _Run:
         for entry in self.work.store.list(self.work.key(PICTURES)):
             name = posixpath.basename(entry.key)
             if name not in self._pictures:
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder, name)
+                with scratch_folder("picture-") as folder:
+                    path = folder / name
                     path.write_bytes(self.work.store.read(entry.key))
                     self.client.log_artifact(self.id, str(path), PICTURES)
                 self._pictures.add(name)

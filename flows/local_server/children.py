@@ -181,21 +181,25 @@ def ray_head(setup: LocalSetup, port: int, agent_port: int, start: RayStart) -> 
         setup: The root, the home and the environment.
         port: The port of the dashboard.
         agent_port: The port of the dashboard's agent.
-        start: The scratch folder and the environment of Ray.
+        start: The private folder, the token and the environment of Ray.
     """
-    env = {
-        "RAY_AUTH_MODE": "disabled",
-        **start.environment,
-        **setup.clean_environ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"),
-    }
     return Child(
         "Ray",
         setup.home / "ray.log",
         start.head_command(port, agent_port),
-        _own_python_first(env),
-        lambda: answers(f"{address(port)}/api/jobs/"),
+        _own_python_first(start.environ(setup.clean_environ())),
+        lambda: _accepts_jobs(address(port), start.token_file),
         5.0,
     )
+
+
+def _accepts_jobs(url: str, token_file: Path) -> bool:
+    """Return whether a Ray cluster accepts jobs at `url` with the token in `token_file`."""
+    headers = {"Authorization": f"Bearer {token_file.read_text()}"}
+    request = urllib.request.Request(f"{url}/api/jobs/", headers=headers)
+    with suppress(urllib.error.URLError, OSError, ValueError), _open(request, timeout=_TIMEOUT_S):
+        return True
+    return False
 
 
 def exporter(setup: LocalSetup, port: int) -> Child:
@@ -212,7 +216,12 @@ def exporter(setup: LocalSetup, port: int) -> Child:
 
 
 def worker(
-    setup: LocalSetup, api_url: str, mlflow_url: str, reports_url: str, ray_url: str | None
+    setup: LocalSetup,
+    api_url: str,
+    mlflow_url: str,
+    reports_url: str,
+    ray_url: str | None = None,
+    ray: RayStart | None = None,
 ) -> Child:
     """Return a process worker on the pool `dpnet`, which it creates if it is missing.
 
@@ -222,6 +231,7 @@ def worker(
         mlflow_url: The address of MLflow.
         reports_url: The address that serves the reports.
         ray_url: The address of this machine's Ray dashboard, or None without Ray.
+        ray: The start of that Ray, with its token.
     """
     user, _, password = setup.password.partition(":")
     env = setup.clean_environ("MLFLOW_TRACKING_", *(["RAY_ADDRESS"] if ray_url else [])) | {
@@ -238,8 +248,9 @@ def worker(
         PASSWORD: setup.password,
         **({"RAY_API_SERVER_ADDRESS": ray_url} if ray_url else {}),
     }
-    if ray_url:
-        env.setdefault("RAY_AUTH_MODE", "disabled")  # like the head node
+    if ray is not None:
+        env.pop("RAY_AUTH_TOKEN", None)  # of another cluster
+        env |= ray.credentials
     name = f"up-{socket.gethostname()}"
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL]
     command += ["--type", "process", "--name", name, "--install-policy", "never"]

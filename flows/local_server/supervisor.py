@@ -188,11 +188,18 @@ def supervise(arguments: SupervisorArguments) -> None:
         supervisor.start(children.exporter(setup, exporter_port))
         supervisor.wait_until_ready()
         mark_database_created(home)
-        supervisor.start(children.worker(setup, api_url, mlflow_url, reports_url, ray_url))
+        supervisor.start(children.worker(setup, api_url, mlflow_url, reports_url, ray_url, ray))
         supervisor.wait_until_ready()
         metrics_url = f"{reports_url}/metrics"
         running = Running(
-            arguments.pid, arguments.root, api_url, ui_url, mlflow_url, metrics_url, ray_url
+            arguments.pid,
+            arguments.root,
+            api_url,
+            ui_url,
+            mlflow_url,
+            metrics_url,
+            ray_url,
+            str(ray.token_file) if ray is not None else None,
         )
         _write_json(home / STATE, running.to_json())
         _answer({"ready": running.to_json()})

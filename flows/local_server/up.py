@@ -49,6 +49,7 @@ class Running:
     mlflow_url: str
     metrics_url: str
     ray_url: str | None
+    ray_token: str | None = None  # the file of the token that Ray asks for
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

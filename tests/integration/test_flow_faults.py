@@ -128,7 +128,11 @@ class Faults:
     def jobs(self, seed: int) -> dict[str, str]:
         """Return the states of the cluster's jobs for this training, by attempt."""
         folder = self.training(seed)
-        with urllib.request.urlopen(f"{self.up.running.ray_url}/api/jobs/", timeout=60) as answer:
+        token = Path(str(self.up.running.ray_token)).read_text()
+        request = urllib.request.Request(
+            f"{self.up.running.ray_url}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
             jobs = json.load(answer)
         mine = [each for each in jobs if folder and folder.name in each["entrypoint"]]
         return {each["submission_id"].rpartition("-")[2]: each["status"] for each in mine}

@@ -25,6 +25,7 @@ from data_prep.images.stage import prepare_images
 from data_prep.shards.shards import split_shards
 from dpnet.pipeline.ray_map import ray_map
 from dpnet.pipeline.verify import verify
+from dpnet.training.ray.start import connect, prepare_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -34,9 +35,10 @@ def ray() -> Iterator[object]:
     """Start a real Ray on this machine."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    with prepare_start("test-") as start, start.in_this_process():
+        connect(**start.init_options(2))
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 from data_prep.core.errors import PipelineError
 from data_prep.core.pool import run_tasks
 from dpnet.pipeline.ray_map import ray_map
-from dpnet.training.ray.start import scratch_folder
+from dpnet.training.ray.start import RayStart, prepare_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 # Other processes import this file and the packages next to it.
@@ -74,28 +74,32 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    with scratch_folder("test-") as folder:
-        yield folder
+def start() -> Iterator[RayStart]:
+    with (
+        prepare_start("test-") as start,
+        start.in_this_process(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        # Ray accepts further nodes only if it is not on loopback alone.
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1")
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", True)
+        yield start
 
 
 @pytest.fixture(scope="module")
-def cluster(scratch: Path) -> Iterator[str]:
+def cluster(start: RayStart) -> Iterator[str]:
     """Start a Ray cluster of two nodes with one core each, and return its address."""
     port = free_port()
     address = f"127.0.0.1:{port}"
     common = ["--block", "--num-cpus=1", "--node-ip-address=127.0.0.1"]
     common += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
     common += ["--metrics-export-port=0", "--dashboard-agent-listen-port=0"]
-    head = ["--head", f"--port={port}", f"--temp-dir={scratch}", "--include-dashboard=false"]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RAY_AUTH_MODE": "disabled"}
-    environment.pop("RAY_ADDRESS", None)
+    head = ["--head", f"--port={port}", f"--temp-dir={start.files}", "--include-dashboard=false"]
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     environment.pop("OMP_NUM_THREADS", None)
-    ray = [str(Path(sys.executable).parent / "ray"), "start"]
+    ray = [sys.executable, "-m", "dpnet.training.ray.head", "start"]
     nodes: list[subprocess.Popen[bytes]] = []
-    log = scratch / "nodes.log"
-    before = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    log = start.folder / "nodes.log"
     try:
         with log.open("wb") as out:
             for options in (head, [f"--address={address}"]):
@@ -105,10 +109,6 @@ def cluster(scratch: Path) -> Iterator[str]:
                 wait_for_lines(log, "Ray runtime started", len(nodes), node)
         yield address
     finally:
-        if before is None:
-            del os.environ["RAY_AUTH_MODE"]
-        else:
-            os.environ["RAY_AUTH_MODE"] = before
         for node in reversed(nodes):
             node.terminate()
         for node in nodes:

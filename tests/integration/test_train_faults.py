@@ -149,6 +149,7 @@ class Trainer:
 
     folder: Path
     started: list[Training] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)  # of each training
 
     def fill(self, root: str) -> None:
         """Put the data into a root."""
@@ -174,7 +175,7 @@ class Trainer:
         with log.open("w") as err:
             process = subprocess.Popen(
                 command,
-                env={**clean_environment(), **(environment or {})},
+                env={**clean_environment(), **self.environment, **(environment or {})},
                 stdout=subprocess.PIPE,
                 stderr=err,
                 text=True,
@@ -245,9 +246,11 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def job(cluster: Cluster) -> Iterator[list[str]]:
+def job(cluster: Cluster, trainer: Trainer) -> Iterator[list[str]]:
     """Return the options for a job on the cluster, after making sure that it has two nodes."""
+    trainer.environment = {"RAY_AUTH_TOKEN": cluster.token}
     yield job_on(cluster)
+    trainer.environment = {}
     cluster.nodes = [node for node in cluster.nodes if node.process.poll() is None]
     while len(cluster.nodes) < 2:
         cluster.add_node()
@@ -303,7 +306,7 @@ def test_training_restarts_at_once_if_ray_trains_controller_is_killed(
     training.wait_for(2 * EVERY)
     begun = time.monotonic()
     os.kill(cluster.process("ray::TrainController"), signal.SIGKILL)
-    training.wait_to_say("Ray Train's controller died, training restarts")
+    training.wait_to_say("Ray Train's controller died (a process died), training restarts")
     training.wait_to_say("resumes from the checkpoint")
     assert time.monotonic() - begun < 150
     assert training.finish()["resumed_from"] >= 2 * EVERY
@@ -351,13 +354,13 @@ def jobs(cluster: Cluster, training: Training) -> dict[int, str]:
     """Return the state of each attempt that the cluster knows."""
     name = re.findall(r"the job (dpnet-\S+-)\d+ is", training.log.read_text())[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.delenv("RAY_ADDRESS", raising=False)
         from ray.job_submission import JobSubmissionClient
 
-        found = [
-            (str(job.submission_id), str(job.status.value))
-            for job in JobSubmissionClient(cluster.dashboard).list_jobs()
-        ]
+        client = JobSubmissionClient(
+            cluster.dashboard, headers={"Authorization": f"Bearer {cluster.token}"}
+        )
+        found = [(str(job.submission_id), str(job.status.value)) for job in client.list_jobs()]
     return {int(each.removeprefix(name)): state for each, state in found if each.startswith(name)}
 
 
@@ -447,9 +450,8 @@ def test_an_address_without_a_cluster_gives_one_sentence(trainer: Trainer, root:
 def test_a_cluster_accepts_only_its_token_and_gets_the_job_again_after_a_restart(
     trainer: Trainer, root: Path, tmp_path: Path
 ) -> None:
-    token = secrets.token_hex(32)
     home = {"HOME": str(tmp_path)}  # without a token of the user's own
-    with ray_cluster(1, token) as cluster:
+    with ray_cluster(1) as cluster:
         options = [*job_on(cluster), "train.workers=1"]
         missing = trainer.start(root, *options, environment=home)
         assert f"{cluster.dashboard} requires its token" in missing.fail()
@@ -458,7 +460,7 @@ def test_a_cluster_accepts_only_its_token_and_gets_the_job_again_after_a_restart
         )
         assert f"{cluster.dashboard} requires its token" in wrong.fail()
         # Ray's own client would prefer an address in the environment.
-        right = {**home, "RAY_AUTH_TOKEN": token, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
+        right = {**home, "RAY_AUTH_TOKEN": cluster.token, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
         training = trainer.start(root, *options, environment=right)
         training.wait_for(2 * EVERY)
         cluster.kill()

@@ -350,7 +350,11 @@ def test_ctrl_c_stops_everything_and_keeps_the_database(tmp_path: Path) -> None:
     ray_folders = set(Path("/tmp").glob("dpnet-ray-up-*"))
     with started(root, "--ray") as up:
         assert "<html" in ask(str(up.running.ray_url))
-        assert ask(f"{up.running.ray_url}/api/jobs/") == []
+        jobs, token = f"{up.running.ray_url}/api/jobs/", Path(str(up.running.ray_token))
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(jobs)
+        assert ask(jobs, Authorization=f"Bearer {token.read_text()}") == []
+        assert token.stat().st_mode & 0o77 == 0 == token.parent.stat().st_mode & 0o77
         run_sleeper(up, tmp_path)
         processes = family(up.process.pid)
         start = time.monotonic()

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpnet.training.ray.start import scratch_folder
+from dpnet.training.ray.start import RayStart, prepare_start
 
-RAY = str(Path(sys.executable).parent / "ray")
+RAY = [sys.executable, "-m", "dpnet.training.ray.head"]
 START_S = 120.0  # a busy machine is slow
 
 
@@ -60,7 +60,7 @@ class Node:
 class Cluster:
     """A head without cores, and the nodes that run workers."""
 
-    scratch: Path
+    ray: RayStart
     environment: dict[str, str]
     head: Node | None = None
     nodes: list[Node] = field(default_factory=list)
@@ -76,12 +76,16 @@ class Cluster:
     def dashboard(self) -> str:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
+    @property
+    def token(self) -> str:
+        return self.ray.token_file.read_text()
+
     def start_head(self) -> None:
         self.head = self.start(
             "--head",
             "--num-cpus=0",
             f"--port={self.port}",
-            f"--temp-dir={self.scratch}",
+            f"--temp-dir={self.ray.files}",
             "--include-dashboard=true",
             f"--dashboard-port={self.dashboard_port}",
         )
@@ -99,9 +103,9 @@ class Cluster:
         return node
 
     def start(self, *options: str) -> Node:
-        log = self.scratch / "nodes.log"
+        log = self.ray.folder / "nodes.log"
         before = _starts(log)
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *options]
+        command = [*RAY, "start", "--block", "--node-ip-address=127.0.0.1", *options]
         command += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
         command += ["--metrics-export-port=0", f"--dashboard-agent-listen-port={free_port()}"]
         with log.open("ab") as out:
@@ -135,7 +139,14 @@ class Cluster:
         when = f"--deadline-remaining-seconds={seconds}"
         reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test"]
         subprocess.run(
-            [RAY, "drain-node", f"--address={self.address}", f"--node-id={node_id}", *reason, when],
+            [
+                *RAY,
+                "drain-node",
+                f"--address={self.address}",
+                f"--node-id={node_id}",
+                *reason,
+                when,
+            ],
             env=self.environment,
             check=True,
             capture_output=True,
@@ -147,15 +158,12 @@ def _starts(log: Path) -> int:
 
 
 @contextmanager
-def ray_cluster(nodes: int, token: str | None = None) -> Iterator[Cluster]:
+def ray_cluster(nodes: int) -> Iterator[Cluster]:
     """Start a cluster: a head with a dashboard that takes jobs, and `nodes` nodes of one core."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
-    if token is None:
-        environment["RAY_AUTH_MODE"] = "disabled"
-    else:
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    with scratch_folder("test-") as scratch:
-        cluster = Cluster(scratch, environment)
+    with prepare_start("test-") as ray:
+        # Ray accepts further nodes only if it is not on loopback alone.
+        cluster = Cluster(ray, environment | ray.credentials)
         try:
             cluster.start_head()
             for _ in range(nodes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep.core.manifest import FileRecord, StageRef
 from data_prep.core.stage import Produced, Request, Work, run_stage
@@ -64,13 +65,23 @@ class Far:
     def read_range(self, key: str, offset: int, size: int) -> bytes:
         return self.near.read_range(key, offset, size)
 
+    def receive(self, key: str, into: BinaryIO) -> None:
+        self._note_download(key)
+        self._send(key, into)
+
     def download(self, key: str, path: Path) -> None:
+        self._note_download(key)
+        with path.with_name(f"{path.name}.part").open("wb") as file:
+            self._send(key, file)
+        path.with_name(f"{path.name}.part").replace(path)
+
+    def _note_download(self, key: str) -> None:
         with self.log.open("a") as log:
             log.write(f"{key}\n")
+
+    def _send(self, key: str, into: BinaryIO) -> None:
         data = self.near.read(key)
-        with path.with_name(f"{path.name}.part").open("wb") as file:
-            file.write(data[: len(data) // 2])
-            file.flush()
-            time.sleep(self.seconds)
-            file.write(data[len(data) // 2 :])
-        path.with_name(f"{path.name}.part").replace(path)
+        into.write(data[: len(data) // 2])
+        into.flush()
+        time.sleep(self.seconds)
+        into.write(data[len(data) // 2 :])

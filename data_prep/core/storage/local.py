@@ -60,6 +60,10 @@ class LocalStore:
     def download(self, key: str, path: Path) -> None:
         shutil.copyfile(self.path(key), path)
 
+    def receive(self, key: str, into: BinaryIO) -> None:
+        with self.open(key) as file:
+            shutil.copyfileobj(file, into)
+
     def exists(self, key: str) -> bool:
         return self.path(key).is_file()
 

@@ -117,6 +117,9 @@ class S3Store:
         finally:
             partial_file.unlink(missing_ok=True)
 
+    def receive(self, key: str, into: BinaryIO) -> None:
+        self._receive(key, into)
+
     def entry(self, key: str) -> Entry:
         """Return the entry that `list` has for the object. Raises FileNotFoundError."""
         head = self._head(key)

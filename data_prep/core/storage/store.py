@@ -56,6 +56,9 @@ class Store(Protocol):
     def download(self, key: str, path: Path) -> None:
         """Copy the object to a local file, whole or not at all."""
 
+    def receive(self, key: str, into: BinaryIO) -> None:
+        """Copy the object into an empty file."""
+
     def exists(self, key: str) -> bool:
         """Return whether there is such an object. A folder is not an object."""
 

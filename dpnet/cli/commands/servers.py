@@ -70,6 +70,7 @@ def _addresses(running: dict[str, Any], home: Path) -> str:
     from flows.local_server.password import PASSWORD, USER, password_file
 
     rows = {"Prefect": "login_url", "MLflow": "mlflow_url", "Ray": "ray_url"}
+    rows |= {"  token": "ray_token"}
     rows |= {"metrics": "metrics_url", "root": "root"}
     lines = [f"{name:<9}{running[key]}" for name, key in rows.items() if running[key]]
     export = [f"export PREFECT_API_URL={running['api_url']}"]

@@ -21,11 +21,11 @@ import time
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.logs import start_logging
+from data_prep.core.scratch import scratch_folder
 from data_prep.core.storage.open import open_store
 from dpnet.training.job import TrainJob
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
 from dpnet.training.ray.ray_train import Training
-from dpnet.training.ray.start import scratch_folder
 
 
 def main() -> int:
@@ -51,7 +51,7 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
             " choose a root that all machines share, S3 or a shared disk."
         ) from None
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    with scratch_folder() as scratch:
+    with scratch_folder("ray-") as scratch:
         training = Training(TrainJob.from_json(spec["job"]), scratch, attempt, spec["deadline"])
         try:
             if only_stacks:

@@ -45,6 +45,7 @@ class LocalLauncher:
         start = self._started.enter_context(prepare_start())
         self._training = Training(self.job, start.folder, self.attempt, self.launch.deadline_s)
         try:
+            self._started.enter_context(start.in_this_process())
             connect(**start.init_options(self.job.settings.workers + 1, gpus))
         except Exception as error:  # Ray raises plain ones, for example on a busy machine
             reason = str(error).split(". ")[0].rstrip(".")

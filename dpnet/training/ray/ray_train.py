@@ -21,6 +21,7 @@ from data_prep.core.storage.open import open_store
 from dpnet.tracking.run_log import read_status
 from dpnet.training.job import TrainJob
 from dpnet.training.ray import workers
+from dpnet.training.ray.deaths import death_reason
 from dpnet.training.ray.messages import forward_logs, receive
 from dpnet.training.ray.stacks import stacks_of
 
@@ -128,7 +129,7 @@ class Training:
         from ray.train.v2.api import data_parallel_trainer
 
         data_parallel_trainer.ray = _Stoppable(lambda: self._stopped)
-        deaths, step = 0, None
+        deaths, in_a_row, step = 0, 0, None
         try:
             while True:
                 try:
@@ -137,10 +138,14 @@ class Training:
                     log.info("train: continues on the remaining machines")
                 except Exception as error:
                     now = self.status().get("step")
-                    deaths, step = 1 if now != step else deaths + 1, now
-                    if self._stopped or not _ray_failed(error) or deaths > DEATHS:
+                    deaths, in_a_row, step = deaths + 1, 1 if now != step else in_a_row + 1, now
+                    often = deaths > self.job.settings.max_failures or in_a_row > DEATHS
+                    if self._stopped or not _ray_failed(error) or often:
                         raise
-                    log.warning("train: Ray Train's controller died, training restarts")
+                    log.warning(
+                        "train: Ray Train's controller died (%s), training restarts",
+                        _short(error),
+                    )
                     _release_workers()
         except BaseException as error:
             self.error = error
@@ -210,7 +215,7 @@ def _failures_callback(attempt: str) -> Any:
                 text = f"died: {', '.join(map(str, dead))}"
             else:
                 rank, error = next(iter(worker_exceptions.items()))
-                text = f"failed: {rank} ({_last_line(error)})"
+                text = f"failed: {rank} ({_short(error)})"
             forward_logs(attempt).emit(
                 logging.makeLogRecord(
                     {"name": __name__, "levelno": logging.WARNING, "msg": f"train: workers {text}"}
@@ -220,7 +225,10 @@ def _failures_callback(attempt: str) -> Any:
     return Failures()
 
 
-def _last_line(error: BaseException) -> str:
+def _short(error: BaseException) -> str:
+    """Return the reason of a death, and of another error the last line."""
+    if reason := death_reason(error):
+        return reason
     return f"{type(error).__name__}: {error}".strip().splitlines()[-1][:300]
 
 
@@ -233,10 +241,11 @@ def _free(kind: str) -> str:
 
 def _ray_failed(error: BaseException) -> bool:
     """Return whether Ray Train's controller died or gave up, and not the training in it."""
-    import ray
-    from ray.train import ControllerError
+    from ray.train import ControllerError, TrainingFailedError
 
-    return isinstance(error, ray.exceptions.RayActorError | ControllerError)
+    if isinstance(error, TrainingFailedError):  # with other kinds, Ray has restarted often enough
+        return isinstance(error, ControllerError)
+    return death_reason(error) is not None
 
 
 def _release_workers() -> None:
@@ -262,6 +271,8 @@ def explain_error(error: BaseException, where: str) -> BaseException:
         error: The error that Ray Train raised.
         where: Root and folder of the run.
     """
+    from ray.exceptions import RayError
+
     failures = list(getattr(error, "worker_failures", {}).values())
     if controller := getattr(error, "controller_failure", None):
         failures.append(controller)
@@ -270,7 +281,7 @@ def explain_error(error: BaseException, where: str) -> BaseException:
         if isinstance(cause, PipelineError):
             return PipelineError(str(cause))
     for failure in failures:
-        text = _last_line(failure)
+        text = _short(failure)
         if full := storage_error_in(text, where):
             return full
         return PipelineError(
@@ -279,8 +290,13 @@ def explain_error(error: BaseException, where: str) -> BaseException:
         )
     if _ray_failed(error):
         return PipelineError(
-            f"training failed: Ray Train's controller died {DEATHS + 1} times without a new step."
-            " Run the same command again, it resumes from the last checkpoint."
+            f"training failed: Ray Train's controller died too often ({_short(error)}). Run the"
+            " same command again, it resumes from the last checkpoint."
+        )
+    if isinstance(error, RayError):
+        return PipelineError(
+            f"training failed ({_short(error)}): run the same command again, it resumes from the"
+            " last checkpoint."
         )
     return error
 

@@ -1,39 +1,73 @@
-"""Start Ray on this machine: its scratch folder, lock, environment and arguments.
+"""Start Ray on this machine: its private folder, token, environment and arguments.
 
-Ray keeps sockets and logs in a scratch folder under /tmp. The process that starts Ray holds a lock
-in that folder. A folder with a free lock belongs to a process that was killed, so the next start
-removes it. This module is cheap to import: it imports Ray only when Ray starts.
+Every Ray that starts here listens on loopback only, and refuses a request without its token. The
+token is made for the start, in a folder that other users cannot open. This module is cheap to
+import: it imports Ray only when Ray starts.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import shutil
+import secrets
 import signal
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-SCRATCH = Path("/tmp")  # the path of a socket in a deeper folder may exceed Linux's 107 bytes
-PREFIX, LOCK = "dpnet-ray-", ".lock"
-REMOVE_S = 5.0  # how long to try to remove a scratch folder
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+from data_prep.core.scratch import scratch_folder
+
+DEFAULTS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray takes this machine for one without a network, so that every port is on loopback.
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# The user's settings for another cluster.
+_FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
 
 
 @dataclass(frozen=True)
 class RayStart:
-    """How to start Ray on this machine: in this process, or as a process of its own."""
+    """How to start Ray on this machine: in this process, or as a process of its own.
 
-    folder: Path  # for what Ray writes
-    environment: Mapping[str, str] = field(default_factory=lambda: dict(ENVIRONMENT))
+    Attributes:
+        folder: A private folder with the token and everything that Ray writes.
+    """
+
+    folder: Path
+
+    @property
+    def files(self) -> Path:
+        """Return Ray's own folder. Ray opens it to all users, so the private one is around it."""
+        return self.folder / "ray"
+
+    @property
+    def token_file(self) -> Path:
+        """Return the file of the token that this Ray asks for."""
+        return self.folder / "token"
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """Return the variables with which a process may use this Ray."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
+
+    def environ(self, user: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment of this Ray: the user's without other clusters' settings."""
+        own = {name: value for name, value in user.items() if name not in _FOREIGN}
+        return {**DEFAULTS, **own, **_LOOPBACK, **self.credentials}
+
+    @contextmanager
+    def in_this_process(self) -> Iterator[None]:
+        """Give this process the environment of this Ray, and the user's again at the end."""
+        names = (*_FOREIGN, *_LOOPBACK, *self.credentials)
+        before = {name: os.environ[name] for name in names if name in os.environ}
+        _replace(names, self.environ(os.environ))
+        try:
+            yield
+        finally:
+            _replace(names, before)
 
     def init_options(self, cpus: int, gpus: int | None = None) -> dict[str, Any]:
         """Return the arguments of `ray.init`. With `gpus` None, Ray counts the GPUs itself."""
@@ -43,7 +77,7 @@ class RayStart:
             "num_gpus": gpus,
             "include_dashboard": False,
             "object_store_memory": 128 << 20,  # nothing large passes through it
-            "_temp_dir": str(self.folder),
+            "_temp_dir": str(self.files),
         }
 
     def head_command(self, port: int, agent_port: int) -> list[str]:
@@ -53,8 +87,8 @@ class RayStart:
             port: Port of the dashboard, which takes jobs.
             agent_port: Port of the dashboard's agent.
         """
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-        command += ["--node-ip-address=127.0.0.1", "--port=0", f"--temp-dir={self.folder}"]
+        command = [sys.executable, "-m", "dpnet.training.ray.head", "start", "--head", "--block"]
+        command += ["--node-ip-address=127.0.0.1", "--port=0", f"--temp-dir={self.files}"]
         command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1"]
         command += [f"--dashboard-port={port}", f"--dashboard-agent-listen-port={agent_port}"]
         return command
@@ -62,76 +96,38 @@ class RayStart:
 
 @contextmanager
 def prepare_start(purpose: str = "") -> Iterator[RayStart]:
-    """Prepare a start of Ray on this machine. At the end, remove its scratch folder."""
-    with scratch_folder(purpose) as folder:
-        yield RayStart(folder)
-
-
-@contextmanager
-def scratch_folder(purpose: str = "") -> Iterator[Path]:
-    """Make a locked scratch folder, after removing those of killed processes.
+    """Prepare a start of Ray on this machine. At the end, remove its folder.
 
     Args:
         purpose: Part of the folder's name, such as "up-".
     """
-    sweep(SCRATCH)
-    folder, lock = _locked_folder(purpose)
-    with lock:
-        try:
-            yield folder
-        finally:
-            _remove(folder)
+    with scratch_folder(f"ray-{purpose}") as folder:
+        start = RayStart(folder)
+        start.token_file.touch(0o600)
+        start.token_file.write_text(secrets.token_hex(32))
+        yield start
 
 
-def _locked_folder(purpose: str) -> tuple[Path, BinaryIO]:
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{purpose}", dir=SCRATCH))
-        with suppress(FileNotFoundError):
-            lock = (folder / LOCK).open("wb")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (folder / LOCK).exists():  # not swept before the lock was taken
-                return folder, lock
-            lock.close()
+def _replace(names: tuple[str, ...], values: Mapping[str, str]) -> None:
+    """Replace variables of the environment, and make a loaded Ray read them again."""
+    for name in names:
+        os.environ.pop(name, None)
+        if name in values:
+            os.environ[name] = values[name]
+    if "ray._raylet" in sys.modules:
+        from ray import _raylet
+        from ray._private import ray_constants
 
-
-def sweep(top: Path) -> None:
-    """Remove the scratch folders of processes that were killed: their locks are free."""
-    for folder in top.glob(f"{PREFIX}*"):
-        with suppress(OSError), (folder / LOCK).open("rb") as lock:  # in use, or another user's
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Remove a scratch folder, and first end the processes that still write there.
-
-    If Ray is stopped during its start, its agents run for another minute and write files.
-    """
-    deadline = time.monotonic() + REMOVE_S
-    while time.monotonic() < deadline:
-        writers = _writers(folder)
-        for pid in writers:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
-        if not writers and not folder.exists():
-            return
-        time.sleep(0.05)
-
-
-def _writers(folder: Path) -> list[int]:
-    """Return the processes with a standard output in `folder`; none on systems without /proc."""
-    found = []
-    for output in Path("/proc").glob("[0-9]*/fd/1"):
-        with suppress(OSError):  # another user's process, or it has ended
-            if os.readlink(output).startswith(f"{folder}/"):
-                found.append(int(output.parts[2]))
-    return found
+        library: Any = _raylet  # compiled, without types
+        library.Config.initialize("")  # before the token is forgotten: a thread may ask for it
+        library.AuthenticationTokenLoader.instance().reset_cache()
+        (loopback,) = _LOOPBACK
+        ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(loopback) != "0"
 
 
 def connect(**options: Any) -> None:
     """Call `ray.init` without Ray's own output, and keep this process's signal handlers."""
-    for name, value in ENVIRONMENT.items():
+    for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -35,6 +35,7 @@ USERS = {
     "PREFECT_SERVER_DATABASE_CONNECTION_URL": DATABASE,
     "MLFLOW_TRACKING_URI": "http://elsewhere",
     "RAY_ADDRESS": "elsewhere:6379",
+    "RAY_AUTH_TOKEN": "of elsewhere",
     "AWS_ENDPOINT_URL": "http://s3",
 }
 
@@ -77,8 +78,12 @@ def test_flow_runs_get_the_addresses_of_the_root_mlflow_and_storage(worker: Chil
 def test_flow_runs_use_the_ray_cluster_of_up_instead_of_the_users(
     setup: LocalSetup,
 ) -> None:
-    worker = children.worker(setup, "http://x/api", "http://y", "http://z", "http://ray")
+    start = RayStart(setup.home)
+    worker = children.worker(setup, "http://x/api", "http://y", "http://z", "http://ray", start)
     assert worker.env["RAY_API_SERVER_ADDRESS"] == "http://ray"
+    assert worker.env["RAY_AUTH_MODE"] == "token"
+    assert worker.env["RAY_AUTH_TOKEN_PATH"] == str(start.token_file)
+    assert "RAY_AUTH_TOKEN" not in worker.env  # of the user's cluster
     assert "RAY_ADDRESS" not in worker.env
 
 
@@ -92,8 +97,11 @@ def test_each_process_gets_only_the_secrets_that_it_needs_and_none_as_an_argumen
     with listen(None) as listener:
         mlflow = children.mlflow(setup, tmp_path / "mlflow.db", "file:///a", listener)
     exporter = children.exporter(setup, 9808)
-    ray = children.ray_head(setup, 1, 2, RayStart(tmp_path))
-    holders: dict[str, list[str]] = {"secret1": [], "hunter2": []}
+    start = RayStart(tmp_path)
+    start.token_file.write_text("ray-secret")
+    ray = children.ray_head(setup, 1, 2, start)
+    assert ray.env.items() >= start.credentials.items()
+    holders: dict[str, list[str]] = {"secret1": [], "hunter2": [], "ray-secret": []}
     for child in (server, worker, mlflow, exporter, ray):
         for secret, names in holders.items():
             assert not any(secret in word for word in child.command)
@@ -102,6 +110,7 @@ def test_each_process_gets_only_the_secrets_that_it_needs_and_none_as_an_argumen
     assert holders == {
         "secret1": ["Prefect's server", "the worker", "MLflow", "the exporter"],
         "hunter2": ["Prefect's server"],
+        "ray-secret": [],  # only in its file
     }
     assert server.env["PREFECT_SERVER_API_AUTH_STRING"] == "admin:secret1"
     assert worker.env["PREFECT_API_AUTH_STRING"] == "admin:secret1"

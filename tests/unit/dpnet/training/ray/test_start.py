@@ -1,78 +1,96 @@
-"""Scratch folders of a Ray on this machine: locked, removed, and swept after a kill."""
+"""The start of a Ray on this machine: its token, its environment, its arguments."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import signal
-import subprocess
+import stat
 import sys
 from pathlib import Path
 
 import pytest
 
-from dpnet.training.ray import start
-from dpnet.training.ray.start import LOCK, RayStart, prepare_start, scratch_folder, sweep
+from data_prep.core import scratch
+from dpnet.training.ray.start import RayStart, prepare_start
 
 
 @pytest.fixture
 def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(start, "SCRATCH", tmp_path)
+    monkeypatch.setattr(scratch, "SCRATCH", tmp_path)
     return tmp_path
 
 
-def names(folder: Path) -> set[str]:
-    return {each.name for each in folder.iterdir()}
-
-
-def test_only_unlocked_scratch_folders_are_swept(tmp_path: Path) -> None:
-    for name in ("dpnet-ray-killed", "dpnet-ray-in-use", "dpnet-ray-without-lock", "others"):
-        (tmp_path / name / "session").mkdir(parents=True)
-        if name != "dpnet-ray-without-lock":
-            (tmp_path / name / LOCK).touch()
-    with (tmp_path / "dpnet-ray-in-use" / LOCK).open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        sweep(tmp_path)
-    assert names(tmp_path) == {"dpnet-ray-in-use", "dpnet-ray-without-lock", "others"}
-
-
-def test_a_scratch_folder_is_locked_while_in_use_and_removed_at_the_end(top: Path) -> None:
-    with scratch_folder() as folder:
-        (folder / "session").mkdir()
-        with prepare_start() as other:
-            assert names(top) == {folder.name, other.folder.name}
-        assert names(top) == {folder.name}
-    assert names(top) == set()
-
-
-STARTERS = {
-    "training": "from dpnet.training.ray.launch_local import prepare_start as begin; purpose = ''",
-    "ray map": "from dpnet.pipeline.ray_map import prepare_start as begin; purpose = ''",
-    "dpnet up": "from flows.local_server.supervisor import prepare_start as begin; purpose = 'up-'",
-    "job driver": "from dpnet.training.ray.job_driver import scratch_folder as begin; purpose = ''",
-}
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from dpnet.training.ray import start
-start.SCRATCH = Path(sys.argv[1])
-with begin(purpose):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize("starter", STARTERS)
-def test_the_next_start_removes_the_folder_of_a_killed_starter(top: Path, starter: str) -> None:
-    code = f"{STARTERS[starter]}\n{KILLED}"
-    killed = subprocess.run([sys.executable, "-c", code, str(top)], env=os.environ, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    (leftover,) = names(top)
-    with prepare_start() as new:
-        assert names(top) == {new.folder.name} != {leftover}
-
-
-def test_both_ways_to_start_ray_use_the_scratch_folder(tmp_path: Path) -> None:
+def test_both_ways_to_start_ray_use_its_folder_inside_the_private_one(tmp_path: Path) -> None:
     prepared = RayStart(tmp_path)
-    assert prepared.init_options(2, 1)["_temp_dir"] == str(tmp_path)
-    assert f"--temp-dir={tmp_path}" in prepared.head_command(8265, 1)
-    assert prepared.environment["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert prepared.init_options(2, 1)["_temp_dir"] == str(tmp_path / "ray")
+    assert f"--temp-dir={tmp_path / 'ray'}" in prepared.head_command(8265, 1)
+
+
+@pytest.mark.usefixtures("top")
+def test_every_start_has_its_own_token_in_a_private_file() -> None:
+    before = os.umask(0)
+    try:
+        with prepare_start() as one, prepare_start() as other:
+            assert len(one.token_file.read_text()) == 64
+            assert one.token_file.read_text() != other.token_file.read_text()
+            assert stat.S_IMODE(one.token_file.stat().st_mode) == 0o600
+            assert stat.S_IMODE(one.folder.stat().st_mode) == 0o700
+    finally:
+        os.umask(before)
+
+
+USER = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_AUTH_TOKEN": "of another cluster",
+    "RAY_AUTH_TOKEN_PATH": "/of/another",
+    "RAY_ADDRESS": "http://head:8265",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+    "RAY_USAGE_STATS_ENABLED": "1",
+    "OTHER": "kept",
+}
+
+
+def test_the_environment_demands_the_token_on_loopback_whatever_the_user_has_set(
+    tmp_path: Path,
+) -> None:
+    start = RayStart(tmp_path)
+    assert start.environ(USER) == {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "1",
+        "OTHER": "kept",
+    }
+    assert start.environ({})["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_this_process_gets_the_users_settings_for_other_clusters_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in USER.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    before = dict(os.environ)
+    with RayStart(tmp_path).in_this_process():
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert "RAY_AUTH_TOKEN" not in os.environ
+    assert dict(os.environ) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_the_head_starts_without_the_server_of_rays_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.scripts import scripts
+
+    from dpnet.training.ray import head
+
+    seen: list[object] = []
+    monkeypatch.setattr(scripts, "get_ray_client_dependency_error", lambda: None)
+    monkeypatch.setattr(
+        scripts, "main", lambda: seen.append(scripts.get_ray_client_dependency_error())
+    )
+    head.main()
+    assert isinstance(seen[0], ImportError)
+    command = RayStart(tmp_path).head_command(8265, 1)
+    assert command[:3] == [sys.executable, "-m", "dpnet.training.ray.head"]
