@@ -23,10 +23,11 @@ from itertools import chain, islice
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from queue import SimpleQueue
+from queue import Empty, Queue, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.lease import check_leases
 from data_prep.core.logs import has_started, start_logging
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
+CHECK_S = 1.0  # between two looks at the leases while a worker runs
 DEATHS = 3  # after so many dead workers, the task counts as failed
 
 
@@ -93,7 +95,7 @@ def run_tasks(
     submitted: deque[_Task] = deque()
     # A byte for each submitted task. It is closed at the end.
     incoming, outgoing = multiprocessing.Pipe(duplex=False)
-    results: SimpleQueue[_Result] = SimpleQueue()
+    results: Queue[_Result] = Queue()
     driver = threading.Thread(
         target=_drive, args=(function, workers, submitted, incoming, results), daemon=True
     )
@@ -112,7 +114,7 @@ def run_tasks(
         submit(2 * workers)
         while running:
             while done not in early:
-                result = results.get()
+                result = _next_result(results)
                 if isinstance(result.outcome, BaseException):  # of the driver
                     raise result.outcome
                 early[result.number] = result
@@ -132,6 +134,16 @@ def run_tasks(
         outgoing.close()  # running workers end at once
         driver.join()
         incoming.close()
+
+
+def _next_result(results: Queue[_Result]) -> _Result:
+    """Wait for a result. Raises LeaseLostError if a lease around this call is lost meanwhile."""
+    while True:
+        check_leases()
+        try:
+            return results.get(timeout=CHECK_S)
+        except Empty:
+            continue
 
 
 @dataclass
@@ -162,7 +174,7 @@ def _drive(
     workers: int,
     submitted: deque[_Task],
     incoming: Connection,
-    results: SimpleQueue[_Result],
+    results: Queue[_Result],
 ) -> None:
     """Run the tasks roughly in order until the other end of `incoming` is closed.
 

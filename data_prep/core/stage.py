@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
-from data_prep.core.lease import Lease
+from data_prep.core.lease import HEARTBEAT_S, Lease
 from data_prep.core.manifest import (
     FORMAT,
     FileRecord,
@@ -112,11 +112,22 @@ class Produced:
     summary: dict[str, Any]
 
 
-def run_stage(store: Store, request: Request, build: Callable[[Work], Produced]) -> StageRef:
+def run_stage(
+    store: Store,
+    request: Request,
+    build: Callable[[Work], Produced],
+    interval: float = HEARTBEAT_S,
+) -> StageRef:
     """Return the committed stage for `request`; build it if it is not committed.
 
     One runner builds, the others wait for its result. An error of `build` passes through, and
     nothing is committed. The next call finds the files of this one in the same folder.
+
+    Args:
+        store: the root.
+        request: what to build.
+        build: builds it. Its loops call `check_leases`, which ends a build that lost the lease.
+        interval: of the lease, in seconds; see `Lease`.
     """
     start = time.monotonic()
     key = manifest_key(request.folder)
@@ -126,7 +137,7 @@ def run_stage(store: Store, request: Request, build: Callable[[Work], Produced])
 
     if done():
         return _skipped(store, request, start)
-    with Lease(store, lease_key(request.folder), done=done) as lease:
+    with Lease(store, lease_key(request.folder), done=done, interval=interval) as lease:
         if not lease.held or done():
             return _skipped(store, request, start)
         produced = build(Work(store, request.folder, request, lease))

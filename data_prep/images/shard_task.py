@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import canonical_json, sha256_bytes, sha256_json
 from data_prep.core.errors import ItemError
+from data_prep.core.lease import check_leases
 from data_prep.core.manifest import FileRecord
 from data_prep.images.findings import (
     FAILED,
@@ -227,6 +228,7 @@ def _prepare_items(
     """Yield every item with its samples; a failed or ignored item has none."""
     with closing(read_items(reader, task.items, task.max_bytes)) as read:
         for place, (item, get_bytes) in enumerate(read):
+            check_leases()  # of this process, if the task runs in the stage's own
             finding, samples = _prepare_item(task, item, get_bytes, place in task.unsure)
             findings.append(finding)
             yield item, samples

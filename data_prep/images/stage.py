@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 
+from data_prep.core.lease import Lease
 from data_prep.core.manifest import StageRef
+from data_prep.core.paths import images_folder, lease_key, manifest_key
 from data_prep.core.pool import Map, run_tasks
-from data_prep.core.stage import run_stage
+from data_prep.core.stage import Produced, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.images.build import build, delete_shard_records
-from data_prep.images.next_version import plan_next_version
+from data_prep.images.next_version import NextVersion, plan_next_version
 from data_prep.images.settings import ImagesSettings
+from data_prep.images.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +44,49 @@ def prepare_images(
     Raises:
         PipelineError: too few photos can be used, or too many files cannot.
     """
-    following = plan_next_version(settings, store, run, retry_failed=retry_failed, repack=repack)
-    plan, parent = following.plan, following.parent
-    if parent is not None and plan.same_as_parent:
-        if retry_failed:
-            log.info("images: no failed item to try again in %s.", parent.folder)
-        return parent.reference
-    for note in plan.notes:
-        log.info("images: %s", note)
-    reference = run_stage(
-        store, following.request, lambda work: build(work, settings, following, run)
-    )
-    if not reference.skipped:
-        delete_shard_records(store, reference.folder)
+
+    def plan() -> NextVersion:
+        return plan_next_version(settings, store, run, retry_failed=retry_failed, repack=repack)
+
+    before = _folders(store, settings.name)
+    following = plan()
+    if (done := _finished(store, following)) is not None:  # needs no right to write
+        return _log_unchanged(done, following, retry_failed)
+    # One build of a dataset at a time: the number and the parent of a version depend on the others.
+    with Lease(store, lease_key(images_folder(settings.name))) as lease:
+        if lease.waited or _folders(store, settings.name) != before:
+            following = plan()
+            if (done := _finished(store, following)) is not None:
+                return _log_unchanged(done, following, retry_failed)
+        for note in following.plan.notes:
+            log.info("images: %s", note)
+        reference = run_stage(
+            store, following.request, lambda work: build(work, settings, following, run)
+        )
+        if not reference.skipped:
+            delete_shard_records(store, reference.folder)
+    return reference
+
+
+def _folders(store: Store, name: str) -> list[str]:
+    """Return the folders of a dataset's committed versions."""
+    return [manifest.folder for manifest in versions(store, name)]
+
+
+def _finished(store: Store, following: NextVersion) -> StageRef | None:
+    """Return the version that is already what `following` plans, or None."""
+    if following.parent is not None and following.plan.same_as_parent:
+        return following.parent.reference
+    if store.exists(manifest_key(following.request.folder)):
+        return run_stage(store, following.request, _never)
+    return None
+
+
+def _never(work: Work) -> Produced:
+    raise AssertionError(f"{work.folder} is committed")
+
+
+def _log_unchanged(reference: StageRef, following: NextVersion, retry_failed: bool) -> StageRef:
+    if retry_failed and following.plan.same_as_parent:
+        log.info("images: no failed item to try again in %s.", reference.folder)
     return reference

@@ -2,7 +2,8 @@
 
 `images/<name>/watch.json` stores the changes that were seen and those that were announced. A
 watcher holds the lease next to it from its look until the announcement is stored. So the second of
-two watchers finds the changes announced. A failed announcement is not stored.
+two watchers finds the changes announced. A failed announcement is not stored. The look waits for a
+version that is being built: its photos are not new any more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import Lease
-from data_prep.core.paths import images_folder
+from data_prep.core.paths import images_folder, lease_key
 from data_prep.core.storage.store import Store
 from data_prep.images.next_version import Changes
 
@@ -111,7 +112,8 @@ def watch(
     key = f"{images_folder(name)}/watch.json"
     with Lease(store, f"{images_folder(name)}/watch-lease.json") as lease:
         before = read(store, key)
-        changes = look()
+        with Lease(store, lease_key(images_folder(name))):  # no version is made meanwhile
+            changes = look()
         decision = decide(changes, before, clock(), min_new=min_new, quiet_s=quiet_s, again=again)
         after = decision.watched
         lease.check()

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.lease import check_leases
 from data_prep.core.manifest import FileRecord
 from data_prep.core.pool import Map
 from data_prep.masks.codec import encode_png
@@ -174,6 +175,7 @@ def _samples(settings: MasksSettings, shard: Shard) -> Iterator[ShardSample]:
     """Draw the masks of a shard, and yield its samples."""
     seed = split_seed(settings.seed, shard.split)
     for position, wanted in enumerate(shard.masks, start=shard.number * settings.shard_samples):
+        check_leases()  # of this process, if the task runs in the stage's own
         file = ""
         if isinstance(wanted, int):
             candidate, mask = training_mask(settings.recipes, seed, wanted, settings.size)

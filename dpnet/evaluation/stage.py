@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_json
 from data_prep.core.errors import PipelineError
+from data_prep.core.lease import check_leases
 from data_prep.core.manifest import Manifest, StageRef, read_manifest
 from data_prep.core.paths import EVALUATIONS
 from data_prep.core.progress import Progress
@@ -173,6 +174,7 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
         # Not content, since it shows the duration of stages.
         write_file(work, "report.html", page.encode(), content=False),
     ]
+    work.lease.check()  # another runner would need the parts
     for entry in list(store.list(work.key("parts"))):
         store.delete(entry.key)
     return Produced(files, summarise(report))
@@ -201,6 +203,7 @@ def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
             if part is None:
                 part = []
                 for some in bench.measure(wanted):
+                    check_leases()
                     part += some
                     progress.update((len(rows) + len(part)) // len(METHODS))
                 body = {"sha256": sha256_json(part), "rows": part}
@@ -234,6 +237,7 @@ def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureR
             chosen.append(pair)
     made = []
     for pair, truth, valid, filled in bench.composites(chosen):
+        check_leases()
         keys, methods = bench.keys(pair), by_method(truth, valid, filled)
         psnr = {name: hole_psnr(image, truth, valid) or 0.0 for name, image in methods.items()}
         made.append(PictureRow(strip(truth, valid, methods), **keys, hole_psnr=psnr))

@@ -18,8 +18,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.lease import check_leases
 from data_prep.core.logs import start_logging
-from data_prep.core.pool import Map, cores, died_again, task_name
+from data_prep.core.pool import CHECK_S, Map, cores, died_again, task_name
 from dpnet.training.ray.deaths import death_reason
 from dpnet.training.ray.start import connect, prepare_start
 
@@ -72,7 +73,8 @@ def _run(
             if not window:
                 return
             if window[0][0] in running:
-                _, running = ray.wait(running, num_returns=1)
+                check_leases()
+                _, running = ray.wait(running, num_returns=1, timeout=CHECK_S)
                 continue
             yield _result(ray, *window.popleft())
             if running:  # others may have ended while the caller used this result

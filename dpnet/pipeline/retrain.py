@@ -29,7 +29,7 @@ from dpnet.model_store.records import CHAMPION, find_champion
 from dpnet.pipeline.chain import Call, call_plainly, with_photographs
 from dpnet.pipeline.config import Config
 from dpnet.registry.stage import register, tracking_uri
-from dpnet.training.job import check_settings, stage_request
+from dpnet.training.job import LEASE_INTERVAL_S, check_settings, stage_request
 from dpnet.training.settings import ModelSettings
 from dpnet.training.stage import train
 
@@ -61,7 +61,9 @@ def retrain(config: Config, store: Store, call: Call = call_plainly) -> StageRef
     images = call("prepare images", prepare_images, with_photographs(config, store).images, store)
     masks = call("prepare masks", prepare_masks, config.masks, store)
     request = retrain_request(config, images, masks)
-    return run_stage(store, request, lambda work: _build(work, config, call))
+    return run_stage(
+        store, request, lambda work: _build(work, config, call), interval=LEASE_INTERVAL_S
+    )
 
 
 def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Request:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.lease import is_claimed
 from data_prep.core.manifest import read_manifest
 from data_prep.core.paths import IMAGES, REGISTRY, RUNS, champion_key, lease_key, manifest_key
 from data_prep.core.storage.store import Store
@@ -100,7 +101,7 @@ class RootReader:
             if is_old and self.store.exists(manifest_key(folder)):
                 self._ended.add(folder)
                 return []
-            claimed = self.store.exists(lease_key(folder))
+            claimed = is_claimed(self.store, lease_key(folder))
             return list(_training_values(folder.rpartition("/")[2], status, claimed))
         except _DAMAGED:
             return []

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.lease import Lease
+from data_prep.core.lease import Lease, confirm_leases
 from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.paths import (
     champion_key,
@@ -95,7 +95,7 @@ def _build(work: Work, model: str, uri: str) -> Produced:
     from dpnet.tracking.mlflow_client import connect
 
     store, top = work.store, work.request.top
-    with Lease(store, lease_key(top)) as lease, connect(uri) as client:
+    with Lease(store, lease_key(top)), connect(uri) as client:
         records = read_records(store, model)
         mlflow.restore_versions(client, store, model, records)
         champion = find_champion(store, model)
@@ -114,11 +114,13 @@ def _build(work: Work, model: str, uri: str) -> Produced:
         else:
             new = _new_record(work, champion)
             run, evaluation = (read_manifest(store, new[r]["folder"]) for r in INPUTS)
+            confirm_leases()
             version = mlflow.ensure_version(client, store, model, new, run, evaluation)
             record = {"model": model, "version": version, **new}
-            lease.check()
+            confirm_leases()
             _write_once(store, version_key(model, version), record)
         if record["champion_before"] == (champion["version"] if champion else None):
+            confirm_leases()
             if record["alias"] == CHAMPION:
                 _promote(client, store, record)
             else:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.lease import confirm_leases
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import decode_log, encode_log
 
@@ -271,7 +273,8 @@ class Writer:
         """
         self.wait()
         lines = encode_log(log)
-        self._pending = self._pool.submit(self._write, step, state, lines, score, finished)
+        run = copy_context().run  # with the leases around this call
+        self._pending = self._pool.submit(run, self._write, step, state, lines, score, finished)
 
     def wait(self) -> None:
         """Wait until the current checkpoint is written. Raises the error of writing it."""
@@ -328,9 +331,11 @@ class Writer:
             pass  # the next call deletes the remaining files
 
     def _put(self, step: int, files: Mapping[str, bytes], mark: bytes) -> None:
+        confirm_leases()
         folder = self._new_folder(step)
         for name, data in files.items():
             self.store.write(f"{folder}/{name}", data)
+        confirm_leases()
         if self.store.create(f"{folder}/{MARK}", mark) is None:
             raise PipelineError(
                 f"{self.store.uri}/{folder} was written by another run of the same training: stop"
@@ -349,6 +354,7 @@ class Writer:
 
     def _prune(self) -> None:
         """Delete checkpoints that are not kept, and files of unfinished ones."""
+        confirm_leases()
         found = marks(self.store, self.run)
         scored = sorted((m for m in found if m.score is not None), key=_rank, reverse=True)
         kept = {mark.folder for mark in [*found[: self.last], *scored[: self.best]]}

@@ -25,6 +25,11 @@ _NOT_REQUESTED = {
 }  # fmt: skip
 
 
+# Interval of a training's leases, in seconds. Training may go without storage for ten minutes
+# (PATIENCE_S in checkpoints.py), so its leases expire only then.
+LEASE_INTERVAL_S = 200.0
+
+
 @dataclass(frozen=True)
 class TrainRequest:
     """The network, losses, settings and data of one training.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.lease import check_leases
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.loading.batch import to_device
@@ -77,6 +78,7 @@ def train_loop(job: TrainJob, session: Session) -> bool:
         meter = Meter(loader, state, settings)
         with closing(loader.batches(state.step, settings.steps)) as batches:
             for step, batch in batches:
+                check_leases()
                 image, valid = to_device(batch, device)
                 weight = len(batch.image) * world / settings.batch_size
                 meter.add(train_step(step, image, valid, weight))

@@ -13,6 +13,7 @@ from data_prep.core.stage import Produced, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
 from dpnet.training.job import (
+    LEASE_INTERVAL_S,
     TrainJob,
     TrainRequest,
     check_settings,
@@ -37,7 +38,12 @@ def train(
     """
     check_settings(training.settings)
     request, job = plan_training(training, store)
-    return run_stage(store, request, lambda work: _build(job, launch, tracking_uri, work))
+    return run_stage(
+        store,
+        request,
+        lambda work: _build(job, launch, tracking_uri, work),
+        interval=LEASE_INTERVAL_S,
+    )
 
 
 def _build(job: TrainJob, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> Produced:

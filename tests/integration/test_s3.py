@@ -9,10 +9,11 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from lease_holders import contend, stopped_holder
 from servers import Fault, fault_proxy
 
 from data_prep.core.errors import LeaseLostError, StorageError
-from data_prep.core.lease import Lease
+from data_prep.core.lease import Lease, is_claimed
 from data_prep.core.stage import Produced, Request, run_stage
 from data_prep.core.storage import s3_requests
 from data_prep.core.storage.open import open_store
@@ -114,7 +115,27 @@ def test_a_lease_lets_one_runner_in_at_a_time(store):
     with ThreadPoolExecutor(4) as pool:
         [*pool.map(work, range(4))]
     assert most == 1
-    assert not store.exists("stage/lease.json")
+    assert not is_claimed(store, "stage/lease.json")
+
+
+def test_many_waiters_take_over_an_expired_lease_one_after_another(store):
+    store.write("old/lease.json", b'{"owner": "x", "interval": 0.2}')
+    assert contend(store.uri, "old/lease.json", runners=3, interval=1.0) == 1
+
+
+def test_real_heartbeats_keep_a_waiter_out_for_long(store):
+    with Lease(store, "beats/lease.json", interval=1.0) as lease:
+        until = time.monotonic() + 5
+        with Lease(
+            store, "beats/lease.json", interval=1.0, done=lambda: time.monotonic() > until
+        ) as other:
+            assert not other.held
+        assert lease.held
+        lease.check()
+
+
+def test_a_stopped_process_notices_its_loss_and_leaves_its_successor_alone(store):
+    stopped_holder(store.uri, "stopped/lease.json")
 
 
 def test_a_runner_without_its_lease_gets_an_error(store):

@@ -115,17 +115,30 @@ class LocalStore:
         return sha256_bytes(data)
 
     def replace(self, key: str, data: bytes, tag: str) -> str | None:
-        with self._locked(key):
-            try:
+        try:
+            with self._locked(key):
                 if self.read_tagged(key)[1] != tag:
                     return None
-            except FileNotFoundError:
-                return None
-            self.write(key, data)
+                self.write(key, data)
+        except FileNotFoundError:
+            return None
         return sha256_bytes(data)
 
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
+
+    def delete_if(self, key: str, tag: str) -> bool:
+        try:
+            with self._locked(key):
+                if self.read_tagged(key)[1] != tag:
+                    return False
+                self.path(key).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def hurried(self, seconds: float) -> LocalStore:
+        return self
 
     @contextmanager
     def _staged(self, key: str) -> Iterator[tuple[BinaryIO, Path]]:

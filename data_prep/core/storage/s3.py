@@ -189,6 +189,15 @@ class S3Store:
         at = self._at(key)
         self._call(key, lambda: self.client.delete_object(**at))
 
+    def delete_if(self, key: str, tag: str) -> bool:
+        return False
+
+    def hurried(self, seconds: float) -> S3Store:
+        other = S3Store(self.bucket, self.prefix)
+        other._requests = S3Requests(self.bucket, 0.0, timeout=seconds)
+        other._supported = self._supported
+        return other
+
     # Single requests.
 
     def _at(self, key: str) -> dict[str, Any]:

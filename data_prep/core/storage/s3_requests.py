@@ -40,9 +40,16 @@ class S3Requests:
     Credentials come from the standard AWS chain only.
     """
 
-    def __init__(self, bucket: str, patience: float) -> None:
-        """Remember the bucket, and the seconds for which a failing request is retried."""
-        self.bucket, self.patience = bucket, patience
+    def __init__(self, bucket: str, patience: float, timeout: float | None = None) -> None:
+        """Remember how to send requests to a bucket.
+
+        Args:
+            bucket: The bucket's name.
+            patience: Seconds for which a failing request is retried.
+            timeout: Seconds after which a request fails, without a retry; None for the usual
+                timeouts and retries.
+        """
+        self.bucket, self.patience, self.timeout = bucket, patience, timeout
         self._reached = False  # whether the server has ever answered
         self._warned = False  # since the last answer
         self._client: Any = None
@@ -59,7 +66,7 @@ class S3Requests:
         """Return boto3's client, which is made when it is first needed."""
         with self._lock:
             if self._client is None:
-                self._client = new_client()
+                self._client = new_client(self.timeout)
             return self._client
 
     def send(self, where: str, attempt: Callable[[], _Result]) -> _Result:
@@ -80,7 +87,10 @@ class S3Requests:
                 self._reached = self._reached or status_of(error) > 0
                 few = is_unreachable(error) and not self._reached
                 final: Exception | None = None
-                if failures >= (ATTEMPTS_UNREACHED if few else ATTEMPTS) or not may_pass(error):
+                most = ATTEMPTS_UNREACHED if few else ATTEMPTS
+                if self.timeout is not None:
+                    most = 1
+                if failures >= most or not may_pass(error):
                     final = explain(error, where, self.bucket, self._server())
                 if final and may_pass(error) and time.monotonic() - start < self.patience:
                     self._warn_once(final)
@@ -104,16 +114,19 @@ class S3Requests:
         return f"{address.hostname}:{address.port}" if address.port else str(address.hostname)
 
 
-def new_client() -> Any:
-    """Return a boto3 client. Raises StorageError if the AWS settings cannot be used."""
+def new_client(timeout: float | None = None) -> Any:
+    """Return a boto3 client. Raises StorageError if the AWS settings cannot be used.
+
+    `timeout` limits the seconds of a request: half for the connection, half for the answer.
+    """
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},  # `send` retries
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
+        connect_timeout=CONNECT_TIMEOUT_S if timeout is None else timeout / 2,
+        read_timeout=READ_TIMEOUT_S if timeout is None else timeout / 2,
         max_pool_connections=32,
         tcp_keepalive=True,
         # Servers other than AWS refuse or damage the newer default checksums.

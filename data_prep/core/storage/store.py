@@ -86,6 +86,18 @@ class Store(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object, if it exists."""
 
+    def delete_if(self, key: str, tag: str) -> bool:
+        """Remove the object only if the tag is still `tag`. Return whether it was removed.
+
+        An S3 store never removes it, because few servers compare tags when they delete.
+        """
+
+    def hurried(self, seconds: float) -> Store:
+        """Return this store with requests that are sent once and fail after about `seconds`.
+
+        A folder store cannot limit the time of a request.
+        """
+
 
 def checked_key(key: str) -> str:
     """Return `key`. Raises StorageError if it leads out of the store."""

@@ -19,6 +19,8 @@ from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
+from data_prep.core.errors import LeaseLostError
+from data_prep.core.lease import check_leases
 from data_prep.core.progress import Progress
 from data_prep.core.stage import Work
 from dpnet.tracking.mlflow_follower import MlflowFollower
@@ -57,6 +59,7 @@ def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, wor
         try:
             launcher.start()
             while launcher.is_running():
+                check_leases()
                 wait(POLL_S)
                 status = read_status(work.store, work.folder)
                 if status.get("attempt") != launcher.attempt:  # of an earlier attempt
@@ -66,6 +69,10 @@ def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, wor
                     if resumed_from:
                         log.info("train: resumes from the checkpoint of step %d", resumed_from)
                 progress.update(status["step"], status["note"])
+        except LeaseLostError:
+            if launch.launcher == "local":  # a job has a lease of its own, and may be followed
+                launcher.cancel()
+            raise
         except Exception:
             launcher.cancel()
             raise

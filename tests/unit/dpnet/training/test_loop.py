@@ -520,7 +520,7 @@ def test_workers_get_the_absolute_path_of_the_vgg_file(prepared, tmp_path, monke
     (tmp_path / "vgg.pth").write_bytes(b"weights")
     monkeypatch.chdir(tmp_path)
     jobs = []
-    monkeypatch.setattr(training, "run_stage", lambda store, request, build: build(None))
+    monkeypatch.setattr(training, "run_stage", lambda store, request, build, **_: build(None))
     monkeypatch.setattr(training, "_build", lambda job, *rest: jobs.append(job))
     job = make_job(prepared)
     request = training_of(job, losses=LossSettings(vgg_weights="vgg.pth"))
