@@ -17,7 +17,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.pipeline.config import validated
 from flows.deployments import DeploySettings, automations, deployments
-from flows.forms import SECTIONS
+from flows.forms import SECTIONS, refuse_credentials
 from flows.server_changes import ServerChanges
 
 ALERT_URL = "DPNET_ALERT_URL"
@@ -54,12 +54,15 @@ def deploy(settings: DeploySettings, *, dry_run: bool = False) -> list[str]:
 
 
 def _check_parameters(settings: DeploySettings) -> None:
+    refuse_credentials(settings.overrides, "overrides of the deploy file")
     for section, values in settings.parameters.items():
         if section not in SECTIONS:
             raise ConfigError(
                 f"parameters.{section} is not a section of the forms. Use one of"
                 f" {', '.join(SECTIONS)}; set other options in overrides."
             )
+        given = [f"parameters.{section}.{name}={value}" for name, value in values.items()]
+        refuse_credentials(given, "the deploy file")
         validated(SECTIONS[section], dict(values), (), f"parameters.{section}.")
 
 

@@ -19,6 +19,7 @@ from prefect.states import Completed
 from data_prep.core.errors import PipelineError
 from data_prep.core.logs import PrintableLines, add_handler, remove_handler
 from data_prep.core.manifest import StageRef
+from data_prep.core.redact import has_credentials, redact
 from data_prep.core.text import printable
 from dpnet.pipeline.summary import holds
 
@@ -37,7 +38,7 @@ def run_name() -> str:
     parts += [str(each) for each in parameters.get("overrides") or []]
     if parameters.get("root"):
         parts.append(f"in {parameters['root']}")
-    name = printable(", ".join(parts))
+    name = printable(redact(", ".join(parts)))
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 
@@ -64,6 +65,26 @@ def log_to_run() -> Iterator[None]:
         yield
     finally:
         remove_handler(handler)
+
+
+@contextmanager
+def without_credentials() -> Iterator[None]:
+    """Hide credentials in the messages of errors that are not ours, inside the block.
+
+    Prefect stores the message as the state of the run, logs its traceback and sends it in alerts.
+    """
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        trace = "".join(traceback.format_exception(error))
+        if not has_credentials(trace):
+            raise
+        hidden = RuntimeError(redact(f"{type(error).__name__}: {error}"))
+    else:
+        return
+    raise hidden
 
 
 def shorten_logged_errors() -> None:
@@ -100,7 +121,8 @@ def run_as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> 
 
     @task(name=title, cache_policy=NO_CACHE, persist_result=False)
     def run() -> State[None]:
-        ref = stage(*arguments)
+        with without_credentials():
+            ref = stage(*arguments)
         results.append(ref)
         what = printable(f"{holds(ref.stage, ref.summary)} in {ref.folder}")
         if ref.skipped:

@@ -8,11 +8,13 @@ parameter `overrides` can change every other option.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from data_prep.core.errors import ConfigError
+from data_prep.core.redact import has_credentials
 from data_prep.images.settings import ImagesSettings
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.training.settings import LaunchSettings, TrainSettings
@@ -84,6 +86,27 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "launch": Launch,
     "evaluate": Evaluate,
 }
+
+
+def refuse_credentials(overrides: Iterable[str], where: str) -> None:
+    """Refuse options with credentials, because Prefect stores and shows parameters as they are.
+
+    Args:
+        overrides: Options such as "register.tracking_uri=http://host".
+        where: What has the options, for the message.
+
+    Raises:
+        ConfigError: An option contains a password or a token.
+    """
+    for each in overrides:
+        if has_credentials(each):
+            option = each.partition("=")[0]
+            raise ConfigError(
+                f"{where} cannot have the value of {option}: it contains a password or a token, and"
+                " Prefect shows parameters. Set it in the worker's environment, for example"
+                " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or in a Secret block that"
+                " `secrets` of the deploy file names."
+            )
 
 
 def overrides_of(**forms: BaseModel) -> list[str]:

@@ -40,8 +40,9 @@ from flows.flow_run import (
     run_as_task,
     run_name,
     shorten_logged_errors,
+    without_credentials,
 )
-from flows.forms import Evaluate, Images, Launch, Train, overrides_of
+from flows.forms import Evaluate, Images, Launch, Train, overrides_of, refuse_credentials
 from flows.run_page import RunPage
 
 CHANGED, PROMOTED = "dpnet.raw-data.changed", "dpnet.model.promoted"
@@ -75,10 +76,12 @@ def watch_raw_data(
         overrides: Other options to change, such as images.quality=90.
     """
     shorten_logged_errors()
-    resolved = load_config(config, [*overrides_of(images=images), *overrides])
+    given = overrides_of(images=images)
+    refuse_credentials([*given, *overrides], "this run's parameters")
+    resolved = load_config(config, [*given, *overrides])
     check_config(resolved, "images")
     store = open_store(resolve_root(root, resolved))
-    with log_to_run():
+    with without_credentials(), log_to_run():
         found = check_source(resolved, store, min_new, quiet_minutes * 60, again=again)
     if found["announced"]:
         return found
@@ -113,11 +116,12 @@ def retrain(
     """
     shorten_logged_errors()
     given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
+    refuse_credentials([*given, *overrides], "this run's parameters")
     resolved = load_config(config, [*given, *overrides])
     check_config(resolved)
     store = open_store(resolve_root(root, resolved))
     leaves_job.set(job_keeps_running)
-    with RunPage(resolved, store):
+    with without_credentials(), RunPage(resolved, store):
         return retrain_once(resolved, store, event)
 
 

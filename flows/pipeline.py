@@ -14,13 +14,20 @@ from typing import Any
 
 from prefect import flow
 
+from data_prep.core.redact import redact
 from data_prep.core.storage.open import open_store
 from dpnet.pipeline.chain import StageName, check_config, run_chain
 from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
 from dpnet.pipeline.summary import summarize
 from dpnet.training.ray.launch import leaves_job
-from flows.flow_run import job_keeps_running, run_as_task, run_name, shorten_logged_errors
-from flows.forms import Evaluate, Images, Launch, Train, overrides_of
+from flows.flow_run import (
+    job_keeps_running,
+    run_as_task,
+    run_name,
+    shorten_logged_errors,
+    without_credentials,
+)
+from flows.forms import Evaluate, Images, Launch, Train, overrides_of, refuse_credentials
 from flows.run_page import RunPage
 
 _FLOW: Any = {"flow_run_name": run_name, "persist_result": False}
@@ -186,7 +193,7 @@ def run_checked(checked: CheckedConfig, root: str) -> dict[str, Any]:
         shorten_logged_errors()
         return _run("register", checked.resolved, root)
 
-    return run(checked.name, root, list(checked.overrides))
+    return run(redact(checked.name), root, [redact(each) for each in checked.overrides])
 
 
 def run_stages(
@@ -201,6 +208,7 @@ def run_stages(
         overrides: Options to change, such as "train.steps=10".
     """
     shorten_logged_errors()
+    refuse_credentials(overrides, "this run's parameters")
     resolved = load_config(config, overrides)
     check_config(resolved, wanted)
     return _run(wanted, resolved, root)
@@ -211,7 +219,7 @@ def _run(wanted: StageName, resolved: Config, root: str) -> dict[str, Any]:
     start = time.monotonic()
     store = open_store(resolve_root(root, resolved))
     leaves_job.set(job_keeps_running)
-    with RunPage(resolved, store) as page:
+    with without_credentials(), RunPage(resolved, store) as page:
         page.show_plan()
         refs = run_chain(resolved, store, wanted, call=run_as_task)
         page.show_results(refs)

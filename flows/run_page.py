@@ -30,6 +30,7 @@ from data_prep.core import progress
 from data_prep.core.logs import start_logging
 from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
+from data_prep.core.redact import redact
 from data_prep.core.storage.store import Store
 from data_prep.core.text import duration, markdown_code, markdown_text, printable
 from data_prep.pictures.limits import STORED, PhotoError
@@ -191,13 +192,13 @@ def progress_line(moment: Moment) -> str:
         text += f", {moment.per_second:.1f}/s"
     if moment.seconds_left is not None and moment.count < moment.total:
         text += f", {duration(moment.seconds_left)} left"
-    return f"{text}, {moment.note}" if moment.note else text
+    return redact(f"{text}, {moment.note}" if moment.note else text)
 
 
 def _publish(text: str, key: str, description: str) -> None:
     """Create a markdown artifact. If the server does not accept it, warn and continue."""
     try:
-        create_markdown_artifact(text, key=key, description=description)
+        create_markdown_artifact(redact(text), key=key, description=redact(description))
     except Exception as error:
         log.warning("the Prefect server did not accept the %s: %s", key, type(error).__name__)
 
@@ -222,7 +223,7 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
             pass
         if config.launch.launcher == "ray-job":
             found["Ray dashboard"] = cluster_address(config.launch)
-    return found
+    return {name: redact(link) for name, link in found.items()}
 
 
 def result_images(store: Store, refs: Sequence[StageRef]) -> list[str]:

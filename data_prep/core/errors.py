@@ -10,13 +10,15 @@ import errno
 import os
 import re
 
+from data_prep.core.redact import redact
 from data_prep.core.text import printable
 
 
 class _Sentence(Exception):
     """An error with one line of text, in which everything can be shown.
 
-    Messages contain names of files, which go to terminals, logs and pages.
+    Messages contain names of files and addresses, and go to terminals, logs and pages. So they
+    have no credentials and no characters that cannot be printed.
     """
 
     def __init__(self, *args: object) -> None:
@@ -24,7 +26,7 @@ class _Sentence(Exception):
 
 
 def _one_line(text: str) -> str:
-    return printable(re.sub(r"\s*[\r\n]\s*", " ", text))
+    return printable(redact(re.sub(r"\s*[\r\n]\s*", " ", text)))
 
 
 class PipelineError(_Sentence):

@@ -13,17 +13,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
+from data_prep.core.redact import redact
 from data_prep.core.text import printable
 
 PACKAGES = ("data_prep", "dpnet", "flows")
 
 
 class PrintableLines(logging.Formatter):
-    """The message. What cannot be shown is escaped, except line breaks."""
+    """The message without credentials. What cannot be shown is escaped, except line breaks."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the text of a record."""
-        return printable(super().format(record), newlines=True)
+        return printable(redact(super().format(record)), newlines=True)
 
 
 class _Sentences(PrintableLines):

@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.logs import start_logging
+from data_prep.core.redact import redact
 from data_prep.core.text import printable
 from dpnet.cli.parser import build_parser
 
@@ -56,9 +57,9 @@ def _report(error: BaseException, args: argparse.Namespace) -> int:
         import traceback
 
         text = "".join(traceback.format_exception(error))
-        print(printable(text, newlines=True), file=sys.stderr, flush=True)
+        print(printable(redact(text), newlines=True), file=sys.stderr, flush=True)
     sentence, status = _explain(error)
-    sentence = printable(sentence)
+    sentence = printable(redact(sentence))
     print(f"dpnet: {sentence}", file=sys.stderr, flush=True)
     if args.json:
         print(json.dumps({"ok": False, "error": sentence}), flush=True)

@@ -12,6 +12,8 @@ from typing import Any
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.paths import MLFLOW_DATABASE
+from data_prep.core.private_files import make_private
+from data_prep.core.redact import redact
 from data_prep.core.scratch import scratch_folder
 from data_prep.core.storage.local import LocalStore
 
@@ -30,7 +32,7 @@ def connect(uri: str) -> Iterator[Any]:
         yield new_client(uri)
     except (MlflowException, SQLAlchemyError) as error:
         raise PipelineError(
-            f"MLflow at {without_credentials(uri)} refused the registration ({reason_of(error)}):"
+            f"MLflow at {uri} refused the registration ({reason_of(error)}):"
             " check register.tracking_uri and its permissions, then run the same command again."
         ) from error
 
@@ -59,7 +61,7 @@ def reason_of(error: BaseException) -> str:
         return type(error).__name__
     # If the server cannot be reached, the innermost of several nested errors is the cause.
     cause = re.search(r"Caused by .*?: ([^\"]*)", lines[0])
-    return without_credentials(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
+    return redact(cause[1] if cause else lines[0]).strip(" .")[:_LONGEST]
 
 
 def _create_database(path: Path) -> None:
@@ -76,8 +78,4 @@ def _create_database(path: Path) -> None:
         new = folder / MLFLOW_DATABASE
         MlflowClient(tracking_uri=f"{_SQLITE}{new}").search_experiments(max_results=1)
         LocalStore(path.parent).create(path.name, new.read_bytes())
-
-
-def without_credentials(text: str) -> str:
-    """Return a text without the users and passwords in its URIs."""
-    return re.sub(r"://\S*@", "://", text)
+    make_private(path)  # before anything is stored in it

@@ -14,9 +14,10 @@ import posixpath
 import threading
 from types import TracebackType
 
+from data_prep.core.redact import redact
 from data_prep.core.scratch import scratch_folder
 from data_prep.core.stage import Work
-from dpnet.tracking.mlflow_client import new_client, reason_of, without_credentials
+from dpnet.tracking.mlflow_client import new_client, reason_of
 from dpnet.tracking.mlflow_runs import LogUploader, training_run
 from dpnet.tracking.run_log import LogReader, read_status
 
@@ -115,7 +116,7 @@ class MlflowFollower:
 
     def _warn_not_logged(self, why: str) -> None:
         self._warn(
-            f"MLflow at {without_credentials(str(self._uri))} does not take the log of training"
+            f"MLflow at {redact(str(self._uri))} does not take the log of training"
             f" ({why}): training continues, and the missing records are added at the latest when"
             " the model is registered",
             "log",

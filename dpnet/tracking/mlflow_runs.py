@@ -14,6 +14,7 @@ from typing import Any
 from data_prep.core.digest import SHORT
 from data_prep.core.manifest import Manifest, StageRef
 from data_prep.core.paths import MLFLOW_ARTIFACTS
+from data_prep.core.redact import redact
 from data_prep.core.storage.store import Store
 
 _CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
@@ -66,7 +67,7 @@ def run_page(uri: str, store: Store, training: StageRef) -> str | None:
     for run in client.search_runs([experiment.experiment_id], tags):
         if run.data.tags.get("train") == f"{store.uri}/{training.folder}":
             place = f"experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
-            return f"{uri.rstrip('/')}/#/{place}"
+            return f"{redact(uri).rstrip('/')}/#/{place}"
     return None
 
 

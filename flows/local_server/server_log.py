@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from data_prep.core.redact import redact
+
 _ANOTHER = "name another database with --database"
 # The order matters: an earlier cause can produce the messages of a later one.
 _CAUSES = (
@@ -56,4 +58,4 @@ def explain_failure(log: str, database: str) -> str | None:
 
 def public_database(url: str) -> str:
     """Return a URL without user, password and options, and a path unchanged."""
-    return re.sub(r"\?.*", "", re.sub(r"//.*@", "//", url)) if "://" in url else url
+    return redact(url).partition("?")[0] if "://" in url else url

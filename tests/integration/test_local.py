@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
 import sqlite3
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -100,3 +102,59 @@ def test_a_configured_prefect_api_that_does_not_answer_is_one_line_of_error(tmp_
     assert done.returncode == 1
     assert done.stderr.startswith("dpnet: the Prefect API at http://127.0.0.1:9/api cannot be")
     assert len(done.stderr.splitlines()) == 1
+
+
+SECRET = "hunter2-must-not-be-seen"
+CONFIG = """
+name: broken
+images: {{source: {photos}, name: broken, size: 32}}
+masks: {{name: tiny, size: 32, train: 4, eval_per_bin: 1}}
+"""
+
+
+@pytest.mark.slow
+def test_a_secret_in_an_option_or_the_environment_reaches_no_page_log_or_file(
+    tmp_path: Path,
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "broken.jpg").write_bytes(b"no image")  # the first stage fails, so the run is short
+    (tmp_path / "broken.yaml").write_text(CONFIG.format(photos=photos))
+    root = tmp_path / "root"
+    command = [sys.executable, "-m", "dpnet", "pipeline", "run", str(tmp_path / "broken.yaml")]
+    command += ["--root", str(root), "--json", "--debug"]
+    for option in ("register.tracking_uri", "launch.address", "train.init_from"):
+        command += ["--set", f"{option}=http://me:{SECRET}@127.0.0.1:9/x?token={SECRET}"]
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "DPNET_ALERT_URL": f"http://127.0.0.1:9/{SECRET}",
+        "MLFLOW_TRACKING_PASSWORD": SECRET,
+        "MLFLOW_TRACKING_URI": f"http://me:{SECRET}@127.0.0.1:9",
+        "AWS_ENDPOINT_URL": f"http://me:{SECRET}@127.0.0.1:9",
+    }
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    done = subprocess.run(
+        command,
+        env=environ | secrets,
+        umask=0,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stdout
+    with sqlite3.connect(root / "prefect" / "prefect.db") as database:
+        ((name, parameters),) = database.execute("select name, parameters from flow_run")
+        assert database.execute("select count(*) from log").fetchone() > (0,)
+        database.execute("pragma wal_checkpoint(truncate)")
+    assert "register.tracking_uri=" in name
+    assert "register.tracking_uri=http://127.0.0.1:9" in parameters
+    seen = {str(file): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    seen |= {"standard output": done.stdout.encode(), "standard error": done.stderr.encode()}
+    forms = [SECRET.encode(), quote(SECRET).encode()]
+    # In base64 a text has one of three forms: it depends on what is before it.
+    forms += [base64.b64encode(b"." * n + SECRET.encode())[4:-4] for n in range(3)]
+    found = [name for name, data in seen.items() for form in forms if form in data]
+    assert found == []
+    home = root / "prefect"
+    open_to_others = [path for path in (home, *home.iterdir()) if path.stat().st_mode & 0o077]
+    assert open_to_others == []

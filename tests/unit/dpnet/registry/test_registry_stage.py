@@ -1,6 +1,7 @@
 """The register stage: champion and challenger, interruptions, a lost MLflow database."""
 
 import json
+import os
 import shutil
 import sqlite3
 from types import SimpleNamespace
@@ -296,16 +297,30 @@ def test_a_server_accepts_the_address_of_a_local_model(store):
     assert sources["http://x"] == f"dpnet-file://{store.folder.resolve()}/runs/r/model"
 
 
-def test_the_error_for_a_database_does_not_show_its_password(store):
+def test_the_error_for_a_database_names_the_reason(store):
     run, evaluation = small_root.run_and_evaluation(store, 20.0)
     (store.folder / "broken.db").write_bytes(b"not a database" * 100)
     settings = RegisterSettings(tracking_uri=f"sqlite:///{store.folder}/broken.db")
     with pytest.raises(PipelineError, match="refused the registration"):
         register(settings, run, evaluation, store)
-    assert (
-        mlflow_client.without_credentials("postgresql://me:secret@host/db")
-        == "postgresql://host/db"
-    )
+
+
+def test_no_error_of_mlflow_shows_the_password_in_its_address(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    run, evaluation = small_root.run_and_evaluation(store, 20.0)
+    settings = RegisterSettings(tracking_uri="http://me:hunter2@127.0.0.1:9")
+    with pytest.raises(PipelineError, match=r"MLflow at http://127\.0\.0\.1:9 ") as caught:
+        register(settings, run, evaluation, store)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_new_database_can_be_read_only_by_its_user(tmp_path):
+    before = os.umask(0)
+    try:
+        mlflow_client.new_client(f"sqlite:///{tmp_path}/mlflow.db")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "mlflow.db").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
