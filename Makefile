@@ -1,6 +1,7 @@
 # make demo       the whole pipeline, small, on sample photographs (ARGS="--photos DIR" for yours)
 # make test       the fast tests and one run of the whole flow, at most ten minutes
 # make test-all   the rest: crashes, clusters, S3, a browser, the product as a user runs it
+# make mutants    breaks each guarantee in one line and runs its tests (ARGS="--only lease")
 # make lint       style and types
 # make up         Prefect with its UI, a worker and MLflow, local, until Ctrl-C (ARGS="--ray")
 # make setup      the virtual environment that all of them use; made once
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 ARGS ?=
 
-.PHONY: help setup demo test test-all lint up
+.PHONY: help setup demo test test-all mutants lint up
 
 help:
 	@sed -n '/^[^\#]/q;/^$$/q;s/^\# \{0,1\}//p' Makefile
@@ -43,6 +44,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -m "slow or e2e" $(ARGS)
+
+mutants: setup
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

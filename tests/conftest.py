@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from examples import use_profile
 from policy import (  # noqa: F401 - hooks of pytest
     pytest_collection_modifyitems,
     pytest_make_collect_report,
@@ -15,6 +16,7 @@ from servers import Server, ceph_server, moto_server
 from data_prep.core.logs import PACKAGES
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # with small tensors, more threads only wait
+use_profile()
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # the user's MLflow gets nothing from tests
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -67,6 +68,21 @@ def test_near_pairs_equal_the_result_of_comparing_all_pairs(
         assert split[pair.other] > split[pair.row]
         assert int(phash[pair.row] ^ phash[pair.other]).bit_count() == pair.distance
     assert len(pairs) > 20
+
+
+def test_contents_with_nearly_the_same_hash_are_not_the_same() -> None:
+    for byte in (0, 7, 8, 15, 16, 23, 24, 31):
+        sha256 = np.zeros((2, 32), np.uint8)
+        sha256[1, byte] = 1
+        assert len(same_content(sha256, np.ones(2, bool), splits("te"))[0]) == 0
+
+
+@pytest.mark.parametrize(("apart", "near"), [(4, True), (5, False)])
+def test_photos_are_near_up_to_four_bits_wherever_these_are(apart: int, near: bool) -> None:
+    # One bit in all but one of the five bands, so that only that band is equal.
+    for bits in itertools.combinations((5, 20, 30, 45, 60), apart):
+        phash = np.array([0, sum(1 << bit for bit in bits)], np.uint64)
+        assert bool(near_pairs(phash, np.ones(2, bool), splits("te"))) == near
 
 
 def test_without_another_split_nothing_is_near() -> None:

@@ -177,3 +177,11 @@ def test_reading_masks_imports_no_settings_no_stage_and_no_process_pool(module: 
     assert not loaded & {"pydantic", "data_prep.core.pool"}
     ours = {name for name in loaded if name.startswith("data_prep.masks.")}
     assert ours == {"data_prep.masks.codec"}
+
+
+def test_a_mask_with_an_altered_header_is_an_error() -> None:
+    png = bytearray(encode_png(draw("strokes", 0, 0, 30)))
+    assert png[16:20] == (30).to_bytes(4, "big")
+    png[19] = 31  # the lines have as many bytes, so only the checksum shows it
+    with pytest.raises(PipelineError, match="not a readable PNG"):
+        valid_from_png(bytes(png))

@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import pytest
 
@@ -167,6 +167,22 @@ def test_iterating_a_shard_holds_one_sample_in_memory_not_the_whole_tar(tmp_path
     assert sum(store.sizes) < 3 * largest  # the tar is read while it is iterated
     assert [key for key, _ in iterated] == [key for key, _, _ in samples[1:]]
     assert max(store.sizes) == largest
+
+
+def test_the_index_which_marks_a_finished_shard_is_written_last(
+    place: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    for name in ("write", "upload"):
+        real = getattr(LocalStore, name)
+
+        def record(self: LocalStore, key: str, *rest: Any, real: Any = real) -> Any:
+            written.append(key.rpartition("/")[2])
+            return real(self, key, *rest)
+
+        monkeypatch.setattr(LocalStore, name, record)
+    write_shard(place, "train-000000", ROWED)
+    assert written == ["train-000000.tar", "train-000000.parquet"]
 
 
 def test_two_samples_of_one_key_are_refused(place: Folder) -> None:

@@ -16,9 +16,10 @@ from data_prep.masks.plan import BINS
 from data_prep.pictures.decoding import decode_rgb
 from data_prep.pictures.limits import MAX_PIXELS, Limits
 from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
+from dpnet.evaluation import stage as evaluation_stage
 from dpnet.evaluation.baselines import mean_fill
 from dpnet.evaluation.metrics import hole_psnr
-from dpnet.evaluation.protocol import METHODS, figures
+from dpnet.evaluation.protocol import METHODS, PROTOCOL_VERSION, figures
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
 from dpnet.inpainting import tiles
@@ -147,6 +148,24 @@ def test_another_model_is_compared_on_the_same_pairs(fresh, done):
     assert ref.folder != done.folder
     assert ref.summary["pairs_digest"] == done.summary["pairs_digest"]
     assert ref.summary["hole_psnr"] != done.summary["hole_psnr"]
+
+
+def test_the_digest_of_the_pairs_names_every_pair(data, done):
+    store, images, masks, _ = data
+    named = [[row["image"], row["mask"]] for row in rows_of(store, done)[:: len(METHODS)]]
+    assert len(named) == done.summary["pairs"] > 1
+    whole = {"images": images.content_digest, "masks": masks.content_digest, "pairs": named}
+    assert done.summary["pairs_digest"] == sha256_json(whole)
+
+
+def test_another_protocol_is_another_evaluation(data, done, monkeypatch):
+    def build(work):
+        raise Stopped(work.folder)
+
+    monkeypatch.setattr(evaluation_stage, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    monkeypatch.setattr(evaluation_stage, "_build", lambda work, settings: build(work))
+    with pytest.raises(Stopped):
+        evaluated(data)
 
 
 def test_another_seed_gives_other_pairs(fresh, done):

@@ -154,6 +154,17 @@ def test_the_bootstrap_interval_is_an_interval_of_the_mean(rng) -> None:
     assert high == pytest.approx(mean + half, abs=0.06)
 
 
+def test_the_bootstrap_interval_has_the_level_that_is_asked_for(rng) -> None:
+    values = rng.normal(20, 3, 400).tolist()
+    for level, deviations in ((0.5, 0.674), (0.8, 1.282), (0.99, 2.576)):
+        mean, low, high = bootstrap_mean(
+            values, np.random.default_rng(1), level=level, resamples=4000
+        )
+        half = deviations * np.std(values) / 20
+        assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+        assert (high + low) / 2 == pytest.approx(mean, abs=0.03)
+
+
 def test_the_bootstrap_interval_follows_from_its_generator() -> None:
     values = [1.0, 2.0, 4.0, 8.0]
     first, again, other = (bootstrap_mean(values, np.random.default_rng(s)) for s in (1, 1, 2))

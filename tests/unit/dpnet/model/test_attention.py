@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpnet.model import attention as A
@@ -79,7 +79,8 @@ def with_gradients(form, query, keys, values, shares):
     out = form(query, keys, values, shares)
     leaves = [query, *keys, *values]
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    gradients = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
+    total = (out * weights).sum() + 0 * query.sum()  # without usable keys, `out` is constant
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     return out, [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]  # noqa: B905
 
 
@@ -113,7 +114,6 @@ def test_it_and_its_gradients_equal_the_definition(form, query, grids):
     st.integers(0, 2**31),
     st.sampled_from([40, 200, 1 << 22]),
 )
-@settings(max_examples=15, deadline=None, derandomize=True)
 def test_the_fast_form_equals_the_definition_on_any_grids_and_blocks(query, grids, seed, block):
     before = dict(A.BLOCK)
     A.BLOCK["cpu"] = block

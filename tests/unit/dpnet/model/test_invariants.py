@@ -17,7 +17,7 @@ SIZES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 SEEDS = st.integers(0, 2**16)
 # As deep as `base`, with its kernels, but narrow.
 DEEP = preset("base", widths=(16, 32, 64), attention_dim=16, guide=7)
-few = settings(max_examples=10, deadline=None, derandomize=True)
+few = settings(max_examples=settings().max_examples // 3)  # each runs a whole network
 
 
 def network(config: ModelConfig | str = "tiny", **changes: object) -> Generator:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from exactly import MASKS, assert_exact, mask
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dpnet.model import losses as L
@@ -81,7 +81,6 @@ def plain_distance(a, b):
     return sum((p - q).abs() for p, q in zip(a, b, strict=True)) / len(a)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     n=st.integers(1, 3),

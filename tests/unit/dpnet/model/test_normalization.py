@@ -5,13 +5,11 @@ import contextlib
 import pytest
 import torch
 from exactly import MASKS, assert_exact, convolve, mask
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from dpnet.model.normalization import (
-    SHRINK,
-    VARIANCE_EPSILON,
     DecoderNorm,
     EncoderNorm,
     RegionStatistics,
@@ -19,6 +17,7 @@ from dpnet.model.normalization import (
     shared_statistics,
 )
 
+SHRINK, VARIANCE_EPSILON = 16.0, 1e-5  # not imported, so that a change is noticed
 KINDS = ["instance", "batch", "region", "dynamic"]
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
@@ -97,7 +96,6 @@ def test_the_encoders_values_and_gradients_equal_the_definition(mask_kind, kind)
     assert_exact(lambda: (norm(x, m),), lambda: (reference(x, m, gamma, beta, kind),), leaves, 1e-8)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     n=st.integers(1, 2),
@@ -112,7 +110,6 @@ def test_any_shape_and_mask_in_the_encoder_equals_the_definition(seed, n, size, 
     assert_exact(lambda: (norm(x, m),), lambda: (reference(x, m, gamma, beta, kind),), leaves, 1e-8)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     n=st.integers(1, 2),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exactly import MASKS, assert_exact, mask
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -66,7 +66,6 @@ def test_values_and_gradients_equal_the_definition(kind, stride):
     check(pyramid_levels(4, 4, pyramid=True), 4, 1, 11, 10, stride, kind)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     n=st.integers(1, 2),
@@ -115,7 +114,6 @@ def partial_convolution(x, m, weight, bias, stride):
     return raw * ratio + bias.view(1, -1, 1, 1) * any_valid, any_valid
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**16),
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),

@@ -91,11 +91,12 @@ def test_the_estimate_uses_the_newest_run_with_the_same_network_size_and_device(
     store: LocalStore,
 ) -> None:
     config = config_of("cost={cpu_hour: 0.1, currency: EUR}")
-    ran(store, "runs/old-1", config, [record(10, images=1)], time=5.0)
+    slow = [record(10, images=1)]
+    ran(store, "runs/old-1", config, slow, time=5.0)
     ran(store, "runs/good-1", config, [record(10), record(20)], time=6.0)
-    ran(store, "runs/larger-1", config_of("images.size=128", "masks.size=128"), [record(10)])
-    ran(store, "runs/other-1", config_of("model.preset=base"), [record(10)], time=8.0)
-    ran(store, "runs/gpu-1", config_of("train.gpus=true"), [record(10)], time=9.0)
+    ran(store, "runs/larger-1", config_of("images.size=128", "masks.size=128"), slow, time=7.0)
+    ran(store, "runs/other-1", config_of("model.preset=base"), slow, time=8.0)
+    ran(store, "runs/gpu-1", config_of("train.gpus=true"), slow, time=9.0)
     ran(store, "runs/begun-1", config, [], time=10.0)
     cost = estimated(config, store)
     assert cost is not None

@@ -296,6 +296,14 @@ def test_requests_of_other_sites_are_refused(store, headers):
     assert "dpnet_up" not in text
 
 
+def test_the_exporter_listens_on_this_machine_only(store):
+    server, _ = serve(store)
+    address = server.server_address[0]
+    server.shutdown()
+    server.server_close()
+    assert address == "127.0.0.1"
+
+
 def test_with_a_password_every_request_needs_it(store):
     store.write(f"evaluations/{'0' * 12}/report.html", b"a report")
     server, port = serve(store, password="dpnet:secret")

@@ -203,6 +203,15 @@ def test_a_lost_champion_without_its_record_is_an_error(store):
         registered(store, 22.0)
 
 
+def test_a_versions_record_is_never_replaced(store):
+    register_module._write_once(store, "registry/dpnet/v1.json", {"version": 1})
+    register_module._write_once(store, "registry/dpnet/v1.json", {"version": 1})
+    before = store.read("registry/dpnet/v1.json")
+    with pytest.raises(PipelineError, match="belongs to another registration"):
+        register_module._write_once(store, "registry/dpnet/v1.json", {"version": 2})
+    assert store.read("registry/dpnet/v1.json") == before
+
+
 def test_a_lost_database_is_restored_from_storage(store, caplog):
     digests = [registered(store, psnr).request_digest for psnr in (20.0, 21.0)]
     store = elsewhere(store, small_root.new_database().data)

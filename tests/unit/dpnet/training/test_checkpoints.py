@@ -159,6 +159,22 @@ def test_pruning_never_deletes_the_newest_the_best_or_a_fixed_step(store):
         assert len(kept) == 3
 
 
+def test_the_mark_of_a_checkpoint_is_written_last(store, monkeypatch):
+    written = []
+    for name in ("write", "create"):
+        method = getattr(LocalStore, name)
+
+        def record(self, key, data, real=method):
+            folder, _, file = key.rpartition("/")
+            assert file != MARK or {"state.pt", "log.jsonl"} == {each for _, each in written}
+            written.append((folder, file))
+            return real(self, key, data)
+
+        monkeypatch.setattr(LocalStore, name, record)
+    write(store, 1)
+    assert written[-1] == (f"{RUN}/step-00000001", MARK)
+
+
 def test_a_pruned_checkpoint_loses_its_mark_first(store, monkeypatch):
     write(store, 1)
     deleted, real = [], LocalStore.delete
