@@ -18,6 +18,8 @@ import webdataset as wds
 from PIL import Image
 from skimage import data
 
+import dpnet
+
 pytestmark = pytest.mark.e2e
 
 SETTINGS = ("train.steps=60", "train.checkpoint_every=10", "train.validate_every=30")
@@ -112,12 +114,20 @@ def test_after_a_kill_the_same_command_resumes_from_the_last_checkpoint(
     assert resumed["registered"]["alias"] == "champion"
 
 
-def test_the_third_time_every_stage_is_skipped_within_20_seconds(
+def written(folder: Path) -> dict[Path, int]:
+    """Return the times of the last write to every file of the stages."""
+    tops = ("images", "masks", "runs", "evaluations", "registry")
+    files = (path for top in tops for path in (folder / "dpnet-demo" / top).rglob("*"))
+    return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+
+
+def test_the_third_time_every_stage_is_skipped_and_nothing_is_written(
     folder: Path, resumed: dict[str, Any]
 ) -> None:
-    start = time.monotonic()
+    before = written(folder)
     again = demo(folder)
-    assert time.monotonic() - start < 20
+    assert before
+    assert written(folder) == before
     assert all(stage["skipped"] for stage in again["stages"])
     assert again["mean_over_bins"] == resumed["mean_over_bins"]
 
@@ -155,7 +165,11 @@ def test_the_champion_fills_a_photo_of_any_size(
     filled = np.asarray(Image.open(tmp_path / "out.png"))
     assert filled.shape == photo.shape
     assert (filled[mask == 0] == photo[mask == 0]).all()
-    assert (filled[mask == 255] != photo[mask == 255]).any()
+    hole = mask == 255
+    own = dpnet.inpaint(photo, mask, root=str(folder / "dpnet-demo"))
+    assert (filled == own).all()
+    # Black, white or noise are wrong by 60 levels and more, one colour by 20.
+    assert np.abs(filled[hole].astype(float) - photo[hole]).mean() < 35
 
 
 def test_ctrl_c_ends_the_demo_with_one_sentence_and_leaves_no_process(tmp_path: Path) -> None:

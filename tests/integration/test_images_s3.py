@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -183,9 +182,27 @@ def test_a_build_interrupted_at_any_shard_resumes(
         assert sum(now.get(key) == tag for key, tag in begun.items()) >= len(begun) - 1
 
 
-def command(source: object, root: str) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-m", "dpnet", "images", "build", str(source), "--name", "x", "--json"]
-    argv += ["--size", "32", "--root", root, "--set=images.shard_samples=6"]
+# The command; before it writes its fourth shard, it says so and waits for its end.
+HELD = """
+import sys, time
+from data_prep.images import shard_task
+from dpnet.cli.main import main
+real, written = shard_task.write_shard, []
+def write(place, name, samples):
+    if len(written) == 3:
+        print("held", flush=True)
+        time.sleep(600)
+    written.append(name)
+    return real(place, name, samples)
+shard_task.write_shard = write
+sys.exit(main())
+"""
+
+
+def command(source: object, root: str, *, held: bool = False) -> subprocess.Popen[str]:
+    argv = [sys.executable, *(["-c", HELD] if held else ["-m", "dpnet"]), "images", "build"]
+    argv += [str(source), "--name", "x", "--json", "--size", "32", "--root", root]
+    argv += ["--set=images.shard_samples=6", "--set=images.workers=1"]
     return subprocess.Popen(
         argv,
         stdout=subprocess.PIPE,
@@ -201,18 +218,20 @@ def test_a_killed_build_resumes_and_no_output_contains_the_credentials(
 ) -> None:
     prefix = put(folder, f"{s3_root}/photos")
     store = open_store(f"{s3_root}/root")
-    process = command(prefix, f"{s3_root}/root")
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if any("/work/" in entry.key for entry in store.list()):
-            break
-        time.sleep(0.05)
+    process = command(prefix, f"{s3_root}/root", held=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
     os.killpg(process.pid, signal.SIGKILL)
     out, errors = process.communicate(timeout=20)
+    begun = {e.key: e.fingerprint for e in store.list() if e.key.endswith(".tar")}
+    assert len(begun) == 3
+    assert not any(entry.key.endswith("/manifest.json") for entry in store.list())
     again = command(prefix, f"{s3_root}/root")
     more, more_errors = again.communicate(timeout=120)
     assert again.returncode == 0, more_errors
     result = json.loads(more.splitlines()[-1])
+    now = {entry.key: entry.fingerprint for entry in store.list()}
+    assert all(now[key] == fingerprint for key, fingerprint in begun.items())
     local = LocalStore(tmp_path / "root")
     done = command(prefix, str(local.folder)).communicate(timeout=120)
     assert json.loads(done[0].splitlines()[-1])["content_digest"] == result["content_digest"]

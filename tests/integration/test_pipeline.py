@@ -120,9 +120,10 @@ def test_the_summary_has_the_figures_of_every_method_and_the_name_of_the_model(
     result = pipeline.first.result
     for row in (*result["bins"].values(), result["mean_over_bins"]):
         for method in ("dpnet", "mean_fill", "telea"):
-            assert row[method]["hole_psnr"] > 0
-            assert row[method]["ssim"] <= 1
-            assert row[method]["l1"] >= 0
+            # Black has 5 dB on these photos and noise 8; a perfect fill would be a mistake here.
+            assert 8.5 < row[method]["hole_psnr"] < 60
+            assert 0.1 < row[method]["ssim"] < 1
+            assert 0 < row[method]["l1"] < 30
     assert Path(result["report"]).read_text("utf-8").startswith("<!doctype html>")
     assert result["registered"]["model"] == "dpnet"
     assert (result["registered"]["version"], result["registered"]["alias"]) == (1, "champion")
@@ -168,7 +169,9 @@ def test_the_exporter_has_metrics_of_the_training_the_dataset_and_the_champion(
     assert values["dpnet_train_step", run] == values["dpnet_train_steps", run] == 4
     assert values["dpnet_train_claimed", run] == 0
     assert values["dpnet_train_images_per_second", run] > 0
-    assert values["dpnet_validation_hole_psnr", run] > 0
+    last = [each for each in read_log(reader.store, f"runs/{run[0]}") if "hole_psnr" in each][-1]
+    assert last["step"] == 4
+    assert values["dpnet_validation_hole_psnr", run] == last["hole_psnr"]
     assert values["dpnet_dataset_failed", ("handful",)] == 1
     assert values["dpnet_champion_version", ("dpnet",)] == 1
 

@@ -134,6 +134,14 @@ class Training:
     def validations(self) -> dict[int, float]:
         return {r["step"]: r["hole_psnr"] for r in self.records() if r["kind"] == "validation"}
 
+    def losses(self) -> dict[int, dict[str, float]]:
+        """Return the mean losses of each record of the log, by its last step."""
+        return {r["step"]: r["losses"] for r in self.records() if r["kind"] == "train"}
+
+    def first_losses(self, after: int) -> tuple[int, dict[str, float]]:
+        """Return the first record of the losses after a step."""
+        return next((step, each) for step, each in self.losses().items() if step > after)
+
     def fail(self) -> str:
         """Wait until training fails, and return its error message."""
         self.process.communicate(timeout=PATIENCE_S)
@@ -370,10 +378,13 @@ def test_if_a_machine_dies_training_continues_with_fewer_workers(
     training = trainer.start(root, *job, "train.min_workers=1")
     training.wait_for(2 * EVERY)
     cluster.node_of(training.workers()[1]["pid"]).kill()
-    assert training.finish()["resumed_from"] >= 2 * EVERY
+    summary = training.finish()
+    assert summary["resumed_from"] >= 2 * EVERY
     assert len(training.workers()) == 1
-    # The batches are the same, but their sums are rounded differently.
-    assert training.validations() == pytest.approx(undisturbed.validations(), abs=0.2)
+    # The batches are the same, but their sums are rounded differently. That changes the losses of
+    # the next steps by a millionth, and other batches would change them by a hundredth or more.
+    step, losses = training.first_losses(after=summary["resumed_from"])
+    assert losses == pytest.approx(undisturbed.losses()[step], rel=1e-3)
 
 
 def test_if_a_machine_dies_training_waits_for_another_one(
@@ -478,7 +489,7 @@ def test_a_local_training_survives_its_controller_and_a_command_leaves_nothing_b
     first.wait_for(EVERY)
     os.kill(find_process(first.process.pid, "ray::TrainController"), signal.SIGKILL)
     first.wait_to_say("resumes from the checkpoint")
-    members = at_work(first)
+    members, all_of_first = at_work(first), family(first.process.pid)
     assert len(members) > 5
     first.process.kill()
     wait_until(lambda: not any(map(alive, members)), "processes stay", PATIENCE_S)
@@ -493,6 +504,7 @@ def test_a_local_training_survives_its_controller_and_a_command_leaves_nothing_b
     third = trainer.start(root)
     assert third.finish()["resumed_from"] >= EVERY
     assert third.validations() == undisturbed.validations()
+    wait_until(lambda: not any(map(alive, all_of_first)), "processes stay", PATIENCE_S)
 
 
 def at_work(training: Training) -> list[int]:
