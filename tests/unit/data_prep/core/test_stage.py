@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,32 @@ def test_the_request_digest_follows_settings_and_the_content_of_inputs(store):
     assert Request("train", "z", "elsewhere", {"lr": 1}, {"images": upstream}).digest == train(
         upstream, lr=1
     )
+
+
+def test_every_part_of_a_request_changes_its_digest_and_nothing_else_does(store):
+    upstream = run_stage(store, request(), build())
+
+    def digest_of(stage="train", inputs=upstream, **sources):
+        return Request(stage, "y", "runs", {}, {"images": inputs}, sources).digest
+
+    assert digest_of() != digest_of("evaluate")
+    assert digest_of(raw="a") != digest_of(raw="b")
+    assert digest_of() == digest_of(inputs=replace(upstream, request_digest="0" * 64))
+    assert digest_of() != digest_of(inputs=replace(upstream, content_digest="0" * 64))
+
+
+def test_the_content_digest_does_not_depend_on_the_order_of_files():
+    files = [("a", "1" * 64), ("b", "2" * 64)]
+    assert digest.content_digest(files) == digest.content_digest(reversed(files))
+
+
+def test_a_manifest_of_another_request_is_refused(store):
+    folder = run_stage(store, request(), build()).folder
+    manifest = json.loads(store.read(f"{folder}/manifest.json"))
+    manifest["request_digest"] = "0" * 64
+    store.write(f"{folder}/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(PipelineError, match="it has another request digest"):
+        run_stage(store, request(), build())
 
 
 def test_an_altered_manifest_is_named(store):

@@ -99,6 +99,16 @@ def test_a_worse_model_becomes_challenger(store):
     assert find_record(store)["version"] == 1
 
 
+def test_a_new_evaluation_of_a_former_champion_is_ignored(store):
+    run, of_former = small_root.run_and_evaluation(store, 20.0)
+    register(RegisterSettings(), run, of_former, store)
+    registered(store, 21.0)
+    run, evaluation = small_root.run_and_evaluation(store, 20.5)
+    ref = register(RegisterSettings(), run, evaluation, store, against=of_former)
+    assert ref.summary["reason"].endswith("is not above the 21.00 dB of version 2.")
+    assert ref.summary["alias"] == CHALLENGER
+
+
 def test_a_model_evaluated_on_other_pairs_becomes_challenger(store):
     registered(store, 20.0)
     ref = registered(store, 30.0, pairs="q" * 64)

@@ -24,11 +24,12 @@ def test_a_password_is_made_once_and_only_the_user_may_read_it(tmp_path: Path) -
         made = keep_password(tmp_path / "up")
     finally:
         os.umask(before)
+    # Before the second call, which would correct it.
+    assert password_file(tmp_path / "up").stat().st_mode & 0o777 == 0o600
     assert made.startswith("dpnet:")
     assert len(made) > 30
     assert keep_password(tmp_path / "up") == made == stored_password(tmp_path / "up")
     assert (tmp_path / "up").stat().st_mode & 0o777 == 0o700
-    assert password_file(tmp_path / "up").stat().st_mode & 0o777 == 0o600
     assert os.listdir(tmp_path / "up") == ["password"]
 
 

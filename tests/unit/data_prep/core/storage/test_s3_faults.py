@@ -4,8 +4,10 @@ import io
 import pickle
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
+from botocore.exceptions import ClientError, ConnectionClosedError
 from servers import Fault, fault_proxy
 
 from data_prep.core.errors import StorageError
@@ -119,6 +121,20 @@ def test_an_incomplete_range_is_requested_again(store, proxy, keep):
     proxy.inject(Fault("truncate", method="GET", times=4, keep=keep))
     assert store.read_range("a", 100, 1000) == DATA[100:1100]
     assert proxy.count("GET") == 5
+
+
+def test_an_answer_that_ends_early_without_an_error_is_requested_again(store, monkeypatch):
+    real, cuts = store.client.get_object, [5, 300_000]
+
+    def get_object(**request):
+        answer = real(**request)
+        if cuts:
+            answer["Body"] = io.BytesIO(answer["Body"].read()[: cuts.pop()])
+        return answer
+
+    monkeypatch.setattr(store.client, "get_object", get_object)
+    assert store.read("a") == DATA
+    assert cuts == []
 
 
 def test_an_incomplete_listing_is_requested_again(store, proxy):
@@ -332,6 +348,13 @@ def test_credentials_are_never_shown(store, proxy, monkeypatch, caplog, capfd):
     assert "do-not-show" not in everything
 
 
+def test_the_server_is_named_without_the_password_of_its_address():
+    requests = s3_requests.S3Requests("bucket", 0.0)
+    url = "https://user:do-not-show@host:9000/path?token=do-not-show"
+    requests._client = SimpleNamespace(meta=SimpleNamespace(endpoint_url=url))
+    assert requests._server() == "host:9000"
+
+
 # Conditional writes.
 
 
@@ -441,6 +464,25 @@ def test_a_large_upload_survives_faults_in_each_of_its_steps(store, proxy, kind,
     store.upload("large", tmp_path / "large")
     assert all(fault.times == 0 for fault in proxy.faults)
     assert proxy.count("PUT", "partNumber=") >= 3
+    assert store.read("large") == LARGE
+
+
+def test_a_large_upload_is_whole_if_the_server_has_forgotten_its_id(store, monkeypatch):
+    real, calls = store.client.complete_multipart_upload, []
+
+    def complete(**request):
+        calls.append(request)
+        if len(calls) > 1:  # like Ceph; moto would do it again
+            answer = {
+                "Error": {"Code": "NoSuchUpload"},
+                "ResponseMetadata": {"HTTPStatusCode": 404},
+            }
+            raise ClientError(answer, "CompleteMultipartUpload")
+        real(**request)
+        raise ConnectionClosedError(endpoint_url="http://host")
+
+    monkeypatch.setattr(store.client, "complete_multipart_upload", complete)
+    store.write("large", LARGE)
     assert store.read("large") == LARGE
 
 
