@@ -20,7 +20,7 @@ from dpnet.model import ModelConfig
 from dpnet.model import losses as L
 from dpnet.training.schedule import adversarial_weight, rate
 from dpnet.training.state import TrainState
-from dpnet.training.step import Step, compiler_problem
+from dpnet.training.step import Step, _Likeness, compiler_problem
 from dpnet.training.vgg import load_vgg
 
 SMALL = ModelConfig((8, 16, 16), 1, 8, 7, (8, 8, 8, 8))
@@ -301,6 +301,35 @@ def test_the_adversarial_term_rises_to_its_weight():
     assert weights == pytest.approx([0, 0, 0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
     at_once = settings(adversarial_from=0, warmup_steps=0)
     assert adversarial_weight(0, losses(adversarial=0.2), at_once) == 0.2
+
+
+def test_the_loss_is_the_sum_of_its_terms_with_their_weights(monkeypatch):
+    weights = losses(hole=5.0, valid=3.0, perceptual=0.7, style=11.0, total_variation=2.0)
+    s = settings(adversarial_from=0, warmup_steps=0)
+    vgg = L.VGGFeatures(vgg_weights(), "vgg19")
+    totals, real = [], Step._backward
+
+    def backward(self, loss, share):
+        totals.append(float(loss.detach()))
+        real(self, loss, share)
+
+    monkeypatch.setattr(Step, "_backward", backward)
+    measured = floats(Step(TrainState(SMALL, s, CPU), weights, s, vgg=vgg)(0, *batch(0)).losses)
+    names = ("hole", "valid", "perceptual", "style", "total_variation", "adversarial")
+    assert all(measured[name] > 0 for name in names)
+    expected = sum(getattr(weights, name) * measured[name] for name in names)
+    assert totals == pytest.approx([measured["discriminator"], expected], rel=1e-5)
+
+
+def test_the_perceptual_loss_sees_the_raw_image_and_the_composite():
+    image, valid = batch(0)
+    raw = batch(1)[0]
+    composite = torch.where(valid > 0, image, raw)
+    vgg = L.VGGFeatures(vgg_weights(), "vgg19")
+    _, terms = _Likeness(losses(), vgg, False)(raw, composite, image, valid)
+    of_both = [L.perceptual(vgg(each), vgg(image)) for each in (raw, composite)]
+    torch.testing.assert_close(terms["perceptual"], sum(of_both))
+    torch.testing.assert_close(terms["style"], L.style(vgg(composite), vgg(image)))
 
 
 def test_the_learning_rate_of_a_step_reaches_both_optimisers():
