@@ -66,6 +66,19 @@ def test_whole_shards_are_measured(data: Data) -> None:
     assert 0 < record["mean_fill_psnr"] < metrics.PSNR_CAP
 
 
+def test_each_rank_measures_its_share_of_the_pairs(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda own: sums.append(own.clone()))
+    measured = validation_of(data)
+    for rank in range(3):
+        measured.measure(tiny(), 0, rank, 3)
+    assert [int(of_rank[2]) for of_rank in sums] == [4, 4, 4]
+    alone = measured.measure(tiny(), 0, 0, 1)
+    assert float(sum(sums)[1]) / 12 == pytest.approx(alone["mean_fill_psnr"], abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["image", "mask"])
 def test_a_flipped_byte_is_refused_with_shard_and_sample(own: Data, kind: str) -> None:
     store, tar = own[0], shard_of(own, kind)
