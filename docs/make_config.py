@@ -31,6 +31,7 @@ of these numbers. `images.size` and `masks.size` must be equal.
   `--set train.steps=1000`. `dpnet images build` takes the options of `images` and
   `dpnet model describe` those of `model`, both without the section.
 * The command refuses an unknown name, a wrong type or a value out of range before it starts work.
+  A key that a section has twice is refused too. An alias (`*name`) is a copy of its anchor.
 * The packaged configs are examples: [dpnet/configs](../dpnet/configs).
 * The last table has the options of the [deploy file](#deploy-file), which is another file.
 """

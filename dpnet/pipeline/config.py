@@ -15,7 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.core.errors import ConfigError
@@ -25,6 +24,7 @@ from data_prep.masks.settings import MasksSettings
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.pipeline.config_messages import error_sentence
 from dpnet.pipeline.settings import CostSettings
+from dpnet.pipeline.yaml_text import YamlError, read_yaml
 from dpnet.registry.settings import RegisterSettings
 from dpnet.training.job import TrainRequest
 from dpnet.training.settings import LaunchSettings, LossSettings, ModelSettings, TrainSettings
@@ -169,18 +169,6 @@ def resolve_root(root: str | None, config: Config) -> str:
     return chosen if "://" in chosen else str(Path(chosen).expanduser().absolute())
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with only true and false for booleans, as in YAML 1.2: `off` is a word."""
-
-
-_BOOLEAN = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOLEAN, re.compile("^(true|True|TRUE|false|False|FALSE)$"), "tTfF")
-
-
 def _text_of(name_or_path: str) -> str:
     known = packaged_configs()
     if name_or_path in known:
@@ -208,13 +196,9 @@ def _read_text(path: Path) -> str:
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{where} is not valid YAML{line}: {getattr(error, 'problem', None) or error}."
-        ) from None
+        values = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{where} {error}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{where} holds no options: write a YAML mapping of sections.")
     return values
@@ -229,9 +213,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"--set {override!r} is not valid: write option=value, such as train.steps=10."
         )
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value: quote it.") from None
+        value = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"--set {override!r}: the value {error}.") from None
     for part in parts[:-1]:
         if not isinstance(values.get(part), dict):
             values[part] = {}

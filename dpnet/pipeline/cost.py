@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import RUNS, manifest_key
 from data_prep.core.storage.store import Store
+from dpnet.pipeline.yaml_text import read_yaml
 from dpnet.tracking.run_log import read_log, read_status
 
 if TYPE_CHECKING:  # the config is composed of this module's settings
@@ -116,12 +117,9 @@ def _known_speed(store: Store, config: Config) -> float | None:
 
 def _network(store: Store, folder: str) -> Any:
     """Return the `model` section of a run's request, or None if it cannot be read."""
-    import yaml
-
     try:
-        resolved = yaml.safe_load(store.read(f"{folder}/resolved-config.yaml"))
-        return resolved["model"]
-    except (FileNotFoundError, yaml.YAMLError, ValueError, KeyError, TypeError):
+        return read_yaml(store.read(f"{folder}/resolved-config.yaml").decode())["model"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
