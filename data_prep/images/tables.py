@@ -19,8 +19,8 @@ from data_prep.images.keys import UNSURE
 from data_prep.images.outcomes import Outcomes
 from data_prep.images.plan import shard_split
 from data_prep.images.resolution import Resolution
-from data_prep.images.versions import SOURCES
-from data_prep.raw.listing import ROWS, SPLITS
+from data_prep.images.versions import LISTED_BY, SOURCES
+from data_prep.raw.listing import ROWS, RULES, SPLITS
 from data_prep.shards.shards import sha256_of, write_urls
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def _source_tables(outcomes: Outcomes) -> Iterator[pa.Table]:
                 "reason": pa.array(
                     [outcomes.reason(r) or None for r in range(start, stop)], pa.string()
                 ),
-            }
+            },
+            metadata={LISTED_BY: str(RULES).encode()},
         )
 
 

@@ -20,7 +20,7 @@ from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
 from data_prep.images.findings import OUTCOMES
 from data_prep.images.keys import Hashes, key_hashes
-from data_prep.raw.listing import SPLITS, Item
+from data_prep.raw.listing import RULES, SPLITS, Item
 from data_prep.shards.shards import read_table
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SOURCES = "sources.parquet"  # the outcome of every listed item, sorted by key
+LISTED_BY = b"listing"  # in its metadata: the `RULES` by which the source was listed
 _SHARD = re.compile(rf"(?:\.\./[^/]+/)?((?:{'|'.join(SPLITS)})-\d{{6,}})\.(?:tar|parquet)")
 
 
@@ -129,13 +130,22 @@ class Version:
 
 
 def known_members(version: Version | None) -> Callable[[str, int], list[Item] | None]:
-    """Return a function that gives `Source.list` the members of unchanged containers."""
+    """Return a function that gives `Source.list` the members of unchanged containers.
+
+    It knows nothing of a version that was listed by other rules: those may have lost members.
+    """
+    same_rules = (
+        version is not None
+        and (version.table.schema.metadata or {}).get(LISTED_BY) == str(RULES).encode()
+    )
 
     def members(container: str, fingerprint: int) -> list[Item] | None:
         import pyarrow as pa
         import pyarrow.compute as pc
 
-        if version is None or "container" not in version.table.column_names:
+        if version is None or not same_rules:
+            return None
+        if "container" not in version.table.column_names:
             return None
         table = version.table.select(["key", "size", "fingerprint", "container", "offset", "block"])
         rows = table.filter(pc.equal(table["container"], container))

@@ -237,7 +237,10 @@ class _Held:
 
 
 class _Unique:
-    """Names that get `#2`, `#3` … at the end if they come again. Only hashes are kept."""
+    """Names that get a number if they come again: `a.jpg`, `a#2.jpg`, `a#3.jpg` …
+
+    The number stands before the extension, which tells the kind of the file. Only hashes are kept.
+    """
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
@@ -250,9 +253,17 @@ class _Unique:
         unique, count = name, 1
         while hash(unique) in self._seen:
             count += 1
-            unique = f"{name}#{count}"
+            unique = _numbered(name, count)
         self._seen.add(hash(unique))
         return unique
+
+
+def _numbered(name: str, number: int) -> str:
+    """Return a path with a number before the extension of its last part."""
+    start = max(name.rfind("/"), name.rfind("\\")) + 1
+    dot = name.rfind(".", start + 1)  # not the dot of a name such as `.jpg`
+    at = len(name) if dot < 0 else dot
+    return f"{name[:at]}#{number}{name[at:]}"
 
 
 def is_container(name: str) -> bool:

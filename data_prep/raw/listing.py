@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 ROWS = 1 << 16  # rows per batch
+RULES = 2  # raise it when archives are listed otherwise: then earlier listings are not reused
 _HELD = 1 << 14  # items that are Python objects at the same time
 
 

@@ -1,0 +1,74 @@
+"""Odd sources: no photo of them is lost, and what is not used has a reason."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from image_sets import crops, homes, picture
+
+from data_prep.core.manifest import StageRef
+from data_prep.core.storage.local import LocalStore
+from data_prep.images.stage import prepare_images
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "root")
+
+
+def jpeg(seed: int) -> bytes:
+    file = io.BytesIO()
+    picture(seed).save(file, "JPEG")
+    return file.getvalue()
+
+
+def build(source: object, store: LocalStore) -> StageRef:
+    """Build, and check that every listed item is counted once."""
+    ref = prepare_images(crops(source, val=0.2, test=0.2), store)
+    kinds = ("photographs", "failed", "ignored", "duplicates")
+    assert sum(ref.summary[kind] for kind in kinds) == ref.summary["listed"]
+    return ref
+
+
+def put(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("kind", ["zip", "tar", "tgz"])
+def test_all_members_with_one_name_are_stored(tmp_path: Path, store: LocalStore, kind: str) -> None:
+    path = tmp_path / f"camera.{kind}"
+    names = [f"{number % 8}.JPG" for number in range(32)]
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as packed:
+            for seed, name in enumerate(names):
+                packed.writestr(name, jpeg(seed))
+    else:
+        with tarfile.open(path, "w:gz" if kind == "tgz" else "w") as archive:
+            for seed, name in enumerate(names):
+                put(archive, name, jpeg(seed))
+    ref = build(path, store)
+    assert ref.summary["photographs"] == 32
+    assert {"0.JPG", "0#2.JPG", "0#3.JPG", "0#4.JPG"} < set(homes(store, ref))
+
+
+def test_members_that_an_earlier_release_lost_are_found_in_the_next_version(
+    tmp_path: Path, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "camera.tar", "w") as archive:
+        for seed in range(12):
+            put(archive, f"{seed % 6}.jpg", jpeg(seed))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("data_prep.raw.folders._numbered", "{}#{}".format)
+        earlier.setattr("data_prep.images.tables.RULES", 1)
+        first = build(tmp_path / "camera.tar", store)
+        assert first.summary["ignored"] == 6
+    second = build(tmp_path / "camera.tar", store)
+    assert (second.summary["photographs"], second.summary["ignored"]) == (12, 0)
+    assert build(tmp_path / "camera.tar", store).folder == second.folder
