@@ -10,12 +10,13 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
 from data_prep.core.paths import manifest_key
+from data_prep.core.record import known_fields
 from data_prep.core.storage.store import Store
 
 FORMAT = 1
@@ -50,7 +51,7 @@ class FileRecord:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> FileRecord:
         """Read a record; ignore fields of newer versions. Raise ValueError if it is damaged."""
-        record = cls(**_known(cls, found))
+        record = cls(**known_fields(cls, found))
         valid = (
             isinstance(record.path, str)
             and type(record.size) is int
@@ -76,7 +77,7 @@ class InputRef:
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> InputRef:
         """Read an input; ignore fields of newer versions. Raise ValueError if it is damaged."""
-        ref = cls(**_known(cls, found))
+        ref = cls(**known_fields(cls, found))
         if not all(isinstance(value, str) for value in asdict(ref).values()):
             raise ValueError(ref)
         return ref
@@ -174,7 +175,7 @@ class Manifest:
     @classmethod
     def _read(cls, found: Mapping[str, Any]) -> Manifest:
         manifest = cls(
-            **_known(cls, found)
+            **known_fields(cls, found)
             | {
                 "inputs": {r: InputRef.from_json(ref) for r, ref in found["inputs"].items()},
                 "files": [FileRecord.from_json(file) for file in found["files"]],
@@ -187,11 +188,6 @@ class Manifest:
         if wrong or not isinstance(manifest.seconds, int | float):
             raise ValueError(wrong)
         return manifest
-
-
-def _known(kind: type, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `found` that this version of the dataclass `kind` has."""
-    return {each.name: found[each.name] for each in fields(kind) if each.name in found}
 
 
 def content_digest(files: Iterable[FileRecord]) -> str:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import Lease
 from data_prep.core.paths import images_folder, lease_key
+from data_prep.core.record import refuse_newer
 from data_prep.core.storage.store import Store
 from data_prep.images.next_version import Changes
 
@@ -129,10 +130,11 @@ def read(store: Store, key: str) -> Watched:
     """Read the stored state of a watch; return an empty one if there is none."""
     try:
         record = json.loads(store.read(key))
+        refuse_newer(record, f"{store.uri}/{key}")
         watched = Watched(str(record["digest"]), float(record["since"]), str(record["announced"]))
     except FileNotFoundError:
         return Watched()
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise PipelineError(
             f"{store.uri}/{key} was altered. Delete it; the changes are then announced again."
         ) from None

@@ -40,8 +40,8 @@ from data_prep.masks.settings import MasksSettings, Polarity
 from data_prep.masks.shard_task import evaluation_masks, make_shard, shards
 from data_prep.shards.shards import (
     Folder,
-    decode_table,
     encode_table,
+    read_table,
     shard_name,
     write_file,
     write_urls,
@@ -112,10 +112,10 @@ def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
     if not made:
         return {}
     try:
-        rows = decode_table(store.read(f"{max(made)[1]}/{FILES_TABLE}"))
+        table = read_table(store.read(f"{max(made)[1]}/{FILES_TABLE}"), list(COLUMNS))
     except (FileNotFoundError, ValueError):
         return {}
-    return {row["key"]: row for row in rows}
+    return {row["key"]: row for row in table.to_pylist()}
 
 
 def _build(settings: MasksSettings, files: _Files | None, run: Map, work: Work) -> Produced:

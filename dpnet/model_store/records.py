@@ -14,6 +14,7 @@ from data_prep.core.paths import (
     registry_folder,
     version_key,
 )
+from data_prep.core.record import refuse_newer
 from data_prep.core.storage.store import Store
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -89,10 +90,11 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     """Read and check a record. Raises PipelineError if it was altered."""
     try:
         record = json.loads(store.read(key))
+        refuse_newer(record, f"{store.uri}/{key}")
         folder = record["run"]["folder"]
         if isinstance(folder, str) and isinstance(record["version"], int):
             return dict(record)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise PipelineError(
         f"{store.uri}/{key} was altered: run `dpnet verify` for details, and restore the file."

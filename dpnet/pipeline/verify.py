@@ -15,7 +15,14 @@ from typing import Any
 
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
-from data_prep.core.manifest import InputRef, Manifest, StageRef, content_digest, read_manifest
+from data_prep.core.manifest import (
+    FileRecord,
+    InputRef,
+    Manifest,
+    StageRef,
+    content_digest,
+    read_manifest,
+)
 from data_prep.core.paths import (
     MANIFEST,
     champion_key,
@@ -24,6 +31,7 @@ from data_prep.core.paths import (
     registry_folder,
     version_key,
 )
+from data_prep.core.record import known_fields, refuse_newer
 from data_prep.core.stage import Request
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -114,8 +122,11 @@ def _walk(store: Store, folders: list[str], result: Verification) -> dict[str, M
         try:
             manifest = read_manifest(store, folder)
             _check_digests(manifest, where, result)
-            if not _is_as_written(store, where, manifest):
-                result.add(where, "was altered: it has fields that this version does not write")
+            if unknown := _unknown_fields(store, where):
+                result.notes.append(
+                    f"{where} has fields that this version does not know ({', '.join(unknown)}): a"
+                    " newer version of dpnet wrote it, or it was altered."
+                )
         except PipelineError as error:
             result.add(where, str(error))
             continue
@@ -146,13 +157,19 @@ def _check_digests(manifest: Manifest, where: str, result: Verification) -> None
         result.add(where, "was altered: its content digest does not fit its files")
 
 
-def _is_as_written(store: Store, where: str, manifest: Manifest) -> bool:
-    """Return whether the files and inputs have no other fields than those of this version.
+def _unknown_fields(store: Store, where: str) -> list[str]:
+    """Return the names of a manifest's fields that this version does not know.
 
-    A reader ignores unknown fields. A renamed field would be lost without a word.
+    A reader ignores them. An optional field with another name would be lost without a word.
     """
-    found, own = json.loads(store.read(where)), manifest.to_json()
-    return all(found[part] == own[part] for part in ("files", "inputs"))
+    found = json.loads(store.read(where))
+    parts = [
+        (Manifest, [found]),
+        (FileRecord, found["files"]),
+        (InputRef, found["inputs"].values()),
+    ]
+    known = [(each, known_fields(kind, each)) for kind, some in parts for each in some]
+    return sorted({name for each, own in known for name in each.keys() - own.keys()})
 
 
 def _reference(named: InputRef) -> StageRef:
@@ -201,6 +218,7 @@ def _check_record(store: Store, key: str, result: Verification) -> None:
     data = store.read(key)
     try:
         record = json.loads(data)
+        refuse_newer(record, f"{store.uri}/{key}")
         folder = _registration(record)
         if key not in (
             champion_key(record["model"]),
@@ -210,8 +228,11 @@ def _check_record(store: Store, key: str, result: Verification) -> None:
         for role in (*INPUTS, *([AGAINST] if AGAINST in record else [])):
             ref = InputRef.from_json({"stage": role} | record[role])
             _is_unchanged(store, f"its {role}", ref, key, result)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         result.add(key, "was altered: it is not a whole record")
+        return
+    except PipelineError as error:
+        result.add(key, str(error))
         return
     if not store.exists(manifest_key(folder)):
         result.add(key, "its registration was never finished: run the same command again")

@@ -82,7 +82,7 @@ def _check_sets(
     result.files += len(coverage.read)
     result.bytes += coverage.bytes_read
     result.unread = len(coverage.sizes) - len(coverage.read)
-    result.notes = coverage.notes
+    result.notes += coverage.notes
 
 
 def _is_of_shard(key: str, records: Mapping[str, FileRecord]) -> bool:

@@ -120,6 +120,9 @@ def _parse_mark(folder: str, step: int, data: bytes) -> Mark:
         )
     except (ValueError, KeyError, TypeError):
         raise ValueError("is damaged") from None
+    scored = mark.score is None or isinstance(mark.score, int | float)
+    if not (scored and isinstance(mark.asked, Mapping)):
+        raise ValueError("is damaged")
     if mark.step != step:
         raise ValueError(f"is that of step {mark.step}")
     return mark
@@ -133,7 +136,7 @@ def load(store: Store, mark: Mark) -> Loaded:
             data[name] = store.read(f"{mark.folder}/{name}")
         except FileNotFoundError:
             raise PipelineError(f"{name} is missing") from None
-        if sha256_bytes(data[name]) != file["sha256"]:
+        if sha256_bytes(data[name]) != file.get("sha256"):
             raise PipelineError(f"{name} was altered or cut short")
     try:
         state = torch.load(io.BytesIO(data[STATE]), map_location="cpu", weights_only=True)

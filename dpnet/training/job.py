@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from data_prep.core.digest import sha256_file
-from data_prep.core.errors import ConfigError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.manifest import StageRef, load_reference
 from data_prep.core.paths import RUNS
+from data_prep.core.record import known_fields
 from data_prep.core.stage import Request
 from data_prep.core.storage.store import Store
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
@@ -81,18 +84,33 @@ class TrainJob:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> TrainJob:
-        """Read a job from the values of `to_json`."""
-        init = record["init"]
-        return cls(
-            **{
-                **record,
-                "images": StageRef(**record["images"]),
-                "masks": StageRef(**record["masks"]),
-                "model": ModelSettings(**record["model"]),
-                "losses": LossSettings(**record["losses"]),
-                "settings": TrainSettings(**record["settings"]),
-                "init": None if init is None else (init[0], init[1]),
-            }
+        """Read a job from the values of `to_json`.
+
+        Raises:
+            PipelineError: another version wrote it, with a setting that this one does not have.
+                Training without that setting would be another training.
+        """
+        try:
+            init = record["init"]
+            return cls(
+                **{
+                    **{name: value for name, value in record.items() if value is not None},
+                    "images": StageRef(**known_fields(StageRef, record["images"])),
+                    "masks": StageRef(**known_fields(StageRef, record["masks"])),
+                    "model": ModelSettings(**record["model"]),
+                    "losses": LossSettings(**record["losses"]),
+                    "settings": TrainSettings(**record["settings"]),
+                    "init": None if init is None else (init[0], init[1]),
+                }
+            )
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        except (KeyError, TypeError) as error:
+            reason = str(error)
+        raise PipelineError(
+            f"this training was described by another version of dpnet ({reason}): install the same"
+            " version where the command runs and on the cluster."
         )
 
 

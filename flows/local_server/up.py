@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.paths import UP, cache_folder
+from data_prep.core.record import known_fields
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from flows.local_server import process_tree
@@ -73,7 +74,7 @@ def find_running(root: str) -> Running | None:
     if _is_unlocked(home):
         return None
     try:
-        return Running(**json.loads((home / STATE).read_text()))
+        return Running(**known_fields(Running, json.loads((home / STATE).read_text())))
     except (OSError, ValueError, TypeError):  # it is starting or stopping
         return None
 
