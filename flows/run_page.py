@@ -214,7 +214,7 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
     if evaluation := by_stage.get("evaluate"):
         page = f"{evaluation.folder}/report.html"
         reports_url = os.environ.get("DPNET_REPORTS_URL")
-        found["report"] = f"{reports_url}/{page}" if reports_url else f"{store.uri}/{page}"
+        found["report"] = f"{reports_url}/{page}" if reports_url else f"{store.label}/{page}"
     if training := by_stage.get("train"):
         try:
             if run := run_page(tracking_uri(config.registry, store), store, training):

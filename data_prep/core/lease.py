@@ -141,7 +141,7 @@ class Lease:
         self.waited = False
         self._done = done
         self._me = _owner()
-        self._belief = _Belief(f"{store.uri}/{key}", MISSED * interval)
+        self._belief = _Belief(f"{store.label}/{key}", MISSED * interval)
         self._heartbeat = min(interval, HEARTBEAT_S)
         self._quick = store
         self._tag = ""
@@ -333,7 +333,7 @@ class Follower:
     def __init__(self, store: Store, reference: Mapping[str, Any]) -> None:
         self.key, self._owner = reference["key"], reference["owner"]
         interval = float(reference["interval"])
-        self._belief = _Belief(f"{store.uri}/{self.key}", MISSED * interval)
+        self._belief = _Belief(f"{store.label}/{self.key}", MISSED * interval)
         self._heartbeat = min(interval, HEARTBEAT_S)
         self._quick = store.hurried(max(LEAST_TIMEOUT_S, self._heartbeat / 2))
         self._belief.renewed(now())  # its owner has just started this process

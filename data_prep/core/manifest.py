@@ -205,7 +205,7 @@ def content_digest(files: Iterable[FileRecord]) -> str:
 
 def read_manifest(store: Store, folder: str) -> Manifest:
     """Read the manifest of a committed stage. Raise PipelineError if it is absent or damaged."""
-    where = f"{store.uri}/{manifest_key(folder)}"
+    where = f"{store.label}/{manifest_key(folder)}"
     try:
         data = store.read(manifest_key(folder))
     except FileNotFoundError:

@@ -31,7 +31,8 @@ class Moment:
         total: all units.
         unit: name of the units, such as "files".
         note: a short note, such as the current loss.
-        per_second: mean speed since the first count of this process; None before the second count.
+        per_second: mean speed of this process, without the units that an earlier run had finished;
+            None before the second count.
         seconds_left: the remaining time at this speed; None before the second count.
         state: whether the task has just started, is running, or has ended, with or without error.
     """
@@ -82,10 +83,20 @@ class Progress:
         _notify(Moment(self.title, 0, self.total, self.unit, state="started"))
         return self
 
-    def update(self, count: int, note: str = "") -> None:
-        """Set the absolute count of finished units, and a short note."""
+    def update(self, count: int, note: str = "", *, resumed: int = 0) -> None:
+        """Set the absolute count of finished units.
+
+        Args:
+            count: finished units, those of an earlier run too.
+            note: a short note, such as the current loss.
+            resumed: the units since the last call that an earlier run had finished. They are not
+                part of the speed.
+        """
         if self._first is None:
             self._first = self._shown = count
+        else:
+            self._first += resumed
+        if count <= self._first:
             self._start = time.monotonic()  # the time before it was spent on other work
         note = printable(note)
         self._count, self._note = count, note

@@ -161,7 +161,7 @@ def _skipped(store: Store, request: Request, start: float) -> StageRef:
     manifest = read_manifest(store, request.folder)
     if manifest.request_digest != request.digest:
         raise PipelineError(
-            f"{store.uri}/{manifest_key(request.folder)} was altered: it has another request"
+            f"{store.label}/{manifest_key(request.folder)} was altered: it has another request"
             " digest. Delete its folder and run the stage again."
         )
     return reference(manifest, time.monotonic() - start, skipped=True)

@@ -182,7 +182,7 @@ class _Builder:
                 failed += sum(finding.outcome == FAILED for finding in result.findings)
                 if failed > accepted:
                     raise too_many_failures(self.work, self.settings, self.outcomes, so_far=True)
-                progress.update(done)
+                progress.update(done, resumed=len(result.findings) if result.resumed else 0)
         return files
 
     def drop_duplicates(self, resolution: Resolution, files: Files) -> None:

@@ -59,7 +59,7 @@ def too_many_failures(
     work.store.write(work.key(_LIST), "".join(f"{line}\n" for line in lines).encode())
     return PipelineError(
         f"{failed} of the {number} image files in {settings.source}{tried} cannot be used"
-        f" ({_first(outcomes)}; all are listed in {work.store.uri}/{work.key(_LIST)})."
+        f" ({_first(outcomes)}; all are listed in {work.store.label}/{work.key(_LIST)})."
         " Repair or remove them, or raise images.max_failure_ratio, which is"
         f" {settings.max_failure_ratio:g}. Finished shards are kept."
     )

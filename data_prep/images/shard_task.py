@@ -102,10 +102,14 @@ class DropTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The files of a shard (none if it has no sample) and a finding for each of its items."""
+    """The files of a shard (none if it has no sample) and a finding for each of its items.
+
+    `resumed` says that an earlier run had written it.
+    """
 
     files: list[FileRecord]
     findings: list[Finding] = field(default_factory=list)
+    resumed: bool = False
 
 
 def build_shard(task: ShardTask) -> ShardResult:
@@ -154,7 +158,7 @@ def _finished(task: ShardTask) -> ShardResult | None:
             return None
         if found != (file.sha256, file.size):
             return None
-    return ShardResult(record.files, record.findings)
+    return ShardResult(record.files, record.findings, resumed=True)
 
 
 def _write(place: Folder, name: str, samples: Iterator[ShardSample]) -> list[FileRecord]:

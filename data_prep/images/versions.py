@@ -97,7 +97,7 @@ class Version:
                     sizes[folder] = {entry.key: entry.size for entry in self.store.list(folder)}
                 if sizes[folder].get(key) != file.size:
                     raise PipelineError(
-                        f"{self.store.uri}/{key} is missing or has another size, and version"
+                        f"{self.store.label}/{key} is missing or has another size, and version"
                         f" {self.number} needs it. Restore it, or run the same command with"
                         " --repack to make a version that does not need it."
                     )
@@ -181,7 +181,7 @@ def versions(store: Store, name: str) -> list[Manifest]:
         found.append(manifest)
     if damaged and not found:
         raise PipelineError(
-            f"no version of {store.uri}/{top} can be read: the {MANIFEST} of"
+            f"no version of {store.label}/{top} can be read: the {MANIFEST} of"
             f" {', '.join(damaged[:5])} is damaged or of another format. Restore it from a backup,"
             " or use the version of dpnet that wrote it. To build the dataset again, choose another"
             f" images.name, or remove {top}."
@@ -197,7 +197,7 @@ def load_version(store: Store, manifest: Manifest) -> Version:
             table = read_table(file)
     except (FileNotFoundError, ValueError):  # pyarrow's ArrowInvalid is a ValueError
         raise PipelineError(
-            f"{store.uri}/{key} is missing or damaged. Restore it, or delete"
+            f"{store.label}/{key} is missing or damaged. Restore it, or delete"
             f" {manifest.folder} and run the same command again."
         ) from None
     return Version(store, manifest, table)

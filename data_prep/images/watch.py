@@ -136,6 +136,6 @@ def read(store: Store, key: str) -> Watched:
         return Watched()
     except (ValueError, KeyError, TypeError, AttributeError):
         raise PipelineError(
-            f"{store.uri}/{key} was altered. Delete it; the changes are then announced again."
+            f"{store.label}/{key} was altered. Delete it; the changes are then announced again."
         ) from None
     return watched

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from data_prep.core.errors import PipelineError
@@ -48,6 +49,20 @@ def find_set(kind: Kind, place: str, root: str) -> tuple[Store, str]:
     return store, committed(store, kind, place)[-1].folder
 
 
+def find_named_set(kind: Kind, name: str, root: str) -> tuple[Store, str] | None:
+    """Find the newest version of a name under `root`; return None if `name` is a folder or URI.
+
+    Raises:
+        PipelineError: there is no such folder and no such name.
+    """
+    store = open_store(root)
+    if not _NAME.fullmatch(name):
+        return None
+    if Path(name).exists() and not any(store.folders(f"{kind}/{name}")):
+        return None
+    return store, committed(store, kind, name)[-1].folder
+
+
 def committed(store: Store, kind: Kind, name: str) -> list[Manifest]:
     """Return the manifests of all versions of a set, oldest first.
 
@@ -60,7 +75,7 @@ def committed(store: Store, kind: Kind, name: str) -> list[Manifest]:
     if not found:
         names = sorted({key.split("/")[1] for key in _manifests(store, kind)})
         known = f"it has {', '.join(names)}" if names else "it has none yet"
-        raise PipelineError(f"{store.uri} has no {kind} named {name!r}: {known}.")
+        raise PipelineError(f"{store.label} has no {kind} named {name!r}: {known}.")
     return found
 
 

@@ -18,6 +18,7 @@ from data_prep.shards.shards import index_key, read_index, split_shards
 
 # Lower bounds of the classes of shorter sides, in pixels.
 EDGES = (0, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+COUNTS = ("listed", "added", "removed", "changed", "failed", "ignored")  # of items, in a log
 REASONS = 5  # the number of reported reasons, the most frequent first
 
 
@@ -29,7 +30,7 @@ def read_checked_manifest(store: Store, folder: str) -> Manifest:
             int(numbers["samples"]), int(numbers["shards"])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise PipelineError(
-            f"{store.uri}/{folder}/{MANIFEST} was altered: run `dpnet verify` for details."
+            f"{store.label}/{folder}/{MANIFEST} was altered: run `dpnet verify` for details."
         ) from None
     return manifest
 
@@ -94,7 +95,7 @@ def _table(store: Store, folder: str, name: str, columns: Sequence[str]) -> Iter
         return
     except TableError as error:
         raise PipelineError(
-            f"{store.uri}/{folder}/{name} {error}: run `dpnet verify` for details."
+            f"{store.label}/{folder}/{name} {error}: run `dpnet verify` for details."
         ) from None
 
 
@@ -143,7 +144,7 @@ def inspect_masks(store: Store, folder: str) -> dict[str, Any]:
                 own.update((row["ratio_bin"], row["recipe"]) for row in rows)
             except (FileNotFoundError, ValueError, KeyError):  # ArrowInvalid is a ValueError
                 raise PipelineError(
-                    f"{store.uri}/{index_key(tar)} is missing or damaged: run `dpnet verify` for"
+                    f"{store.label}/{index_key(tar)} is missing or damaged: run `dpnet verify` for"
                     " details."
                 ) from None
     return {
@@ -188,7 +189,7 @@ def log_images(store: Store, name: str) -> list[dict[str, Any]]:
                 "created": manifest.created,
                 "parent": parent,
                 "splits": {s: n["samples"] for s, n in summary["splits"].items()},
-                **{what: summary.get(what) for what in ("listed", "added", "removed", "changed")},
+                **{what: summary.get(what) for what in COUNTS},
                 "shards_written": len(tars) - inherited,
                 "shards_inherited": inherited,
                 "other_settings": other if parent is None else [],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.core.text import aligned_table, count_of, joined
+from data_prep.inspection.inspect import COUNTS
 
 
 def images_text(found: Mapping[str, Any]) -> str:
@@ -63,8 +64,7 @@ def masks_text(found: Mapping[str, Any]) -> str:
 def log_text(found: Sequence[Mapping[str, Any]]) -> str:
     """Return the versions of `log_images` as a table."""
     splits = list(dict.fromkeys(split for version in found for split in version["splits"]))
-    changes = ("listed", "added", "removed", "changed")
-    rows = [["version", "digest", "date", *changes, *splits, "new shards", "kept", "parent"]]
+    rows = [["version", "digest", "date", *COUNTS, *splits, "new shards", "kept", "parent"]]
     for v in found:
         other = f"- (other {', '.join(v['other_settings'])})" if v["other_settings"] else "-"
         rows.append(
@@ -72,7 +72,7 @@ def log_text(found: Sequence[Mapping[str, Any]]) -> str:
                 str(v["version"]),
                 v["digest"],
                 v["created"][:16].replace("T", " "),
-                *(str(v[what]) for what in changes),
+                *("-" if v[what] is None else str(v[what]) for what in COUNTS),
                 *(str(v["splits"].get(split, 0)) for split in splits),
                 str(v["shards_written"]),
                 str(v["shards_inherited"]),

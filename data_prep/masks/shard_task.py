@@ -163,12 +163,15 @@ def _with_file(mask: Wanted, weights: Mapping[str, float], seed: int, files: Fil
 
 def make_shard(
     settings: MasksSettings, place: Folder, shard: Shard
-) -> tuple[int, list[FileRecord]]:
-    """Draw and write one shard, unless it is complete. Return its number of masks and its files."""
+) -> tuple[int, int, list[FileRecord]]:
+    """Draw and write one shard, unless it is complete.
+
+    Return its number of masks, how many of them an earlier run had written, and its files.
+    """
     written = finished_shard(place, shard.name)
-    if written is None:
-        written = write_shard(place, shard.name, _samples(settings, shard))
-    return len(shard.masks), written
+    if written is not None:
+        return len(shard.masks), len(shard.masks), written
+    return len(shard.masks), 0, write_shard(place, shard.name, _samples(settings, shard))
 
 
 def _samples(settings: MasksSettings, shard: Shard) -> Iterator[ShardSample]:

@@ -179,9 +179,9 @@ def _make_shards(
         Progress("masks", total, "masks") as progress,
         closing(run(make, shards(settings, bins, pool), workers)) as made,
     ):
-        for masks, written in made:
+        for masks, resumed, written in made:
             records += written
-            progress.update(done := done + masks)
+            progress.update(done := done + masks, resumed=resumed)
     return records
 
 

@@ -222,7 +222,7 @@ def split_shards(store: Store, folder: str, split: str) -> list[str]:
         lines = store.read(f"{folder}/{split}.urls").decode().split()
     except FileNotFoundError:
         raise PipelineError(
-            f"{store.uri}/{folder} has no split {split!r}: {split}.urls is missing."
+            f"{store.label}/{folder} has no split {split!r}: {split}.urls is missing."
         ) from None
     return [posixpath.normpath(posixpath.join(folder, line)) for line in lines]
 

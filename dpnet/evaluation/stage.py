@@ -208,7 +208,10 @@ def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
                     progress.update((len(rows) + len(part)) // len(METHODS))
                 body = {"sha256": sha256_json(part), "rows": part}
                 work.store.write(key, json.dumps(body).encode())
-            rows += part
+                rows += part
+            else:
+                rows += part
+                progress.update(len(rows) // len(METHODS), resumed=len(part) // len(METHODS))
     return rows
 
 

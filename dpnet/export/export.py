@@ -11,6 +11,7 @@ import io
 import logging
 import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
+from data_prep.core.text import duration
 from dpnet.export.model_card import FILES, model_card
 from dpnet.model import Generator
 from dpnet.model.generator import MULTIPLE
@@ -103,6 +105,7 @@ def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PipelineError(f"{out} exists already: choose a new or empty folder (-o).")
     store, folder, used = find_model(reference, root)
+    log.info("export: loads %s", used)
     generator = load_generator(store, folder)
     facts = _facts(store, folder, reference)
     new = out.parent / f".{out.name}-{secrets.token_hex(4)}"
@@ -148,11 +151,14 @@ def _write(
     with torch.inference_mode():
         wanted = [network(*case) for case in cases]
     differences = {}
-    for each in formats:
-        log.info(f"export: {FILES[each]}")
+    for number, each in enumerate(formats, 1):
+        start = time.monotonic()
+        log.info("export: writes %s, graph %d of %d", FILES[each], number, len(formats))
         data = MAKERS[each](network)
         (folder / FILES[each]).write_bytes(data)
+        log.info("export: compares %s with the network", FILES[each])
         differences[FILES[each]] = worst = _difference(each, data, cases, wanted)
+        log.info("export: %s took %s", FILES[each], duration(time.monotonic() - start))
         if not worst <= TOLERANCE:  # also if it is NaN
             raise PipelineError(
                 f"{FILES[each]} differs from the network by {worst:.2g} in [0, 1], and at most"

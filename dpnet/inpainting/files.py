@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import Progress
+from data_prep.core.text import count_of
 from data_prep.pictures.limits import MOST_PIXELS, Limits, PhotoError, PhotoSizeError
 from data_prep.pictures.open_image import opened
 from dpnet.inpainting.api import fill_image
@@ -81,6 +82,7 @@ def inpaint_files(
     start = time.monotonic()
     jobs = plan_jobs(image, mask, out)
     store, folder, used = find_model(model, root)
+    log.info("inpaint: loads %s to fill %s", used, count_of(len(jobs), "image"))
     generator = on_fastest_device(load_generator(store, folder))
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []

@@ -250,7 +250,7 @@ class Loader:
         if len(bad) == count:
             raise PipelineError(
                 f"no sample of the batch of step {filling.step} can be used ({bad[0]}): run"
-                f" `dpnet verify` on {self.files.store.uri}."
+                f" `dpnet verify` on {self.files.store.label}."
             )
         for i in bad:
             good = next(k % count for k in range(i + 1, i + count) if k % count not in bad)

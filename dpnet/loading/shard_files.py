@@ -56,7 +56,7 @@ class Shard:
 class ShardSet:
     """The shards of one split of a committed images or masks stage."""
 
-    uri: str
+    where: str  # path or URI of the stage's folder, for messages
     digest: str  # the stage's content digest
     shards: Sequence[Shard]
 
@@ -73,11 +73,11 @@ def find_shards(store: Store, ref: StageRef, split: str) -> ShardSet:
         PipelineError: the stage is not committed, is not the one in `ref` any more, or has no such
             split.
     """
-    uri = f"{store.uri}/{ref.folder}"
+    where = f"{store.label}/{ref.folder}"
     manifest = read_manifest(store, ref.folder)
     if manifest.content_digest != ref.content_digest:
         raise PipelineError(
-            f"{uri} is another dataset than the one at the start of this run (content"
+            f"{where} is another dataset than the one at the start of this run (content"
             f" {manifest.content_digest[:12]}, not {ref.content_digest[:12]}): put the old one"
             " back, or run the same command again to use this one."
         )
@@ -93,16 +93,16 @@ def find_shards(store: Store, ref: StageRef, split: str) -> ShardSet:
         samples = tar.samples or _count(store, key, index.sha256)
         shards.append(Shard(key, tar.size, tar.sha256, index.sha256, samples))
     if not shards:
-        raise PipelineError(f"the split {split!r} of {uri} is empty: build it from more data.")
-    return ShardSet(uri, ref.content_digest, shards)
+        raise PipelineError(f"the split {split!r} of {where} is empty: build it from more data.")
+    return ShardSet(where, ref.content_digest, shards)
 
 
 def check_enough(shards: ShardSet, batch: int) -> None:
     """Raise PipelineError if there are fewer samples than in one batch."""
     if shards.samples < batch:
         raise PipelineError(
-            f"{shards.uri} has {shards.samples} samples to train on, fewer than a batch of {batch}:"
-            " build it from more data, or lower train.batch_size."
+            f"{shards.where} has {shards.samples} samples to train on, fewer than a batch of"
+            f" {batch}: build it from more data, or lower train.batch_size."
         )
 
 
@@ -121,23 +121,23 @@ def _read_index(store: Store, key: str, sha256: str) -> bytes:
     except FileNotFoundError:
         raise _missing(store, index) from None
     except OSError as error:
-        raise _cannot_open(error, f"{store.uri}/{index}") from error
+        raise _cannot_open(error, f"{store.label}/{index}") from error
     if sha256_bytes(data) != sha256:
-        raise PipelineError(f"{store.uri}/{index} was altered or cut short: {_ADVICE}.")
+        raise PipelineError(f"{store.label}/{index} was altered or cut short: {_ADVICE}.")
     return data
 
 
 def _missing(store: Store, key: str) -> PipelineError:
-    return PipelineError(f"{store.uri}/{key} is missing: {_ADVICE}.")
+    return PipelineError(f"{store.label}/{key} is missing: {_ADVICE}.")
 
 
-def _cannot_open(error: OSError, uri: str) -> PipelineError:
+def _cannot_open(error: OSError, where: str) -> PipelineError:
     if error.errno == errno.EMFILE:
         return PipelineError(
-            f"{uri} cannot be opened, this process has too many files open: lower train.lanes, or"
+            f"{where} cannot be opened, this process has too many files open: lower train.lanes, or"
             " raise the limit with `ulimit -n`."
         )
-    return storage_error(error, uri)
+    return storage_error(error, where)
 
 
 class OpenShard:
@@ -145,16 +145,16 @@ class OpenShard:
 
     Args:
         shard: the shard.
-        uri: URI of the tar, for messages.
+        where: path or URI of the tar, for messages.
         index: the checked index.
         fetch: reads the tar; takes an offset and a size in bytes, and returns fewer bytes only at
             the end of the tar.
     """
 
     def __init__(
-        self, shard: Shard, uri: str, index: pa.Table, fetch: Callable[[int, int], bytes]
+        self, shard: Shard, where: str, index: pa.Table, fetch: Callable[[int, int], bytes]
     ) -> None:
-        self.shard, self.uri = shard, uri
+        self.shard, self.where = shard, where
         # Arrow's strings stay: many shards are open, and Python's take twice the memory.
         self.keys, self.sha256 = index["key"], index["sha256"]
         self.offset, self.size = index["offset"].to_numpy(), index["size"].to_numpy()
@@ -177,7 +177,7 @@ class OpenShard:
 
     def name_of(self, position: int) -> str:
         """Return the sample's key and its shard, for messages."""
-        return f"sample {self.keys[position]} of {self.uri}"
+        return f"sample {self.keys[position]} of {self.where}"
 
 
 class ShardFiles:
@@ -200,14 +200,14 @@ class ShardFiles:
         Raises:
             PipelineError: a file is missing or cannot be opened, or the index is damaged.
         """
-        index, uri = self._index(shard), f"{self.store.uri}/{shard.key}"
+        index, where = self._index(shard), f"{self.store.label}/{shard.key}"
         try:
             file = self._file(shard)
         except FileNotFoundError:
             raise _missing(self.store, shard.key) from None
         except OSError as error:
-            raise _cannot_open(error, uri) from error
-        opened = OpenShard(shard, uri, index, partial(_read_file, file))
+            raise _cannot_open(error, where) from error
+        opened = OpenShard(shard, where, index, partial(_read_file, file))
         weakref.finalize(opened, os.close, file)  # when no decoder holds the shard any more
         with self._lock:
             self.opened += 1
@@ -228,7 +228,9 @@ class ShardFiles:
             PipelineError: the index is missing or damaged. Reading raises it for a missing tar.
         """
         fetch = partial(_read_in_place, self.store, shard.key)
-        return OpenShard(shard, f"{self.store.uri}/{shard.key}", self._index(shard, columns), fetch)
+        return OpenShard(
+            shard, f"{self.store.label}/{shard.key}", self._index(shard, columns), fetch
+        )
 
     def _file(self, shard: Shard) -> int:
         """Return a descriptor of the tar."""
@@ -269,7 +271,7 @@ class ShardFiles:
         table = read_table(data, [*_COLUMNS, *columns])
         if table.num_rows != shard.samples:
             raise PipelineError(
-                f"the index of {self.store.uri}/{shard.key} has {table.num_rows} samples, not the"
+                f"the index of {self.store.label}/{shard.key} has {table.num_rows} samples, not the"
                 f" {shard.samples} of the manifest: {_ADVICE}."
             )
         return table
@@ -292,7 +294,7 @@ def _read_in_place(store: Store, key: str, offset: int, size: int) -> bytes:
     except FileNotFoundError:
         raise _missing(store, key) from None
     except OSError as error:
-        raise storage_error(error, f"{store.uri}/{key}") from error
+        raise storage_error(error, f"{store.label}/{key}") from error
 
 
 def _has_hash(file: int, shard: Shard) -> bool:

@@ -41,12 +41,12 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
         models = [each[0] for each in named if each and each[1] is None]
         if not models:
             raise PipelineError(
-                f"{store.uri} has no champion yet: run the pipeline there first, or name the root"
+                f"{store.label} has no champion yet: run the pipeline there first, or name the root"
                 " with --root, or a model with --model."
             )
         if len(models) > 1:
             names = ", ".join(f"models:/{model}@{CHAMPION}" for model in models)
-            raise PipelineError(f"{store.uri} has several champions: choose one of {names}.")
+            raise PipelineError(f"{store.label} has several champions: choose one of {names}.")
         return read_record(store, champion_key(models[0]))
     match = _REFERENCE.fullmatch(reference)
     if match is None or match[2] not in (None, CHAMPION):
@@ -59,7 +59,9 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     if not store.exists(key):
         known = sorted(read_records(store, match[1]))
         there = f"its versions are {', '.join(map(str, known))}" if known else "no such model"
-        raise PipelineError(f"{store.uri} has no {reference}: {there}. Check --root and the name.")
+        raise PipelineError(
+            f"{store.label} has no {reference}: {there}. Check --root and the name."
+        )
     return read_record(store, key)
 
 
@@ -80,7 +82,7 @@ def find_champion(store: Store, model: str) -> dict[str, Any] | None:
     number = newest["version"] if promoted else newest.get("champion_before")
     if number not in records:
         raise PipelineError(
-            f"{store.uri}/{key} is missing, and so is the record of version {number}, the"
+            f"{store.label}/{key} is missing, and so is the record of version {number}, the"
             " champion: restore one of them from a backup."
         )
     return records[number]
@@ -97,7 +99,7 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise PipelineError(
-        f"{store.uri}/{key} was altered: run `dpnet verify` for details, and restore the file."
+        f"{store.label}/{key} was altered: run `dpnet verify` for details, and restore the file."
     )
 
 

@@ -76,7 +76,7 @@ def load_generator(store: Store, folder: str) -> Generator:
         PipelineError: a file is missing, was altered, or is of another version.
     """
     record, layout = read_config(store, folder)
-    where = f"{store.uri}/{folder}/{layout.weights}"
+    where = f"{store.label}/{folder}/{layout.weights}"
     try:
         weights = store.read(f"{folder}/{layout.weights}")
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def load_generator(store: Store, folder: str) -> Generator:
     try:
         generator = build_generator(ModelConfig.from_json(record["model"]))
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise _other_version(f"{store.uri}/{folder}/{layout.config}", str(error)) from error
+        raise _other_version(f"{store.label}/{folder}/{layout.config}", str(error)) from error
     if differences := _differences(generator.state_dict(), state):
         raise _other_version(where, differences)
     generator.load_state_dict(state)
@@ -100,8 +100,8 @@ def read_config(store: Store, folder: str) -> tuple[dict[str, Any], Layout]:
     """
     layout = find_layout(store, folder)
     if layout is None:
-        raise PipelineError(f"{store.uri}/{folder} holds no model: train one first.")
-    where = f"{store.uri}/{folder}/{layout.config}"
+        raise PipelineError(f"{store.label}/{folder} holds no model: train one first.")
+    where = f"{store.label}/{folder}/{layout.config}"
     try:
         record = json.loads(store.read(f"{folder}/{layout.config}"))
     except ValueError:

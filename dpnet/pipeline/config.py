@@ -10,12 +10,13 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
@@ -98,6 +99,13 @@ _SECTIONS = (
 )  # fmt: skip
 
 
+_BUILT: dict[str, tuple[type[BaseModel], str]] = {
+    "images": (ImagesSettings, "masks"),
+    "masks": (MasksSettings, "images"),
+}
+_TOP = ("name", "root", *_SECTIONS)
+
+
 def packaged_configs() -> list[str]:
     """Return the names of the configs in the package."""
     files = resources.files("dpnet.configs").iterdir()
@@ -144,6 +152,25 @@ def validated(
         raise ConfigError(f"{where}{error_sentence(error, model)}") from None
 
 
+def overrides_of(section: str, overrides: Iterable[str]) -> list[str]:
+    """Return the options of a command that builds one section, with that section in each name.
+
+    There `size=64` means images.size or masks.size. The config demands one size for both, so the
+    other section gets it too, unless it is wrong: one mistake gives one error.
+    """
+    model, other = _BUILT[section]
+    found = []
+    for override in overrides:
+        name = override.partition("=")[0].strip()
+        own = "." not in name and (name in model.model_fields or name not in _TOP)
+        found.append(f"{section}.{override.strip()}" if own else override)
+    sizes = [o.partition("=")[2] for o in found if o.startswith(f"{section}.size=")]
+    rule: TypeAdapter[int] = TypeAdapter(Annotated[int, *model.model_fields["size"].metadata])
+    with suppress(ValidationError):
+        found += [f"{other}.size={rule.validate_python(size)}" for size in sizes]
+    return found
+
+
 def is_config(text: str) -> bool:
     """Return whether `text` names a packaged config or a YAML file."""
     return text in packaged_configs() or text.lower().endswith((".yaml", ".yml"))
@@ -173,6 +200,12 @@ def _text_of(name_or_path: str) -> str:
     known = packaged_configs()
     if name_or_path in known:
         return (resources.files("dpnet.configs") / f"{name_or_path}.yaml").read_text("utf-8")
+    if Path(name_or_path).expanduser().is_dir():
+        raise ConfigError(
+            f"{name_or_path!r} is a folder, but this command needs a config: give a packaged one"
+            f" ({', '.join(known)}) or a YAML file. A config names a folder of photos as"
+            " images.source and a folder of mask files as masks.external."
+        )
     try:
         return _read_text(Path(name_or_path).expanduser())
     except FileNotFoundError:

@@ -6,7 +6,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import annotated_types
@@ -27,14 +27,7 @@ def error_sentence(error: ValidationError, model: type[BaseModel]) -> str:
 def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     option = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = list(_options(model))
-        siblings = [o for o in known if o.rpartition(".")[0] == option.rpartition(".")[0]]
-        # The same name in another section is a likelier mistake than a similar name in this one.
-        elsewhere = [o for o in known if o.rpartition(".")[2] == option.rpartition(".")[2]]
-        guesses = difflib.get_close_matches(option, siblings, 1, 0.7) or elsewhere
-        known_here = f"the options here are {', '.join(siblings)}"
-        hint = f"the nearest is {guesses[0]}" if guesses else known_here
-        return f"{option} is not an option: {hint}"
+        return f"{option} is not an option: {_hint(option, error['input'], model)}"
     if error["type"] == "missing":
         return f"{option} is missing: give {_allowed(_field(model, error['loc']))}"
     if error["type"] == "value_error" and option:  # from a check in our models
@@ -44,18 +37,42 @@ def _describe(error: ErrorDetails, model: type[BaseModel]) -> str:
     return f"{option} is {_short(error['input'])}: it must be {allowed or error['msg']}"
 
 
+def _hint(option: str, value: Any, model: type[BaseModel]) -> str:
+    """Return the options that an unknown one may be meant for, else those of its section."""
+    known, (section, _, name) = _options(model), option.rpartition(".")
+    siblings = [each for each in known if each.rpartition(".")[0] == section]
+    # A mapping is meant for a section, and any other value for an option.
+    fitting = {each for each, is_section in known.items() if is_section == isinstance(value, dict)}
+    near = _similar(name, [each for each in siblings if each in fitting], 0.7)[:1]
+    for cutoff in (1.0, 0.7):  # the same name in another section, then a similar name
+        near = near or _similar(name, [each for each in known if each in fitting], cutoff)[:3]
+    if not near:
+        return f"the options here are {', '.join(siblings)}"
+    return f"the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
+
+
+def _similar(name: str, options: Sequence[str], cutoff: float) -> list[str]:
+    """Return the options whose name without its section is most like `name`, in their order."""
+    names = [each.rpartition(".")[2] for each in options]
+    close = difflib.get_close_matches(name, names, 1, cutoff)
+    return [each for each, own in zip(options, names, strict=True) if own in close]
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _options(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of a model's options, sections included."""
+def _options(model: type[BaseModel], prefix: str = "") -> dict[str, bool]:
+    """Return the dotted names of a model's options and sections; True for a section."""
+    found: dict[str, bool] = {}
     for name, field in model.model_fields.items():
         option = f"{prefix}{field.alias or name}"
-        yield option
-        if section := _section(field.annotation):
-            yield from _options(section, f"{option}.")
+        section = _section(field.annotation)
+        found[option] = section is not None
+        if section is not None:
+            found |= _options(section, f"{option}.")
+    return found
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -176,8 +176,8 @@ def _read_or_create(work: Work, name: str, make: Callable[[], Record]) -> Record
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise PipelineError(
-        f"{work.store.uri}/{key} was altered: it does not say which champion was chosen. Restore it"
-        f" from a backup, or delete {work.folder} and run retrain again."
+        f"{work.store.label}/{key} was altered: it does not say which champion was chosen."
+        f" Restore it from a backup, or delete {work.folder} and run retrain again."
     )
 
 

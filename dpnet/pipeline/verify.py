@@ -42,7 +42,7 @@ from dpnet.pipeline.verify_files import check_files
 
 
 def verify_uri(uri: str, root: str = "", depth: Depth = EVERYTHING) -> Verification:
-    """Verify what a path or URI names: a root, a stage's folder or manifest in it, or a model.
+    """Verify what a path or URI names: a root, a folder or manifest in it, or a model.
 
     Args:
         uri: path, s3:// URI or models:/….
@@ -58,13 +58,13 @@ def verify_uri(uri: str, root: str = "", depth: Depth = EVERYTHING) -> Verificat
     top = store.local_folder
     if top is not None and not top.is_dir():
         what = "is a file" if top.exists() else "does not exist"
-        raise PipelineError(
-            f"{top} {what}: name a root, a stage's folder in it or models:/NAME@champion."
-        )
+        raise PipelineError(f"{top} {what}: name a root, a folder in it or models:/NAME@champion.")
     try:
         folder = str(json.loads(store.read(MANIFEST))["folder"])
     except (FileNotFoundError, NotADirectoryError):
-        return verify(store, depth=depth)
+        inside = _place_in_root(store)
+        root_store = open_store(store.uri.removesuffix(f"/{inside}")) if inside else store
+        return verify(root_store, inside, depth)
     except (ValueError, KeyError, TypeError):
         raise PipelineError(f"{uri}: its manifest was altered. Verify the whole root.") from None
     if not store.uri.endswith(f"/{folder}"):
@@ -75,12 +75,43 @@ def verify_uri(uri: str, root: str = "", depth: Depth = EVERYTHING) -> Verificat
     return verify(open_store(store.uri.removesuffix(f"/{folder}")), folder, depth)
 
 
+def _place_in_root(store: Store) -> str:
+    """Return the key of the folder `store` under its root; "" if it is a root, or unknown.
+
+    The manifests in it say where they are under their root.
+
+    Raises:
+        PipelineError: it is a folder above a root.
+    """
+    above, below = "", ""
+    for entry in store.list():
+        here = posixpath.dirname(entry.key)
+        if posixpath.basename(entry.key) != MANIFEST or not here:
+            continue
+        try:
+            said = str(json.loads(store.read(entry.key))["folder"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if said == here:
+            return ""
+        if said.endswith(f"/{here}") and store.uri.endswith(f"/{said.removesuffix(f'/{here}')}"):
+            below = said.removesuffix(f"/{here}")
+        elif here.endswith(f"/{said}"):
+            above = here.removesuffix(f"/{said}")
+    if above and not below:
+        raise PipelineError(
+            f"{store.label} is not a root, but it contains one. Name that root:"
+            f" {store.label}/{above}."
+        )
+    return below
+
+
 def verify(store: Store, target: str = "", depth: Depth = EVERYTHING) -> Verification:
-    """Verify a whole root, or one stage or model with everything that it was made from.
+    """Verify a whole root, or a folder or model with everything that it was made from.
 
     Args:
         store: the root.
-        target: a stage's folder or models:/…; "" for the whole root.
+        target: a folder or models:/…; "" for the whole root.
         depth: how much of the shards is read.
 
     Raises:
@@ -91,17 +122,19 @@ def verify(store: Store, target: str = "", depth: Depth = EVERYTHING) -> Verific
         record = find_record(store, target)
         records = [version_key(record["model"], record["version"])]
         folders = [_registration(record)]
-    elif target:
-        read_manifest(store, target)  # raises its own sentence if the stage was never finished
+    elif target and store.exists(manifest_key(target)):
+        read_manifest(store, target)  # raises its own sentence if the manifest is damaged
         records, folders = [], [target]
     else:
-        keys = [entry.key for entry in store.list()]
+        keys = [entry.key for entry in store.list(target)]
         records = [key for key in keys if parse_record_key(key)]
         folders = [posixpath.dirname(k) for k in keys if posixpath.basename(k) == MANIFEST]
+        if not folders and target:
+            read_manifest(store, target)  # raises: the stage was never finished
         if not folders:
             raise PipelineError(
-                f"{store.uri} contains no finished stage: name a root (the folder given as --root),"
-                " a stage's folder in it, or models:/NAME@champion."
+                f"{store.label} contains no finished stage: name a root (the folder given as"
+                " --root), a folder in it, or models:/NAME@champion."
             )
     for key in records:
         result.records += 1

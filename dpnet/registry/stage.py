@@ -84,7 +84,7 @@ def tracking_uri(settings: RegisterSettings, store: Store) -> str:
     if store.local_folder:
         return mlflow_uri(store.local_folder)
     raise ConfigError(
-        f"register.tracking_uri is not set and {store.uri} cannot hold MLflow's database: set it,"
+        f"register.tracking_uri is not set and {store.label} cannot hold MLflow's database: set it,"
         " or MLFLOW_TRACKING_URI, to an MLflow server (http://…) or a database"
         " (sqlite:////path/mlflow.db)."
     )
@@ -104,7 +104,7 @@ def _build(work: Work, model: str, uri: str) -> Produced:
             log.warning(
                 "register: %s/%s was missing: version %d is champion again, as the records of the"
                 " versions say.",
-                store.uri,
+                store.label,
                 champion_key(model),
                 champion["version"],
             )
@@ -199,7 +199,7 @@ def _write_once(store: Store, key: str, record: Mapping[str, Any]) -> None:
     # A write that is repeated after a lost answer finds its own bytes.
     if store.create(key, data) is None and store.read(key) != data:
         raise PipelineError(
-            f"{store.uri}/{key} belongs to another registration: run the same command again."
+            f"{store.label}/{key} belongs to another registration: run the same command again."
         )
 
 

@@ -110,7 +110,7 @@ class MlflowFollower:
         except Exception as error:
             self._warn(
                 f"MLflow does not take the validation images ({reason_of(error)}): they are in"
-                f" {self._work.store.uri}/{self._work.folder}/{PICTURES}",
+                f" {self._work.store.label}/{self._work.folder}/{PICTURES}",
                 PICTURES,
             )
 

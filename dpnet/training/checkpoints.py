@@ -86,7 +86,7 @@ def marks(store: Store, run: str) -> list[Mark]:
             unreadable.append((order, f"{folder}/{MARK} {error}"))
     if unreadable and not found:
         raise PipelineError(
-            f"none of the {len(unreadable)} checkpoints of {store.uri}/{run} can be read:"
+            f"none of the {len(unreadable)} checkpoints of {store.label}/{run} can be read:"
             f" {max(unreadable)[1]}. Use the version of dpnet that wrote them, or restore one from"
             " a backup. To train from the start, remove the run's folder, or change"
             " name or train.seed."
@@ -163,7 +163,7 @@ def newest(store: Store, run: str) -> Loaded | None:
             _warn_damaged(store, mark.folder, str(error))
     if found:
         raise PipelineError(
-            f"every checkpoint of {store.uri}/{run} is damaged: restore one from a backup, or"
+            f"every checkpoint of {store.label}/{run} is damaged: restore one from a backup, or"
             " remove the run's folder to train from the start."
         )
     return None
@@ -172,7 +172,7 @@ def newest(store: Store, run: str) -> Loaded | None:
 def _warn_damaged(store: Store, folder: str, reason: str) -> None:
     _log.warning(
         "train: the checkpoint %s/%s is skipped: %s. It is not overwritten.",
-        store.uri,
+        store.label,
         folder,
         reason,
     )
@@ -187,7 +187,7 @@ def _warn_unfinished(store: Store, run: str, found: Sequence[Mark]) -> None:
         if match and int(match[1]) > last and not store.exists(f"{folder}/{MARK}"):
             _log.warning(
                 "train: the checkpoint %s/%s was never finished: training resumes from step %d",
-                store.uri,
+                store.label,
                 folder,
                 last,
             )
@@ -341,7 +341,7 @@ class Writer:
         confirm_leases()
         if self.store.create(f"{folder}/{MARK}", mark) is None:
             raise PipelineError(
-                f"{self.store.uri}/{folder} was written by another run of the same training: stop"
+                f"{self.store.label}/{folder} was written by another run of the same training: stop"
                 " one of the two."
             )
 

@@ -47,7 +47,7 @@ def find_start(store: Store, job: TrainJob) -> str | None:
             "train: extends the run of %d steps in %s/%s from step %d; up to there both are the"
             " same",
             best.asked["train"]["steps"],
-            store.uri,
+            store.label,
             best.folder.rpartition("/")[0],
             best.step,
         )

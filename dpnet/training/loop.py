@@ -175,8 +175,8 @@ def resume(job: TrainJob, session: Session, store: Store, state: TrainState) -> 
         loaded = load(store, next(mark for mark in marks(store, run) if mark.folder == folder))
     own = folder.startswith(f"{job.folder}/")
     if own:
-        check_requested(loaded.mark, job.asked, store.uri)
-    state.from_dict(loaded.state, f"{store.uri}/{folder}")
+        check_requested(loaded.mark, job.asked, store.label)
+    state.from_dict(loaded.state, f"{store.label}/{folder}")
     return loaded.log, loaded.mark.finished if own else ""
 
 
@@ -191,7 +191,7 @@ def _extended(job: TrainJob, store: Store) -> Loaded | None:
         raise
     except (StopIteration, PipelineError) as error:
         raise PipelineError(
-            f"training cannot start from the checkpoint {store.uri}/{job.extends}"
+            f"training cannot start from the checkpoint {store.label}/{job.extends}"
             f" ({error or 'it is missing'}): restore it from a backup, or remove its folder, so"
             " that the same command chooses another start."
         ) from None
@@ -199,11 +199,12 @@ def _extended(job: TrainJob, store: Store) -> Loaded | None:
 
 def load_initial(state: TrainState, uri: str, folder: str) -> None:
     """Start from the generator in `folder` of the store at `uri`, with a new discriminator."""
-    generator = load_generator(open_store(uri), folder)
+    store = open_store(uri)
+    generator = load_generator(store, folder)
     if generator.config.to_json() != state.config.to_json():
         raise PipelineError(
-            f"train.init_from names {uri}/{folder}, a network that differs from this config's:"
-            " set the same preset and switches in `model`, or leave train.init_from out."
+            f"train.init_from names {store.label}/{folder}, a network that differs from this"
+            " config's: set the same preset and switches in `model`, or leave train.init_from out."
         )
     for each in (state.generator, state.ema):
         each.load_state_dict(generator.state_dict())

@@ -26,11 +26,11 @@ def collect(job: TrainJob, work: Work) -> tuple[list[FileRecord], dict[str, Any]
     loaded = newest(work.store, job.folder)
     if loaded is None or not is_finished(job, loaded.mark.step, loaded.mark.finished):
         raise PipelineError(
-            f"training of {work.store.uri}/{work.folder} ended before its last step: run the same"
+            f"training of {work.store.label}/{work.folder} ended before its last step: run the same"
             " command again."
         )
     state = initial_state(job, torch.device("cpu"))
-    state.from_dict(loaded.state, f"{work.store.uri}/{loaded.mark.folder}")
+    state.from_dict(loaded.state, f"{work.store.label}/{loaded.mark.folder}")
     step = state.step
     if job.settings.result == "best" and state.best is not None:
         state.ema.load_state_dict(state.best["ema"])

@@ -33,7 +33,7 @@ def add_masks(parsers: Parsers) -> None:
 def add_verify(parsers: Parsers) -> None:
     """Add `dpnet verify`."""
     what = "check the hash of every file under a root, and that each stage fits its inputs"
-    _add_verify(parsers, what, "dpnet verify dpnet-demo --json")
+    _add_verify(parsers, "", what, "dpnet verify dpnet-demo --json")
 
 
 def _add_build(parsers: Parsers) -> None:
@@ -89,7 +89,7 @@ def _add_log(parsers: Parsers) -> None:
 def _add_verify_and_inspect(parsers: Parsers, kind: str) -> None:
     folder = f"dpnet-demo/{kind}/demo/0123456789ab"
     what = f"check every hash of prepared {kind}"
-    _add_verify(parsers, what, f"dpnet {kind} verify {folder} --json")
+    _add_verify(parsers, kind, what, f"dpnet {kind} verify demo --root dpnet-demo --json")
     parser = add_command(
         parsers,
         "inspect",
@@ -106,7 +106,8 @@ def _add_verify_and_inspect(parsers: Parsers, kind: str) -> None:
     parser.add_argument("-o", "--out", metavar="PNG", help="also write a contact sheet")
 
 
-def _add_verify(parsers: Parsers, what: str, example: str) -> None:
+def _add_verify(parsers: Parsers, kind: str, what: str, example: str) -> None:
+    """Add the command `verify`; with a `kind`, images or masks, it also knows their names."""
     parser = add_command(
         parsers,
         "verify",
@@ -115,8 +116,15 @@ def _add_verify(parsers: Parsers, what: str, example: str) -> None:
         example,
         "The exit status is 1 if a file is missing or altered.",
     )
-    parser.add_argument("uri", metavar="URI", help="a root, a stage's folder or models:/NAME@ALIAS")
-    add_root(parser, "where models:/… is searched")
+    parser.set_defaults(kind=kind)
+    if kind:
+        places = "folder of a version, or a name; a name means its newest version"
+        parser.add_argument("uri", metavar="URI|NAME", help=places)
+        add_root(parser, "where the name is searched")
+    else:
+        places = "a root, a folder in it (everything in it is checked), or models:/NAME@ALIAS"
+        parser.add_argument("uri", metavar="URI", help=places)
+        add_root(parser, "where models:/… is searched")
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument(
         "--sample",

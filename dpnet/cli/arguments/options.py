@@ -57,13 +57,15 @@ def add_root(parser: argparse.ArgumentParser, what: str, default: str = DEMO_ROO
     parser.add_argument("--root", help=f"{what} (default: DPNET_ROOT, else {default})")
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the argument CONFIG with --root and --set."""
+def add_config(
+    parser: argparse.ArgumentParser, example: str = "train.steps=100", of: str = "the config"
+) -> None:
+    """Add the argument CONFIG with --root and --set, which changes options of `of`."""
     parser.add_argument(
         "config", metavar="CONFIG", help="a packaged config (demo, places2, …) or a YAML file"
     )
     add_root(parser, "folder or s3:// URI where everything is stored", "the config's root")
-    add_set(parser, "train.steps=100")
+    add_set(parser, example, of)
 
 
 def add_set(parser: argparse.ArgumentParser, example: str, of: str = "the config") -> None:

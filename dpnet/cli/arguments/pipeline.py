@@ -61,13 +61,19 @@ def add_stages(parsers: Parsers) -> None:
 
 def add_stage(parsers: Parsers, name: str, stage: str, what: str, example: str) -> None:
     """Add the command `name`, which runs one stage of a config."""
-    parser = add_command(
-        parsers, name, "pipeline.stage", what, example, "Earlier stages run first if not finished."
-    )
+    more = "Earlier stages run first if they are not finished."
+    if stage not in TRAINED:
+        more = (
+            "No other stage runs. The config says which recipes draw the masks, and"
+            " masks.external names a folder of mask files."
+        )
+    parser = add_command(parsers, name, "pipeline.stage", what, example, more)
     parser.set_defaults(stage=stage)
-    add_config(parser)
     if stage in TRAINED:
+        add_config(parser)
         add_launch(parser)
+    else:
+        add_config(parser, "train=1000 or size=64", f"`{stage}`")
 
 
 def add_notify(parsers: Parsers) -> None:

@@ -16,14 +16,17 @@ def images_build(args: Namespace) -> Outcome:
     from data_prep.core.pool import Map, run_tasks
     from data_prep.images.stage import prepare_images
     from dpnet.pipeline.chain import check_config, with_photographs
-    from dpnet.pipeline.config import config_of_source, is_config, load_config, resolve_root
+    from dpnet.pipeline.config import (
+        config_of_source,
+        is_config,
+        load_config,
+        overrides_of,
+        resolve_root,
+    )
 
     given = {"name": args.name and json.dumps(args.name), "size": args.size}
-    overrides = [f"{name}={value}" for name, value in given.items() if value is not None] + args.set
-    # In this command `mode=keep` means images.mode. The config demands one size for images and
-    # masks; the masks are not built here.
-    overrides = [o if "." in o.partition("=")[0] else f"images.{o}" for o in overrides]
-    overrides += [f"masks.{o[7:]}" for o in overrides if o.startswith("images.size=")]
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    overrides = overrides_of("images", [*overrides, *args.set])
     if is_config(args.source):
         config = load_config(args.source, overrides)
     else:
@@ -96,8 +99,12 @@ def masks_inspect(args: Namespace) -> Outcome:
 
 def verify(args: Namespace) -> Outcome:
     """Check the files of a root, of a stage or of a registered model."""
+    from data_prep.inspection.find_set import find_named_set
     from data_prep.shards.check_set import Depth
+    from dpnet.pipeline.verify import verify as verify_store
     from dpnet.pipeline.verify import verify_uri
 
-    found = verify_uri(args.uri, root_to_read(args), Depth(args.sample, args.index_only))
+    root, depth = root_to_read(args), Depth(args.sample, args.index_only)
+    named = find_named_set(args.kind, args.uri, root) if args.kind else None
+    found = verify_store(*named, depth) if named else verify_uri(args.uri, root, depth)
     return found.to_json(), found.as_text()

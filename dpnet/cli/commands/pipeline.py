@@ -17,7 +17,13 @@ from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.cli.commands.roots import Outcome, check_root, use_password_of_up, use_server_of_up
 from dpnet.pipeline.chain import check_config, run_chain
-from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
+from dpnet.pipeline.config import (
+    CheckedConfig,
+    Config,
+    load_config,
+    overrides_of,
+    resolve_root,
+)
 from dpnet.pipeline.summary import as_text, stages_text
 
 
@@ -102,7 +108,10 @@ def _without_steps(
 
 def stage(args: Namespace) -> Outcome:
     """Run one stage of a config and the unfinished stages before it."""
-    config = load_config(args.config, _with_launch(args))
+    given = _with_launch(args)
+    if args.stage == "masks":
+        given = overrides_of("masks", given)
+    config = load_config(args.config, given)
     if getattr(args, "address", None) and config.launch.launcher == "local":
         raise ConfigError(
             "--address names a Ray cluster, but training runs on this machine: add"

@@ -91,7 +91,7 @@ class Training:
         receive(self.attempt)  # raises a worker's error before Ray restarts the workers
         if not alive:
             if self.error is not None:
-                where = f"{self.store.uri}/{self.job.folder}"
+                where = f"{self.store.label}/{self.job.folder}"
                 raise explain_error(self.error, where) from self.error
             return False
         self._check_progress()

@@ -92,7 +92,7 @@ def test_a_manifest_of_another_format_is_refused(store: LocalStore) -> None:
     with pytest.raises(PipelineError) as refused:
         read_manifest(store, FOLDER)
     assert str(refused.value) == (
-        f"{store.uri}/{KEY} has format 2, this version reads 1. Use the version of dpnet that"
+        f"{store.label}/{KEY} has format 2, this version reads 1. Use the version of dpnet that"
         " wrote it, or build the stage again."
     )
 

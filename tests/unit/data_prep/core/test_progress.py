@@ -68,6 +68,24 @@ def test_speed_and_remaining_time_are_measured_from_the_first_count(
     assert later.seconds_left == pytest.approx(240.0)
 
 
+def test_what_an_earlier_run_had_finished_is_not_in_the_speed(
+    seen: list[Moment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    with Progress("masks", 1000, "masks") as task:
+        for count in (200, 400, 600):
+            now += 1.0
+            task.update(count, resumed=200)
+        now += 10.0
+        task.update(620)
+        task.update(720, resumed=100)
+        now += 10.0
+        task.update(740)
+    speeds = [moment.per_second for moment in seen[1:-1]]
+    assert speeds == [None, None, None, 2.0, 2.0, 2.0]
+
+
 def test_a_failing_watcher_stops_neither_the_task_nor_the_other_watchers(
     seen: list[Moment],
 ) -> None:

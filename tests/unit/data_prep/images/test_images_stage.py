@@ -33,6 +33,7 @@ from image_sets import (
     tiles,
 )
 from PIL import Image
+from resumed_counts import record_resumed
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
@@ -224,7 +225,10 @@ def test_an_interrupted_build_resumes_at_the_next_shard(
     assert sum("/work/" in key for key in left) == len(written) == 2
     begun = list(written)
     written = record_writes(monkeypatch)
+    resumed = record_resumed(monkeypatch)
     ref = prepare_images(config, store)
+    shards = [row["shard"] for row in table(store, ref, "sources")]
+    assert resumed["prepare images"] == sum(shard in begun for shard in shards)
     assert not set(written) & set(begun)
     assert {f"{name}.tar" for name in written + begun} <= set(files_of(store, ref))
     assert files_of(store, ref) == files_of(whole, expected)

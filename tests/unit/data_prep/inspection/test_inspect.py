@@ -216,6 +216,7 @@ def test_the_log_has_the_changes_and_the_parent_of_each_version(
     assert [v["parent"] for v in (first, second, third)] == [None, digests[0], None]
     assert (second["added"], second["removed"], second["changed"]) == (3, 1, 0)
     assert (first["listed"], second["listed"]) == (45, 47)
+    assert [(v["failed"], v["ignored"]) for v in (first, second)] == [(2, 1), (2, 1)]
     assert second["shards_inherited"] > 0
     assert second["shards_written"] > 0
     assert (first["shards_inherited"], third["shards_inherited"]) == (0, 0)
@@ -229,6 +230,7 @@ def test_the_log_is_a_table_with_a_line_for_each_version(
 ) -> None:
     head, *lines = log_text(log_images(store, "small")).splitlines()
     assert head.split()[:3] == ["version", "digest", "date"]
+    assert head.split()[3:9] == ["listed", "added", "removed", "changed", "failed", "ignored"]
     assert len(lines) == 3
     assert lines[1].endswith(folders[0].rpartition("/")[2])
     assert "(other " in lines[2]

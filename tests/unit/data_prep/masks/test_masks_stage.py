@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import webdataset
 from pydantic import ValidationError
+from resumed_counts import record_resumed
 
 from data_prep.core.errors import ConfigError, StorageError
 from data_prep.core.manifest import StageRef
@@ -217,7 +218,9 @@ class BreakingStore(LocalStore):
         super().write(key, data)
 
 
-def test_finished_shards_are_reused_and_damaged_ones_made_again(tmp_path: Path) -> None:
+def test_finished_shards_are_reused_and_damaged_ones_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected_store = LocalStore(tmp_path / "whole")
     expected = prepare_masks(SMALL, expected_store)
     with pytest.raises(StorageError, match="disk is full"):
@@ -228,8 +231,10 @@ def test_finished_shards_are_reused_and_damaged_ones_made_again(tmp_path: Path) 
     damaged = store.path(f"{expected.folder}/train-000001.tar")
     damaged.write_bytes(damaged.read_bytes()[:-1])
     before = kept.stat().st_mtime_ns
+    resumed = record_resumed(monkeypatch)
     ref = prepare_masks(SMALL, store)
     assert not ref.skipped
+    assert resumed["masks"] == 74 - SMALL.shard_samples  # all but the damaged shard
     assert kept.stat().st_mtime_ns == before
     assert contents(store, ref) == contents(expected_store, expected)
 

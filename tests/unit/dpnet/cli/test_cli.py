@@ -243,6 +243,43 @@ def test_verify_lists_problems_and_exits_with_1(
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_set_is_verified_by_its_name_and_by_its_folder(
+    prepared: LocalStore,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = str(prepared.folder)
+    status, found = answer(capsys, kind, "verify", "small", "--root", root)
+    assert (status, found["ok"], found["stages"]) == (0, True, 1)
+    assert found["target"].startswith(f"{kind}/small/")
+    _, by_folder = answer(capsys, kind, "verify", f"{root}/{found['target']}")
+    assert by_folder == found
+    monkeypatch.chdir(prepared.folder.parent)
+    status, of_root = answer(capsys, kind, "verify", prepared.folder.name)
+    assert (status, of_root["stages"]) == (0, 2)
+    assert f"has no {kind} named 'other': it has small." in fails(
+        capsys, kind, "verify", "other", "--root", root
+    )
+
+
+def test_masks_build_says_that_it_needs_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = fails(capsys, "masks", "build", str(tmp_path), "--root", str(tmp_path / "root"))
+    assert "is a folder, but this command needs a config" in sentence
+    assert "masks.external" in sentence
+
+
+@pytest.mark.parametrize("parser", list(parsers(build_parser())), ids=lambda p: p.prog)
+def test_only_commands_with_stages_before_theirs_say_that_these_run(
+    parser: argparse.ArgumentParser,
+) -> None:
+    says = "Earlier stages run first" in parser.format_help()
+    assert says == (parser.get_default("stage") in ("train", "evaluate", "register"))
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
 def test_inspect_shows_a_set_and_writes_a_contact_sheet(
     prepared: LocalStore, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

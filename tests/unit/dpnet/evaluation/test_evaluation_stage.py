@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import small_root
+from resumed_counts import record_resumed
 from small_shards import flip_byte
 
 from data_prep.core.digest import sha256_json
@@ -206,7 +207,9 @@ def test_an_interrupted_evaluation_resumes_at_the_next_shard(fresh, done, monkey
     monkeypatch.setattr(
         tiles, "inpaint_arrays", lambda g, i, v: (seen.append(len(i)), real(g, i, v))[1]
     )
+    resumed = record_resumed(monkeypatch)
     ref = evaluated(fresh)
+    assert resumed["evaluate"] == 6
     assert seen == [3, 3, 12]  # the two remaining shards, then the examples
     assert ref.content_digest == done.content_digest
     assert not list(fresh[0].list(f"{ref.folder}/parts"))
@@ -255,7 +258,7 @@ def test_a_flipped_byte_is_refused_with_shard_and_sample(fresh, kind):
     flip_byte(store.path(tar), row["offset"] + row["size"] // 2)
     with pytest.raises(PipelineError) as raised:
         evaluated(fresh)
-    assert f"sample {row['key']} of {store.uri}/{tar} cannot be used (its bytes" in str(
+    assert f"sample {row['key']} of {store.label}/{tar} cannot be used (its bytes" in str(
         raised.value
     )
     assert "run `dpnet verify` on the root" in str(raised.value)

@@ -235,6 +235,21 @@ def test_the_card_contains_training_and_evaluation() -> None:
     assert "No evaluation is recorded" in model_card("x", SMALL, {}, ["onnx"], {}, SHAPES)
 
 
+def test_an_export_logs_each_step(
+    run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "dpnet")
+    export_model(run, tmp_path / "out", ["torchscript", "onnx"], root="")
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged[:3] == [
+        f"export: loads {run}",
+        "export: writes generator.ts, graph 1 of 2",
+        "export: compares generator.ts with the network",
+    ]
+    assert logged[3].startswith("export: generator.ts took ")
+    assert "export: writes generator.onnx, graph 2 of 2" in logged
+
+
 def test_no_file_remains_if_a_graph_differs_from_the_network(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,16 @@ def test_a_file_is_filled_with_the_champion_of_the_root(files, run):
     assert (done["width"], done["height"], done["filled"]) == (50, 40, True)
 
 
+def test_the_start_is_logged_before_the_model_is_loaded(folders, run, monkeypatch):
+    def load(*_):
+        raise inpaint_files.PipelineError("it was not loaded.")
+
+    monkeypatch.setattr(inpaint_files, "load_generator", load)
+    _, found, err = run("photos", "masks", "-o", "filled")
+    assert found["error"] == "it was not loaded."
+    assert "inpaint: loads dpnet version 1 to fill 3 images\n" in err
+
+
 def test_a_file_goes_into_a_folder_under_its_own_name(files, run):
     (files / "out").mkdir()
     assert run("photo.png", "mask.png", "-o", "out")[0] == 0

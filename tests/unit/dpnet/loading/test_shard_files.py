@@ -53,7 +53,7 @@ def open_files(ending: str = ".tar") -> int:
 
 def test_the_manifest_names_the_shards_of_a_split(store: LocalStore, ref: StageRef) -> None:
     found = find_shards(store, ref, "train")
-    assert (found.uri, found.digest) == (f"{store.uri}/{ref.folder}", ref.content_digest)
+    assert (found.where, found.digest) == (f"{store.label}/{ref.folder}", ref.content_digest)
     assert [shard.samples for shard in found.shards] == [3, 1, 2]
     assert found.samples == 6
     names = [f"{ref.folder}/train-{number:06d}.tar" for number in range(3)]

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.core.errors import ConfigError
-from dpnet.pipeline.config import Config, load_config, packaged_configs, resolve_root
+from dpnet.pipeline.config import (
+    Config,
+    load_config,
+    overrides_of,
+    packaged_configs,
+    resolve_root,
+)
 
 
 def message(config: str, *overrides: str) -> str:
@@ -120,6 +126,37 @@ def test_a_misspelt_section_is_reported_before_a_missing_option(written) -> None
     assert "imagse is not an option: the nearest is images" in text
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("trian=3", "trian is not an option: the nearest is masks.train."),
+        ("trian={steps: 3}", "trian is not an option: the nearest is train."),
+        ("size=3", "size is not an option: the nearest are images.size, masks.size."),
+        ("masks.zzzz=3", "masks.zzzz is not an option: the options here are masks.name, "),
+    ],
+)
+def test_a_value_is_meant_for_an_option_and_a_mapping_for_a_section(
+    override: str, expected: str
+) -> None:
+    assert expected in message("demo", override)
+
+
+def test_a_command_that_builds_one_section_sets_its_options_without_the_section() -> None:
+    given = ["train=7", "size=48", "name=mine", "root=/r", "images.val=0.2"]
+    config = load_config("demo", overrides_of("masks", given))
+    assert (config.masks.train, config.masks.size, config.images.size) == (7, 48, 48)
+    assert (config.name, config.masks.name, config.root) == ("demo", "mine", "/r")
+    assert load_config("demo", overrides_of("images", ["mode=keep"])).images.mode == "keep"
+
+
+@pytest.mark.parametrize("section", ["images", "masks"])
+@pytest.mark.parametrize("size", ["-3", "5", "wide", "{}"])
+def test_one_wrong_size_is_one_mistake(section: str, size: str) -> None:
+    text = message("demo", *overrides_of(section, [f"size={size}"]))
+    assert text.startswith(f"demo: {section}.size is ")
+    assert "more after this one" not in text
+
+
 def test_images_and_masks_of_different_size_are_refused() -> None:
     assert "images.size is 64 but masks.size is 32" in message("demo", "masks.size=32")
 
@@ -152,7 +189,9 @@ def test_the_error_for_an_invalid_file_says_why(written, content: str, expected:
 def test_the_errors_for_a_binary_file_and_a_folder_say_why(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8 text" in message(str(tmp_path / "binary.yaml"))
-    assert "cannot be read (Is a directory)" in message(str(tmp_path))
+    assert f"'{tmp_path}' is a folder, but this command needs a config: give a packaged" in message(
+        str(tmp_path)
+    )
 
 
 def test_the_root_is_the_option_or_the_environments_or_the_configs(

@@ -245,3 +245,34 @@ def test_a_missing_folder_or_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(PipelineError, match="file is a file: name a root"):
         verify_uri(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize(("inside", "stages"), [("data", 2), ("runs", 2), ("data/a", 1)])
+def test_a_folder_in_a_root_is_verified_with_everything_in_it(store, chain, inside, stages):
+    result = verify_uri(str(store.folder / inside))
+    assert (problems(result), result.target, result.stages) == ([], inside, stages)
+    key = f"{chain[0].folder}/train-000000.tar"
+    store.write(key, b"t" * 99 + b"u")
+    assert problems(verify_uri(str(store.folder / inside))) == [
+        (key, "was altered: another sha256")
+    ]
+
+
+def test_the_registry_of_a_root_is_verified_with_its_records(registered):
+    store, _ = registered
+    result = verify_uri(str(store.folder / "registry"))
+    assert (result.ok, result.stages, result.records) == (True, 3, 2)
+
+
+def test_a_folder_above_a_root_is_refused_with_the_name_of_the_root(store, chain):
+    where = store.folder.parent
+    with pytest.raises(PipelineError) as caught:
+        verify_uri(str(where))
+    assert f"{where} is not a root, but it contains one. Name that root: {store.folder}." in str(
+        caught.value
+    )
+
+
+def test_an_altered_folder_name_does_not_make_a_root_the_folder_of_another(store, chain):
+    edit(store, f"{chain[0].folder}/manifest.json", folder=f"x/{chain[0].folder}")
+    assert verify_uri(str(store.folder)).problems

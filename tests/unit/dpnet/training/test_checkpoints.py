@@ -99,7 +99,7 @@ def test_training_does_not_restart_if_no_mark_can_be_read(store, mark, told):
     with pytest.raises(PipelineError) as refused:
         newest(store, RUN)
     text = str(refused.value)
-    assert f"none of the 2 checkpoints of {store.uri}/{RUN} can be read" in text
+    assert f"none of the 2 checkpoints of {store.label}/{RUN} can be read" in text
     assert f"step-00000002/{MARK} {told}. Use the version of dpnet that wrote them" in text
     assert "restore one from a backup. To train from the start, remove the run's folder" in text
 

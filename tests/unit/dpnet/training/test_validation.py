@@ -86,7 +86,7 @@ def test_a_flipped_byte_is_refused_with_shard_and_sample(own: Data, kind: str) -
     flip_byte(store.path(tar), row["offset"] + row["size"] // 2)
     with pytest.raises(PipelineError) as raised:
         validation_of(own).measure(tiny(), 0, 0, 1)
-    assert f"sample {row['key']} of {store.uri}/{tar} cannot be used (its bytes" in str(
+    assert f"sample {row['key']} of {store.label}/{tar} cannot be used (its bytes" in str(
         raised.value
     )
     assert "run `dpnet verify` on the root" in str(raised.value)
