@@ -210,6 +210,13 @@ def test_the_last_the_best_and_the_fine_tuning_checkpoints_are_kept(prepared):
     assert set(saved_steps(job)) == {10, 5, max(scores, key=lambda step: (scores[step], step))}
 
 
+def test_the_start_of_fine_tuning_is_saved_even_between_the_usual_checkpoints(prepared):
+    job = make_job(prepared, steps=4, finetune_share=0.25, checkpoint_every=4, validate_every=4)
+    assert job.settings.constant_until == 3
+    train_loop(job, Session())
+    assert saved_steps(job) == [4, 3]
+
+
 def test_training_ends_early_when_validation_does_not_get_better(prepared, monkeypatch):
     scores = iter([10.0, 12.0, 11.0, 11.5, 13.0])
     monkeypatch.setattr(
