@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.int64]
 
-# Image files that Pillow cannot read. They count as failed photos, so that people hear of them.
-UNREADABLE = frozenset(
-    ("heic", "heif", "jxl", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "exr")
-)
 # Kinds of items: a photo by its name; a name without an extension, so unknown; another file; an
 # item that the listing reports a problem for.
 PHOTO, UNSURE, OTHER, PROBLEM = 1, 0, -1, -2
@@ -53,7 +49,7 @@ def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from data_prep.pictures.formats import EXTENSIONS
+    from data_prep.pictures.formats import EXTENSIONS, UNREADABLE
 
     kinds = []
     pattern = rf"\.({'|'.join(sorted(EXTENSIONS | UNREADABLE))})$"

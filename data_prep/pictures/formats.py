@@ -11,6 +11,10 @@ _JPEG2000 = ("jp2", "j2k", "jpx", "jpf")
 EXTENSIONS = frozenset(
     (*_JPEG, *_PPM, *_JPEG2000, "png", "apng", "webp", "tif", "tiff", "bmp", "gif", "avif")
 )  # lower case
+# Image files that Pillow cannot read. They count as failed photos, so that people hear of them.
+UNREADABLE = frozenset(
+    ("heic", "heif", "jxl", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "exr")
+)
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]"
@@ -23,6 +27,12 @@ _MAGIC = re.compile(
 def looks_like_image(head: bytes) -> bool:
     """Return whether a file's first bytes (32 or more) are those of a known image format."""
     return _MAGIC.match(head) is not None
+
+
+def is_picture_name(name: str) -> bool:
+    """Return whether a file is an image by the extension of its name, also one we cannot read."""
+    extension = name.rpartition(".")[2].lower()
+    return extension in EXTENSIONS or extension in UNREADABLE
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Protocol
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
 from data_prep.raw.files import GONE, Blob, Found
 from data_prep.raw.layouts import IGNORED, apply_layout, are_samples
+from data_prep.raw.links import settle_links
 from data_prep.raw.listing import Item, Listing, collect
 from data_prep.raw.local_files import LocalFiles
 from data_prep.raw.members import LEADS_OUT, Member, leads_out
@@ -79,7 +80,7 @@ class Folder:
                 f"{self.uri} contains no tar archive, which the layout webdataset needs. Choose"
                 " another images.layout or source."
             )
-        return apply_layout(listing, self.layout, self.uri, self._text_of)
+        return settle_links(apply_layout(listing, self.layout, self.uri, self._text_of))
 
     def reader(self) -> FolderReader:
         return FolderReader(self)
@@ -231,7 +232,7 @@ class _Held:
                 self._places = places
                 self.weight += 200 * len(places)
         place = self._places.get(hash(name))
-        if place is None:
+        if place is None or place[0] < 0:  # such as a link that leads nowhere
             raise ItemError(GONE)
         return place
 

@@ -18,9 +18,12 @@ from typing import BinaryIO, NamedTuple
 
 from data_prep.core.errors import ItemError
 from data_prep.core.tar_format import BLOCK, padded
-from data_prep.pictures.formats import EXTENSIONS
+from data_prep.pictures.formats import is_picture_name
 from data_prep.raw.files import Blob, too_large
+from data_prep.raw.layouts import IGNORED
+from data_prep.raw.links import Link, Stored, linked_members
 from data_prep.raw.members import Member, member_of
+from data_prep.raw.samples import images_of, stem_of
 
 _LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is damage or an attack
 CUT = "the archive is cut off within it"
@@ -56,11 +59,11 @@ class Tar:
         elif not self._samples:
             yield from found
             return
-        for _, sample in groupby(found, key=lambda member: _stem(member.name)):
+        for stem, sample in groupby(found, key=lambda member: stem_of(member.name)):
             members = list(sample)
-            image = _image_of(members)
-            yield image
-            if any(member.problem == CUT for member in members if member is not image):
+            images = images_of(stem, members)
+            yield from images
+            if any(member.problem == CUT for member in members if member not in images):
                 raise ItemError("it is cut off")
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
@@ -90,10 +93,44 @@ class Tar:
 def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Member]:
     """Yield every file that is not hidden.
 
+    The links come last, and then the error that ended the archive early, if any.
+
     `reaches(end)` returns whether the archive has at least `end` bytes.
     """
+    links: list[Link] = []
+    fault = None
+    try:
+        yield from _plain_files(read_at, reaches, links)
+    except ItemError as error:
+        fault = error
+    if links:
+        yield from linked_members(links, _stored_files(read_at))
+    if fault is not None:
+        raise fault
+
+
+def _stored_files(read_at: ReadAt) -> Iterator[Stored]:
+    """Yield the place of each file, as far as the archive can be read."""
+    try:
+        for entry in _entries(read_at):
+            if entry.is_file and not entry.is_sparse:
+                yield Stored(entry.name, entry.size, entry.at)
+    except ItemError:  # reported before
+        return
+
+
+def _plain_files(
+    read_at: ReadAt, reaches: Callable[[int], bool], links: list[Link]
+) -> Iterator[Member]:
+    """Yield every file that is not hidden, and add the links to `links`."""
     for entry in _entries(read_at):
+        if entry.link is not None:
+            links.append(entry.link)
         if not entry.is_file:
+            if entry.problem and (
+                member := member_of(entry.name, entry.size, entry.at, entry.problem)
+            ):
+                yield member
             continue
         try:
             whole = reaches(entry.at + entry.size)
@@ -119,15 +156,24 @@ class _Entry(NamedTuple):
     size: int
     is_file: bool
     is_sparse: bool
+    link: Link | None = None
+    problem: str = ""  # of an entry that is neither a file, a folder nor a link
 
 
 def _entries(read_at: ReadAt) -> Iterator[_Entry]:
-    """Yield the headers up to the end mark, each with its extended headers applied."""
+    """Yield the headers of the archive, each with its extended headers applied.
+
+    Another archive may follow the end mark, as after `cat a.tar b.tar`. It is read too.
+    """
     at, longer = 0, {}  # type: int, dict[str, bytes]
     while True:
         block = read_at(at, BLOCK)
         if len(block) == BLOCK and not any(block):
-            return  # the end mark
+            following = _archive_after(read_at, at)
+            if following is None:
+                return
+            at, longer = following, {}
+            continue
         if not block and at:
             raise ItemError(UNENDED)
         try:
@@ -139,8 +185,9 @@ def _entries(read_at: ReadAt) -> Iterator[_Entry]:
             longer.update(_extension(read_at, header, at))
             at += padded(header.size)
             continue
-        name = (
-            longer["path"].decode("utf-8", "surrogateescape") if "path" in longer else header.name
+        name, target = (
+            longer[field].decode("utf-8", "surrogateescape") if field in longer else plain
+            for field, plain in (("path", header.name), ("linkpath", header.linkname))
         )
         size = _number(longer["size"]) if "size" in longer else header.size
         is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any("GNU.sparse" in k for k in longer)
@@ -151,9 +198,38 @@ def _entries(read_at: ReadAt) -> Iterator[_Entry]:
             while (block := read_at(at, BLOCK)) and block[504:505] > b"\0":
                 at += BLOCK
             at += BLOCK
-        yield _Entry(name, at, size, header.isreg(), is_sparse)
+        link = None
+        if header.issym() or header.islnk():
+            link = Link(name, target, header.islnk())
+        yield _Entry(name, at, size, header.isreg(), is_sparse, link, _unusual(header))
         if header.isreg() or header.type not in tarfile.SUPPORTED_TYPES:
             at += padded(size)
+
+
+def _archive_after(read_at: ReadAt, at: int) -> int | None:
+    """Return the place of the archive that follows an end mark at `at`; None without one.
+
+    Other bytes there are not part of the archive, whether they are damaged or not.
+    """
+    try:
+        while data := read_at(at, _STEP):
+            if rest := data.lstrip(b"\0"):
+                at += (len(data) - len(rest)) // BLOCK * BLOCK
+                tarfile.TarInfo.frombuf(read_at(at, BLOCK), "utf-8", "surrogateescape")
+                return at
+            at += len(data)
+    except (ItemError, tarfile.HeaderError):
+        pass
+    return None
+
+
+def _unusual(header: tarfile.TarInfo) -> str:
+    """Return the problem of an entry of a type that only some programs write."""
+    if header.type in tarfile.SUPPORTED_TYPES or header.type in _NO_FILES:
+        return ""
+    if header.type == _CONTINUED:
+        return "it is a part of a file that began in another archive. Join the archives first"
+    return f"{IGNORED}its type {header.type.decode('latin-1')!r} is not that of a file"
 
 
 def _extension(read_at: ReadAt, header: tarfile.TarInfo, at: int) -> dict[str, bytes]:
@@ -165,11 +241,15 @@ def _extension(read_at: ReadAt, header: tarfile.TarInfo, at: int) -> dict[str, b
         raise ItemError("it is cut off")
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": data.rstrip(b"\0")}
+    if header.type == tarfile.GNUTYPE_LONGLINK:
+        return {"linkpath": data.rstrip(b"\0")}
     if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
         return _pax(data)
     return {}
 
 
+_CONTINUED = b"M"  # of GNU tar
+_NO_FILES = (b"D", b"V", b"N", b"A", b"E", b"I")  # folders, labels, and attributes of files
 _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -291,28 +371,10 @@ def _raise(fault: ItemError) -> Iterator[Member]:
     yield
 
 
-def _stem(name: str) -> str:
-    """Return the name of a member's sample: its path up to the first dot of the file name."""
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0]
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in EXTENSIONS
-
-
 def _are_samples(members: list[Member]) -> bool:
     """Return whether an image and another file with the same stem follow one another."""
     return any(
-        _stem(one.name) == _stem(two.name) and _is_image(one.name) != _is_image(two.name)
+        stem_of(one.name) == stem_of(two.name)
+        and is_picture_name(one.name) != is_picture_name(two.name)
         for one, two in pairwise(members)
     )
-
-
-def _image_of(sample: list[Member]) -> Member:
-    """Return the image of a sample; without one, its first member with a problem."""
-    for member in sample:
-        if _is_image(member.name):
-            return member
-    problem = sample[0].problem or "ignored: its sample has no image"
-    return sample[0]._replace(problem=problem)

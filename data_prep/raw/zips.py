@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, too_large
+from data_prep.raw.links import LONGEST_TARGET, Link, Stored, linked_members
 from data_prep.raw.members import Member, member_of
 
 _END = struct.Struct("<4s4H2LH")
@@ -31,27 +32,42 @@ class Zip:
     def __init__(self, blob: Blob) -> None:
         """Read the directory. Raises ItemError if there is none."""
         self._blob = blob
-        start, size, self._shift = _find_directory(blob)
-        if size > _LONGEST_DIRECTORY:
-            raise ItemError("its directory is too long")
-        self._directory = blob.read_at(start, size)
-        if len(self._directory) < size:
-            raise ItemError("it is cut off")
-        self.weight = size  # bytes in memory
+        self._directory, self._shifts = _read_directories(blob)
+        self.weight = len(self._directory)  # bytes in memory
 
     def members(self) -> Iterator[Member]:
-        at, directory = 0, self._directory
-        while at < len(directory):
-            entry = self._entry(at)
-            if not (entry.name.endswith("/") or entry.is_link):
-                member = member_of(entry.name, entry.size, at)
-                if member is not None:
-                    yield member
-            at = entry.end
+        """Yield every member, the links last."""
+        links: list[Link] = []
+        for at, entry in self._entries():
+            if entry.is_link:
+                links.append(Link(entry.name, self._target(entry)))
+            elif (member := member_of(entry.name, entry.size, at)) is not None:
+                yield member
+        if links:
+            files = ((at, entry) for at, entry in self._entries() if not entry.is_link)
+            yield from linked_members(links, (Stored(e.name, e.size, at) for at, e in files))
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
         """Return the member's bytes, decompressed up to `limit` and checked by checksum."""
-        entry = self._entry(offset)
+        return self._content(self._entry(offset), limit)
+
+    def _entries(self) -> Iterator[tuple[int, _Entry]]:
+        """Yield the entries that are no folders, each with its place in the directory."""
+        at = 0
+        while at < len(self._directory):
+            entry = self._entry(at)
+            if not entry.name.endswith("/"):
+                yield at, entry
+            at = entry.end
+
+    def _target(self, link: _Entry) -> str:
+        """Return the target of a link, which is its content; empty if it cannot be read."""
+        try:
+            return self._content(link, LONGEST_TARGET).decode("utf-8", "surrogateescape")
+        except ItemError:
+            return ""
+
+    def _content(self, entry: _Entry, limit: int) -> bytes:
         if entry.flags & _ENCRYPTED:
             raise ItemError("it is encrypted")
         if entry.method not in _METHODS:
@@ -59,7 +75,7 @@ class Zip:
         # Compression can make random bytes a little longer, but not more than this.
         if entry.size > limit or entry.stored > limit + limit // 8 + 4096:
             raise too_large(limit)
-        at = entry.header + self._shift
+        at = entry.header
         span = _HEADER.size + len(entry.name) + _SLACK + entry.stored
         data = self._blob.read_at(at, span)
         if len(data) < _HEADER.size or data[:4] != b"PK\3\4":
@@ -92,7 +108,8 @@ class Zip:
         if 0xFFFFFFFF in (stored, size, header):
             extra = directory[name_end:extra_end]
             size, stored, header = _wide(extra, size, stored, header)
-        is_link = made_by >> 8 == 3 and mode & 0xF000 == 0xA000  # 3: made on Unix
+        is_link = made_by >> 8 in (3, 19) and mode & 0xF000 == 0xA000  # made on Unix or on a Mac
+        header += next(shift for end, shift in self._shifts if at < end)
         return _Entry(
             _decoded(name, flags), size, stored, header, method, flags, crc, is_link,
             extra_end + fields[12],
@@ -103,7 +120,7 @@ class _Entry(NamedTuple):
     name: str
     size: int
     stored: int
-    header: int
+    header: int  # its place in the file
     method: int
     flags: int
     crc: int
@@ -111,10 +128,40 @@ class _Entry(NamedTuple):
     end: int
 
 
-def _find_directory(blob: Blob) -> tuple[int, int, int]:
-    """Return the directory's start and size, and the number to add to all stored offsets."""
-    length = min(blob.size, _END.size + 0xFFFF)
-    tail = blob.read_at(blob.size - length, length)
+def _read_directories(blob: Blob) -> tuple[bytes, list[tuple[int, int]]]:
+    """Return the directory, and (end, number to add to the stored offsets) for each part of it.
+
+    After `cat a.zip b.zip` the file has two archives, and each has a directory. That of the last
+    archive is the first part.
+    """
+    start, size, shift = _find_directory(blob, blob.size)
+    whole, shifts = b"", list[tuple[int, int]]()
+    while True:
+        if len(whole) + size > _LONGEST_DIRECTORY:
+            raise ItemError("its directory is too long")
+        directory = blob.read_at(start, size)
+        if len(directory) < size:
+            raise ItemError("it is cut off")
+        whole += directory
+        shifts.append((len(whole), shift))
+        before = shift
+        if before < _END.size:
+            return whole, shifts
+        try:
+            start, size, shift = _find_directory(blob, before)
+        except ItemError:  # such as a program before the archive
+            return whole, shifts
+        if not size or blob.read_at(start, 4) != b"PK\1\2":
+            return whole, shifts
+
+
+def _find_directory(blob: Blob, stop: int) -> tuple[int, int, int]:
+    """Return the directory's start and size, and the number to add to all stored offsets.
+
+    The archive ends at the byte `stop` of the file.
+    """
+    length = min(stop, _END.size + 0xFFFF)
+    tail = blob.read_at(stop - length, length)
     at = tail.rfind(b"PK\5\6")
     while at >= 0 and (
         len(tail) < at + _END.size or at + _END.size + _END.unpack_from(tail, at)[7] > len(tail)
@@ -123,7 +170,7 @@ def _find_directory(blob: Blob) -> tuple[int, int, int]:
     if at < 0:
         raise ItemError("it is not a zip archive, or it is cut off")
     _, disk, first_disk, _, _, size, offset, _ = _END.unpack_from(tail, at)
-    end = blob.size - length + at
+    end = stop - length + at
     wide = _find_wide_end(blob, end)
     if wide is not None:
         end, size, offset = wide
