@@ -7,7 +7,7 @@ deployment names its flow by module, so a worker needs the installed package and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +16,7 @@ from prefect.events.schemas.automations import AutomationCore
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flows.local_server.children import HEARTBEAT_S, POOL
+from flows.schedules import check_cron, next_dates
 
 TAG = "dpnet"
 QUEUE = "training"  # of the work pool; its limit is the number of parallel trainings
@@ -60,10 +61,11 @@ class DeploySettings(BaseModel):
     trainings: int = Field(
         2, ge=1, le=1000, description="How many runs may train at the same time. Others wait."
     )
-    timezone: str = Field("UTC", description="Time zone of the schedules.")
+    timezone: str = Field("UTC", min_length=1, description="Time zone of the schedules.")
     watch: str | None = Field(
         "*/15 * * * *",
-        description="When to check the source for new photos, as cron; null means never.",
+        description="When to check the source for new photos, as five fields of cron; null means"
+        " never.",
     )
     min_new: int = Field(
         1, ge=1, description="How many new or changed photos are needed to announce a change."
@@ -75,7 +77,8 @@ class DeploySettings(BaseModel):
     )
     retrain: str | None = Field(
         "0 3 * * 0",
-        description="When to retrain without an announcement, as cron; null means never.",
+        description="When to retrain without an announcement, as five fields of cron; null means"
+        " never.",
     )
     stuck_minutes: float = Field(
         30, ge=1, description="Minutes without progress after which a run is reported as stuck."
@@ -89,10 +92,8 @@ class DeploySettings(BaseModel):
     @field_validator("watch", "retrain")
     @classmethod
     def _is_cron(cls, value: str | None) -> str | None:
-        try:
-            CronSchedule(cron=value or "* * * * *")
-        except ValueError:
-            raise ValueError("a cron expression such as */15 * * * *") from None
+        if value is not None:
+            check_cron(value)
         return value
 
     @field_validator("timezone")
@@ -138,6 +139,15 @@ def deployments(settings: DeploySettings) -> list[Deployment]:
         Deployment("flows.new_data.watch_raw_data", data, cron=settings.watch, parameters=watching),
         Deployment("flows.new_data.retrain", all_, trains=True, cron=settings.retrain),
     ]
+
+
+def scheduled(settings: DeploySettings) -> dict[str, list[datetime]]:
+    """Return the next dates of each deployment that has a schedule, by the flow's name."""
+    return {
+        each.flow().name: next_dates(each.cron, settings.timezone)
+        for each in deployments(settings)
+        if each.cron
+    }
 
 
 def parameters(settings: DeploySettings, deployment: Deployment) -> dict[str, Any]:

@@ -19,15 +19,23 @@ def deploy(args: Namespace) -> Outcome:
 
     use_server_of_up(root_to_read(args))
     from flows.deploy import deploy as put
-    from flows.deployments import DeploySettings
+    from flows.deployments import DeploySettings, scheduled
+    from flows.schedules import dates_text
 
     file = Path(args.file).expanduser() if args.file else None
-    lines = put(load_settings(DeploySettings, file, args.set), dry_run=args.dry_run)
+    settings = load_settings(DeploySettings, file, args.set)
+    lines = put(settings, dry_run=args.dry_run)
+    dates = scheduled(settings)
     if not lines:
         text = "nothing to do: everything is deployed and up to date"
     else:
         text = "\n".join(["would change:", *lines] if args.dry_run else lines)
-    return {"ok": True, "dry_run": args.dry_run, "changes": lines}, text
+    text += "".join(
+        f"\nnext dates of {name}: {dates_text(next_ones)} ({settings.timezone})"
+        for name, next_ones in dates.items()
+    )
+    shown = {name: [each.isoformat() for each in next_ones] for name, next_ones in dates.items()}
+    return {"ok": True, "dry_run": args.dry_run, "changes": lines, "next_dates": shown}, text
 
 
 def up(args: Namespace) -> Outcome:

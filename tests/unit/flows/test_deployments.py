@@ -18,7 +18,9 @@ from flows.deployments import (
     deployments,
     job_variables,
     parameters,
+    scheduled,
 )
+from flows.schedules import check_cron
 from flows.server_changes import apprise_url
 
 FILE = Path(__file__).parents[3] / "infra" / "prefect.yaml"
@@ -40,6 +42,8 @@ def test_prefect_yaml_has_the_same_deployments_and_the_same_trigger() -> None:
         assert theirs["parameters"] == parameters(s, mine)
         crons = [each["cron"] for each in theirs.get("schedules", [])]
         assert crons == ([mine.cron] if mine.cron else [])
+        for cron in crons:
+            check_cron(cron)
         assert theirs["work_pool"]["name"] == s.pool
         assert theirs["work_pool"]["work_queue_name"] == ("training" if mine.trains else "default")
         assert theirs["work_pool"]["job_variables"] == job_variables(s)
@@ -71,9 +75,15 @@ def test_without_a_notification_block_there_are_no_alerts_but_all_other_automati
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("watch='every day'", "watch is .* must be a cron expression"),
-        ("retrain='61 * * * *'", "retrain is .* must be a cron expression"),
+        ("watch='every day'", "watch is .* must be a cron expression of exactly five fields"),
+        ("watch=''", "watch is .* must be a cron expression of exactly five fields .* or null"),
+        ("retrain='0 0 3 * * *'", "retrain is .* must be a cron expression of exactly five"),
+        ("retrain='@daily'", "retrain is .* must be a cron expression of exactly five fields"),
+        ("retrain='61 * * * *'", "retrain is .* must be a cron expression such as"),
+        ("watch='0 0 31 2 *'", "watch is .* must be a cron expression with a date that comes"),
+        ("watch='0 0 31 4,6 *'", "watch is .* must be a cron expression with a date that comes"),
         ("timezone=Mars", "must be the name of a time zone"),
+        ("timezone=''", "timezone is .* must be text of length 1 at least"),
         ("trainings=0", "trainings is 0: it must be a whole number of at least 1"),
         ("pol=x", "pol is not an option: the nearest is pool"),
         ("parameters.train.steps=0", "parameters.train.steps is 0: it must be a whole number"),
@@ -87,6 +97,18 @@ def test_a_wrong_setting_is_refused_before_the_server_is_contacted(
 ) -> None:
     with pytest.raises(ConfigError, match=sentence):
         deploy(settings(override))
+
+
+@pytest.mark.parametrize("cron", ["0 0 29 2 *", "0 3 * * SUN", " 0 3 * * 0 ", "0 0 L * *"])
+def test_a_schedule_with_a_date_is_accepted(cron: str) -> None:
+    dates = scheduled(settings(f"watch='{cron}'", "timezone=Europe/Berlin"))["watch-raw-data"]
+    assert len(set(dates)) == 3
+    assert dates == sorted(dates)
+    assert dates[0].tzinfo is not None
+
+
+def test_a_deployment_without_a_schedule_has_no_next_date() -> None:
+    assert list(scheduled(settings("watch=null"))) == ["retrain"]
 
 
 def test_a_deploy_file_with_an_unknown_key_is_refused(tmp_path: Path) -> None:

@@ -533,3 +533,18 @@ def test_a_stop_that_prefect_turns_into_another_error_is_still_a_stop(
     monkeypatch.setattr(data, "verify", stopped)
     assert cli.main(["verify", "somewhere"]) == 130
     assert capsys.readouterr().err == "dpnet: stopped; the same command resumes.\n"
+
+
+def test_deploy_shows_the_next_three_dates_of_each_schedule(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr("flows.deploy.deploy", lambda *_, **__: [])
+    sets = ("--set", "watch=0 12 31 12 *", "--set", "retrain=null", "--set", "timezone=Asia/Tokyo")
+    status, found = answer(capsys, "deploy", *sets)
+    dates = found["next_dates"]["watch-raw-data"]
+    assert (status, list(found["next_dates"]), len(dates)) == (0, ["watch-raw-data"], 3)
+    assert all(date.endswith("-12-31T12:00:00+09:00") for date in dates)
+    assert cli.main(["deploy", *sets]) == 0
+    shown = ", ".join(f"{date[:4]}-12-31 12:00" for date in dates)
+    assert f"next dates of watch-raw-data: {shown} (Asia/Tokyo)" in capsys.readouterr().out
