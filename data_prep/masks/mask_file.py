@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from data_prep.masks.plan import touches_border
 from data_prep.masks.recipes import hole_ratio
 from data_prep.pictures.limits import Limits
+from data_prep.pictures.mask_reader import white_of_image
 from data_prep.pictures.open_image import opened
+from data_prep.pictures.orientation import upright_image
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,24 +59,15 @@ class PackedMask:
 
 
 def white_pixels(data: bytes) -> NDArray[np.bool_]:
-    """Return the white pixels of a mask file, bool [H, W].
+    """Return the white pixels of a mask file, upright, bool [H, W].
 
-    White is 128 of 255 and above, and the same share of 16 bits. In a file of 0 and 1 only, white
-    is 1. If the alpha channel has opaque and transparent pixels, the opaque ones are white.
+    `data_prep.pictures.mask_reader` has the rule.
 
     Raises:
-        PhotoError: the file is empty, broken, too large or not an image.
+        PhotoError: the file is empty, broken, too large, not an image, or mostly grey.
     """
-    import numpy as np
-
     with opened(data, Limits(MAX_FILE_PIXELS, option="the limit")) as image:
-        if image.has_transparency_data:
-            opaque = np.asarray(image.convert("RGBA"))[..., 3] >= 128
-            if opaque.any() and not opaque.all():
-                return np.asarray(opaque, bool)
-        gray = np.asarray(image if image.mode[0] in "IF" else image.convert("L"))
-    top = next((t for t in (1, 255) if gray.max() <= t), 65535)
-    return np.asarray(gray >= top * 128 / 255, bool)
+        return white_of_image(upright_image(image)).white
 
 
 def hole_mask(

@@ -1,4 +1,8 @@
-"""The EXIF orientation of a photo, and turning its pixels upright."""
+"""The EXIF orientation of a photo, and turning its pixels upright.
+
+The tag is only read. Pillow's own function also writes the other tags again, and raises an error
+for many that cameras write.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
 SWAPPED = range(5, 9)  # the orientations that exchange width and height
@@ -40,3 +45,26 @@ def upright(rgb: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     elif orientation == 8:  # left, bottom
         rgb = cv2.rotate(rgb, cv2.ROTATE_90_COUNTERCLOCKWISE)
     return rgb
+
+
+def upright_image(image: Image.Image) -> Image.Image:
+    """Return a decoded copy of a Pillow image that is upright, without its EXIF tags."""
+    from PIL import Image
+
+    try:
+        orientation = valid_orientation(image.getexif().get(ORIENTATION))
+    except Exception:  # with broken tags Pillow's reader raises nearly anything
+        orientation = 1
+    image.load()
+    if orientation == 1:
+        turned = image.copy()
+    else:
+        flip = Image.Transpose
+        how = {
+            2: flip.FLIP_LEFT_RIGHT, 3: flip.ROTATE_180, 4: flip.FLIP_TOP_BOTTOM,
+            5: flip.TRANSPOSE, 6: flip.ROTATE_270, 7: flip.TRANSVERSE, 8: flip.ROTATE_90,
+        }  # fmt: skip
+        turned = image.transpose(how[orientation])
+    kept = ("icc_profile", "transparency")
+    turned.info = {name: value for name, value in turned.info.items() if name in kept}
+    return turned

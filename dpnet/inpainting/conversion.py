@@ -7,6 +7,7 @@ or 4 (RGB and alpha). Every error names the image or the mask.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from data_prep.core.errors import PipelineError
+from data_prep.pictures.limits import PhotoError
+from data_prep.pictures.mask_reader import (
+    WhitePixels,
+    white_level,
+    white_of_array,
+    white_of_image,
+)
 from dpnet.inpainting.tiles import Report
 
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits a channel, grey or RGB
@@ -75,24 +83,47 @@ def valid_pixels(mask: Any, images: Tensor, name: str, report: Report) -> Tensor
     """Return `valid` N 1 H W (bool, True = known) of a mask, on the device of the images.
 
     Args:
-        mask: of any kind that an image can have. White is the hole: 255 for integers, or 1 if no
-            value is larger; 1 or True otherwise. Colours count as their mean, transparent pixels as
-            black. If the mask is not binary, the hole begins at half of white. One mask serves all
-            images of a batch.
+        mask: of any kind that an image can have. White is the hole, by the rule of
+            `data_prep.pictures.mask_reader`. One mask serves all images of a batch.
         images: N C H W.
         name: the mask's name in messages.
         report: called with a sentence if the mask is not binary.
 
     Raises:
-        PipelineError: the mask does not fit the images.
+        PipelineError: the mask does not fit the images, or is mostly grey.
     """
     count, (height, width) = len(images), images.shape[2:]
-    last = not isinstance(mask, Tensor)
     if isinstance(mask, Image.Image):
-        mask = pillow_array(mask, name)
-    elif not isinstance(mask, (np.ndarray, Tensor)):
+        white = _white_of_pillow(mask, name, report)
+    else:
+        white = _mask_tensor(mask, (count, height, width), name)
+    if white.shape[2:] != images.shape[2:]:
+        raise PipelineError(
+            f"{name} is {white.shape[3]} x {white.shape[2]} pixels but the image is"
+            f" {width} x {height}: give a mask of the image's size."
+        )
+    if len(white) not in (1, count):
+        raise PipelineError(
+            f"{name} is a batch of {len(white)} masks for {count} images: give one mask for each"
+            " image, or one for all."
+        )
+    if not isinstance(mask, Image.Image):
+        white = _white(white, name, report)
+    return (~white).to(images.device).expand(count, -1, -1, -1)
+
+
+def _mask_tensor(mask: Any, size: tuple[int, int, int], name: str) -> Tensor:
+    """Return a mask of NumPy or torch as a tensor N C H W.
+
+    Args:
+        mask: an array or a tensor.
+        size: number of images, their height and their width.
+        name: the mask's name in messages.
+    """
+    count, height, width = size
+    if not isinstance(mask, (np.ndarray, Tensor)):
         raise _unknown_kind(mask, name)
-    given = mask
+    given, last = mask, not isinstance(mask, Tensor)
     if not isinstance(mask, Tensor):
         if mask.dtype.kind not in "buif":
             raise PipelineError(
@@ -112,24 +143,8 @@ def valid_pixels(mask: Any, images: Tensor, name: str, report: Report) -> Tensor
             f"{name} has the shape {_shape(given)}: give {_ARRAY_FORMS if last else _TENSOR_FORMS},"
             " with 1, 3 or 4 channels."
         )
-    if mask.shape[2:] != images.shape[2:]:
-        raise PipelineError(
-            f"{name} is {mask.shape[3]} x {mask.shape[2]} pixels but the image is"
-            f" {width} x {height}: give a mask of the image's size."
-        )
-    if len(mask) not in (1, count):
-        raise PipelineError(
-            f"{name} is a batch of {len(mask)} masks for {count} images: give one mask for each"
-            " image, or one for all."
-        )
-    grey, white = _grey(mask, name)
-    between = float(((grey > 0) & (grey < white)).float().mean())
-    if between > 0:
-        report(
-            f"{name} is not pure black and white ({between:.1%} of it is grey): pixels of"
-            f" {128 if white == 255 else 0.5} and more are the hole."
-        )
-    return (grey < white / 2).to(images.device).expand(count, -1, -1, -1)
+    assert isinstance(mask, Tensor)
+    return mask.detach()
 
 
 def has_alpha(image: Image.Image) -> bool:
@@ -197,20 +212,49 @@ def _tensor_back(dimensions: int) -> Callable[[Tensor], Tensor]:
     return back
 
 
-def _grey(mask: Tensor, name: str) -> tuple[Tensor, float]:
-    """Return a mask N C H W in grey, N 1 H W in float32, and its value of white."""
-    whole = not mask.is_floating_point()
-    mask = mask.float()
-    low, high = (float(value) for value in mask.aminmax())
-    white = 255.0 if whole and high > 1 else 1.0
-    if not (low >= 0 and high <= white):  # NaN as well
+def _white(masks: Tensor, name: str, report: Report) -> Tensor:
+    """Return the white pixels of masks N C H W, bool N 1 H W."""
+    whole = not masks.is_floating_point()
+    arrays = (masks if whole else masks.float()).permute(0, 2, 3, 1).cpu().numpy()
+    low, high = float(arrays.min()), float(arrays.max())
+    most = 1.0 if not whole else 65535.0 if arrays.dtype == np.uint16 else 255.0
+    if not (low >= 0 and high <= most):  # NaN as well
         raise PipelineError(
             f"{name} has values from {low:g} to {high:g}: give booleans, numbers from 0 to 1, or"
             " integers from 0 to 255. White is the hole."
         )
-    if mask.shape[1] in (2, 4):
-        return mask[:, :-1].mean(1, keepdim=True) * (mask[:, -1:] / white), white
-    return mask.mean(1, keepdim=True), white
+    top = white_level(arrays) if whole else 1.0
+    found = [_checked(partial(white_of_array, each, top), name) for each in arrays]
+    _report_impure(sum(each.impure for each in found) / len(found), found[0].half, name, report)
+    return torch.from_numpy(np.stack([each.white for each in found]))[:, None]
+
+
+def _white_of_pillow(mask: Image.Image, name: str, report: Report) -> Tensor:
+    """Return the white pixels of a Pillow image, bool 1 1 H W."""
+    found = _checked(partial(white_of_image, mask), name)
+    if found.labels:
+        report(f"{name} is a map of labels: every label but 0 is the hole.")
+    _report_impure(found.impure, found.half, name, report)
+    return torch.from_numpy(found.white.copy())[None, None]
+
+
+def _checked(read: Callable[[], WhitePixels], name: str) -> WhitePixels:
+    """Return what `read` returns; raise its errors with the mask's name."""
+    try:
+        return read()
+    except (PhotoError, ValueError) as error:  # Pillow cannot convert every mode
+        raise PipelineError(
+            f"{name} cannot be used: {error}. Give a mask that is white in the hole and black"
+            " elsewhere, and check that image and mask are not exchanged."
+        ) from None
+
+
+def _report_impure(impure: float, half: float, name: str, report: Report) -> None:
+    if impure > 0:
+        report(
+            f"{name} is not pure black and white ({impure:.1%} of it is grey): pixels of {half:g}"
+            " and more are the hole."
+        )
 
 
 def _unknown_kind(given: Any, name: str) -> PipelineError:

@@ -11,17 +11,20 @@ import os
 import re
 import stat
 import time
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import Progress
-from data_prep.core.text import count_of
+from data_prep.core.text import count_of, printable
+from data_prep.pictures.formats import EXTENSIONS, UNREADABLE, looks_like_image
 from data_prep.pictures.limits import MOST_PIXELS, Limits, PhotoError, PhotoSizeError
 from data_prep.pictures.open_image import opened
+from data_prep.pictures.orientation import upright_image
 from dpnet.inpainting.api import fill_image
 from dpnet.inpainting.conversion import has_alpha
 from dpnet.inpainting.tiles import TILE_MIN, on_fastest_device
@@ -43,8 +46,8 @@ _SAVE: dict[str, dict[str, Any]] = {
 _LIMITS = Limits(MOST_PIXELS, option="the limit")
 _MAX_BYTES = 2_000_000_000  # of a file
 _JPEG = (".jpg", ".jpeg")
-_IMAGES = (*_SAVE, ".bmp", ".gif")  # extensions of the files that are used in a folder
-_MASK_ENDING = re.compile(r"_mask\d*$")
+_MASK_ENDING = re.compile(r"_mask\d*$", re.IGNORECASE)
+_NAMED = 5  # files of a folder that are left out and named in a message
 # Words in a mask's name which suggest that white is known.
 _INVERTED = re.compile(r"(?:^|[^a-z])(?:valid|known|keep|inverted)(?:[^a-z]|$)", re.IGNORECASE)
 
@@ -55,6 +58,13 @@ class Job(NamedTuple):
     image: Path
     mask: Path | str
     out: Path
+
+
+class Plan(NamedTuple):
+    """The images to fill, and the other entries of the given folders."""
+
+    jobs: list[Job]
+    left_out: list[Path]
 
 
 def inpaint_files(
@@ -72,7 +82,8 @@ def inpaint_files(
 
     Returns:
         JSON values about the model and each image. If several images are given, the failed ones
-        are in `failed`, and then `ok` is false.
+        are in `failed`, and then `ok` is false. Entries of folders that are no images are in
+        `left_out`.
 
     Raises:
         PipelineError: nothing can be done, or the only image cannot be filled.
@@ -80,7 +91,7 @@ def inpaint_files(
     if tile < TILE_MIN:
         raise PipelineError(f"--tile is {tile}: give at least {TILE_MIN} pixels.")
     start = time.monotonic()
-    jobs = plan_jobs(image, mask, out)
+    jobs, left_out = plan_jobs(image, mask, out)
     store, folder, used = find_model(model, root)
     log.info("inpaint: loads %s to fill %s", used, count_of(len(jobs), "image"))
     generator = on_fastest_device(load_generator(store, folder))
@@ -94,9 +105,9 @@ def inpaint_files(
                 try:
                     done.append(_fill_file(generator, job, tile))
                 except PipelineError as error:
-                    message, name = str(error), str(job.image)
+                    message, name = str(error), printable(str(job.image))
                     message = message if name in message else f"{name}: {message}"
-                    log.warning(message)
+                    log.warning("%s", message)
                     failed.append({"image": name, "error": message})
                 progress.update(number, f"{len(failed)} failed" if failed else "")
     return {
@@ -104,24 +115,27 @@ def inpaint_files(
         "model": used,
         "pictures": done,
         "failed": failed,
+        "left_out": [printable(str(path)) for path in left_out],
         "seconds": round(time.monotonic() - start, 2),
     }
 
 
-def plan_jobs(image: str, mask: str, out: str) -> list[Job]:
+def plan_jobs(image: str, mask: str, out: str) -> Plan:
     """Decide which image uses which mask, and where the result is written.
 
     A folder means the images in it, but not those in its subfolders. One mask file serves all
     images. If there are several masks, `photo.jpg` uses the mask named `photo`, else the mask named
-    `photo_mask`, which may end in digits. Where images and masks are in one folder, files with such
-    names are masks. Several results go to the folder `out`, as STEM.png.
+    `photo_mask`, which may end in digits. The same letters in another case, or in another form of
+    Unicode, are the same name if there is no better one. Where images and masks are in one folder,
+    files with such names are masks. Several results go to the folder `out`, as STEM.png.
 
     Raises:
         PipelineError: there is no image or mask, two results have the same file, or a result would
             overwrite an image or a mask.
     """
-    images = _listed(image)
-    masks = _listed(mask)
+    left_out: list[Path] = []
+    images = _listed(image, left_out)
+    masks = _listed(mask, left_out)
     if _several(mask):
         images = [i for i in images if not (i in masks and _MASK_ENDING.search(i.stem))] or images
     target = Path(out)
@@ -139,7 +153,9 @@ def plan_jobs(image: str, mask: str, out: str) -> list[Job]:
     jobs = [Job(*each) for each in zip(images, matched, outs, strict=True)]
     _check_outs(jobs, masks)
     _report_inverted_names([job.mask for job in jobs if isinstance(job.mask, Path)])
-    return jobs
+    left_out = [path for path in dict.fromkeys(left_out) if path.resolve() != target.resolve()]
+    _report_left_out(left_out)
+    return Plan(jobs, left_out)
 
 
 def _check_outs(jobs: Sequence[Job], masks: Sequence[Path]) -> None:
@@ -177,26 +193,58 @@ def _several(path: str) -> bool:
     return Path(path).is_dir() or (glob.has_magic(path) and not Path(path).exists())
 
 
-def _listed(path: str) -> list[Path]:
-    """Return the files of a path, folder or glob, sorted."""
+def _listed(path: str, left_out: list[Path]) -> list[Path]:
+    """Return the files of a path, folder or glob, sorted.
+
+    Entries of a folder that are no images are appended to `left_out`.
+    """
     if not _several(path):
         return [Path(path)]
     if Path(path).is_dir():
-        found = [p for p in Path(path).iterdir() if p.suffix.lower() in _IMAGES]
+        entries = sorted(Path(path).iterdir())
+        found = [entry for entry in entries if _is_image(entry)]
+        left_out += [entry for entry in entries if entry not in set(found)]
     else:
-        found = [Path(name) for name in glob.glob(path, recursive=True)]
-    found = sorted(p for p in found if p.is_file())
+        found = sorted(Path(name) for name in glob.glob(path, recursive=True))
+        found = [entry for entry in found if entry.is_file()]
     if not found:
         raise PipelineError(f"{path} contains no image: check the path.")
     return found
 
 
+def _is_image(path: Path) -> bool:
+    """Return whether a folder's entry is an image by its name, or else by its first bytes.
+
+    An image in a format that cannot be read counts too, so that it fails with a reason.
+    """
+    if not path.is_file() or path.name.startswith("."):
+        return False
+    if path.suffix[1:].lower() in EXTENSIONS | UNREADABLE:
+        return True
+    try:
+        with path.open("rb") as file:
+            return looks_like_image(file.read(32))
+    except OSError:
+        return False
+
+
+def _report_left_out(paths: Sequence[Path]) -> None:
+    """Warn once about the entries of folders that are no images."""
+    if paths:
+        names = ", ".join(f"{path}/" if path.is_dir() else str(path) for path in paths[:_NAMED])
+        more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        log.warning(
+            "left out, because they are hidden or no image files: %s", printable(f"{names}{more}")
+        )
+
+
 def _mask_of(image: Path, masks: Sequence[Path], where: str) -> Path | str:
     """Return the mask of an image; a sentence if there is none, or more than one."""
     others = [m for m in masks if m != image]
-    found = [m for m in others if m.stem == image.stem] or [
-        m for m in others if _MASK_ENDING.sub("", m.stem) == image.stem
-    ]
+    found: list[Path] = []
+    for same in (str, _unicode_form, _any_case):  # the closest name first
+        for stem in (lambda m: m.stem, lambda m: _MASK_ENDING.sub("", m.stem)):
+            found = found or [m for m in others if same(stem(m)) == same(image.stem)]
     if len(found) == 1:
         return found[0]
     if not found:
@@ -208,14 +256,42 @@ def _mask_of(image: Path, masks: Sequence[Path], where: str) -> Path | str:
     return f"{image} has {len(found)} masks in {where} ({names}): keep only one."
 
 
+def _unicode_form(name: str) -> str:
+    """Return a name in one form of Unicode: macOS and archives write accents in two ways."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _any_case(name: str) -> str:
+    return _unicode_form(_unicode_form(name).casefold())
+
+
 def _fill_file(
     generator: Generator, job: Job, tile: int, *, progress: bool = False
 ) -> dict[str, Any]:
-    """Read, fill and write one image, and return JSON values about it."""
+    """Read, fill and write one image, and return JSON values about it.
+
+    Raises PipelineError, whatever happens: one image must not end the work on the others.
+    """
     if isinstance(job.mask, str):
         raise PipelineError(job.mask)
+    try:
+        return _fill(generator, job, job.mask, tile, progress=progress)
+    except PipelineError:
+        raise
+    except Exception as error:
+        log.debug("%s", job.image, exc_info=True)
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
+        raise PipelineError(
+            f"{job.image} cannot be filled ({reason}): convert it and its mask to PNG files, or"
+            " leave it out."
+        ) from error
+
+
+def _fill(
+    generator: Generator, job: Job, mask_path: Path, tile: int, *, progress: bool
+) -> dict[str, Any]:
     start = time.monotonic()
-    image, mask = _open(job.image), _open(job.mask)
+    image, mask = _open(job.image), _open(mask_path)
     jpeg = job.out.suffix.lower() in _JPEG
     if jpeg and has_alpha(image):
         raise PipelineError(
@@ -223,10 +299,10 @@ def _fill_file(
             " or .webp file."
         )
     result = fill_image(
-        generator, image, mask, tile, str(job.image), str(job.mask), log.warning, progress=progress
+        generator, image, mask, tile, str(job.image), str(mask_path), log.warning, progress=progress
     )
     if result is image:
-        log.warning(f"{job.mask} has no hole (white, 255, is the hole): the image is unchanged.")
+        log.warning(f"{mask_path} has no hole (white, 255, is the hole): the image is unchanged.")
     if jpeg:
         log.warning(
             f"{job.out.suffix} is lossy, so known pixels change a little too: write a .png file to"
@@ -236,7 +312,7 @@ def _fill_file(
     _save(result, job.out)
     return {
         "image": str(job.image),
-        "mask": str(job.mask),
+        "mask": str(mask_path),
         "out": str(job.out),
         "filled": result is not image,
         "width": result.width,
@@ -258,7 +334,7 @@ def _open(path: Path) -> Image.Image:
     """Return the image in a file, decoded and upright."""
     try:
         with opened(_bytes_of(path), _LIMITS) as image:
-            return ImageOps.exif_transpose(image)
+            return upright_image(image)
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist: check the path.") from None
     except OSError as error:
@@ -269,6 +345,10 @@ def _open(path: Path) -> Image.Image:
     except PhotoError as error:
         raise PipelineError(
             f"{path} cannot be decoded: {error}. Give an undamaged JPEG, PNG or WebP file."
+        ) from None
+    except MemoryError:
+        raise PipelineError(
+            f"{path} cannot be decoded: there is too little memory. Give a smaller image."
         ) from None
 
 

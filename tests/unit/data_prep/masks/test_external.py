@@ -110,7 +110,6 @@ HALF[:, 4:] = 255
         (Image.fromarray(HALF).convert("RGB"), "colour"),
         (Image.fromarray(HALF).convert("P"), "palette"),
         (Image.fromarray(HALF // 255), "labels 0 and 1"),
-        (Image.fromarray(np.where(HALF > 0, 128, 127).astype(np.uint8)), "near the threshold"),
         (Image.fromarray(HALF.astype(np.uint16) * 257), "16 bits"),
         (Image.fromarray(np.dstack([HALF] * 3 + [HALF * 0 + 255])), "opaque"),
         (Image.fromarray(np.dstack([HALF * 0] * 3 + [HALF])), "alpha"),

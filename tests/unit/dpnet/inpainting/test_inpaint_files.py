@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 
 import numpy as np
 import other_formats
@@ -10,6 +11,9 @@ import pytest
 import small_root
 from PIL import Image
 
+from data_prep.pictures.decoding import decode_rgb
+from data_prep.pictures.formats import EXTENSIONS, UNREADABLE
+from data_prep.pictures.limits import Limits
 from dpnet.cli import main as cli
 from dpnet.inpainting import files as inpaint_files
 from dpnet.inpainting.files import plan_jobs
@@ -166,12 +170,12 @@ def names(jobs):
 
 def test_a_mask_of_the_same_name_is_preferred_to_one_with_an_ending(folders):
     hole_mask().save(folders / "masks/a_mask.png")
-    assert names(plan_jobs("photos", "masks", "out"))[0] == ("a.jpg", "a.png")
+    assert names(plan_jobs("photos", "masks", "out").jobs)[0] == ("a.jpg", "a.png")
 
 
 def test_an_image_with_several_masks_is_reported(folders):
     hole_mask().save(folders / "masks/c_mask002.png")
-    (*_, (_, message)) = names(plan_jobs("photos", "masks", "out"))
+    (*_, (_, message)) = names(plan_jobs("photos", "masks", "out").jobs)
     assert "has 2 masks in masks (c_mask001.png, c_mask002.png): keep only one" in message
 
 
@@ -179,19 +183,90 @@ def test_images_and_masks_may_be_in_one_folder(folders):
     for mask in (folders / "masks").iterdir():
         mask.rename(folders / "photos" / mask.name.replace("a.png", "a_mask.png"))
     expected = [("a.jpg", "a_mask.png"), ("b.png", "b_mask.png"), ("c.webp", "c_mask001.png")]
-    assert names(plan_jobs("photos", "photos", "out")) == expected
-    assert names(plan_jobs("photos/*", "photos/*_mask*.png", "out")) == expected
+    assert names(plan_jobs("photos", "photos", "out").jobs) == expected
+    assert names(plan_jobs("photos/*", "photos/*_mask*.png", "out").jobs) == expected
 
 
 def test_a_folder_means_the_image_files_directly_in_it(folders):
     (folders / "photos/notes.txt").write_text("")
     (folders / "photos/more.png").mkdir()
-    assert len(plan_jobs("photos", "mask.png", "out")) == 3
+    assert len(plan_jobs("photos", "mask.png", "out").jobs) == 3
+
+
+def test_a_folder_means_every_format_that_the_product_reads(folders, run):
+    for extension, format in (("avif", "AVIF"), ("jfif", "JPEG"), ("jpe", "JPEG"), ("jp2", None)):
+        Image.fromarray(photo()).save(folders / "photos" / f"in-{extension}.{extension}", format)
+    Image.fromarray(photo()).save(folders / "photos/in-ppm.PPM")
+    Image.fromarray(photo()).save(folders / "photos/without-extension", "PNG")
+    status, result, _ = run("photos", "mask.png", "-o", "out")
+    assert status == 0
+    assert {each["image"] for each in result["pictures"]} == {
+        f"photos/{path.name}" for path in (folders / "photos").iterdir()
+    }
+    assert result["left_out"] == []
+
+
+def test_every_extension_of_the_product_is_an_image_of_a_folder(files):
+    (files / "many").mkdir()
+    for extension in EXTENSIONS | UNREADABLE:
+        (files / "many" / f"{extension}.{extension.upper()}").write_bytes(b"")
+    jobs, left_out = plan_jobs("many", "mask.png", "out")
+    assert {job.image.stem for job in jobs} == EXTENSIONS | UNREADABLE
+    assert left_out == []
+
+
+def test_what_a_folder_holds_beside_images_is_named(folders, run):
+    (folders / "photos/notes.txt").write_text("")
+    (folders / "photos/.hidden.png").write_bytes(b"")
+    (folders / "photos/more").mkdir()
+    (folders / "masks/README").write_text("")
+    status, result, err = run("photos", "masks", "-o", "photos/out")
+    assert status == 0
+    for where in (".hidden.png", "notes.txt", "more"):
+        assert f"photos/{where}" in result["left_out"]
+        assert f"photos/{where}" in err
+    assert "masks/README" in result["left_out"]
+    again = run("photos", "masks", "-o", "photos/out")
+    assert again[1]["left_out"] == result["left_out"]  # the results are not named
+
+
+def test_a_photo_in_a_format_that_cannot_be_read_fails_with_its_name(folders, run):
+    (folders / "photos/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    status, result, _ = run("photos", "mask.png", "-o", "out")
+    assert (status, len(result["pictures"])) == (1, 3)
+    assert [each["image"] for each in result["failed"]] == ["photos/IMG_1.HEIC"]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("caf\u00e9.jpg", "cafe\u0301.png"),
+        ("cafe\u0301.jpg", "caf\u00e9_mask01.png"),
+        ("IMG_1.JPG", "img_1.png"),
+        ("IMG_1.JPG", "img_1_MASK.PNG"),
+        ("STRASSE.jpg", "stra\u00dfe.png"),
+        ("\u00c9T\u00c9.jpg", "e\u0301te\u0301.png"),
+    ],
+)
+def test_photo_and_mask_meet_in_another_case_and_form_of_unicode(files, image, mask):
+    for folder, name in (("one", image), ("two", mask)):
+        (files / folder).mkdir()
+        (files / folder / name).write_bytes(b"")
+    assert names(plan_jobs("one", "two", "out").jobs) == [(image, mask)]
+
+
+def test_the_closest_name_of_a_mask_is_used(files):
+    for folder, some in (("one", ["A.jpg", "a.jpg"]), ("two", ["a.png", "A_mask.png"])):
+        (files / folder).mkdir()
+        for name in some:
+            (files / folder / name).write_bytes(b"")
+    expected = [("A.jpg", "A_mask.png"), ("a.jpg", "a.png")]
+    assert names(plan_jobs("one", "two", "out").jobs) == expected
 
 
 def test_an_existing_file_with_glob_signs_in_its_name_is_a_file(files):
     (files / "photo.png").rename(files / "ph[ot]o.png")
-    (job,) = plan_jobs("ph[ot]o.png", "mask.png", "out.png")
+    (job,) = plan_jobs("ph[ot]o.png", "mask.png", "out.png").jobs
     assert job.out.name == "out.png"
 
 
@@ -316,10 +391,18 @@ def test_a_mask_without_a_hole_is_reported_and_leaves_the_image_unchanged(files,
 
 
 def test_a_grey_mask_is_reported_with_its_name(files, run):
-    Image.fromarray(np.linspace(0, 255, 2000).astype(np.uint8).reshape(40, 50)).save("grey.png")
+    grey = np.where(KNOWN, 0, 200).astype(np.uint8)
+    Image.fromarray(grey).save("grey.png")
     _, _, err = run("photo.png", "grey.png", "-o", "out.png")
     assert "grey.png is not pure black and white" in err
     assert "pixels of 128 and more are the hole" in err
+
+
+def test_exchanged_arguments_are_refused(files, run):
+    status, result, _ = run("mask.png", "photo.png", "-o", "out.png")
+    assert status == 1
+    assert "photo.png cannot be used: it is mostly grey" in result["error"]
+    assert "not exchanged" in result["error"]
 
 
 def test_an_unknown_extension_is_reported_before_any_work(files, run):
@@ -362,6 +445,69 @@ def test_a_photo_is_first_turned_upright(files, run):
     assert (opened("out.png")[KNOWN] == upright[KNOWN]).all()
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_like_the_photos_of_a_build(files, run, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = photo_files.file(photo(40, 50), "PNG", exif=exif)
+    (files / "turned.png").write_bytes(data)
+    upright = decode_rgb(data, Limits(10_000)).rgb
+    Image.new("L", (upright.shape[1], upright.shape[0])).save("black.png")
+    run("turned.png", "black.png", "-o", "out.png")
+    assert (opened("out.png") == upright).all()
+    assert "exif" not in Image.open("out.png").info  # it would turn the result again
+
+
+def odd_photos(folder):
+    """Write photos that made Pillow raise errors of many kinds; return the names of sound ones."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x9999] = "x"  # a tag that Pillow reads and cannot write again
+    odd = exif.tobytes().replace(b"\x99\x99\x02\0", b"\x99\x99\xff\0")
+    Image.fromarray(photo(50, 40)).save(folder / "odd-tags.jpg", exif=odd)
+    Image.fromarray(photo(50, 40)).save(folder / "broken-tags.jpg", exif=b"Exif\0\0MM\0*\xff\xff")
+    avif = photo_files.file(photo(), "AVIF")
+    (folder / "damaged.avif").write_bytes(avif[:60] + bytes(30) + avif[90:])
+    (folder / "short.avif").write_bytes(avif[:-40])
+    (folder / "texture.png").write_bytes(other_formats.FILES["DDS"])
+    Image.fromarray(photo()).convert("CMYK").save(folder / "ink.jpg")
+    Image.fromarray(photo()).convert("LAB").save(folder / "lab.tif")
+    Image.fromarray(photo()[..., 0].astype(np.float32)).save(folder / "float.tif")
+
+
+def test_no_odd_photo_ends_the_work_on_a_folder(folders, run):
+    odd_photos(folders / "photos")
+    count = len(list((folders / "photos").iterdir()))
+    status, result, err = run("photos", "mask.png", "-o", "out")
+    assert status == 1
+    assert {"a.jpg", "b.png", "c.webp"} <= {
+        each["image"].partition("/")[2] for each in result["pictures"]
+    }
+    assert len(result["pictures"]) + len(result["failed"]) == count
+    assert "internal error" not in err
+    assert all("photos/" in each["error"] for each in result["failed"])
+
+
+@pytest.mark.parametrize("error", [SystemError("x"), struct.error("y"), MemoryError(), KeyError(3)])
+def test_any_error_of_one_photo_is_that_photos_failure(folders, run, monkeypatch, error):
+    original = inpaint_files.fill_image
+
+    def fails_for_b(generator, image, mask, tile, name, *rest, **options):
+        if name.endswith("b.png"):
+            raise error
+        return original(generator, image, mask, tile, name, *rest, **options)
+
+    monkeypatch.setattr(inpaint_files, "fill_image", fails_for_b)
+    status, result, err = run("photos", "mask.png", "-o", "out")
+    assert (status, len(result["pictures"])) == (1, 2)
+    (failed,) = result["failed"]
+    assert failed["image"] == "photos/b.png"
+    assert f"cannot be filled ({type(error).__name__}" in failed["error"]
+    status, result, err = run("photos/b.png", "mask.png", "-o", "out.png")
+    assert (status, "photos/b.png cannot be filled" in result["error"]) == (1, True)
+    assert "internal error" not in err
+
+
 def test_a_colour_profile_is_kept(files, run):
     Image.fromarray(photo()).save("profiled.png", icc_profile=b"a profile")
     run("profiled.png", "mask.png", "-o", "out.png")
@@ -371,5 +517,5 @@ def test_a_colour_profile_is_kept(files, run):
 def test_a_recursive_glob_uses_only_files(folders):
     (folders / "photos/deep").mkdir()
     (folders / "photos/a.jpg").rename(folders / "photos/deep/a.jpg")
-    jobs = plan_jobs("photos/**", "masks", "out")
+    jobs = plan_jobs("photos/**", "masks", "out").jobs
     assert [name for name, _ in names(jobs)] == ["b.png", "c.webp", "a.jpg"]

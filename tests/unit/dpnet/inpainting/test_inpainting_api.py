@@ -252,7 +252,9 @@ def test_in_a_batch_an_image_without_a_hole_is_unchanged(generator):
 def test_in_a_grey_mask_the_hole_begins_at_half_of_white_and_a_warning_says_so(
     generator, expected, white, half
 ):
-    grey = np.where(HOLE, 0.51 * white, 0.49 * white)
+    grey = np.where(HOLE, white, 0.0)
+    grey[9:11, 5:8] = 0.49 * white
+    grey[10, 5:8] = 0.51 * white
     mask = grey.astype(np.uint8 if white == 255 else np.float32)
     with pytest.warns(UserWarning, match=half) as caught:
         assert (dpnet.inpaint(photo(), mask, generator) == expected).all()
@@ -310,7 +312,9 @@ BAD_MASKS = {
     "white everywhere": np.ones_like(HOLE),
     "the mask has values of type <U1": HOLE.astype("U1"),
     "the mask is a NoneType": None,
-    "the mask is an image of mode F": Image.new("F", (50, 40)),
+    "mostly grey .* not exchanged": photo(),
+    "the mask cannot be used: it is mostly grey": Image.fromarray(photo()),
+    "pixels that are not numbers": Image.fromarray(np.full((40, 50), np.nan, np.float32)),
 }
 
 
