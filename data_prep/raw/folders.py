@@ -16,7 +16,7 @@ from data_prep.raw.layouts import IGNORED, apply_layout, are_samples
 from data_prep.raw.links import settle_links
 from data_prep.raw.listing import Item, Listing, collect
 from data_prep.raw.local_files import LocalFiles
-from data_prep.raw.members import LEADS_OUT, Member, leads_out
+from data_prep.raw.members import LEADS_OUT, Member, bounded, leads_out
 from data_prep.raw.s3_files import S3Files
 from data_prep.raw.tables import NoImagesError, Table
 from data_prep.raw.tars import Tar
@@ -125,7 +125,8 @@ class Folder:
                 yield Item(it.key, it.size, it.fingerprint, "", number, it.offset, it.block), ""
             return
         try:
-            for name, size, offset, block, problem in self.open(file.key).members():
+            members = bounded(self.open(file.key).members(), file.size)
+            for name, size, offset, block, problem in members:
                 # A fingerprint of 0 makes the next listing open the container again.
                 mark = 0 if problem else file.fingerprint
                 item = Item(prefix + names.add(name), size, mark, "", number, offset, block)
@@ -198,7 +199,7 @@ class FolderReader:
             held = self._held.get(key)
             if held is None:
                 blob = self._source.files.blob(key)
-                held = _Held(_open(blob, are_samples(self._source.layout)), blob.fingerprint)
+                held = _Held(_open(blob, are_samples(self._source.layout)), blob)
                 self._held[key] = held
             self._held.move_to_end(key)
             # A container that another thread still reads stays open until that thread is done.
@@ -212,8 +213,8 @@ class FolderReader:
 class _Held:
     """An open container, with the places of its members after the first search by name."""
 
-    def __init__(self, container: Container, fingerprint: int) -> None:
-        self.container, self.fingerprint = container, fingerprint
+    def __init__(self, container: Container, blob: Blob) -> None:
+        self.container, self.fingerprint, self._size = container, blob.fingerprint, blob.size
         self.weight = container.weight
         self._lock = threading.Lock()
         # By hash of the name, because names take more memory.
@@ -225,7 +226,7 @@ class _Held:
             if self._places is None:
                 places, names = {}, _Unique()
                 try:
-                    for member in self.container.members():
+                    for member in bounded(self.container.members(), self._size):
                         places[hash(names.add(member.name))] = (member.offset, member.size)
                 except ItemError:  # the members before the damage can be read
                     pass
@@ -245,16 +246,21 @@ class _Unique:
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
+        self._last: dict[int, int] = {}  # the last number given to a repeated name
 
     def __bool__(self) -> bool:
         return bool(self._seen)
 
     def add(self, name: str) -> str:
         """Return the name, made unique."""
-        unique, count = name, 1
-        while hash(unique) in self._seen:
+        mark = hash(name)
+        if mark not in self._seen:
+            self._seen.add(mark)
+            return name
+        count = self._last.get(mark, 1) + 1
+        while hash(unique := _numbered(name, count)) in self._seen:
             count += 1
-            unique = _numbered(name, count)
+        self._last[mark] = count
         self._seen.add(hash(unique))
         return unique
 

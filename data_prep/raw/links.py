@@ -14,14 +14,14 @@ from data_prep.pictures.formats import is_picture_name
 from data_prep.raw.files import escape, is_hidden
 from data_prep.raw.layouts import IGNORED
 from data_prep.raw.listing import Listing
-from data_prep.raw.members import Member, member_of
+from data_prep.raw.members import LONGEST_NAME, Member, member_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 LINK = f"{IGNORED}a link to "  # starts the problem of a link whose member is an item itself
-LONGEST_TARGET = 1 << 16  # bytes
+LONGEST_TARGET = LONGEST_NAME  # bytes
 _MOST_STEPS = 40  # from a link to a link, as on Linux
 
 

@@ -12,12 +12,12 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import unquote, urlsplit
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
@@ -38,6 +38,8 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
 _LOOKED_UP = 4096  # lines per batch
+LONGEST_ENTRY = 1 << 20  # characters of a line, or of a row of CSV with several lines
+LONGEST_PATH = 4096  # characters; no system has longer ones
 _REQUESTS = 16  # at the same time, to a server
 
 
@@ -137,7 +139,8 @@ class _Places:
                 split = _SPLITS[line.split.strip().lower()]
             except KeyError:
                 raise self._error(
-                    line.number, f"the split {line.split!r} is unknown. Write train, val or test"
+                    line.number,
+                    f"the split {line.split[:40]!r} is unknown. Write train, val or test",
                 ) from None
             except ValueError as error:
                 raise self._error(line.number, str(error)) from None
@@ -155,7 +158,7 @@ class _Places:
             where = self._files.where(self._name)
             raise PipelineError(f"{where} does not exist. Correct the path.") from None
         with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
-            lines = _READERS[self._name.rpartition(".")[2].lower()](text)
+            lines = _READERS[self._name.rpartition(".")[2].lower()](_Entries(text))
             for line in lines:
                 if isinstance(line, str):
                     raise ConfigError(f"{self._files.where(self._name)}: {line}. Correct the list.")
@@ -163,6 +166,8 @@ class _Places:
 
     def _key(self, written: str) -> str:
         """Return the key of a path. Raises ValueError with a reason if it is not a file's path."""
+        if len(written) > LONGEST_PATH:
+            raise ValueError(f"a path has more than {LONGEST_PATH} characters")
         if "\0" in written:
             raise ValueError("a path has a null character, so this is not a text file")
         try:
@@ -225,24 +230,61 @@ class _Places:
         return ConfigError(f"line {number} of {self._files.where(self._name)}: {reason}.")
 
 
-def _text_lines(text: Iterable[str]) -> Iterator[_Line | str]:
-    for number, line in enumerate(text, 1):
+class _Entries:
+    """The lines of a list. `left` characters may follow in this entry; a reader sets it again.
+
+    A list may come from strangers, and a line without an end would fill the memory.
+    """
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+        self.left = LONGEST_ENTRY
+        self.is_too_long = False
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the lines up to the first entry that is too long."""
+        while line := self._text.readline(self.left + 1):
+            self.left -= len(line)
+            if self.left < 0:
+                self.is_too_long = True
+                return
+            yield line
+
+    def begin(self) -> None:
+        """Begin the next entry."""
+        self.left = LONGEST_ENTRY
+
+
+def _too_long(number: int) -> str:
+    return f"line {number} is longer than {LONGEST_ENTRY} characters, so this is not a list"
+
+
+def _text_lines(entries: _Entries) -> Iterator[_Line | str]:
+    number = 0
+    for number, line in enumerate(entries, 1):
+        entries.begin()
         path = line.removesuffix("\n").removesuffix("\r")
         if path:
             yield _Line(number, path, "")
+    if entries.is_too_long:
+        yield _too_long(number + 1)
 
 
-def _csv_lines(text: Iterable[str]) -> Iterator[_Line | str]:
+def _csv_lines(entries: _Entries) -> Iterator[_Line | str]:
     """Yield the rows, or a message if they cannot be read."""
-    rows = csv.reader(text)
+    rows = csv.reader(entries)
     try:
         names = [name.strip().lower() for name in next(rows, [])]
         path_at = next((names.index(name) for name in _PATHS if name in names), -1)
         split_at = next((names.index(name) for name in _SPLIT if name in names), -1)
-        if path_at < 0:
+        if path_at < 0 and not entries.is_too_long:
             yield f"its first line has no column {', '.join(_PATHS[:-1])} or {_PATHS[-1]}"
             return
+        entries.begin()
         for row in rows:
+            entries.begin()
+            if entries.is_too_long:
+                break  # this row is not whole
             if row:
                 path, split = (row[at] if 0 <= at < len(row) else "" for at in (path_at, split_at))
                 if not path:
@@ -251,15 +293,20 @@ def _csv_lines(text: Iterable[str]) -> Iterator[_Line | str]:
                 yield _Line(rows.line_num, path, split)
     except csv.Error as error:
         yield f"line {rows.line_num} is not CSV ({error})"
+        return
+    if entries.is_too_long:
+        yield _too_long(rows.line_num + 1)
 
 
-def _json_lines(text: Iterable[str]) -> Iterator[_Line | str]:
+def _json_lines(entries: _Entries) -> Iterator[_Line | str]:
     """Yield the objects, or a message if they cannot be read."""
-    for number, line in enumerate(text, 1):
+    number = 0
+    for number, line in enumerate(entries, 1):
+        entries.begin()
         if line.strip():
             try:
                 row: Any = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 yield f"line {number} is not a JSON object"
@@ -271,6 +318,8 @@ def _json_lines(text: Iterable[str]) -> Iterator[_Line | str]:
             yield _Line(
                 number, path, str(next((row[name] for name in _SPLIT if row.get(name)), ""))
             )
+    if entries.is_too_long:
+        yield _too_long(number + 1)
 
 
 _READERS = {"txt": _text_lines, "csv": _csv_lines, "jsonl": _json_lines}

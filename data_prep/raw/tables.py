@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, escape, too_large
-from data_prep.raw.members import Member
+from data_prep.raw.listing import ROWS
+from data_prep.raw.members import LONGEST_NAMES, Member, most_members, too_many
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,6 +20,7 @@ _KEYS = ("key", "__key__", "id", "path", "filename", "file_name")
 _HELD = 48 << 20  # bytes; a smaller row group is read whole
 _BATCH = 16  # rows read at the same time from a larger row group
 _BUFFER = 1 << 20  # bytes; without a buffer, the whole column of a row group is read
+_LARGEST_GROWTH = 100  # times that a row group may grow when it is decompressed; photos grow little
 
 
 class NoImagesError(ItemError):
@@ -38,11 +40,17 @@ class Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        options: Any = {"buffer_size": _BUFFER, "pre_buffer": False}
         try:
-            self._file = pq.ParquetFile(blob.open(), buffer_size=_BUFFER, pre_buffer=False)
+            self._file = pq.ParquetFile(blob.open(), **options)
             schema = self._file.schema_arrow
         except (pa.ArrowException, OSError) as error:
             raise ItemError("it is not a Parquet table, or it is cut off") from error
+        facts = self._file.metadata
+        counts = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
+        self._starts = list(accumulate(counts, initial=0))  # the first row of each group, the end
+        if self._starts[-1] > most_members(blob.size):
+            raise too_many(self._starts[-1], blob.size)
         column = _image_column(schema)
         self._is_struct = pa.types.is_struct(schema.field(column).type)
         self._leaf = f"{column}.bytes" if self._is_struct else column
@@ -53,11 +61,13 @@ class Table:
             for field in schema
             if field.name.lower() == name and field.name != column
         ]
-        facts = self._file.metadata
-        counts = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
-        self._starts = list(
-            accumulate(counts, initial=0)
-        )  # the first row of each group, and the end
+        # A value that comes again is stored once. This file keeps it once in memory, too.
+        self._shared = pq.ParquetFile(
+            blob.open(), metadata=facts, read_dictionary=[self._leaf, *self._keys], **options
+        )
+        self._size = blob.size
+        columns = self._file.schema
+        self._columns = {columns.column(n).path: n for n in range(len(columns))}
         self._lock = Lock()
         self._group = -1  # the current row group
         self._rows: Any = None  # some rows of it
@@ -86,6 +96,8 @@ class Table:
                 raise ItemError("its part of the table is broken") from error
         if self._is_struct and value.is_valid:
             value = value["bytes"]
+        if isinstance(value, pa.DictionaryScalar) and value.is_valid:
+            value = value.value
         data = value.as_buffer() if value.is_valid else None
         if data is None or data.size == 0:
             raise ItemError("its row has no image")
@@ -106,19 +118,43 @@ class Table:
     def _enter(self, row: int) -> None:
         """Start to read the row group of the row."""
         group = next(n for n, end in enumerate(self._starts[1:]) if row < end)
-        facts = self._file.metadata.row_group(group)
-        chunks = (facts.column(n) for n in range(facts.num_columns))
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == self._leaf)
-        self._rows = None
-        if size <= _HELD:
-            self._batches = iter(())
-            self._rows = self._file.read_row_group(group, columns=[self._leaf]).column(0)
-        else:
-            self._batches = self._file.iter_batches(
-                _BATCH, row_groups=[group], columns=[self._leaf]
+        self._group, self._rows = -1, None
+        size, packed = self._sizes(group, self._leaf)
+        if size > _HELD and size > _LARGEST_GROWTH * packed:
+            raise ItemError(
+                f"its part of the table grows from {packed} to {size} bytes, more than"
+                f" {_LARGEST_GROWTH} times, so it cannot be photos"
             )
+        file, rows = self._reading(group, self._leaf)
+        if size <= _HELD and rows == ROWS:
+            self._batches = iter(())
+            self._rows = file.read_row_group(group, columns=[self._leaf]).column(0)
+        else:
+            rows = min(rows, _BATCH)
+            self._batches = file.iter_batches(rows, row_groups=[group], columns=[self._leaf])
             self._rows = next(self._batches).column(0)
         self._group, self._first = group, self._starts[group]
+
+    def _chunk(self, group: int, leaf: str) -> Any:
+        """Return what the file says about a column in a row group; None if there is none."""
+        number = self._columns.get(leaf)
+        return None if number is None else self._file.metadata.row_group(group).column(number)
+
+    def _sizes(self, group: int, leaf: str) -> tuple[int, int]:
+        """Return the bytes of a column in a row group, and the bytes that it has in the file."""
+        chunk = self._chunk(group, leaf)
+        return (chunk.total_uncompressed_size, chunk.total_compressed_size) if chunk else (0, 0)
+
+    def _reading(self, group: int, leaf: str) -> tuple[Any, int]:
+        """Return the file that reads a column in a row group, and how many rows fit in memory."""
+        chunk = self._chunk(group, leaf)
+        encodings = chunk.encodings if chunk else ()
+        if "DELTA_BYTE_ARRAY" in encodings:
+            # Each value can be nearly as long as all stored bytes: it repeats the one before.
+            rows = _HELD // 4 // max(chunk.total_uncompressed_size, 1)
+            return self._file, max(1, min(rows, ROWS))
+        is_shared = any("DICTIONARY" in encoding for encoding in encodings)
+        return (self._shared if is_shared else self._file), ROWS
 
     def _names(self) -> Iterator[str] | None:
         """Return the rows' names in order, from the first column with a unique text per row."""
@@ -127,22 +163,45 @@ class Table:
 
         for leaf in self._keys:
             try:
-                table = self._file.read(columns=[leaf])
+                names = self._texts(leaf)
             except (pa.ArrowException, OSError):
                 continue
-            if not table.num_columns:
+            if names is None:
                 continue
-            column = table.column(0)
-            if pa.types.is_struct(column.type):
-                column = pc.struct_field(column, "path")
-            kind = column.type
-            if not (_is_text(kind) or pa.types.is_integer(kind)):
-                continue
-            names = pc.utf8_ltrim(pc.cast(column, pa.large_string()), "/")
             unique = pc.count_distinct(names, mode="all").as_py() == len(names)
             if names.null_count == 0 and unique and not pc.any(pc.equal(names, "")).as_py():
                 return (escape(name) for chunk in names.chunks for name in chunk.to_pylist())
         return None
+
+    def _texts(self, leaf: str) -> pa.ChunkedArray | None:
+        """Return a column of texts or numbers as texts; None for another or a too long one."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found, left = [], LONGEST_NAMES + self._size  # bytes; photos need more than their names
+        for group in range(len(self._starts) - 1):
+            if self._sizes(group, leaf)[0] > left:
+                return None
+            file, rows = self._reading(group, leaf)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[leaf]):
+                if not batch.num_columns:
+                    return None
+                column = batch.column(0)
+                if pa.types.is_struct(column.type):
+                    column = pc.struct_field(column, "path")
+                if pa.types.is_dictionary(column.type):
+                    lengths = pc.binary_length(column.dictionary).take(column.indices)
+                    if (pc.sum(lengths).as_py() or 0) > left:
+                        return None
+                    column = column.dictionary_decode()
+                if not (_is_text(column.type) or pa.types.is_integer(column.type)):
+                    return None
+                names = pc.utf8_ltrim(pc.cast(column, pa.large_string()), "/")
+                left -= pc.sum(pc.binary_length(names)).as_py() or 0
+                if left < 0:
+                    return None
+                found.append(names)
+        return pa.chunked_array(found, pa.large_string())
 
 
 def _image_column(schema: pa.Schema) -> str:

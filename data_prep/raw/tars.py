@@ -22,7 +22,7 @@ from data_prep.pictures.formats import is_picture_name
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.layouts import IGNORED
 from data_prep.raw.links import Link, Stored, linked_members
-from data_prep.raw.members import Member, member_of
+from data_prep.raw.members import Bounds, Member, checked_name, member_of
 from data_prep.raw.samples import images_of, stem_of
 
 _LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is damage or an attack
@@ -78,8 +78,9 @@ class Tar:
         return data
 
     def _files(self) -> Iterator[Member]:
+        bounds = Bounds(self._blob.size)
         if self._unpacked is not None:
-            yield from _tar_files(self._unpacked.read_at, self._unpacked.reaches)
+            yield from _tar_files(self._unpacked.read_at, self._unpacked.reaches, bounds)
             return
         with self._blob.open() as file:
 
@@ -87,10 +88,10 @@ class Tar:
                 file.seek(offset)
                 return file.read(size)
 
-            yield from _tar_files(read_at, lambda end: end <= self._blob.size)
+            yield from _tar_files(read_at, lambda end: end <= self._blob.size, bounds)
 
 
-def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Member]:
+def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool], bounds: Bounds) -> Iterator[Member]:
     """Yield every file that is not hidden.
 
     The links come last, and then the error that ended the archive early, if any.
@@ -100,7 +101,7 @@ def _tar_files(read_at: ReadAt, reaches: Callable[[int], bool]) -> Iterator[Memb
     links: list[Link] = []
     fault = None
     try:
-        yield from _plain_files(read_at, reaches, links)
+        yield from _plain_files(read_at, reaches, bounds, links)
     except ItemError as error:
         fault = error
     if links:
@@ -120,10 +121,11 @@ def _stored_files(read_at: ReadAt) -> Iterator[Stored]:
 
 
 def _plain_files(
-    read_at: ReadAt, reaches: Callable[[int], bool], links: list[Link]
+    read_at: ReadAt, reaches: Callable[[int], bool], bounds: Bounds, links: list[Link]
 ) -> Iterator[Member]:
     """Yield every file that is not hidden, and add the links to `links`."""
     for entry in _entries(read_at):
+        bounds.add(entry.name, entry.link.target if entry.link else "")
         if entry.link is not None:
             links.append(entry.link)
         if not entry.is_file:
@@ -186,7 +188,9 @@ def _entries(read_at: ReadAt) -> Iterator[_Entry]:
             at += padded(header.size)
             continue
         name, target = (
-            longer[field].decode("utf-8", "surrogateescape") if field in longer else plain
+            checked_name(
+                longer[field].decode("utf-8", "surrogateescape") if field in longer else plain
+            )
             for field, plain in (("path", header.name), ("linkpath", header.linkname))
         )
         size = _number(longer["size"]) if "size" in longer else header.size
@@ -272,13 +276,20 @@ def _number(digits: bytes) -> int:
 
 
 def _pax(data: bytes) -> dict[str, bytes]:
-    """Return the records `length key=value` of an extended header."""
+    """Return the records `length key=value` of an extended header that are used.
+
+    Others are left out, because any number of extended headers may follow each other.
+    """
     found, at = {}, 0
     while record := re.compile(rb"(\d{1,7}) ([^=]+)=").match(data, at):
         end = at + int(record[1])
         if end <= record.end() or end > len(data):
             break
-        found[record[2].decode("utf-8", "replace")] = data[record.end() : end - 1]
+        key = record[2].decode("utf-8", "replace")
+        if key in ("path", "linkpath", "size"):
+            found[key] = data[record.end() : end - 1]
+        elif "GNU.sparse" in key:
+            found["GNU.sparse"] = b""
         at = end
     return found
 

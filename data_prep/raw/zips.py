@@ -15,13 +15,14 @@ from typing import NamedTuple
 from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.links import LONGEST_TARGET, Link, Stored, linked_members
-from data_prep.raw.members import Member, member_of
+from data_prep.raw.members import Bounds, Member, checked_name, member_of
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _HEADER = struct.Struct("<4s5H3L2H")
 _LONGEST_DIRECTORY = 1 << 30  # bytes, about ten million members
+_PART = 8 << 20  # bytes of a directory that are read at a time
 _SLACK = 256  # bytes; most extra fields are shorter, so one read fetches header and data
 _ENCRYPTED, _UTF8 = 1, 0x800
 
@@ -37,10 +38,11 @@ class Zip:
 
     def members(self) -> Iterator[Member]:
         """Yield every member, the links last."""
-        links: list[Link] = []
+        links, bounds = list[Link](), Bounds(self._blob.size)
         for at, entry in self._entries():
             if entry.is_link:
                 links.append(Link(entry.name, self._target(entry)))
+                bounds.add(*links[-1][:2])
             elif (member := member_of(entry.name, entry.size, at)) is not None:
                 yield member
         if links:
@@ -111,7 +113,7 @@ class Zip:
         is_link = made_by >> 8 in (3, 19) and mode & 0xF000 == 0xA000  # made on Unix or on a Mac
         header += next(shift for end, shift in self._shifts if at < end)
         return _Entry(
-            _decoded(name, flags), size, stored, header, method, flags, crc, is_link,
+            checked_name(_decoded(name, flags)), size, stored, header, method, flags, crc, is_link,
             extra_end + fields[12],
         )  # fmt: skip
 
@@ -138,11 +140,8 @@ def _read_directories(blob: Blob) -> tuple[bytes, list[tuple[int, int]]]:
     whole, shifts = b"", list[tuple[int, int]]()
     while True:
         if len(whole) + size > _LONGEST_DIRECTORY:
-            raise ItemError("its directory is too long")
-        directory = blob.read_at(start, size)
-        if len(directory) < size:
-            raise ItemError("it is cut off")
-        whole += directory
+            raise ItemError(f"its directory is longer than {_LONGEST_DIRECTORY} bytes")
+        whole += _read_directory(blob, start, size)
         shifts.append((len(whole), shift))
         before = shift
         if before < _END.size:
@@ -153,6 +152,21 @@ def _read_directories(blob: Blob) -> tuple[bytes, list[tuple[int, int]]]:
             return whole, shifts
         if not size or blob.read_at(start, 4) != b"PK\1\2":
             return whole, shifts
+
+
+def _read_directory(blob: Blob, start: int, size: int) -> bytes:
+    """Return a directory. A large one is checked part by part: it may be a hole in the file."""
+    if start + size > blob.size:
+        raise ItemError("it is cut off")
+    parts, at = [], 0
+    while at < size:
+        parts.append(blob.read_at(start + at, min(_PART, size - at)))
+        if len(parts[-1]) < min(_PART, size - at):
+            raise ItemError("it is cut off")
+        at += len(parts[-1])
+        if at < size and b"PK\1\2" not in parts[-1]:
+            raise ItemError("its directory is broken")
+    return b"".join(parts)
 
 
 def _find_directory(blob: Blob, stop: int) -> tuple[int, int, int]:

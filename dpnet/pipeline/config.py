@@ -94,6 +94,7 @@ class CheckedConfig:
     resolved: Config
 
 
+_LONGEST = 1 << 20  # characters of a file
 _SECTIONS = (
     "images", "masks", "model", "losses", "train", "launch", "evaluate", "register", "cost",
 )  # fmt: skip
@@ -218,13 +219,17 @@ def _text_of(name_or_path: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text: give a YAML file.") from None
     except FileNotFoundError:
         raise
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}): check the file.") from None
+    if len(text) > _LONGEST:
+        raise ConfigError(f"{path} has more than {_LONGEST} characters: give a YAML file.")
+    return text
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

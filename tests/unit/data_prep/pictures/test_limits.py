@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from memory import growth
 from photo_files import (
     FORMATS,
     NOISE,
@@ -151,3 +152,25 @@ def test_a_large_photo_with_alpha_needs_no_second_copy_in_memory(tmp_path: Path)
         check=True,
     )
     assert int(done.stdout) * 1024 < 1.6 * 4 * side * side  # the RGBA pixels need 1
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
+def test_compressed_texts_and_profiles_of_a_png_take_little_memory(
+    kind: bytes, tmp_path: Path
+) -> None:
+    packed = zlib.compress(bytes(300 << 20), 1)
+    before = {b"iCCP": b"p\0\0", b"zTXt": b"t\0\0", b"iTXt": b"t\0\1\0\0\0"}[kind]
+    whole = file(np.zeros((64, 64, 3), np.uint8), "PNG")
+    at = whole.index(b"IDAT") - 4
+    path = tmp_path / "a.png"
+    path.write_bytes(whole[:at] + png_chunk(kind, before + packed) + whole[at:])
+    megabytes, printed = growth(
+        "from data_prep.core.errors import ItemError\n"
+        "from data_prep.pictures.cutting import Cutting\n"
+        "from data_prep.pictures.prepare import prepare\n"
+        f"data = open({str(path)!r}, 'rb').read()",
+        "try:\n    print(len(prepare(data, Cutting(size=32), 'key').pieces))\n"
+        "except ItemError as error:\n    print(error)",
+    )
+    assert printed == "1" or "broken" in printed
+    assert megabytes < 200

@@ -210,3 +210,11 @@ def test_the_error_without_a_root_says_how_to_give_one(monkeypatch: pytest.Monke
     monkeypatch.delenv("DPNET_ROOT", raising=False)
     with pytest.raises(ConfigError, match="--root DIR, DPNET_ROOT or the config"):
         resolve_root(None, load_config("places2"))
+
+
+def test_an_endless_file_is_refused(written) -> None:  # type: ignore[no-untyped-def]
+    assert message(written("#" * ((1 << 20) + 1))).endswith(
+        "has more than 1048576 characters: give a YAML file."
+    )
+    if Path("/dev/zero").exists():
+        assert message("/dev/zero").endswith("has more than 1048576 characters: give a YAML file.")
