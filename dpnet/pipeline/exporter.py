@@ -106,7 +106,11 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 def serve(
-    store: Store, port: int = 0, host: str = HOST, password: str = ""
+    store: Store,
+    port: int = 0,
+    host: str = HOST,
+    password: str = "",
+    listener: socket.socket | None = None,
 ) -> tuple[WSGIServer, int]:
     """Start an HTTP server that answers requests in threads.
 
@@ -115,6 +119,7 @@ def serve(
         port: The port to listen on, 0 to 65535; 0 means any free port.
         host: The address to listen on.
         password: `user:password` that every request needs; empty for none.
+        listener: A socket that listens already. It replaces the port. The server closes it.
 
     Returns:
         The server, which the caller shuts down, and its port.
@@ -124,20 +129,36 @@ def serve(
     """
     registry = CollectorRegistry()
     registry.register(RootCollector(store))
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        kind = type("_Server", (ThreadingWSGIServer,), {"address_family": family})
-        server = kind((host, port), _QuietHandler)
-    except (OSError, OverflowError) as error:
-        raise PipelineError(
-            f"the exporter cannot listen on {host}:{port}: {error}. Choose another --port, or 0 for"
-            " any free port."
-        ) from None
+    server = _Server(listener or _listen(host, port))
     names = () if is_loopback(host) else (host, socket.gethostname(), socket.getfqdn())
     app = _with_reports(store, make_wsgi_app(registry))
     server.set_app(_guarded(app, own_host(server.server_port, names), password))
     threading.Thread(target=server.serve_forever, name="dpnet-exporter", daemon=True).start()
     return server, server.server_port
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address. Raises PipelineError if it cannot be used."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise PipelineError(
+            f"the exporter cannot listen on {host}:{port}: {error}. Choose another --port, or 0 for"
+            " any free port."
+        ) from None
+
+
+class _Server(ThreadingWSGIServer):
+    """A WSGI server on a socket that listens already."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        host, port = listener.getsockname()[:2]
+        super().__init__((host, port), _QuietHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.server_name, self.server_port = host, port
+        self.setup_environ()
 
 
 def _guarded(app: Any, is_own: Callable[[str], bool], password: str) -> Any:
@@ -225,13 +246,16 @@ def main(arguments: list[str] | None = None) -> int:
         help="port to listen on, 0 for any free port (default: %(default)s)",
     )
     parser.add_argument("--host", default=HOST, help="address to listen on (default: %(default)s)")
+    # `dpnet up` opens the socket itself, so that no other program can take its port.
+    parser.add_argument("--listener", type=int, metavar="FD", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     ended = threading.Event()
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda number, frame: ended.set())
     try:
         password = os.environ.pop(REPORTS_PASSWORD, "")
-        server, port = serve(open_store(args.root), args.port, args.host, password)
+        given = None if args.listener is None else socket.socket(fileno=args.listener)
+        server, port = serve(open_store(args.root), args.port, args.host, password, given)
     except PipelineError as error:
         print(f"dpnet: {error}", file=sys.stderr, flush=True)
         return 1

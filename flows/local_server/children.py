@@ -202,9 +202,11 @@ def _accepts_jobs(url: str, token_file: Path) -> bool:
     return False
 
 
-def exporter(setup: LocalSetup, port: int) -> Child:
-    """Return the exporter of the root's metrics and reports."""
-    command = [sys.executable, "-m", "dpnet.exporter", setup.root, "--port", str(port)]
+def exporter(setup: LocalSetup, listener: socket.socket) -> Child:
+    """Return the exporter of the root's metrics and reports, which listens on `listener`."""
+    command = [sys.executable, "-m", "dpnet.exporter", setup.root]
+    command += ["--listener", str(listener.fileno())]
+    port = listener.getsockname()[1]
     return Child(
         "the exporter",
         setup.home / "exporter.log",
@@ -212,6 +214,8 @@ def exporter(setup: LocalSetup, port: int) -> Child:
         {**setup.clean_environ("MLFLOW_"), REPORTS_PASSWORD: setup.password},
         lambda: answers(f"{address(port)}/metrics", setup.password),
         4.0,
+        (listener.fileno(),),
+        private=True,
     )
 
 

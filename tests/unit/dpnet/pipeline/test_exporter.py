@@ -241,6 +241,20 @@ def test_the_command_prints_its_address_and_ends_on_sigterm(store):
             process.kill()
 
 
+def test_the_command_serves_on_a_socket_that_it_inherits(store):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.fileno()
+        command = [sys.executable, "-m", "dpnet.exporter", str(store.folder)]
+        command += ["--listener", str(number)]
+        with subprocess.Popen(command, pass_fds=[number], stdout=subprocess.PIPE) as process:
+            try:
+                # The socket takes the request before the command is ready.
+                status, text = answer_of(listener.getsockname()[1])
+                assert (status, "dpnet_up 1.0" in text) == (200, True)
+            finally:
+                process.kill()
+
+
 def test_the_command_refuses_a_wrong_root_in_one_line(capsys):
     assert exporter.main(["ftp://here"]) == 1
     assert "addresses cannot be used" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_each_process_gets_only_the_secrets_that_it_needs_and_none_as_an_argumen
 ) -> None:
     with listen(None) as listener:
         mlflow = children.mlflow(setup, tmp_path / "mlflow.db", "file:///a", listener)
-    exporter = children.exporter(setup, 9808)
+        exporter = children.exporter(setup, listener)
     start = RayStart(tmp_path)
     start.token_file.write_text("ray-secret")
     ray = children.ray_head(setup, 1, 2, start)
@@ -121,6 +121,20 @@ def test_each_process_gets_only_the_secrets_that_it_needs_and_none_as_an_argumen
 def test_the_password_may_also_be_the_servers_own_setting(tmp_path: Path) -> None:
     setup = LocalSetup("/r", tmp_path, {"PREFECT_SERVER_API_AUTH_STRING": "admin:secret1"})
     assert setup.password == "admin:secret1"
+
+
+def test_no_port_is_chosen_before_it_is_opened(setup: LocalSetup, tmp_path: Path) -> None:
+    with listen(None) as listener:
+        started = (
+            children.server(setup, listener),
+            children.mlflow(setup, tmp_path / "mlflow.db", "file:///a", listener),
+            children.exporter(setup, listener),
+        )
+        for child in started:
+            assert child.inherited_fds == (listener.fileno(),)
+            assert str(listener.fileno()) in child.command
+            assert not any(str(listener.getsockname()[1]) in word for word in child.command)
+            assert child.private
 
 
 def test_the_ui_gets_the_address_of_its_api(setup: LocalSetup) -> None:
