@@ -188,11 +188,11 @@ def _entries(read_at: ReadAt) -> Iterator[_Entry]:
             at += padded(header.size)
             continue
         name, target = (
-            checked_name(
-                longer[field].decode("utf-8", "surrogateescape") if field in longer else plain
-            )
+            longer[field].decode("utf-8", "surrogateescape") if field in longer else plain
             for field, plain in (("path", header.name), ("linkpath", header.linkname))
         )
+        checked_name(name)
+        checked_name(target)
         size = _number(longer["size"]) if "size" in longer else header.size
         is_sparse = header.type == tarfile.GNUTYPE_SPARSE or any("GNU.sparse" in k for k in longer)
         longer = {}
