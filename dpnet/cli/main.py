@@ -15,7 +15,8 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.environment import ALL, wrong_variable
+from data_prep.core.errors import ConfigError, PipelineError, storage_error
 from data_prep.core.logs import start_logging
 from data_prep.core.redact import redact
 from data_prep.core.text import printable
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dpnet: {_STOPPED}", file=sys.stderr, flush=True)
         return STOPPED
     try:
+        if wrong := wrong_variable(ALL):
+            raise ConfigError(wrong)
         result, text = function_of(args.command)(args)
         print(json.dumps(result) if args.json else printable(text, newlines=True), flush=True)
         return 0 if result["ok"] else 1

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
+from data_prep.core.storage.uri import normal_uri
 from data_prep.images.settings import ImagesSettings
 from data_prep.masks.settings import MasksSettings
 from dpnet.evaluation.settings import EvaluateSettings
@@ -179,7 +180,7 @@ def is_config(text: str) -> bool:
 
 def config_of_source(source: str, overrides: Iterable[str] = ()) -> Config:
     """Return a config with all defaults for the photos in `source`, named after the source."""
-    path = source if "://" in source else str(Path(source).expanduser().absolute())
+    path = normal_uri(source)
     stem = re.sub(r"\.(tar\.gz|[A-Za-z0-9]+)$", "", path.rstrip("/").rpartition("/")[2])
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("._-")[:60] or "photographs"
     values: dict[str, Any] = {"name": name, "images": {"source": path, "name": name}}
@@ -194,7 +195,7 @@ def resolve_root(root: str | None, config: Config) -> str:
             "no root is given, so there is no place to store results: use --root DIR, DPNET_ROOT or"
             " the config's `root`."
         )
-    return chosen if "://" in chosen else str(Path(chosen).expanduser().absolute())
+    return normal_uri(chosen)
 
 
 def _text_of(name_or_path: str) -> str:

@@ -29,6 +29,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
+from data_prep.core.environment import ALL, wrong_variable
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.logs import start_logging
 from data_prep.core.storage.open import open_store
@@ -253,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, lambda number, frame: ended.set())
     try:
+        if wrong := wrong_variable(ALL):
+            raise PipelineError(wrong)
         password = os.environ.pop(REPORTS_PASSWORD, "")
         given = None if args.listener is None else socket.socket(fileno=args.listener)
         server, port = serve(open_store(args.root), args.port, args.host, password, given)

@@ -7,6 +7,7 @@ threads, and hide whether a conditional write was sent twice.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from data_prep.core.environment import S3, wrong_variable
 from data_prep.core.errors import StorageError
 from data_prep.core.storage.s3_errors import (
     explain,
@@ -29,6 +31,12 @@ FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 20.0
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0  # between two pieces of an answer
+
+# Ends of addresses of servers that also know each bucket as a host.
+_CLOUDS = (
+    ".amazonaws.com", ".digitaloceanspaces.com", ".r2.cloudflarestorage.com", ".aliyuncs.com",
+    ".linodeobjects.com", ".backblazeb2.com", ".wasabisys.com",
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -66,7 +74,9 @@ class S3Requests:
         """Return boto3's client, which is made when it is first needed."""
         with self._lock:
             if self._client is None:
-                self._client = new_client(self.timeout)
+                client = new_client(self.timeout)
+                _check_endpoint(str(client.meta.endpoint_url), self.bucket)
+                self._client = client
             return self._client
 
     def send(self, where: str, attempt: Callable[[], _Result]) -> _Result:
@@ -114,11 +124,26 @@ class S3Requests:
         return f"{address.hostname}:{address.port}" if address.port else str(address.hostname)
 
 
+def _check_endpoint(endpoint: str, bucket: str) -> None:
+    """Raise StorageError if the server's address has the bucket in it: it would count twice."""
+    address = urlsplit(endpoint)
+    below = (address.hostname or "").removeprefix(f"{bucket.lower()}.")
+    of_cloud = re.match(r"s3[.-]|storage\.", below) or below.endswith(_CLOUDS)
+    in_host = below != address.hostname and of_cloud
+    if in_host or bucket in address.path.split("/"):
+        raise StorageError(
+            f"AWS_ENDPOINT_URL has the bucket {bucket!r} in it. Give only the server, such as"
+            " https://s3.example.com; the bucket is in the s3:// address."
+        )
+
+
 def new_client(timeout: float | None = None) -> Any:
     """Return a boto3 client. Raises StorageError if the AWS settings cannot be used.
 
     `timeout` limits the seconds of a request: half for the connection, half for the answer.
     """
+    if wrong := wrong_variable(S3):
+        raise StorageError(wrong)
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError

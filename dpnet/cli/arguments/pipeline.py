@@ -92,8 +92,8 @@ def add_notify(parsers: Parsers) -> None:
     parser.add_argument(
         "--event",
         metavar="FILE|-",
-        help="S3 notification (JSON; - is standard input); nothing is done if none of its objects"
-        " is in the config's source",
+        help="S3 notification (JSON; - is standard input), also as SNS, SQS or EventBridge wrap it;"
+        " nothing is done if none of its objects is in the config's source",
     )
     parser.add_argument(
         "--min-new",

@@ -76,9 +76,58 @@ def test_only_objects_in_the_source_concern_a_config() -> None:
     assert uris_below(uris, "s3://b/x.tar") == ["s3://b/x.tar"]
     assert uris_below(uris, "/data/photos") == []
 
+    assert uris_below(uris, "S3://b//photos/") == ["s3://b/photos/1.png"]
+    assert len(uris_below(uris, "s3://b")) == 3
+    assert uris_below(["s3://b//photos/1.png"], "s3://b/photos") == []  # another object
+
+
+TEST = '{"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}'
+
+
+def wrapped_by(how: str, text: str) -> str:
+    """Return a notification as a service of AWS passes it on."""
+    sns = {"Type": "Notification", "MessageId": "1", "TopicArn": "arn", "Message": text}
+    bodies = {
+        "S3": json.loads(text),
+        "SNS": sns,
+        "SNS to Lambda": {"Records": [{"EventSource": "aws:sns", "Sns": sns}]},
+        "SQS": {"Messages": [{"MessageId": "1", "Body": text}]},
+        "SQS, one message": {"MessageId": "1", "Body": text},
+        "SQS to Lambda": {"Records": [{"eventSource": "aws:sqs", "body": text}]},
+        "SNS to SQS": {"Messages": [{"Body": json.dumps(sns)}]},
+    }
+    return json.dumps(bodies[how])
+
+
+WRAPPERS = ["S3", "SNS", "SNS to Lambda", "SQS", "SQS, one message", "SQS to Lambda", "SNS to SQS"]
+
+
+@pytest.mark.parametrize("how", WRAPPERS)
+def test_a_notification_may_be_wrapped(how: str) -> None:
+    text = notification("bucket/my+photos/1.png", "bucket/2.png")
+    uris = ["s3://bucket/my photos/1.png", "s3://bucket/2.png"]
+    assert new_object_uris(wrapped_by(how, text)) == uris
+    assert new_object_uris(wrapped_by(how, TEST)) == []
+    with pytest.raises(PipelineError, match="not an S3 notification"):
+        new_object_uris(wrapped_by(how, '{"Records": [{"dynamodb": {}}]}'))
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        {"bucket": {"name": "b"}, "object": {"key": "a+b%20c.png", "size": 5}},
+        {"eventName": "PutObject", "requestParameters": {"bucketName": "b", "key": "a+b%20c.png"}},
+    ],
+)
+def test_the_keys_of_eventbridge_are_not_encoded(detail: dict[str, Any]) -> None:
+    event = {"version": "0", "source": "aws.s3", "detail-type": "Object Created", "detail": detail}
+    assert new_object_uris(json.dumps(event)) == ["s3://b/a+b%20c.png"]
+    by_sqs = json.dumps({"Messages": [{"Body": json.dumps(event)}]})
+    assert new_object_uris(by_sqs) == ["s3://b/a+b%20c.png"]
+
 
 def test_a_test_notification_of_s3_has_no_object() -> None:
-    assert new_object_uris('{"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "b"}') == []
+    assert new_object_uris(TEST) == []
 
 
 @pytest.mark.parametrize(
@@ -89,6 +138,16 @@ def test_a_test_notification_of_s3_has_no_object() -> None:
         "[]",
         "{}",
         '{"Records": 5}',
+        "5",
+        "null",
+        '"s3"',
+        '{"Message": "You have chosen to subscribe to the topic"}',
+        '{"Message": 5}',
+        '{"detail": {"bucket": {}}}',
+        '{"detail": {"bucket": {"name": "b"}, "object": {"key": 5}}}',
+        '{"detail": null}',
+        '{"Messages": [5]}',
+        "[" * 100_000,
         '{"Records": [{}]}',
         '{"Records": [{"s3": {"bucket": {"name": "b"}, "object": {"key": 5}}}]}',
         b"\xff\xfe",

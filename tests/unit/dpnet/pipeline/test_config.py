@@ -9,6 +9,7 @@ import pytest
 from data_prep.core.errors import ConfigError
 from dpnet.pipeline.config import (
     Config,
+    config_of_source,
     load_config,
     overrides_of,
     packaged_configs,
@@ -204,6 +205,14 @@ def test_the_root_is_the_option_or_the_environments_or_the_configs(
     assert resolve_root(None, config) == "s3://bucket/of-environment"
     monkeypatch.delenv("DPNET_ROOT")
     assert resolve_root(None, config) == str(tmp_path / "of-config")
+
+
+@pytest.mark.parametrize("root", ["S3://bucket//of-option/", "s3://bucket/of-option"])
+def test_the_root_and_the_source_have_one_form(root: str, tmp_path: Path) -> None:
+    config = load_config("demo")
+    assert resolve_root(root, config) == "s3://bucket/of-option"
+    assert resolve_root(f"file:{tmp_path}", config) == str(tmp_path)
+    assert config_of_source(root).images.source == "s3://bucket/of-option"
 
 
 def test_the_error_without_a_root_says_how_to_give_one(monkeypatch: pytest.MonkeyPatch) -> None:

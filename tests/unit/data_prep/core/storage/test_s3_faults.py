@@ -349,7 +349,7 @@ def test_credentials_are_never_shown(store, proxy, monkeypatch, caplog, capfd):
 
 
 def test_the_server_is_named_without_the_password_of_its_address():
-    requests = s3_requests.S3Requests("bucket", 0.0)
+    requests = s3_requests.s3_requests.S3Requests("bucket", 0.0)
     url = "https://user:do-not-show@host:9000/path?token=do-not-show"
     requests._client = SimpleNamespace(meta=SimpleNamespace(endpoint_url=url))
     assert requests._server() == "host:9000"
@@ -528,3 +528,36 @@ def test_folder_markers_are_not_listed(store):
     for key in ("folder/", "folder/x", "folder/deep/"):
         store.client.put_object(Bucket=store.bucket, Key=f"{store.prefix}/{key}", Body=b"")
     assert [entry.key for entry in store.list()] == ["a", "folder/x"]
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "https://server.example.com:9000/bucket",
+        "https://server.example.com/bucket/",
+        "https://bucket.s3.eu-west-1.amazonaws.com",
+        "https://bucket.s3-eu-west-1.amazonaws.com",
+        "https://Bucket.s3.example.com",
+        "https://bucket.fra1.digitaloceanspaces.com",
+        "https://account.r2.cloudflarestorage.com/bucket",
+        "https://user:hush-hush@server.example.com/bucket",
+    ],
+)
+def test_an_endpoint_with_the_bucket_in_it_is_refused_without_a_request(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StorageError, match="AWS_ENDPOINT_URL has the bucket 'bucket' in it") as e:
+        open_store("s3://bucket/a").exists("b")
+    assert "hush" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://bucket:9000", "http://bucket.default.svc:9000", "https://x.supabase.co/storage/v1/s3"],
+)
+def test_a_server_with_the_name_of_the_bucket_or_a_path_is_accepted(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    assert s3_requests.S3Requests("bucket", 0.0).client.meta.endpoint_url == endpoint

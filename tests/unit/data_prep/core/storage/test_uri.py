@@ -8,7 +8,8 @@ import pytest
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.storage.open import open_store
-from data_prep.core.storage.uri import S3Address, parse_uri
+from data_prep.core.storage.uri import S3Address, normal_uri, parse_uri
+from data_prep.raw.bucket_events import uris_below
 from data_prep.raw.source import check_source, open_files
 
 
@@ -44,6 +45,13 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
+        ("s3://b/a//p", r"'s3://b/a//p' has a part without a name .* Write s3://b/a/p\."),
+        ("s3://b/p\n", r"has a line break, or a blank at its end\. Remove it"),
+        ("s3://b\n", r"has a line break, or a blank at its end\. Remove it"),
+        ("s3://b/a\nb", r"has a line break, or a blank at its end\. Remove it"),
+        (" s3://b/p", r"' s3://b/p' is not valid\. Write s3://bucket/prefix"),
+        ("s3:/b/p", r"'s3:/b/p' is not valid\. Write s3://bucket/prefix"),
+        ("S3:b/p", r"'S3:b/p' is not valid\. Write s3://bucket/prefix"),
         ("s3:///x", r"has no bucket\. Write s3://bucket/prefix"),
         (
             "s3://key:secret@bucket/x",
@@ -70,6 +78,20 @@ def test_a_wrong_address_gets_the_same_message_everywhere_without_a_password(
     assert "secret" not in text
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/a/b", "s3://bucket"])
-def test_a_root_and_a_source_at_one_address_are_the_same_place(uri: str) -> None:
-    assert open_files(uri).uri == open_store(uri).uri == uri
+@pytest.mark.parametrize(
+    ("uri", "normal"),
+    [
+        ("s3://bucket/a/b", "s3://bucket/a/b"),
+        ("s3://bucket", "s3://bucket"),
+        ("S3://bucket/", "s3://bucket"),
+        ("s3://bucket//a/b//", "s3://bucket/a/b"),
+    ],
+)
+def test_an_address_has_one_form_everywhere(uri: str, normal: str) -> None:
+    assert open_files(uri).uri == open_store(uri).uri == normal_uri(uri) == normal
+    assert uris_below([f"{normal}/1.png", "s3://other/1.png"], uri) == [f"{normal}/1.png"]
+
+
+def test_a_path_has_one_form_with_and_without_a_scheme(tmp_path: Path) -> None:
+    forms = {normal_uri(each) for each in (f"{tmp_path}/a b", f"file:{tmp_path}/a%20b/")}
+    assert forms == {f"{tmp_path}/a b"}
