@@ -79,7 +79,7 @@ def watch_raw_data(
     given = overrides_of(images=images)
     refuse_credentials([*given, *overrides], "this run's parameters")
     resolved = load_config(config, [*given, *overrides])
-    check_config(resolved, "images")
+    check_config(resolved, "images", root)
     store = open_store(resolve_root(root, resolved))
     with without_credentials(), log_to_run():
         found = check_source(resolved, store, min_new, quiet_minutes * 60, again=again)
@@ -118,7 +118,7 @@ def retrain(
     given = overrides_of(images=images, train=train, launch=launch, evaluate=evaluate)
     refuse_credentials([*given, *overrides], "this run's parameters")
     resolved = load_config(config, [*given, *overrides])
-    check_config(resolved)
+    check_config(resolved, root=root)
     store = open_store(resolve_root(root, resolved))
     leaves_job.set(job_keeps_running)
     with without_credentials(), RunPage(resolved, store):

@@ -210,7 +210,7 @@ def run_stages(
     shorten_logged_errors()
     refuse_credentials(overrides, "this run's parameters")
     resolved = load_config(config, overrides)
-    check_config(resolved, wanted)
+    check_config(resolved, wanted, root)
     return _run(wanted, resolved, root)
 
 

@@ -24,6 +24,7 @@ from data_prep.images.versions import Version, known_members, load_version, vers
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.layouts import OUTSIDE
 from data_prep.raw.listing import ROWS, SPLITS, Listing
+from data_prep.raw.overlap import check_apart, check_no_root
 from data_prep.raw.source import Source, open_source
 from data_prep.raw.tars import CUT, UNENDED
 
@@ -132,6 +133,7 @@ def plan_next_version(
         retry_failed: prepare items again that failed in the parent version.
         repack: plan a version without a parent.
     """
+    check_apart(settings.source, store.uri)
     source = open_source(settings.source, settings.layout)
     requested = settings.request_settings()
     earlier = versions(store, settings.name)
@@ -140,6 +142,7 @@ def plan_next_version(
     if parent is not None:
         parent.check_shards()
     listing = source.list(known_members(parent))
+    check_no_root(listing, source.uri)
     _check_archives(listing, source)
     workers = _workers(settings, len(listing), run)
     hashing = Hashing(source, run, workers)

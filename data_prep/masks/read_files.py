@@ -111,8 +111,10 @@ def read_files(reading: Reading, known: Mapping[str, Mapping[str, Any]]) -> list
         PipelineError: there is no mask, or too many files are broken.
     """
     from data_prep.raw.layouts import IGNORED
+    from data_prep.raw.overlap import check_no_root
 
     listing = reading.source.list()
+    check_no_root(listing, reading.source.uri, "masks.external")
     files: dict[str, MaskFile] = {}
     unread: list[Item] = []
     for item in listing.items():

@@ -83,9 +83,11 @@ class _Files:
 
 def _read_mask_files(settings: MasksSettings, store: Store, top: str, run: Map) -> _Files:
     """Read the mask files, and find the colour of their holes."""
+    from data_prep.raw.overlap import check_apart
     from data_prep.raw.source import open_source
 
     assert settings.external is not None
+    check_apart(settings.external, store.uri, "masks.external")
     source = open_source(settings.external, "files")
     conversion = Conversion(settings.size, settings.external_dilate)
     reading = Reading(source, conversion, run, settings.workers or cores())

@@ -18,7 +18,7 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photos
 from dpnet.evaluation.stage import evaluate
-from dpnet.pipeline.config import Config
+from dpnet.pipeline.config import Config, resolve_root
 from dpnet.registry.stage import register, tracking_uri
 from dpnet.training.job import check_settings, check_vgg_file
 from dpnet.training.stage import train
@@ -80,11 +80,17 @@ def _tracking(config: Config, store: Store) -> str | None:
         return None
 
 
-def check_config(config: Config, wanted: StageName = "register") -> None:
+def check_config(config: Config, wanted: StageName = "register", root: str | None = None) -> None:
     """Check what the stages up to `wanted` need, before hours are spent on the first of them.
 
     Raises PipelineError if a file or folder is missing, or if settings contradict each other.
+
+    Args:
+        config: Settings of all stages.
+        wanted: The last stage that will run.
+        root: The root that was given, if any; see `resolve_root`.
     """
+    from data_prep.raw.overlap import check_apart
     from data_prep.raw.source import check_source
 
     if wanted not in ("images", "masks"):
@@ -92,6 +98,9 @@ def check_config(config: Config, wanted: StageName = "register") -> None:
         check_vgg_file(config.losses)
     if wanted != "masks" and config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
+        check_apart(config.images.source, resolve_root(root, config))
+    if wanted != "images" and config.masks.file_splits and config.masks.external is not None:
+        check_apart(config.masks.external, resolve_root(root, config), "masks.external")
 
 
 def with_photographs(config: Config, store: Store) -> Config:

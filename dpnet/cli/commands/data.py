@@ -31,7 +31,7 @@ def images_build(args: Namespace) -> Outcome:
         config = load_config(args.source, overrides)
     else:
         config = config_of_source(args.source, overrides)
-    check_config(config, "images")
+    check_config(config, "images", args.root)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     run: Map = run_tasks

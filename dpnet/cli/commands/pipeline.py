@@ -36,7 +36,7 @@ def demo(args: Namespace) -> Outcome:
         # A JSON string is a YAML string, whatever characters the path has.
         overrides.append(f"images.source={json.dumps(str(Path(args.photos).absolute()))}")
     resolved = load_config("demo", overrides)
-    check_config(resolved)
+    check_config(resolved, root=args.root)
     root = open_store(resolve_root(args.root, resolved))
     if root.local_folder is None:
         raise PipelineError(
@@ -56,7 +56,7 @@ def run(args: Namespace) -> Outcome:
     """Run all stages of a config in one flow run."""
     overrides = _with_launch(args)
     resolved = load_config(args.config, overrides)
-    check_config(resolved)
+    check_config(resolved, root=args.root)
     store = open_store(resolve_root(args.root, resolved))
     again = _without_steps("pipeline", "run", args.config, root=args.root, sets=overrides)
     return _run_flow(resolved, store, overrides, args, again, embedded=False)
@@ -117,7 +117,7 @@ def stage(args: Namespace) -> Outcome:
             "--address names a Ray cluster, but training runs on this machine: add"
             " --launcher ray-job."
         )
-    check_config(config, args.stage)
+    check_config(config, args.stage, args.root)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
     stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
@@ -140,7 +140,7 @@ def notify(args: Namespace) -> Outcome:
     if args.event is not None and not uris_below(new_object_uris(_read_event(args.event)), source):
         reason = f"no object of the event is in {source}, so nothing is done."
         return {"ok": True, "announced": False, "reason": reason}, reason
-    check_config(config, "images")
+    check_config(config, "images", args.root)
     root = resolve_root(args.root, config)
     store = open_store(root)
     check_root(store)
