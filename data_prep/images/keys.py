@@ -59,10 +59,9 @@ def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
         flags = [np.asarray(f.to_numpy(zero_copy_only=False), np.bool_) for f in (photo, bare)]
         kinds.append(np.where(flags[0], PHOTO, np.where(flags[1], UNSURE, OTHER)))
     kind = np.concatenate([*kinds, np.zeros(0)]).astype(np.int8)
-    tables = [name.endswith(".parquet") for name in listing.containers]
-    if any(tables) or (listing.containers == ("",) and uri.endswith(".parquet")):
+    is_table = np.array([(n or uri).lower().endswith(".parquet") for n in listing.containers])
+    if is_table.any():
         container = listing.table["container"].to_numpy()
-        is_table = np.array([n.endswith(".parquet") or not n for n in listing.containers])
         kind[(container >= 0) & is_table[container]] = PHOTO
     if listing.problems:
         named = pa.array(list(listing.problems), pa.large_string())

@@ -167,7 +167,7 @@ def _folder_split(name: str) -> str | None:
     if name in _FOLDERS:
         return _FOLDERS[name]
     shard = _SHARD.fullmatch(name)
-    return _FOLDERS[shard[1]] if shard else None
+    return _FOLDERS[shard[1].lower()] if shard else None
 
 
 def _preset(layout: str, uri: str, text_of: TextOf) -> SplitOf:

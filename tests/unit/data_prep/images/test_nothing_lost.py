@@ -72,3 +72,32 @@ def test_members_that_an_earlier_release_lost_are_found_in_the_next_version(
     second = build(tmp_path / "camera.tar", store)
     assert (second.summary["photographs"], second.summary["ignored"]) == (12, 0)
     assert build(tmp_path / "camera.tar", store).folder == second.folder
+
+
+@pytest.mark.parametrize(
+    ("names", "held_out"),
+    [(("Train.zip", "Test.zip"), "test"), (("TRAIN-0.ZIP", "VAL-0.ZIP"), "val")],
+)
+def test_archives_named_after_splits_are_splits_in_capitals_too(
+    tmp_path: Path, store: LocalStore, names: tuple[str, str], held_out: str
+) -> None:
+    for at, name in enumerate(names):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        with zipfile.ZipFile(tmp_path / "in" / name, "w") as archive:
+            for seed in range(10 * at, 10 * at + 10):
+                archive.writestr(f"{seed}.jpg", jpeg(seed))
+    found = homes(store, build(tmp_path / "in", store))
+    assert {key for key, split in found.items() if split == held_out} == {
+        f"{names[1]}/{seed}.jpg" for seed in range(10, 20)
+    }
+
+
+def test_a_table_in_capitals_is_a_table(tmp_path: Path, store: LocalStore) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {"image": [jpeg(seed) for seed in range(9)], "id": [f"{n}.x" for n in range(9)]}
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table(rows), tmp_path / "in/T.PARQUET")
+    for source in (tmp_path / "in", tmp_path / "in/T.PARQUET"):
+        assert build(source, store).summary["photographs"] == 9
