@@ -22,7 +22,7 @@ from data_prep.images.plan import ParentState, Plan, plan_items
 from data_prep.images.splits import assign_splits
 from data_prep.images.versions import Version, known_members, load_version, versions
 from data_prep.pictures.formats import EXTENSIONS
-from data_prep.raw.layouts import OUTSIDE
+from data_prep.raw.layouts import OUTSIDE, lost_splits
 from data_prep.raw.listing import ROWS, SPLITS, Listing
 from data_prep.raw.overlap import check_apart, check_no_root
 from data_prep.raw.source import Source, open_source
@@ -178,6 +178,7 @@ def _plan(
         row = match_keys(hashes, listing.table["key"], parent.hashes(), parent.table["key"])
         before = np.where(row >= 0, parent.splits()[row], -1).astype(np.int8)
     _check_photos_outside_splits(settings, listing, kind)
+    _check_no_lost_splits(settings, listing, kind)
     split, notes = _splits(settings, listing, hashes, kind, before)
     state = None
     if parent is not None and row is not None:
@@ -309,4 +310,24 @@ def _check_photos_outside_splits(
             f"{len(outside)} photos of {settings.source} are outside its folders train, val and"
             f" test (first {min(outside)}). Move them into these folders, or set"
             " images.layout=files to draw all splits by hash."
+        )
+
+
+def _check_no_lost_splits(
+    settings: ImagesSettings, listing: Listing, kind: NDArray[np.int8]
+) -> None:
+    """Refuse a source with folders that look like splits, if its splits would be drawn by hash.
+
+    Its test photos would be trained on. Raises PipelineError.
+    """
+    if settings.layout == "files" or "split" in listing.table.column_names:
+        return
+    photos = kind == PHOTO if (kind == PHOTO).any() else kind == UNSURE
+    found = lost_splits(listing.table["key"].filter(photos).to_pylist())
+    if found:
+        names = ", ".join([*found[:3], "…"] if len(found) > 3 else found)
+        raise PipelineError(
+            f"{settings.source} has folders that look like splits ({names}), but it is not clear"
+            " which photos to hold out. Call the folders train, val and test, or give a list"
+            " with a column split, or set images.layout=files to draw all splits by hash."
         )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 
 from data_prep.core.errors import ConfigError
 from data_prep.raw.listing import ROWS, SPLITS, Listing
@@ -15,17 +17,14 @@ IGNORED = "ignored: "  # starts the problem of a file that is not part of the se
 OUTSIDE = f"{IGNORED}outside the folders train, val, validation and test"
 CONTAINERS = r"\.(?:zip|tar|tar\.gz|tgz|parquet)"
 _FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_SHARD = re.compile(
-    rf"(train|training|val|valid|validation|test|testing)(?:[-_.][^/]*)?{CONTAINERS}", re.IGNORECASE
-)
+_WORDS = "|".join(sorted(_FOLDERS, key=len, reverse=True))
+_NAMED = re.compile(rf"({_WORDS})(?:[-_]?\d{{4}})?", re.IGNORECASE)  # also train2017
+_SHARD = re.compile(rf"({_WORDS})(?:[-_.]?\d+)?(?:[-_.][^/]*)?{CONTAINERS}", re.IGNORECASE)
+_WEAK = ("dev", "eval", "evaluation")  # names of splits only next to a folder train
 
 TextOf = Callable[[str], str | None]  # returns the text of a file in or next to the source
 SplitOf = Callable[[str], str | None]  # by key; "": not decided; None: not part of the set
@@ -140,34 +139,120 @@ def _split(listing: Listing, split_of: SplitOf, reason: str) -> Listing:
 
 
 def _folders(listing: Listing) -> SplitOf | None:
-    """Return the split by top folder, or by the folders in the only top folder, if any."""
-    below = ""
-    for _ in range(2):
-        start = len(below)
-        tops = {key[start:].partition("/")[0] for key in _keys(listing) if "/" in key[start:]}
-        found = {_folder_split(top) for top in tops} - {None}
-        if "train" in found and len(found) > 1:
-            return lambda key: _below(key, below)
-        if len(tops) != 1:
-            break
-        below = f"{tops.pop()}/"
+    """Return the split by the folders that are called train, val and test, if there are some.
+
+    These are the top folders, or those in the only top folder. Otherwise they are at any depth, as
+    in `images/train` next to `labels/train`, or in `cats/test` next to `dogs/train`.
+    """
+    items = Counter(map(_folder_of, _keys(listing)))
+    parts = {folder: tuple(folder.split("/")) if folder else () for folder in items}
+    common = _common_parts(parts.values())
+    found = _splits_at_top(parts, common) or _splits_at_depth(parts, items, len(common))
+    if found is None:
+        return None
+    return lambda key: found[_folder_of(key)]
+
+
+def lost_splits(keys: Iterable[str]) -> list[str]:
+    """Return the folders that look like splits of a source in which `_folders` found none.
+
+    A folder `train` without others says nothing: all photos of the source may be trained on.
+    """
+    folders = [tuple(folder.split("/")) for folder in set(map(_folder_of, keys)) if folder]
+    start = len(_common_parts(folders))
+    named: dict[str, str] = {}
+    pairs: dict[tuple[str, ...], dict[str, str]] = {}  # by the rest of the names
+    for parts in sorted(folders):
+        for depth, part in enumerate(parts[start:], start + 1):
+            if _folder_split(part) not in (None, "train") and part.lower() not in _WEAK:
+                named[part] = "/".join(parts[:depth])
+            for split, rest in _inner_splits(part):
+                pairs.setdefault(rest, {}).setdefault(split, "/".join(parts[:depth]))
+    pair = next((places for places in pairs.values() if len(places) > 1), {})
+    return sorted((named or pair).values())
+
+
+def _folder_of(key: str) -> str:
+    """Return the folder of a key; Windows separates its parts by backslashes."""
+    return (key.replace("\\", "/") if "\\" in key else key).rpartition("/")[0]
+
+
+_Parts = tuple[str, ...]  # of the path of a folder
+_Found = dict[str, str | None]  # the split of each folder; None: not part of the set
+
+
+def _common_parts(folders: Iterable[_Parts]) -> _Parts:
+    """Return the folder of all items, apart from those that are in no folder."""
+    inside = [parts for parts in folders if parts]
+    if not inside:
+        return ()
+    first, last = min(inside), max(inside)
+    same = (one == two for one, two in zip(first, last, strict=False))
+    return first[: sum(takewhile(bool, same))]
+
+
+def _splits_at_top(folders: Mapping[str, _Parts], common: _Parts) -> _Found | None:
+    """Return the splits by the top folders, or by those in the only top folder."""
+    for depth in range(len(common) + 1):
+        split = {
+            folder: _folder_split(parts[depth])
+            if len(parts) > depth and parts[:depth] == common[:depth]
+            else None
+            for folder, parts in folders.items()
+        }
+        if _are_splits(split):
+            return split
     return None
 
 
-def _below(key: str, below: str) -> str | None:
-    if not key.startswith(below):
-        return None
-    top, slash, _ = key[len(below) :].partition("/")
-    return _folder_split(top) if slash else None
+def _splits_at_depth(
+    folders: Mapping[str, _Parts], items: Mapping[str, int], start: int
+) -> _Found | None:
+    """Return the splits by the depth at which most items have one.
+
+    A folder without a split at this depth has that of its first part with one.
+
+    Args:
+        folders: the parts of each folder.
+        items: the number of items in each folder.
+        start: the number of parts that all folders share.
+    """
+    count: Counter[int] = Counter()
+    for folder, parts in folders.items():
+        count.update(
+            {d: items[folder] for d in range(start, len(parts)) if _folder_split(parts[d])}
+        )
+    best = max(count, key=lambda depth: (count[depth], -depth), default=0)
+    found: _Found = {
+        folder: next(filter(None, map(_folder_split, parts[best : best + 1] + parts[start:])), None)
+        for folder, parts in folders.items()
+    }
+    return found if _are_splits(found) else None
+
+
+def _are_splits(found: _Found) -> bool:
+    splits = set(found.values()) - {None}
+    return "train" in splits and len(splits) > 1
 
 
 @lru_cache(maxsize=4096)
 def _folder_split(name: str) -> str | None:
     """Return the split in the name of a folder, or of an archive or table in its place."""
-    if name in _FOLDERS:
-        return _FOLDERS[name]
-    shard = _SHARD.fullmatch(name)
-    return _FOLDERS[shard[1].lower()] if shard else None
+    named = _NAMED.fullmatch(name) or _SHARD.fullmatch(name)
+    return _FOLDERS[named[1].lower()] if named else None
+
+
+@lru_cache(maxsize=4096)
+def _inner_splits(part: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Return each split that a name such as `photos_test` has in it, with the rest of the name."""
+    words = re.split(r"[-_. ]+", part.lower())
+    if re.search(rf"{CONTAINERS}$", part, re.IGNORECASE):
+        words = [word for word in words if not word.isdigit()]  # the number of a shard
+    return [
+        (_FOLDERS[word], tuple(words[:at] + words[at + 1 :]))
+        for at, word in enumerate(words)
+        if word in _FOLDERS and len(words) > 1
+    ]
 
 
 def _preset(layout: str, uri: str, text_of: TextOf) -> SplitOf:

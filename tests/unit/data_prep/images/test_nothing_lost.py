@@ -8,10 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from image_sets import crops, homes, picture
+from image_sets import crops, homes, photograph, photographs, picture
 
+from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
+from data_prep.images.next_version import look
 from data_prep.images.stage import prepare_images
 
 
@@ -101,3 +103,24 @@ def test_a_table_in_capitals_is_a_table(tmp_path: Path, store: LocalStore) -> No
     pq.write_table(pa.table(rows), tmp_path / "in/T.PARQUET")
     for source in (tmp_path / "in", tmp_path / "in/T.PARQUET"):
         assert build(source, store).summary["photographs"] == 9
+
+
+def test_a_source_with_splits_that_are_not_clear_is_refused(
+    tmp_path: Path, store: LocalStore
+) -> None:
+    photographs(tmp_path / "in")
+    for seed in range(20, 24):
+        photograph(tmp_path / f"in/test/{seed}.png", seed)
+    with pytest.raises(PipelineError, match=r"look like splits \(test\).*images\.layout=files"):
+        build(tmp_path / "in", store)
+    with pytest.raises(PipelineError, match="look like splits"):
+        look(crops(tmp_path / "in"), store)
+    ref = prepare_images(crops(tmp_path / "in", layout="files"), store)
+    assert ref.summary["photographs"] == 16
+
+
+def test_text_in_folders_named_after_splits_is_no_split(tmp_path: Path, store: LocalStore) -> None:
+    photographs(tmp_path / "in")
+    (tmp_path / "in/test").mkdir()
+    (tmp_path / "in/test/notes.txt").write_text("text")
+    assert build(tmp_path / "in", store).summary["photographs"] == 12

@@ -11,7 +11,7 @@ import pytest
 from raw_places import Place, open_and_list, place
 
 from data_prep.core.errors import ConfigError
-from data_prep.raw.layouts import IGNORED, OUTSIDE
+from data_prep.raw.layouts import IGNORED, OUTSIDE, lost_splits
 
 __all__ = ["place"]
 PHOTOS = Path(__file__).parents[5] / "shared/data/photos"
@@ -52,8 +52,61 @@ def test_auto_needs_train_and_another_split(tmp_path: Path) -> None:
     assert splits(tmp_path / "a", "auto", names) == dict.fromkeys(names, "")
     names = ["val/1.jpg", "test/2.jpg"]
     assert splits(tmp_path / "b", "auto", names) == dict.fromkeys(names, "")
-    names = ["one/train/1.jpg", "two/val/2.jpg"]
-    assert splits(tmp_path / "c", "auto", names) == dict.fromkeys(names, "")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["Train/1.jpg", "Val/2.jpg", "TEST/3.jpg"],
+        ["train2017/1.jpg", "val2017/2.jpg", "test-2017/3.jpg"],
+        ["train2017.zip/1.jpg", "VAL2017.zip/2.jpg", "test.zip/3.jpg"],
+        ["images/train/1.jpg", "images/val/2.jpg", "images/test/3.jpg", "labels/test/3.txt"],
+        ["a/b/c/train/1.jpg", "a/b/c/val/x/2.jpg", "a/b/c/test/3.jpg"],
+        ["cats/train/1.jpg", "cats/val/2.jpg", "dogs/test/3.jpg"],
+        ["test/x/train/1.jpg", "test/x/val/2.jpg", "test/x/test/3.jpg"],
+        ["train/train/1.jpg", "train/val/2.jpg", "bus/test/3.jpg", "bus/train/4.jpg"],
+        ["set\\train\\1.jpg", "set\\val\\2.jpg", "set\\test\\3.jpg"],
+        ["set.zip/Train\\a\\1.jpg", "set.zip/Val\\2.jpg", "set.zip/Test\\3.jpg"],
+        ["train/1.jpg", "dev/2.jpg", "eval/3.jpg"],
+        ["one/train-0.tar/1.jpg", "one/val-0.tar/2.jpg", "two/test-0.tar/3.jpg"],
+    ],
+)
+def test_auto_sees_the_usual_names_and_places_of_splits(tmp_path: Path, names: list[str]) -> None:
+    found = splits(tmp_path, "auto", names)
+    assert [found[name] for name in names[:3]] == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["val/1.jpg", "test/2.jpg"], ["test", "val"]),
+        (["photos/1.jpg", "more/Test/2.jpg"], ["more/Test"]),
+        (["train_images/1.jpg", "test_images/2.jpg"], ["test_images", "train_images"]),
+        (["data_256/1.jpg", "val_256/2.jpg", "test_256/3.jpg"], ["test_256", "val_256"]),
+        (["my-train-00.tar/1.jpg", "my-test-01.tar/1.jpg"], ["my-test-01.tar", "my-train-00.tar"]),
+        (["x\\1.jpg", "x\\test2015\\2.jpg"], ["x/test2015"]),
+    ],
+)
+def test_names_of_splits_that_are_not_used_are_found(
+    tmp_path: Path, names: list[str], expected: list[str]
+) -> None:
+    assert splits(tmp_path, "auto", names) == dict.fromkeys(sorted(names), "")
+    assert lost_splits(names) == expected
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["val2017/1.jpg", "val2017/x/2.jpg"],  # all photos are of one split
+        ["a/test/1.jpg", "a/test/2.jpg", "readme.jpg"],
+        ["bus/1.jpg", "train/2.jpg", "car/3.jpg"],  # a vehicle
+        ["crash_test/1.jpg", "developers/2.jpg", "dev/3.jpg"],
+        ["test.jpg", "val.jpg", "latest/1.jpg"],
+    ],
+)
+def test_ordinary_names_are_no_splits(tmp_path: Path, names: list[str]) -> None:
+    assert splits(tmp_path, "auto", names) == dict.fromkeys(sorted(names), "")
+    assert lost_splits(names) == []
 
 
 def test_files_outside_the_split_folders_are_ignored_with_a_reason(tmp_path: Path) -> None:
