@@ -33,6 +33,20 @@ def make_private(path: Path) -> None:
         path.chmod(0o600)
 
 
+def create_private(path: Path, data: bytes) -> None:
+    """Create a private file with all its bytes in one step. Leave a file that exists as it is."""
+    new = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with open(new, "wb", opener=private_opener) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(new, path)  # another process can have made one
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def private_opener(path: str, flags: int) -> int:
     """Open a file like `open` does, but create it so that only this user may read it."""
     return os.open(path, flags, 0o600)

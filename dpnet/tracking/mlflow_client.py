@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.paths import MLFLOW_DATABASE
-from data_prep.core.private_files import make_private
+from data_prep.core.private_files import create_private, make_private
 from data_prep.core.redact import redact
 from data_prep.core.scratch import scratch_folder
-from data_prep.core.storage.local import LocalStore
 
 _SQLITE = "sqlite:///"
 _LONGEST = 300  # characters of an error text, at most
@@ -65,17 +64,21 @@ def reason_of(error: BaseException) -> str:
 
 
 def _create_database(path: Path) -> None:
-    """Create MLflow's SQLite file in one step, if it does not exist.
+    """Create MLflow's SQLite file in one step, if it does not exist, and make it private.
 
     MLflow creates it with a hundred migrations. If it is killed between two of them, it refuses
     the file from then on (seen with 3.17).
     """
     if path.exists():
+        make_private(path)  # an older version made it with the rights of the umask
         return
     from mlflow.tracking import MlflowClient
 
     with scratch_folder("mlflow-") as folder:
         new = folder / MLFLOW_DATABASE
         MlflowClient(tracking_uri=f"{_SQLITE}{new}").search_experiments(max_results=1)
-        LocalStore(path.parent).create(path.name, new.read_bytes())
-    make_private(path)  # before anything is stored in it
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            create_private(path, new.read_bytes())
+        except OSError as error:
+            raise storage_error(error, str(path)) from error

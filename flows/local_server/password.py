@@ -6,16 +6,14 @@ user can read this file. The name of the user is always `dpnet`.
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from data_prep.core.errors import ConfigError
-from data_prep.core.private_files import private_folder, private_opener
+from data_prep.core.private_files import create_private, private_folder
 
 USER = "dpnet"
 PASSWORD, SERVER_PASSWORD = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"
@@ -62,14 +60,7 @@ def keep_password(home: Path) -> str:
     if (found := stored_password(home)) is not None:
         return found
     made = new_password()
-    new = home / f".{_FILE}-{os.getpid()}"
-    try:
-        with open(new, "w", encoding="ascii", opener=private_opener) as file:
-            file.write(made.partition(":")[2] + "\n")
-        with suppress(FileExistsError):
-            os.link(new, password_file(home))  # another process can have made one
-    finally:
-        new.unlink(missing_ok=True)
+    create_private(password_file(home), made.partition(":")[2].encode() + b"\n")
     return stored_password(home) or made
 
 

@@ -35,6 +35,7 @@ from flows.local_server.password import SERVER_PASSWORD, new_password
 from flows.local_server.server_log import explain_failure
 
 START_TIMEOUT_S = 120.0
+STORAGE = "storage"  # where Prefect keeps results; the command's process writes there too
 _MIN_FREE_BYTES = 4 << 20  # a new database needs more than 1 MiB, and SQLite needs a journal
 SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -62,8 +63,9 @@ def embedded_server(
         Whether no other command uses `home`. If so, a run in the state running was killed.
     """
     private_folder(home)
+    private_folder(home / STORAGE)
     password = new_password()
-    with (home / "lock").open("ab") as lock:
+    with open(home / "lock", "ab", opener=private_opener) as lock:
         exclusive = _lock_exclusively(lock.fileno())
         if exclusive:
             remove_unfinished_database(home)

@@ -37,6 +37,7 @@ from dpnet.training.ray.start import prepare_start
 from flows.local_server import children, process_tree
 from flows.local_server.children import Child, LocalSetup
 from flows.local_server.server import (
+    STORAGE,
     mark_database_created,
     remove_unfinished_database,
     start_error,
@@ -276,6 +277,7 @@ def main() -> None:
     home = Path(arguments.home)
     try:
         private_folder(home)
+        private_folder(home / STORAGE)
         with open(home / LOCK, "ab", opener=private_opener) as lock:
             if not _lock(lock):
                 _answer({"busy": True})

@@ -121,7 +121,7 @@ def test_a_secret_in_an_option_or_the_environment_reaches_no_page_log_or_file(
     (photos / "broken.jpg").write_bytes(b"no image")  # the first stage fails, so the run is short
     (tmp_path / "broken.yaml").write_text(CONFIG.format(photos=photos))
     root = tmp_path / "root"
-    command = [sys.executable, "-m", "dpnet", "pipeline", "run", str(tmp_path / "broken.yaml")]
+    command = [sys.executable, "-m", "dpnet", "pipeline", "run", "broken.yaml"]
     command += ["--root", str(root), "--json", "--debug"]
     for option in ("register.tracking_uri", "launch.address", "train.init_from"):
         command += ["--set", f"{option}=http://me:{SECRET}@127.0.0.1:9/x?token={SECRET}"]
@@ -136,6 +136,7 @@ def test_a_secret_in_an_option_or_the_environment_reaches_no_page_log_or_file(
     done = subprocess.run(
         command,
         env=environ | secrets,
+        cwd=tmp_path,  # the name of the run has at most 100 characters
         umask=0,
         capture_output=True,
         text=True,
@@ -158,3 +159,4 @@ def test_a_secret_in_an_option_or_the_environment_reaches_no_page_log_or_file(
     home = root / "prefect"
     open_to_others = [path for path in (home, *home.iterdir()) if path.stat().st_mode & 0o077]
     assert open_to_others == []
+    assert {"lock", "prefect.db", "server.log", "storage"} <= set(os.listdir(home))

@@ -176,6 +176,15 @@ def test_the_exporter_has_metrics_of_the_training_the_dataset_and_the_champion(
     assert values["dpnet_champion_version", ("dpnet",)] == 1
 
 
+def test_nobody_else_may_read_what_can_hold_a_secret(pipeline: Pipeline) -> None:
+    found = [*pipeline.root.glob("mlflow.db*"), pipeline.root / "prefect"]
+    found += (pipeline.root / "prefect").iterdir()
+    assert {"mlflow.db", "prefect", "prefect.db", "lock", "storage", "server.log"} <= {
+        path.name for path in found
+    }
+    assert [path for path in found if path.stat().st_mode & 0o077] == []
+
+
 def test_all_stages_verify_from_the_registered_model(pipeline: Pipeline) -> None:
     ran = run("verify", "models:/dpnet@champion", "--root", str(pipeline.root))
     assert (ran.status, ran.result["ok"]) == (0, True)

@@ -223,9 +223,12 @@ def test_everything_that_up_starts_listens_on_the_loopback_address_only(up: Plat
 
 def test_only_the_user_may_read_what_can_hold_a_secret(up: Platform) -> None:
     # The fixture started it with an umask of 000.
-    files = [up.root / "mlflow.db", up.home, *up.home.iterdir()]
+    # SQLite keeps the latest changes in files next to a database.
+    files = [*up.root.glob("mlflow.db*"), up.home, *up.home.iterdir()]
     modes = {path.name: path.stat().st_mode & 0o077 for path in files}
-    assert {"up", "password", "prefect.db", "up.json", "worker.log", "lock"} <= set(modes)
+    logs = {f"{name}.log" for name in ("server", "mlflow", "exporter", "worker")}
+    others = {"up", "password", "prefect.db", "prefect.db-wal", "up.json", "lock", "storage"}
+    assert {"mlflow.db", *logs, *others} <= set(modes)
     assert {name: oct(mode) for name, mode in modes.items() if mode} == {}
 
 

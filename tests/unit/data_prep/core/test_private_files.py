@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.core.private_files import private_folder, private_opener
+from data_prep.core.private_files import create_private, private_folder, private_opener
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +43,11 @@ def test_an_older_folder_and_its_files_become_private(tmp_path: Path) -> None:
 def test_a_new_file_is_private(tmp_path: Path) -> None:
     with open(tmp_path / "log", "wb", opener=private_opener):
         assert mode(tmp_path / "log") == 0o600
+
+
+def test_a_file_is_created_private_and_whole_and_only_once(tmp_path: Path) -> None:
+    create_private(tmp_path / "key", b"first")
+    create_private(tmp_path / "key", b"second")
+    assert (tmp_path / "key").read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert mode(tmp_path / "key") == 0o600

@@ -1,6 +1,7 @@
 """A running training in MLflow: every record once, and no harm from a bad server."""
 
 import json
+import os
 import socket
 import time
 from contextlib import closing, contextmanager, nullcontext
@@ -57,6 +58,21 @@ def store(tmp_path):
 @pytest.fixture
 def uri(store):
     return f"sqlite:///{store.folder}/mlflow.db"
+
+
+def test_only_the_user_may_read_mlflows_database_whoever_made_it(uri, store):
+    path = store.folder / "mlflow.db"
+    before = os.umask(0)
+    try:
+        for rights in (None, 0o666):  # a new one, and one of an older version
+            if rights is not None:
+                path.chmod(rights)
+            client = mlflow_client.new_client(uri)
+            client.create_experiment(f"made with {rights}")
+            files = list(store.folder.glob("mlflow.db*"))
+            assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    finally:
+        os.umask(before)
 
 
 def work_in(store):
