@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from examples import use_profile
@@ -14,6 +15,7 @@ from policy import (  # noqa: F401 - hooks of pytest
 from servers import Server, ceph_server, moto_server
 
 from data_prep.core.logs import PACKAGES
+from data_prep.core.pool import run_tasks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # with small tensors, more threads only wait
 use_profile()
@@ -48,6 +50,16 @@ def s3_root(ceph: Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return an empty prefix on a real server, which has rights, durability and races."""
     ceph.use(monkeypatch)
     return ceph.fresh_root()
+
+
+@pytest.fixture(autouse=True)
+def _decode_in_this_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let unit tests decode photos in their own process, because a worker takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.is_relative_to(Path(__file__).parent / "unit"):
+            patch.setattr("data_prep.images.build.run_apart", run_tasks)
+            patch.setattr("data_prep.masks.read_files.run_apart", run_tasks)
+        yield
 
 
 @pytest.fixture(autouse=True)

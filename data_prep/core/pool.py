@@ -26,6 +26,7 @@ from multiprocessing.context import SpawnProcess
 from queue import Empty, Queue, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
+from data_prep.core.apart import may_die
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import check_leases
 from data_prep.core.logs import has_started, start_logging
@@ -48,8 +49,9 @@ class Map(Protocol):
     of a task, if it has one. Use the map with `contextlib.closing`, so that an error in the loop's
     body ends the running tasks.
 
-    An error of `function` passes through. A task that ends its worker process several times raises
-    PipelineError.
+    An error of `function` passes through. After a task ended its worker process, the result of its
+    method `after_death` runs, if it has that method and the result is not None. A task that ends
+    its worker process several times raises PipelineError.
     """
 
     def __call__(
@@ -67,6 +69,12 @@ def task_name(task: Any) -> str:
     return str(getattr(task, "name", "a task"))
 
 
+def after_death(task: Any) -> Any:
+    """Return the task to run after this one ended its worker process; None for the same one."""
+    careful = getattr(task, "after_death", None)
+    return None if careful is None else careful()
+
+
 def died_again(task: Any, times: int) -> PipelineError:
     """Return the error of a task that ended its worker process several times."""
     return PipelineError(
@@ -80,16 +88,28 @@ def run_tasks(
 ) -> Generator[R, None, None]:
     """Yield the results of `function` in the order of `tasks`, as a `Map` does.
 
-    At most two tasks per worker are running or waiting. One worker or one task runs in this
-    process. If a worker dies, its task runs again without others, so that it has all the memory.
-    It runs at most three times.
+    One worker or one task runs in this process. For more, see `run_apart`.
     """
     rest = iter(tasks)
     first = list(islice(rest, 2))
     rest = chain(first, rest)
     if workers <= 1 or len(first) <= 1:
         yield from map(function, rest)
-        return
+    else:
+        yield from run_apart(function, rest, workers)
+
+
+def run_apart(
+    function: Callable[[T], R], tasks: Iterable[T], workers: int
+) -> Generator[R, None, None]:
+    """Yield the results of `function` in the order of `tasks`, as a `Map` does.
+
+    All tasks run in worker processes, even a single one. So a task that crashes does not end this
+    process. At most two tasks per worker are running or waiting. If a worker dies, its task runs
+    again without others, so that it has all the memory. It runs at most three times.
+    """
+    rest = iter(tasks)
+    workers = max(1, workers)
     # A thread drives the workers, so that they have work while the caller uses results. This thread
     # shares only queues with it, so a Ctrl-C here leaves nothing half done that it waits for.
     submitted: deque[_Task] = deque()
@@ -269,6 +289,9 @@ def _died(worker: _Worker) -> _Task | None:
         if task.deaths < DEATHS:
             code = worker.process.exitcode or 0
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            how = "it reached a time limit" if code == -signal.SIGALRM else how
+            if (careful := after_death(pickle.loads(task.data))) is not None:
+                task.data = pickle.dumps(careful)
             log.warning(
                 "a worker process died (%s) while it ran %s: this task runs again, without others",
                 how,
@@ -293,6 +316,7 @@ def _dismiss(team: Iterable[_Worker]) -> None:
 def _work(function: Callable[[Any], Any], connection: Connection, logs: bool) -> None:
     """Run a worker process: answer each task with a pickled (value, error, traceback)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    may_die()
     if logs:
         start_logging()
     tasks: SimpleQueue[bytes] = SimpleQueue()

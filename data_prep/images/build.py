@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from data_prep.core.apart import DECODE_S
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord
-from data_prep.core.pool import Map
+from data_prep.core.pool import Map, run_apart, run_tasks
 from data_prep.core.progress import Progress
 from data_prep.core.stage import Produced, Work
 from data_prep.core.storage.store import Store
@@ -151,6 +152,11 @@ class _Builder:
     run: Map
     outcomes: Outcomes
 
+    @property
+    def _run_decoding(self) -> Map:
+        """Return where tasks run that decode photos: not in this process, which must not crash."""
+        return run_apart if self.run is run_tasks else self.run
+
     @cached_property
     def _place(self) -> Folder:
         return Folder(self.work.store, self.work.folder)
@@ -174,7 +180,9 @@ class _Builder:
         with (
             Progress("prepare images", total, "images") as progress,
             # map() makes one task at a time: a task holds its items as objects.
-            closing(self.run(build_shard, map(self._task, plan.shards), workers)) as results,
+            closing(
+                self._run_decoding(build_shard, map(self._task, plan.shards), workers)
+            ) as results,
         ):
             for shard, result in zip(plan.shards, results, strict=True):
                 files[shard.name] = self._add_result(shard, result)
@@ -220,7 +228,8 @@ class _Builder:
             shard = self._planned[names[outcomes.shard[row]]]
             if outcomes.dropped.intersection(self._fresh_rows(shard)):
                 self._place.store.delete(self._place.key(record_path(shard.name)))
-                files[shard.name] = self._add_result(shard, build_shard(self._task(shard)))
+                with closing(self._run_decoding(build_shard, [self._task(shard)], 1)) as results:
+                    files[shard.name] = self._add_result(shard, next(results))
                 outcomes.dropped.difference_update(self._fresh_rows(shard))
 
     def _check_no_stale_duplicate(self, resolution: Resolution) -> None:
@@ -277,6 +286,7 @@ class _Builder:
             old=self._old_tars[shard.old] if shard.old else "",
             reuse=reuse,
             order=order,
+            limit_s=DECODE_S,
         )
 
     def _drop_task(self, name: str, rows: list[int], built_now: bool) -> DropTask:

@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from data_prep.core.apart import DECODE_S, DeathError, guarded
 from data_prep.core.digest import canonical_json, sha256_bytes, sha256_json
 from data_prep.core.errors import ItemError
 from data_prep.core.lease import check_leases
@@ -24,7 +25,7 @@ from data_prep.images.read_ahead import read_items
 from data_prep.pictures.cutting import Cutting
 from data_prep.pictures.formats import looks_like_image
 from data_prep.pictures.limits import PhotoError
-from data_prep.pictures.prepare import Piece, prepare
+from data_prep.pictures.prepare import Piece, Prepared, prepare
 from data_prep.pictures.tiling import sample_key
 from data_prep.raw.listing import Item
 from data_prep.shards.shards import (
@@ -38,6 +39,8 @@ from data_prep.shards.shards import (
 
 if TYPE_CHECKING:
     from data_prep.raw.source import Reader, Source
+
+    Preparer = Callable[[bytes, Cutting, str], Prepared]
 
 _ITEM = ("key", "size", "fingerprint", "offset", "block")  # the fields that a task's digest covers
 
@@ -53,6 +56,9 @@ class ShardTask:
         old: key of the parent's tar that this shard replaces; empty for a new shard.
         reuse: keys of the items to copy from `old`; none of them is in `items`.
         order: keys of all items, copied and new, in stored order; empty for a new shard.
+        limit_s: the most seconds of preparing one photo.
+        careful: prepare the photos in a process of their own, because one of them, or something
+            else, ended a worker process. The result does not depend on it.
     """
 
     place: Folder
@@ -66,6 +72,12 @@ class ShardTask:
     old: str = ""
     reuse: frozenset[str] = frozenset()
     order: Sequence[str] = ()
+    limit_s: float = DECODE_S
+    careful: bool = False
+
+    def after_death(self) -> ShardTask | None:
+        """Return the task to run after this one ended its worker process."""
+        return None if self.careful else replace(self, careful=True)
 
     @property
     def digest(self) -> str:
@@ -121,8 +133,11 @@ def build_shard(task: ShardTask) -> ShardResult:
 
     cv2.setNumThreads(1)  # each core has its own worker process
     findings: list[Finding] = []
-    with task.source.reader() as reader:
-        files = _write(task.place, task.name, _samples(task, reader, findings))
+    with (
+        task.source.reader() as reader,
+        guarded(prepare, task.limit_s, apart=task.careful) as preparing,
+    ):
+        files = _write(task.place, task.name, _samples(task, reader, preparing, findings))
     write_record(task.place, task.name, ShardRecord(task.digest, files, findings))
     return ShardResult(files, findings)
 
@@ -176,9 +191,11 @@ def _write(place: Folder, name: str, samples: Iterator[ShardSample]) -> list[Fil
     return write_shard(place, name, all_samples())
 
 
-def _samples(task: ShardTask, reader: Reader, findings: list[Finding]) -> Iterator[ShardSample]:
+def _samples(
+    task: ShardTask, reader: Reader, preparing: Preparer, findings: list[Finding]
+) -> Iterator[ShardSample]:
     """Yield the shard's samples in order, and append a finding for each prepared item."""
-    prepared = _prepare_items(task, reader, findings)
+    prepared = _prepare_items(task, reader, preparing, findings)
     if not task.reuse:
         for _, samples in prepared:
             yield from samples
@@ -227,21 +244,34 @@ class _OldSamples:
 
 
 def _prepare_items(
-    task: ShardTask, reader: Reader, findings: list[Finding]
+    task: ShardTask, reader: Reader, preparing: Preparer, findings: list[Finding]
 ) -> Iterator[tuple[Item, list[ShardSample]]]:
     """Yield every item with its samples; a failed or ignored item has none."""
     with closing(read_items(reader, task.items, task.max_bytes)) as read:
         for place, (item, get_bytes) in enumerate(read):
             check_leases()  # of this process, if the task runs in the stage's own
-            finding, samples = _prepare_item(task, item, get_bytes, place in task.unsure)
+            unsure = place in task.unsure
+            finding, samples = _prepare_item(task, item, get_bytes, preparing, unsure)
             findings.append(finding)
             yield item, samples
 
 
 def _prepare_item(
-    task: ShardTask, item: Item, get_bytes: Callable[[], bytes], unsure: bool
+    task: ShardTask,
+    item: Item,
+    get_bytes: Callable[[], bytes],
+    preparing: Preparer,
+    unsure: bool,
 ) -> tuple[Finding, list[ShardSample]]:
-    """Read one item and cut its samples; a failure becomes its finding."""
+    """Read one item and cut its samples; a failure becomes its finding.
+
+    Args:
+        task: of the shard.
+        item: to prepare.
+        get_bytes: returns its bytes.
+        preparing: `prepare`, perhaps in another process.
+        unsure: whether its name may or may not be that of a photo.
+    """
     try:
         data = get_bytes()
     except ItemError as error:
@@ -251,8 +281,8 @@ def _prepare_item(
         reason = "not an image: no extension, and not the content of one"
         return Finding(sha256, len(data), outcome=IGNORED, reason=reason), []
     try:
-        photo = prepare(data, task.how, item.key)
-    except PhotoError as error:
+        photo = preparing(data, task.how, item.key)
+    except (PhotoError, DeathError) as error:
         return Finding(sha256, len(data), outcome=FAILED, reason=str(error)), []
     size = (photo.width, photo.height)
     samples = [_sample(task.split, item, sha256, size, piece) for piece in photo.pieces]

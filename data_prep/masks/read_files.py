@@ -7,22 +7,26 @@ its fingerprint is the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from data_prep.core.apart import DECODE_S, guarded
 from data_prep.core.digest import content_digest, sha256_bytes
 from data_prep.core.errors import ItemError, PipelineError
-from data_prep.core.pool import Map
+from data_prep.core.pool import Map, run_apart, run_tasks
 from data_prep.core.progress import Progress
 from data_prep.core.text import printable
 from data_prep.masks.mask_file import Conversion, PackedMask, hole_mask, rim_share, white_pixels
 from data_prep.raw.listing import Item, Listing
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from data_prep.masks.settings import Polarity
 
 MAX_BYTES = 64 << 20  # of a mask file
@@ -168,22 +172,49 @@ def _read(reading: Reading, items: Sequence[Item]) -> Iterator[MaskFile]:
     # Archives are fast to read only in the order of their members.
     order = sorted(items, key=lambda item: (item.container, item.block, item.offset, item.key))
     workers = reading.workers if len(order) > POOL_FILES else 1
-    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
-    read = partial(_read_chunk, reading.source, reading.conversion)
+    chunks = [
+        _Chunk(reading.source, reading.conversion, order[start : start + CHUNK], DECODE_S)
+        for start in range(0, len(order), CHUNK)
+    ]
+    # Not in this process, which must not crash with a decoder.
+    run = run_apart if reading.run is run_tasks else reading.run
     count = 0
     with (
         Progress("mask files", len(order), "files") as progress,
-        closing(reading.run(read, chunks, workers)) as results,
+        closing(run(_read_chunk, chunks, workers)) as results,
     ):
         for chunk in results:
             yield from chunk
             progress.update(count := count + len(chunk))
 
 
-def _read_chunk(source: Source, conversion: Conversion, items: Sequence[Item]) -> list[MaskFile]:
-    with source.reader() as reader, ThreadPoolExecutor(reader.threads) as threads:
-        read = threads.map(partial(_bytes_of, reader), items)
-        return [_examined(item, data, conversion) for item, data in zip(items, read, strict=True)]
+@dataclass(frozen=True)
+class _Chunk:
+    """Files that one task reads; `careful` and `limit_s` are as in `ShardTask` of images."""
+
+    source: Source
+    conversion: Conversion
+    items: Sequence[Item]
+    limit_s: float
+    careful: bool = False
+    name: str = "mask files"
+
+    def after_death(self) -> _Chunk | None:
+        """Return the task to run after this one ended its worker process."""
+        return None if self.careful else replace(self, careful=True)
+
+
+def _read_chunk(chunk: _Chunk) -> list[MaskFile]:
+    with (
+        chunk.source.reader() as reader,
+        ThreadPoolExecutor(reader.threads) as threads,
+        guarded(white_pixels, chunk.limit_s, apart=chunk.careful) as whiten,
+    ):
+        read = threads.map(partial(_bytes_of, reader), chunk.items)
+        return [
+            _examined(item, data, chunk.conversion, whiten)
+            for item, data in zip(chunk.items, read, strict=True)
+        ]
 
 
 def _bytes_of(reader: Reader, item: Item) -> bytes | ItemError:
@@ -193,8 +224,20 @@ def _bytes_of(reader: Reader, item: Item) -> bytes | ItemError:
         return error
 
 
-def _examined(item: Item, data: bytes | ItemError, conversion: Conversion) -> MaskFile:
-    """Return the facts about a file and its masks, from its bytes or from the reading error."""
+def _examined(
+    item: Item,
+    data: bytes | ItemError,
+    conversion: Conversion,
+    whiten: Callable[[bytes], NDArray[np.bool_]],
+) -> MaskFile:
+    """Return the facts about a file and its masks.
+
+    Args:
+        item: the file.
+        data: its bytes, or the error of reading them.
+        conversion: how it becomes a mask.
+        whiten: `white_pixels`, perhaps in another process.
+    """
     from data_prep.pictures.formats import looks_like_image
 
     file = MaskFile(item.key, item.size, item.fingerprint, "failed")
@@ -203,7 +246,7 @@ def _examined(item: Item, data: bytes | ItemError, conversion: Conversion) -> Ma
         return replace(file, fingerprint=0, reason=str(data))
     file = replace(file, sha256=sha256_bytes(data))
     try:
-        white = white_pixels(data)
+        white = whiten(data)
     except ItemError as error:
         kind: Kind = "failed" if looks_like_image(data[:32]) or _named_image(item) else "ignored"
         return replace(file, kind=kind, reason=str(error))

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 import re
-import stat
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from data_prep.core.apart import DECODE_S, Apart, DeathError
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import Progress
 from data_prep.core.text import count_of, printable
 from data_prep.pictures.formats import EXTENSIONS, UNREADABLE, looks_like_image
-from data_prep.pictures.limits import MOST_PIXELS, Limits, PhotoError, PhotoSizeError
-from data_prep.pictures.open_image import opened
-from data_prep.pictures.orientation import upright_image
 from dpnet.inpainting.api import fill_image
 from dpnet.inpainting.conversion import has_alpha
+from dpnet.inpainting.read_file import read_file
 from dpnet.inpainting.tiles import TILE_MIN, on_fastest_device
 from dpnet.model import Generator
 from dpnet.model_store.find_model import find_model
@@ -43,13 +40,14 @@ _SAVE: dict[str, dict[str, Any]] = {
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
 }
-_LIMITS = Limits(MOST_PIXELS, option="the limit")
-_MAX_BYTES = 2_000_000_000  # of a file
 _JPEG = (".jpg", ".jpeg")
 _MASK_ENDING = re.compile(r"_mask\d*$", re.IGNORECASE)
 _NAMED = 5  # files of a folder that are left out and named in a message
 # Words in a mask's name which suggest that white is known.
 _INVERTED = re.compile(r"(?:^|[^a-z])(?:valid|known|keep|inverted)(?:[^a-z]|$)", re.IGNORECASE)
+
+
+Read = Callable[[Path], Image.Image]
 
 
 class Job(NamedTuple):
@@ -98,12 +96,15 @@ def inpaint_files(
     done: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     if not _several(image):
-        done.append(_fill_file(generator, jobs[0], tile, progress=True))
+        done.append(_fill_file(generator, jobs[0], tile, read_file, progress=True))
     else:
-        with Progress("inpaint", len(jobs), "images") as progress:
+        with (
+            Progress("inpaint", len(jobs), "images") as progress,
+            Apart(read_file, DECODE_S) as read,  # a decoder that crashes must not end the others
+        ):
             for number, job in enumerate(jobs, 1):
                 try:
-                    done.append(_fill_file(generator, job, tile))
+                    done.append(_fill_file(generator, job, tile, read))
                 except PipelineError as error:
                     message, name = str(error), printable(str(job.image))
                     message = message if name in message else f"{name}: {message}"
@@ -266,16 +267,27 @@ def _any_case(name: str) -> str:
 
 
 def _fill_file(
-    generator: Generator, job: Job, tile: int, *, progress: bool = False
+    generator: Generator, job: Job, tile: int, read: Read, *, progress: bool = False
 ) -> dict[str, Any]:
     """Read, fill and write one image, and return JSON values about it.
 
-    Raises PipelineError, whatever happens: one image must not end the work on the others.
+    Args:
+        generator: the model, in eval mode.
+        job: the image.
+        tile: side of a tile in pixels.
+        read: `read_file`, perhaps in another process.
+        progress: show the tiles of a large image on standard error.
+
+    Raises:
+        PipelineError: whatever happens, because one image must not end the work on the others.
     """
     if isinstance(job.mask, str):
         raise PipelineError(job.mask)
+    start = time.monotonic()
     try:
-        return _fill(generator, job, job.mask, tile, progress=progress)
+        image, mask = (_read(read, path) for path in (job.image, job.mask))
+        found = _fill(generator, job, job.mask, (image, mask), tile, progress=progress)
+        return {**found, "seconds": round(time.monotonic() - start, 2)}
     except PipelineError:
         raise
     except Exception as error:
@@ -287,11 +299,35 @@ def _fill_file(
         ) from error
 
 
+def _read(read: Read, path: Path) -> Image.Image:
+    try:
+        return read(path)
+    except DeathError as error:
+        raise PipelineError(
+            f"{path} cannot be decoded: {error}. Give an undamaged JPEG, PNG or WebP file."
+        ) from None
+
+
 def _fill(
-    generator: Generator, job: Job, mask_path: Path, tile: int, *, progress: bool
+    generator: Generator,
+    job: Job,
+    mask_path: Path,
+    images: tuple[Image.Image, Image.Image],
+    tile: int,
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
-    start = time.monotonic()
-    image, mask = _open(job.image), _open(mask_path)
+    """Fill and write one image.
+
+    Args:
+        generator: the model, in eval mode.
+        job: the image's paths.
+        mask_path: of its mask.
+        images: the image and its mask.
+        tile: side of a tile in pixels.
+        progress: show the tiles of a large image on standard error.
+    """
+    image, mask = images
     jpeg = job.out.suffix.lower() in _JPEG
     if jpeg and has_alpha(image):
         raise PipelineError(
@@ -317,7 +353,6 @@ def _fill(
         "filled": result is not image,
         "width": result.width,
         "height": result.height,
-        "seconds": round(time.monotonic() - start, 2),
     }
 
 
@@ -328,36 +363,3 @@ def _save(image: Image.Image, out: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PipelineError(f"cannot write {out}: {reason}. Choose another path.") from error
-
-
-def _open(path: Path) -> Image.Image:
-    """Return the image in a file, decoded and upright."""
-    try:
-        with opened(_bytes_of(path), _LIMITS) as image:
-            return upright_image(image)
-    except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: check the path.") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise PipelineError(f"{path} cannot be read: {reason}. Check the path.") from None
-    except PhotoSizeError as error:
-        raise PipelineError(f"{path} is too large: {error}. Give a smaller image.") from None
-    except PhotoError as error:
-        raise PipelineError(
-            f"{path} cannot be decoded: {error}. Give an undamaged JPEG, PNG or WebP file."
-        ) from None
-    except MemoryError:
-        raise PipelineError(
-            f"{path} cannot be decoded: there is too little memory. Give a smaller image."
-        ) from None
-
-
-def _bytes_of(path: Path) -> bytes:
-    """Return the bytes of a file; refuse devices and pipes, which may never end."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would block
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is not a file")
-        if status.st_size > _MAX_BYTES:
-            raise PhotoSizeError(f"it has {status.st_size} bytes, the limit is {_MAX_BYTES}")
-        return file.read(_MAX_BYTES)

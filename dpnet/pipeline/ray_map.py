@@ -6,6 +6,7 @@ cut the work into blocks of its own choice. Ray sets OMP_NUM_THREADS to 1, the c
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import tempfile
@@ -17,17 +18,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from data_prep.core.apart import may_die
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import check_leases
 from data_prep.core.logs import start_logging
-from data_prep.core.pool import CHECK_S, Map, cores, died_again, task_name
+from data_prep.core.pool import CHECK_S, Map, after_death, cores, died_again, task_name
 from dpnet.training.ray.deaths import death_reason
 from dpnet.training.ray.start import connect, prepare_start
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+log = logging.getLogger(__name__)
+
 RETRIES = 3  # of a task after its worker or node died
+
+
+class _WorkerDiedError(Exception):
+    """A task that was lost with its worker process or node; the message says how."""
 
 
 def ray_map(address: str = "auto") -> Map:
@@ -57,6 +65,7 @@ def _run(
 ) -> Generator[R, None, None]:
     # No retry after an error of the function: it would fail again.
     remote = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(_call)
+    once = remote.options(max_retries=0)
     rest = iter(tasks)
     window: deque[tuple[Any, T]] = deque()  # in order, with results that wait for their turn
     running: list[Any] = []
@@ -67,7 +76,9 @@ def _run(
             most = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             room = min(most - len(running), 2 * most - len(window))
             for task in islice(rest, max(0, room)):
-                reference = remote.remote(function, task)
+                # A task with a careful form runs once as it is. Repeating it would take as long.
+                submit = remote if after_death(task) is None else once
+                reference = submit.remote(function, task)
                 window.append((reference, task))
                 running.append(reference)
             if not window:
@@ -76,7 +87,18 @@ def _run(
                 check_leases()
                 _, running = ray.wait(running, num_returns=1, timeout=CHECK_S)
                 continue
-            yield _result(ray, *window.popleft())
+            reference, task = window.popleft()
+            try:
+                result = _result(ray, reference, task)
+            except _WorkerDiedError as error:
+                if (careful := after_death(task)) is None:
+                    raise died_again(task, 1 + RETRIES) from None
+                log.warning("%s while it ran %s: it runs again with care", error, task_name(task))
+                reference = remote.remote(function, careful)
+                window.appendleft((reference, careful))
+                running.append(reference)
+                continue
+            yield result
             if running:  # others may have ended while the caller used this result
                 _, running = ray.wait(running, num_returns=len(running), timeout=0)
     finally:
@@ -86,11 +108,15 @@ def _run(
 
 def _call(function: Callable[[T], R], task: T) -> R:
     start_logging()  # to Ray's log of this worker
+    may_die()
     return function(task)
 
 
 def _result(ray: Any, reference: Any, task: Any) -> Any:
-    """Return the result of a finished task. Raises the function's own error, or PipelineError."""
+    """Return the result of a finished task.
+
+    Raises the function's own error, _WorkerDiedError or PipelineError.
+    """
     lost: str
     try:
         return ray.get(reference)
@@ -99,9 +125,11 @@ def _result(ray: Any, reference: Any, task: Any) -> Any:
             raise error.cause from error
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
-        raise died_again(task, 1 + RETRIES) from None
+        raise _WorkerDiedError("a worker process died") from None
     except ray.exceptions.RayError as error:
         lost = death_reason(error) or str(error).strip().split("\n")[0].rstrip(".")
+        if after_death(task) is not None:
+            raise _WorkerDiedError(lost) from None
     raise PipelineError(
         f"Ray lost {task_name(task)} ({lost}): run the same command again, it resumes."
     )
