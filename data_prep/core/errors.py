@@ -68,10 +68,15 @@ _OS_ADVICE = {
 
 
 def storage_error_in(text: str, where: str) -> StorageError | None:
-    """Return the storage error that a text from another process names, or None."""
+    """Return the storage error that a text from another process names, or None.
+
+    The place is the file in the text, else `where`.
+    """
     for code in _OS_ADVICE:
-        if os.strerror(code) in text:
-            return storage_error(OSError(code, os.strerror(code)), where)
+        reason = os.strerror(code)
+        if reason in text:
+            named = re.search(rf"{reason}: '([^']+)'", text)
+            return storage_error(OSError(code, reason), named[1] if named else where)
     return None
 
 

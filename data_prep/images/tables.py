@@ -6,7 +6,6 @@ cause a new training.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.manifest import FileRecord
 from data_prep.core.stage import Work
+from data_prep.core.temporary import naming_temporary_folder, temporary_file
 from data_prep.images.findings import FAILED, IGNORED, OUTCOMES, SAMPLE
 from data_prep.images.keys import UNSURE
 from data_prep.images.outcomes import Outcomes
@@ -203,14 +203,16 @@ def _write_table(work: Work, path: str, parts: Iterable[pa.Table]) -> FileRecord
     """Write a Parquet file part by part."""
     import pyarrow.parquet as pq
 
-    with tempfile.NamedTemporaryFile(prefix="dpnet-table-") as file:
+    with temporary_file("table") as file:
         writer = None
         for part in parts:
-            if writer is None:
-                writer = pq.ParquetWriter(file.name, part.schema, compression="zstd")
-            writer.write_table(part)
+            with naming_temporary_folder():
+                if writer is None:
+                    writer = pq.ParquetWriter(file.name, part.schema, compression="zstd")
+                writer.write_table(part)
         assert writer is not None
-        writer.close()
+        with naming_temporary_folder():
+            writer.close()
         work.store.upload(work.key(path), Path(file.name))
     sha256, size = sha256_of(work.store, work.key(path))
     return FileRecord(path, size, sha256, content=False)

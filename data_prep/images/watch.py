@@ -130,7 +130,7 @@ def read(store: Store, key: str) -> Watched:
     """Read the stored state of a watch; return an empty one if there is none."""
     try:
         record = json.loads(store.read(key))
-        refuse_newer(record, f"{store.uri}/{key}")
+        refuse_newer(record, f"{store.label}/{key}")
         watched = Watched(str(record["digest"]), float(record["since"]), str(record["announced"]))
     except FileNotFoundError:
         return Watched()

@@ -13,17 +13,17 @@ import io
 import posixpath
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import BLOCK, END, file_header, padding
+from data_prep.core.temporary import naming_temporary_folder, temporary_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -164,17 +164,19 @@ def write_shard(work: Place, name: str, samples: Iterable[ShardSample]) -> list[
     """
     index: list[dict[str, Any]] = []
     seen: set[str] = set()
-    with tempfile.NamedTemporaryFile(prefix="dpnet-shard-") as file:
-        tar = TarWriter(cast(BinaryIO, file))
+    with temporary_file("shard") as file:
+        tar = TarWriter(file)
         for key, files, columns in samples:
             assert key not in seen, f"{name}: two samples have the key {key}"
             seen.add(key)
             payload = next(iter(files.values()))
-            place = {"offset": tar.add(key, files), "size": len(payload)}
+            with naming_temporary_folder():
+                place = {"offset": tar.add(key, files), "size": len(payload)}
             index.append({"key": key, **place, "sha256": sha256_bytes(payload), **columns})
         assert index, f"{name} has no samples"
-        sha256 = tar.close()
-        file.flush()
+        with naming_temporary_folder():
+            sha256 = tar.close()
+            file.flush()
         work.store.upload(work.key(f"{name}.tar"), Path(file.name))
     mark = {_TAR_SHA256: sha256.encode(), _TAR_SIZE: str(tar.size).encode()}
     written = write_file(work, f"{name}.parquet", encode_table(index, metadata=mark))

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from data_prep.core.environment import ALL, wrong_variable
 from data_prep.core.errors import ConfigError, PipelineError, storage_error
 from data_prep.core.logs import start_logging
 from data_prep.core.redact import redact
+from data_prep.core.standard_streams import prepare_streams
+from data_prep.core.temporary import temporary_folder
 from data_prep.core.text import printable
 from dpnet.cli.parser import build_parser
 
@@ -28,6 +30,7 @@ _STOPPED = "stopped; the same command resumes."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` and return its exit status."""
+    prepare_streams()
     _stop_on_signals()
     start_logging()
     try:
@@ -39,13 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if wrong := wrong_variable(ALL):
             raise ConfigError(wrong)
         result, text = function_of(args.command)(args)
-        print(json.dumps(result) if args.json else printable(text, newlines=True), flush=True)
+        try:
+            print(json.dumps(result) if args.json else printable(text, newlines=True), flush=True)
+        except OSError as error:
+            _drop(sys.stdout)
+            if isinstance(error, BrokenPipeError):
+                raise
+            raise PipelineError(
+                f"the result cannot be written to standard output: {error.strerror}. Send it"
+                " elsewhere. The work itself is done."
+            ) from error
         return 0 if result["ok"] else 1
     except BrokenPipeError:  # the reader, for example `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop(sys.stdout)
         return 1
     except BaseException as error:
         return _report(error, args)
+
+
+def _drop(stream: TextIO) -> None:
+    """Send what a stream still holds to /dev/null, because its file or reader takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def function_of(command: str) -> Any:
@@ -56,17 +73,26 @@ def function_of(command: str) -> Any:
 
 def _report(error: BaseException, args: argparse.Namespace) -> int:
     """Print on standard error why the command ended, and return the exit status."""
+    sentence, status = _explain(error)
+    sentence = printable(redact(sentence))
+    lines = [f"dpnet: {sentence}"]
     if args.debug:
         import traceback
 
         text = "".join(traceback.format_exception(error))
-        print(printable(redact(text), newlines=True), file=sys.stderr, flush=True)
-    sentence, status = _explain(error)
-    sentence = printable(redact(sentence))
-    print(f"dpnet: {sentence}", file=sys.stderr, flush=True)
+        lines.insert(0, printable(redact(text), newlines=True))
+    _print("\n".join(lines), sys.stderr)
     if args.json:
-        print(json.dumps({"ok": False, "error": sentence}), flush=True)
+        _print(json.dumps({"ok": False, "error": sentence}), sys.stdout)
     return status
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print a text about a failure; the exit status counts, even if nobody reads the text."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        _drop(stream)
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
@@ -78,8 +104,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case PipelineError():
             return " ".join(str(error).split()), 1
         case OSError():
-            where = error.filename if isinstance(error.filename, str) else "the storage"
-            return str(storage_error(error, where)), 1
+            where = f"the root or the temporary folder {temporary_folder()}"
+            return str(storage_error(error, error.filename or where)), 1
         case Exception():
             text = " ".join(str(error).split())
             return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class _Version(argparse.Action):
     ) -> None:
         import dpnet
 
-        print(f"dpnet {dpnet.__version__}", flush=True)
+        parser._print_message(f"dpnet {dpnet.__version__}\n", sys.stdout)  # as the help is printed
         parser.exit()
 
 

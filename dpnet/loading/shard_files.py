@@ -18,7 +18,6 @@ import io
 import os
 import posixpath
 import re
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.manifest import FileRecord, StageRef, read_manifest
 from data_prep.core.storage.store import Store, checked_key
+from data_prep.core.temporary import nameless_file, naming_temporary_folder
 from data_prep.shards.shards import index_key, read_table
 from dpnet.loading.shard_cache import ShardCache
 
@@ -243,18 +243,17 @@ class ShardFiles:
                     return kept
                 os.close(kept)
                 self.cache.drop(shard.sha256)  # this disk has altered the file, not the store
-        with tempfile.TemporaryFile() as nameless:  # so that a kill leaves no file behind
+        with nameless_file() as nameless:
             self._receive(shard.key, nameless)
             return os.dup(nameless.fileno())
 
     def _receive(self, key: str, into: BinaryIO) -> None:
-        try:
-            self.store.receive(key, into)
+        with naming_temporary_folder():
+            try:
+                self.store.receive(key, into)
+            except FileNotFoundError:  # the object, not the temporary file
+                raise _missing(self.store, key) from None
             into.flush()
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise storage_error(error, tempfile.gettempdir()) from error
 
     def _is_sound(self, file: int, shard: Shard) -> bool:
         """Return whether a cached file has the right bytes. Each file is hashed once a process."""

@@ -92,7 +92,7 @@ def read_record(store: Store, key: str) -> dict[str, Any]:
     """Read and check a record. Raises PipelineError if it was altered."""
     try:
         record = json.loads(store.read(key))
-        refuse_newer(record, f"{store.uri}/{key}")
+        refuse_newer(record, f"{store.label}/{key}")
         folder = record["run"]["folder"]
         if isinstance(folder, str) and isinstance(record["version"], int):
             return dict(record)

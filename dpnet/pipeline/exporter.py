@@ -32,6 +32,7 @@ from prometheus_client.registry import Collector
 from data_prep.core.environment import ALL, wrong_variable
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.logs import start_logging
+from data_prep.core.standard_streams import prepare_streams
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
@@ -234,6 +235,7 @@ def _read_inside(store: Store, key: str) -> bytes:
 def main(arguments: list[str] | None = None) -> int:
     """Serve a root until a SIGINT or SIGTERM. Return the exit status."""
     start_logging()
+    prepare_streams()
     parser = argparse.ArgumentParser(
         "python -m dpnet.exporter",
         description=__doc__,

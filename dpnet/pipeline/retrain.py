@@ -169,7 +169,7 @@ def _read_or_create(work: Work, name: str, make: Callable[[], Record]) -> Record
         work.store.create(key, _to_bytes(make()))
     try:
         record = json.loads(work.store.read(key))
-        refuse_newer(record, f"{work.store.uri}/{key}")
+        refuse_newer(record, f"{work.store.label}/{key}")
         champion = record["champion"]
         if champion is None or {"version", "run"} <= champion.keys():
             return dict(record)

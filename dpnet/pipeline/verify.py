@@ -251,7 +251,7 @@ def _check_record(store: Store, key: str, result: Verification) -> None:
     data = store.read(key)
     try:
         record = json.loads(data)
-        refuse_newer(record, f"{store.uri}/{key}")
+        refuse_newer(record, f"{store.label}/{key}")
         folder = _registration(record)
         if key not in (
             champion_key(record["model"]),

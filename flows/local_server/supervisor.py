@@ -31,6 +31,7 @@ from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.logs import start_logging
 from data_prep.core.paths import MLFLOW_ARTIFACTS, MLFLOW_DATABASE
 from data_prep.core.private_files import UMASK, make_private, private_folder, private_opener
+from data_prep.core.standard_streams import prepare_streams
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.training.ray.start import prepare_start
@@ -271,6 +272,7 @@ def main() -> None:
     for each in (signal.SIGINT, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop_at_once)
+    prepare_streams()
     start_logging()
     process_tree.adopt_orphans()
     arguments = SupervisorArguments(**json.loads(sys.argv[1]))

@@ -22,6 +22,7 @@ import time
 from data_prep.core.errors import PipelineError
 from data_prep.core.logs import start_logging
 from data_prep.core.scratch import scratch_folder
+from data_prep.core.standard_streams import prepare_streams
 from data_prep.core.storage.open import open_store
 from dpnet.training.job import TrainJob
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
@@ -30,6 +31,7 @@ from dpnet.training.ray.ray_train import Training
 
 def main() -> int:
     """Run the job that the arguments of this process name. Return the exit status."""
+    prepare_streams()
     start_logging()
     *only_stacks, attempt, root, folder = sys.argv[1:]
     try:

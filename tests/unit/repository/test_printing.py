@@ -13,8 +13,7 @@ REPOSITORY = Path(__file__).parents[3]
 PACKAGES = ("data_prep", "dpnet", "flows")
 # The functions that print a result, or a line which another process of ours reads.
 PRINTING = {
-    "dpnet/cli/main.py": {"main", "_report"},
-    "dpnet/cli/parser.py": {"__call__"},  # the version
+    "dpnet/cli/main.py": {"main", "_print"},
     "dpnet/cli/commands/servers.py": {"announce"},
     "dpnet/pipeline/exporter.py": {"main"},
     "dpnet/training/ray/job_driver.py": {"main"},

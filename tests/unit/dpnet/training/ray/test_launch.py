@@ -237,6 +237,9 @@ def test_the_worker_error_that_a_user_can_act_on_is_shown() -> None:
     assert "RuntimeError: Connection closed by peer" in str(told)
     full = explain_error(WorkerError(OSError("[Errno 28] No space left on device")), "root")
     assert str(full).startswith("cannot use root: the disk is full")
+    other = OSError("[Errno 28] No space left on device: '/tmp/ray/x'")
+    told = explain_error(WorkerError(other), "root")
+    assert str(told).startswith("cannot use /tmp/ray/x: the disk is full")
 
 
 @pytest.mark.parametrize(
