@@ -218,6 +218,7 @@ class Lease:
                 if seen is None or seen[0] != found:
                     seen = (found, now())
                 if not self._may_take(other, looked - seen[1]):
+                    check_leases()  # those around this one
                     self._log_wait(other)
                     time.sleep(min(1.0, self._heartbeat / 4))
                     continue
@@ -248,10 +249,12 @@ class Lease:
         if not self.waited:
             self.waited = True
             log.info(
-                "another runner (%s, process %s) is running %s: waiting for it",
+                "another runner (%s, process %s) is running %s: waiting for it, or until it gives"
+                " no sign for %.0f s",
                 printable(str(other.get("host", "?"))),
                 printable(str(other.get("pid", "?"))),
                 posixpath.dirname(self.key),
+                MISSED * _number(other, "interval", self.interval),
             )
 
     def _renew_regularly(self) -> None:

@@ -20,6 +20,7 @@ MLFLOW_DATABASE = "mlflow.db"
 # Files in the folder of every stage.
 MANIFEST = "manifest.json"
 LEASE = "lease.json"
+TRAINING_LEASE = "lease-training.json"  # in a run's folder: of the process that trains
 
 DEMO_ROOT = "./dpnet-demo"
 _RECORD_KEY = re.compile(rf"{REGISTRY}/([^/]+)/(?:champion|v(\d+))\.json")

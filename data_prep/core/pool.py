@@ -94,7 +94,9 @@ def run_tasks(
     first = list(islice(rest, 2))
     rest = chain(first, rest)
     if workers <= 1 or len(first) <= 1:
-        yield from map(function, rest)
+        for each in rest:
+            check_leases()
+            yield function(each)
     else:
         yield from run_apart(function, rest, workers)
 

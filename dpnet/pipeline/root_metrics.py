@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.lease import is_claimed
 from data_prep.core.manifest import read_manifest
-from data_prep.core.paths import IMAGES, REGISTRY, RUNS, champion_key, lease_key, manifest_key
+from data_prep.core.paths import (
+    IMAGES,
+    REGISTRY,
+    RUNS,
+    TRAINING_LEASE,
+    champion_key,
+    lease_key,
+    manifest_key,
+)
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import STATUS
 
@@ -27,7 +35,7 @@ METRICS = {
     "dpnet_train_step": ("Steps done.", ("run",)),
     "dpnet_train_steps": ("Steps of the whole training.", ("run",)),
     "dpnet_train_claimed": (
-        "A runner holds the run's lease, or was killed while it held it.",
+        "A runner holds a lease of the run, or was killed while it held it.",
         ("run",),
     ),
     "dpnet_train_last_progress_timestamp_seconds": ("Time of the last step.", ("run",)),
@@ -101,7 +109,8 @@ class RootReader:
             if is_old and self.store.exists(manifest_key(folder)):
                 self._ended.add(folder)
                 return []
-            claimed = is_claimed(self.store, lease_key(folder))
+            leases = (lease_key(folder), f"{folder}/{TRAINING_LEASE}")  # of launcher and job
+            claimed = any(is_claimed(self.store, key) for key in leases)
             return list(_training_values(folder.rpartition("/")[2], status, claimed))
         except _DAMAGED:
             return []

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.lease import confirm_leases
 from data_prep.core.manifest import Manifest
 from data_prep.core.storage.store import Store
 from dpnet.tracking.mlflow_runs import LogUploader, flatten, log_figures, training_run
@@ -48,6 +49,7 @@ def restore_versions(
             _refuse(model, number)
     lost = sorted(set(records) - set(there))
     for number in lost:
+        confirm_leases()
         record = records[number]
         source = _source(client, store, record["run"]["folder"])
         made = client.create_model_version(model, source=source, tags=_tags(record))

@@ -100,6 +100,7 @@ def _build(work: Work, model: str, uri: str) -> Produced:
         mlflow.restore_versions(client, store, model, records)
         champion = find_champion(store, model)
         if champion is not None and not store.exists(champion_key(model)):
+            confirm_leases()
             _promote(client, store, champion)
             log.warning(
                 "register: %s/%s was missing: version %d is champion again, as the records of the"

@@ -16,9 +16,11 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from contextvars import copy_context
 from typing import Any
 
-from data_prep.core.errors import StorageError
+from data_prep.core.errors import LeaseLostError, StorageError
+from data_prep.core.lease import confirm_leases
 from data_prep.core.paths import manifest_key
 from data_prep.core.storage.store import Store
 
@@ -38,7 +40,10 @@ class Journal:
         self._swept = False  # whether the parts of an earlier attempt are removed
         self._lock = threading.Lock()
         self._wake, self._closed = threading.Event(), False
-        self._thread = threading.Thread(target=self._work, name="dpnet-journal", daemon=True)
+        context = copy_context()  # with the leases around this call
+        self._thread = threading.Thread(
+            target=context.run, args=(self._work,), name="dpnet-journal", daemon=True
+        )
         self._thread.start()
 
     def status(self, record: Mapping[str, Any]) -> None:
@@ -94,11 +99,12 @@ class Journal:
     def _publish(self, name: str, data: bytes) -> bool:
         """Write a file. Return whether storage took it."""
         try:
+            confirm_leases()  # two trainings must never write one run
             if _is_part(name) and not self._swept:
                 self._remove_parts_after(name)
                 self._swept = True
             self.store.write(f"{self.run}/{name}", data)
-        except (StorageError, OSError):
+        except (StorageError, LeaseLostError, OSError):
             return False
         return True
 

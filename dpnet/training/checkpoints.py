@@ -29,12 +29,12 @@ from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.lease import confirm_leases
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import decode_log, encode_log
+from dpnet.training.job import PATIENCE_S
 
 _log = logging.getLogger(__name__)
 
 FORMAT = 1
 MARK, STATE, LOG = "checkpoint.json", "state.pt", "log.jsonl"
-PATIENCE_S = 600.0  # how long to retry a write that storage refuses
 _WAIT_S = 5.0  # between two tries; the store itself retries for a minute each time
 _FOLDER = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 

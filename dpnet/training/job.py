@@ -12,10 +12,12 @@ from pydantic import ValidationError
 
 from data_prep.core.digest import sha256_file
 from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.lease import MISSED, Lease
 from data_prep.core.manifest import StageRef, load_reference
-from data_prep.core.paths import RUNS
+from data_prep.core.paths import RUNS, TRAINING_LEASE
 from data_prep.core.record import known_fields
 from data_prep.core.stage import Request
+from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 
@@ -28,9 +30,14 @@ _NOT_REQUESTED = {
 }  # fmt: skip
 
 
-# Interval of a training's leases, in seconds. Training may go without storage for ten minutes
-# (PATIENCE_S in checkpoints.py), so its leases expire only then.
-LEASE_INTERVAL_S = 200.0
+# How long training continues without storage, in seconds. Servers restart within minutes, and a
+# stop costs the steps since the last checkpoint and the place in a cluster's queue.
+PATIENCE_S = 600.0
+# Interval of a training's leases. They expire when its patience ends and not before, because with
+# shorter ones each short outage of storage would stop every training. The price: if a machine dies,
+# another one resumes the run ten minutes later. On the same machine the next start sees at once
+# that the owner has ended.
+LEASE_INTERVAL_S = PATIENCE_S / MISSED
 
 
 @dataclass(frozen=True)
@@ -231,6 +238,15 @@ def vgg_command(kind: str, file: str) -> str:
         f" torch.save(m.{kind}(weights='DEFAULT').state_dict(), sys.argv[1])\""
         f" {shlex.quote(file)}"
     )
+
+
+def training_lease(job: TrainJob) -> Lease:
+    """Return the lease of the process that trains. It outlives the launcher's own.
+
+    So a run whose launcher was killed is not trained by two processes at once.
+    """
+    key = f"{job.folder}/{TRAINING_LEASE}"
+    return Lease(open_store(job.root), key, interval=LEASE_INTERVAL_S)
 
 
 def is_finished(job: TrainJob, step: int, finished: str) -> bool:

@@ -25,7 +25,6 @@ from dpnet.loading.shard_files import ShardFiles, check_enough, find_shards
 from dpnet.model.config import preset
 from dpnet.model_store.weights import load_generator
 from dpnet.training.checkpoints import (
-    PATIENCE_S,
     Loaded,
     Log,
     Writer,
@@ -34,7 +33,7 @@ from dpnet.training.checkpoints import (
     marks,
     newest,
 )
-from dpnet.training.job import TrainJob, is_finished
+from dpnet.training.job import PATIENCE_S, TrainJob, is_finished
 from dpnet.training.reporting import Meter, Reporter
 from dpnet.training.session import Session, share_from_first
 from dpnet.training.state import TrainState

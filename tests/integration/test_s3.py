@@ -9,7 +9,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from lease_holders import contend, stopped_holder
+from lease_holders import contend, killed_holder, stopped_holder
 from servers import Fault, fault_proxy
 
 from data_prep.core.errors import LeaseLostError, StorageError
@@ -121,6 +121,10 @@ def test_a_lease_lets_one_runner_in_at_a_time(store):
 def test_many_waiters_take_over_an_expired_lease_one_after_another(store):
     store.write("old/lease.json", b'{"owner": "x", "interval": 0.2}')
     assert contend(store.uri, "old/lease.json", runners=3, interval=1.0) == 1
+
+
+def test_waiters_get_the_lease_of_a_killed_process_at_once_and_one_after_another(store):
+    assert killed_holder(store.uri, "killed/lease.json") == 1
 
 
 def test_real_heartbeats_keep_a_waiter_out_for_long(store):

@@ -351,11 +351,32 @@ def test_the_job_outlives_its_launcher_and_the_next_one_attaches_to_it_and_stops
     assert time.monotonic() - begun < 30
     assert second.process.returncode == 130
     assert not alive(driver)
+    assert not second.store.exists(f"{second.run}/lease-training.json")  # it was given back
     assert jobs(cluster, first) == {1: "STOPPED"}
     third = trainer.start(root, *job)
     assert third.finish()["resumed_from"] >= 2 * EVERY
     assert jobs(cluster, first) == {1: "STOPPED", 2: "SUCCEEDED"}
     assert third.validations() == undisturbed.validations()
+
+
+def test_a_local_training_waits_for_the_job_whose_launcher_was_killed(
+    trainer: Trainer, cluster: Cluster, job: list[str], root: Path, undisturbed: Training
+) -> None:
+    first = trainer.start(root, *job)
+    first.wait_for(EVERY)
+    first.process.kill()
+    second = trainer.start(root)
+    second.wait_to_say("another runner")
+    writers = set()
+    while second.process.poll() is None:
+        writers.add(second.status().get("attempt"))
+        time.sleep(0.05)
+    second.finish()
+    (name,) = {writer for writer in writers if writer}  # only the job has trained
+    assert str(name).startswith("dpnet-")
+    assert not second.said("resumes from the checkpoint")
+    assert jobs(cluster, first) == {1: "SUCCEEDED"}
+    assert second.validations() == undisturbed.validations()
 
 
 def jobs(cluster: Cluster, training: Training) -> dict[int, str]:

@@ -60,6 +60,19 @@ def contend(root: str, key: str, *, runners: int, interval: float) -> int:
     return most
 
 
+def killed_holder(root: str, key: str) -> int:
+    """Kill a process that holds a lease, with two waiters. Return how many held it together."""
+    command = [sys.executable, "-c", HOLDER, root, key, "600"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        waiters = ThreadPoolExecutor(1).submit(contend, root, key, runners=2, interval=600)
+        time.sleep(1)
+        assert not waiters.done()
+        process.kill()
+    return waiters.result(120)  # far less than three intervals: its end was seen
+
+
 def stopped_holder(root: str, key: str) -> None:
     """Stop a process that holds a lease, take the lease over, and let the process continue."""
     store = open_store(root)

@@ -18,13 +18,15 @@ import signal
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.lease import check_leases
 from data_prep.core.logs import start_logging
 from data_prep.core.scratch import scratch_folder
 from data_prep.core.standard_streams import prepare_streams
 from data_prep.core.storage.open import open_store
-from dpnet.training.job import TrainJob
+from dpnet.training.job import TrainJob, training_lease
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
 from dpnet.training.ray.ray_train import Training
 
@@ -52,9 +54,14 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
             f"the cluster's head cannot find {root}/{folder}, which the launcher has just written:"
             " choose a root that all machines share, S3 or a shared disk."
         ) from None
-    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    with scratch_folder("ray-") as scratch:
-        training = Training(TrainJob.from_json(spec["job"]), scratch, attempt, spec["deadline"])
+    job = TrainJob.from_json(spec["job"])
+    with ExitStack() as stack:
+        # Another job or a local training of the same run may go on: its log says that this one
+        # waits. The job holds the lease, because its launcher may be killed.
+        lease = None if only_stacks else stack.enter_context(training_lease(job)).reference()
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        scratch = stack.enter_context(scratch_folder("ray-"))
+        training = Training(job, scratch, attempt, spec["deadline"], lease)
         try:
             if only_stacks:
                 training.print_stacks()
@@ -65,6 +72,7 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
             )
             training.start()
             while training.is_running():
+                check_leases()
                 time.sleep(0.3)
         finally:
             training.stop(shared=True)

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from data_prep.core.errors import PipelineError
-from dpnet.training.job import TrainJob
+from dpnet.training.job import TrainJob, training_lease
 from dpnet.training.ray.start import connect, prepare_start
 from dpnet.training.settings import LaunchSettings
 
@@ -41,9 +41,12 @@ class LocalLauncher:
         if ray.is_initialized():
             raise PipelineError("Ray already runs in this process: shut it down before training.")
         gpus = _gpus(self.job) if self.job.settings.gpus else 0
+        lease = self._started.enter_context(training_lease(self.job))
         log.info("train: starting Ray")
         start = self._started.enter_context(prepare_start())
-        self._training = Training(self.job, start.folder, self.attempt, self.launch.deadline_s)
+        self._training = Training(
+            self.job, start.folder, self.attempt, self.launch.deadline_s, lease.reference()
+        )
         try:
             self._started.enter_context(start.in_this_process())
             connect(**start.init_options(self.job.settings.workers + 1, gpus))

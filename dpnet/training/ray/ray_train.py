@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,19 @@ class Training:
         scratch: Folder of this machine for the files that Ray writes.
         attempt: Name of this start. It separates its status from that of earlier starts.
         deadline: Seconds without progress after which training is given up.
+        lease: Reference to the lease that this process holds while it trains.
     """
 
-    def __init__(self, job: TrainJob, scratch: Path, attempt: str, deadline: float) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        scratch: Path,
+        attempt: str,
+        deadline: float,
+        lease: Mapping[str, Any] | None = None,
+    ) -> None:
         self.job, self.scratch, self.attempt = job, scratch, attempt
-        self.deadline = deadline
+        self.deadline, self.lease = deadline, lease
         self.store = open_store(job.root)
         self.error: BaseException | None = None
         self._stopped = False
@@ -164,7 +172,11 @@ class Training:
         failures = FailureConfig(max_failures=s.max_failures, controller_failure_limit=-1)
         trainer = TorchTrainer(
             workers.run_worker,
-            train_loop_config={"job": self.job.to_json(), "attempt": self.attempt},
+            train_loop_config={
+                "job": self.job.to_json(),
+                "attempt": self.attempt,
+                "lease": self.lease,
+            },
             scaling_config=ScalingConfig(num_workers=number, use_gpu=s.gpus),
             run_config=RunConfig(
                 name=self.job.folder.rpartition("/")[2],

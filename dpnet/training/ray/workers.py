@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import ExitStack
 from typing import Any
 
 from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.lease import Follower
 from data_prep.core.logs import add_handler, start_logging
+from data_prep.core.storage.open import open_store
 from dpnet.training.job import TrainJob
 from dpnet.training.ray.messages import forward_logs, send_error
 from dpnet.training.ray.stacks import stacks_on_signal
@@ -19,7 +22,8 @@ def run_worker(config: dict[str, Any]) -> bool:
     """Run the training loop in a Ray Train worker. Return whether training is finished.
 
     Args:
-        config: `job`, the TrainJob as JSON, and `attempt`, the name of this start.
+        config: `job`, the TrainJob as JSON; `attempt`, the name of this start; and `lease`, the
+            reference to the driver's lease. Rank 0, which writes, stops if the driver loses it.
     """
     import torch
 
@@ -32,7 +36,9 @@ def run_worker(config: dict[str, Any]) -> bool:
     if not job.settings.gpus:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // session.local_world))
     try:
-        with stacks_on_signal():
+        with stacks_on_signal(), ExitStack() as stack:
+            if session.rank == 0 and config.get("lease"):
+                stack.enter_context(Follower(open_store(job.root), config["lease"]))
             return train_loop(job, session)
     except StorageError:
         raise  # it may be temporary: Ray restarts the workers

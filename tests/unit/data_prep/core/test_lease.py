@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lease_holders import contend, stopped_holder
+from lease_holders import contend, killed_holder, stopped_holder
 from servers import Fault, fault_proxy
 
 from data_prep.core import lease as lease_module
@@ -110,6 +110,53 @@ def test_the_owner_regards_the_lease_as_lost_after_three_intervals_without_renew
     assert not store.exists(KEY)
 
 
+class Slow(LocalStore):
+    """A folder in which the answer to one kind of request takes long, once."""
+
+    slow, seconds = "", 0.0
+    clock: Clock
+
+    def create(self, key: str, data: bytes) -> str | None:
+        tag = super().create(key, data)
+        self._wait("create")
+        return tag
+
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
+        found = super().replace(key, data, tag)
+        self._wait("replace")
+        return found
+
+    def _wait(self, act: str) -> None:
+        if act == self.slow:
+            self.slow = ""
+            self.clock.time += self.seconds
+
+
+@pytest.mark.parametrize("act", ["create", "replace"])
+def test_the_owner_counts_from_before_its_request(tmp_path: Path, clock: Clock, act: str) -> None:
+    store = Slow(tmp_path)
+    store.slow, store.seconds, store.clock = act, 8.0, clock
+    with Lease(store, KEY, interval=10.0) as lease:
+        if act == "replace":
+            lease.check()
+        assert clock.time == 1008
+        clock.time += 21
+        assert lease.held
+        clock.time += 1
+        assert not lease.held
+
+
+def test_a_lease_that_was_answered_late_is_written_once_more(tmp_path: Path, clock: Clock) -> None:
+    store = Slow(tmp_path)
+    store.slow, store.seconds, store.clock = "create", 15.0, clock
+    with Lease(store, KEY, interval=10.0) as lease:
+        assert json.loads(store.read(KEY))["heartbeat"] == 1
+        clock.time += 29
+        assert lease.held
+        clock.time += 1
+        assert not lease.held
+
+
 def test_a_process_number_that_was_used_again_is_not_the_owner(store: LocalStore) -> None:
     if not boot():
         pytest.skip("this system has no /proc")
@@ -169,6 +216,12 @@ def test_real_heartbeats_keep_a_waiter_out_for_long(store: LocalStore) -> None:
 def test_many_waiters_take_over_an_expired_lease_one_after_another(tmp_path: Path) -> None:
     foreign(LocalStore(tmp_path), interval=0.2)
     assert contend(str(tmp_path), KEY, runners=4, interval=0.5) == 1
+
+
+def test_waiters_get_the_lease_of_a_killed_process_at_once_and_one_after_another(
+    tmp_path: Path,
+) -> None:
+    assert killed_holder(str(tmp_path), KEY) == 1
 
 
 # Losing it.

@@ -151,7 +151,7 @@ def test_a_second_runner_waits_and_finds_the_work_done(store, caplog):
     (message,) = caplog.messages
     assert message == (
         f"another runner ({socket.gethostname()}, process {os.getpid()}) is running"
-        f" {request().folder}: waiting for it"
+        f" {request().folder}: waiting for it, or until it gives no sign for 30 s"
     )
 
 

@@ -115,6 +115,16 @@ def test_a_training_without_a_lease_is_not_claimed(store, scraped):
     assert scraped(store)["dpnet_train_claimed", ("mine-1",)] == 0
 
 
+@pytest.mark.parametrize("held", ["lease.json", "lease-training.json"])
+def test_a_training_is_claimed_by_its_launcher_or_its_job(store, scraped, held):
+    store.write("runs/mine-1/status.json", status(1234.5))
+    for name in ("lease.json", "lease-training.json"):
+        store.write(f"runs/mine-1/{name}", b"{}" if name == held else b'{"released": true}')
+    assert scraped(store)["dpnet_train_claimed", ("mine-1",)] == 1
+    store.write(f"runs/mine-1/{held}", b'{"released": true}')
+    assert scraped(store)["dpnet_train_claimed", ("mine-1",)] == 0
+
+
 def test_a_finished_training_is_exported_for_an_hour(store):
     ended = commit(store, "train", "runs", {"log.jsonl": b""}).folder
     store.write(f"{ended}/status.json", status(1000.0))

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import small_root
 from image_sets import photograph, photographs
+from lease_thief import leases, steal
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import LeaseLostError, PipelineError
 from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.storage.local import LocalStore
 from dpnet.evaluation.stage import evaluate
@@ -235,6 +236,21 @@ def test_a_retrain_killed_after_its_promotion_makes_no_second_version(
     assert not ref.skipped
     assert (ref.summary["version"], ref.summary["promoted"]) == (2, True)
     assert ref.summary["champion"]["version"] == 1
+
+
+def test_a_retrain_that_lost_its_lease_registers_nothing(store: LocalStore, grown: Path) -> None:
+    call, titles = Stages(store, 21.0), list[str]()
+
+    def lose(title: str) -> None:
+        titles.append(title)
+        if title == "evaluate the champion":
+            steal(store, *leases(store, "retrains"))
+
+    call.before = lose
+    with pytest.raises(LeaseLostError, match=r"retrains/.* was taken over by another runner"):
+        retrain(config(grown), store, call)
+    assert titles[-1] == "evaluate the champion"
+    assert find_record(store)["version"] == 1
 
 
 def promote(store: LocalStore, run: StageRef, evaluation: StageRef) -> None:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import sqlite3
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -163,6 +165,34 @@ def test_a_killed_registration_creates_no_second_version(store, monkeypatch, mod
     assert in_mlflow(store) == ({1: ref.request_digest}, {CHAMPION: 1})
     assert runs_in_mlflow(store) == 1
     assert find_record(store)["version"] == 1
+
+
+def test_of_two_registrations_at_once_the_second_is_compared_with_the_first(
+    store, monkeypatch, caplog
+):
+    real, other = mlflow_registry.ensure_version, []
+
+    def ensure(*given):
+        if not other:  # the first one, before it makes a version
+            other.append(threading.Thread(target=registered, args=(store, 19.0)))
+            other[0].start()
+            deadline = time.monotonic() + 60
+            while "another runner" not in caplog.text and other[0].is_alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        return real(*given)
+
+    monkeypatch.setattr(mlflow_registry, "ensure_version", ensure)
+    first = registered(store, 20.0)
+    other[0].join(60)
+    second = registered(store, 19.0)
+    assert second.skipped
+    assert (first.summary["version"], second.summary["version"]) == (1, 2)
+    assert alias_and_reason(first) == (CHAMPION, "It is the first version.")
+    assert alias_and_reason(second) == (
+        CHALLENGER,
+        "Its hole PSNR of 19.00 dB is not above the 20.00 dB of version 1.",
+    )
 
 
 def test_a_registration_that_resumes_late_does_not_replace_a_newer_champion(store, monkeypatch):

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lease_thief import steal
 
 from data_prep.core.errors import StorageError
+from data_prep.core.lease import Lease
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -73,6 +75,24 @@ def test_the_newest_log_and_status_are_published_when_the_journal_is_closed(
     assert status["step"] == 5
     assert status["time"] > 0
     assert store.read("runs/a/pictures/step-00000005.png") == b"a PNG"
+
+
+def test_a_training_that_lost_its_lease_publishes_nothing(store: LocalStore) -> None:
+    with Lease(store, "runs/a/lease.json"), closing(Journal(store, "runs/a")) as journal:
+        journal.status({"step": 5})
+        deadline = time.monotonic() + 60
+        while not read_status(store, "runs/a"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        steal(store, "runs/a/lease.json")
+        journal.status({"step": 6})
+        journal.log(RECORDS)
+        journal.picture(6, b"a PNG")
+    assert read_status(store, "runs/a")["step"] == 5
+    assert [entry.key for entry in store.list("runs/a")] == [
+        "runs/a/lease.json",
+        "runs/a/status.json",
+    ]
 
 
 def records_of(count: int, attempt: str = "") -> list[dict[str, Any]]:

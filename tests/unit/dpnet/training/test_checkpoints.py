@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.errors import LeaseLostError, PipelineError, StorageError
+from data_prep.core.lease import Lease
 from data_prep.core.storage.local import LocalStore
 from dpnet.training import checkpoints
 from dpnet.training.checkpoints import (
@@ -280,6 +281,42 @@ def test_a_second_writer_of_the_same_checkpoint_is_refused(store, monkeypatch):
     writer.save(1, state(1), [])
     with pytest.raises(PipelineError, match="written by another run of the same training"):
         writer.wait()
+
+
+def test_a_checkpoint_whose_lease_is_lost_gets_no_mark(store, monkeypatch):
+    real = LocalStore.write
+
+    def losing(self, key, data):
+        real(self, key, data)
+        if key.endswith("/state.pt"):
+            real(self, f"{RUN}/lease.json", b'{"owner": "other"}')
+
+    monkeypatch.setattr(LocalStore, "write", losing)
+    with (
+        Lease(store, f"{RUN}/lease.json"),
+        pytest.raises(LeaseLostError, match="was taken over by another runner"),
+    ):
+        write(store, 1)
+    assert marks(store, RUN) == []
+
+
+def test_a_writer_whose_lease_is_lost_deletes_nothing(store, monkeypatch):
+    write(store, 1)
+    real = LocalStore.create
+
+    def losing(self, key, data):
+        tag = real(self, key, data)
+        if key.endswith(MARK):
+            self.write(f"{RUN}/lease.json", b'{"owner": "other"}')
+        return tag
+
+    monkeypatch.setattr(LocalStore, "create", losing)
+    with (
+        Lease(store, f"{RUN}/lease.json"),
+        pytest.raises(LeaseLostError, match="was taken over by another runner"),
+    ):
+        write(store, 2, last=1)
+    assert [mark.step for mark in marks(store, RUN)] == [2, 1]
 
 
 def test_options_that_differ_are_named_with_both_values(store):

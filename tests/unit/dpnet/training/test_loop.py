@@ -15,10 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lease_thief import steal, steal_and_wait
 from PIL import Image
 from torch._dynamo.utils import counters
 
-from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core import lease as lease_module
+from data_prep.core.errors import ConfigError, LeaseLostError, PipelineError
+from data_prep.core.lease import Follower
 from data_prep.core.stage import Work
 from data_prep.core.storage.open import open_store
 from data_prep.images.settings import ImagesSettings
@@ -175,6 +178,30 @@ def test_a_killed_run_that_resumes_ends_bit_identical(prepared, step, last):
         r for r in its_log if r["kind"] == "validation"
     ]
     assert without_times(my_log) == without_times(its_log)
+
+
+@pytest.mark.parametrize("lost", ["noticed", "unnoticed"])
+def test_a_run_whose_lease_is_lost_makes_no_step_and_no_checkpoint(prepared, monkeypatch, lost):
+    if lost == "noticed":  # by a heartbeat; else a checkpoint asks storage
+        monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.05)
+    store, job = prepared[0], make_job(prepared, steps=40, checkpoint_every=4)
+    real, steps, key = Step.__call__, [], f"{job.folder}/lease.json"
+
+    def losing(self, number, *rest):
+        if number == 2:
+            (steal_and_wait if lost == "noticed" else steal)(store, key)
+        steps.append(number)
+        return real(self, number, *rest)
+
+    monkeypatch.setattr(Step, "__call__", losing)
+    store.write(key, b'{"owner": "mine"}')
+    with (
+        pytest.raises(LeaseLostError, match="was taken over by another runner"),
+        Follower(store, {"key": key, "owner": "mine", "interval": 60}),
+    ):
+        train_loop(job, Session())
+    assert steps == [0, 1, 2] if lost == "noticed" else len(steps) < 40
+    assert saved_steps(job) == []
 
 
 def test_a_finished_run_is_not_trained_again(prepared, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -10,8 +11,13 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from lease_thief import OTHER, steal_and_wait
 
-from data_prep.core.errors import ConfigError, PipelineError, StorageError
+from data_prep.core import lease as lease_module
+from data_prep.core.errors import ConfigError, LeaseLostError, PipelineError, StorageError
+from data_prep.core.lease import Lease, check_leases
+from data_prep.core.storage.local import LocalStore
+from dpnet.training.ray import job_driver, workers
 from dpnet.training.ray import launch_job as launch_ray_job
 from dpnet.training.ray.jobs_client import cluster_address
 from dpnet.training.ray.launch import _interruptible_wait
@@ -268,8 +274,10 @@ def test_missing_gpus_are_reported_before_ray_starts(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
     settings = SimpleNamespace(workers=4, min_workers=least, gpus=True)
     job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
+    launcher = LocalLauncher(job, LaunchSettings())
     with pytest.raises(PipelineError, match=told or "Ray did not start"):
-        LocalLauncher(job, LaunchSettings()).start()
+        launcher.start()
+    launcher.cancel()
     assert asked.get("num_gpus") == (None if told else found)
 
 
@@ -286,5 +294,138 @@ def test_the_error_of_a_failed_ray_start_is_one_sentence(
     monkeypatch.setattr(ray, "init", too_busy)
     settings = SimpleNamespace(workers=1, gpus=False)
     job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
+    launcher = LocalLauncher(job, LaunchSettings())
     with pytest.raises(PipelineError, match=r"did not start .*timed out during startup\): end"):
-        LocalLauncher(job, LaunchSettings()).start()
+        launcher.start()
+    launcher.cancel()
+
+
+# The lease of the process that trains.
+
+
+def test_a_local_training_holds_its_lease_from_before_ray_starts_until_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import ray
+
+    from dpnet.training.ray.launch_local import LocalLauncher
+
+    store = LocalStore(tmp_path)
+    owners = []
+
+    def init(**options: Any) -> None:
+        owners.append(json.loads(store.read("runs/a-1/lease-training.json"))["owner"])
+        raise Exception("it is a test.")
+
+    monkeypatch.setattr(ray, "init", init)
+    settings = SimpleNamespace(workers=1, gpus=False)
+    job: Any = SimpleNamespace(settings=settings, root=str(tmp_path), folder="runs/a-1")
+    launcher = LocalLauncher(job, LaunchSettings())
+    with pytest.raises(PipelineError, match="Ray did not start"):
+        launcher.start()
+    assert launcher._training.lease["owner"] == owners[0]
+    launcher.cancel()
+    assert not store.exists("runs/a-1/lease-training.json")
+
+
+class Trained:
+    """Ray's part of a job: it ends, or loses its lease, at the second look."""
+
+    lease: Any = None
+    looks = 0
+
+    def __init__(self, job: Any, scratch: Path, attempt: str, deadline: float, lease: Any) -> None:
+        self.store, self.lease = LocalStore(Path(job.root)), lease
+        made.append(self)
+
+    def start(self) -> None:
+        self.owner = json.loads(self.store.read("runs/a-1/lease-training.json"))["owner"]
+
+    def is_running(self) -> bool:
+        self.looks += 1
+        if self.store.exists("lose"):
+            steal_and_wait(self.store, "runs/a-1/lease-training.json")
+            return True
+        return self.looks < 2
+
+    def print_stacks(self) -> None:
+        pass
+
+    def stop(self, *, shared: bool) -> None:
+        self.stopped = True
+
+
+made: list[Trained] = []
+
+
+@pytest.fixture
+def job_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalStore:
+    """Return a root with the description of a job, whose Ray does nothing."""
+    import ray
+
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(job_driver, "Training", Trained)
+    job = SimpleNamespace(root=str(tmp_path), folder="runs/a-1")
+    monkeypatch.setattr(job_driver, "TrainJob", SimpleNamespace(from_json=lambda record: job))
+    made.clear()
+    store = LocalStore(tmp_path)
+    store.write("runs/a-1/job.json", b'{"job": {}, "deadline": 9}')
+    return store
+
+
+def test_a_job_holds_a_lease_of_its_own_and_its_workers_follow_it(job_store: LocalStore) -> None:
+    job_driver._train("a", job_store.uri, "runs/a-1", only_stacks=False)
+    (trained,) = made
+    assert trained.lease["owner"] == trained.owner
+    assert trained.lease["key"] == "runs/a-1/lease-training.json"
+    assert not job_store.exists("runs/a-1/lease-training.json")
+
+
+def test_a_job_that_lost_its_lease_stops(job_store: LocalStore) -> None:
+    job_store.write("lose", b"")
+    with pytest.raises(LeaseLostError, match=r"lease-training\.json was taken over"):
+        job_driver._train("a", job_store.uri, "runs/a-1", only_stacks=False)
+    assert (made[0].looks, made[0].stopped) == (1, True)
+
+
+def test_a_job_that_prints_stacks_needs_no_lease(job_store: LocalStore) -> None:
+    job_store.write("runs/a-1/lease-training.json", OTHER)  # of the job that trains
+    job_driver._train("a", job_store.uri, "runs/a-1", only_stacks=True)
+    assert made[0].lease is None
+    assert job_store.read("runs/a-1/lease-training.json") == OTHER
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_worker_that_writes_follows_the_lease_of_its_owner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
+) -> None:
+    store = LocalStore(tmp_path)
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.05)
+    session = SimpleNamespace(rank=rank, local_world=1)
+    monkeypatch.setattr(workers, "RaySession", lambda attempt: session)
+    monkeypatch.setattr(workers, "start_logging", lambda: None)
+    monkeypatch.setattr(workers, "add_handler", lambda handler: None)
+    monkeypatch.setattr(workers, "forward_logs", lambda attempt: None)
+    job = SimpleNamespace(root=str(tmp_path), settings=SimpleNamespace(gpus=True))
+    monkeypatch.setattr(workers, "TrainJob", SimpleNamespace(from_json=lambda record: job))
+    told: list[str] = []
+    monkeypatch.setattr(workers, "send_error", lambda attempt, text: told.append(text))
+
+    def train_loop(*given: Any) -> bool:
+        if rank == 0:
+            steal_and_wait(store, "a/lease.json")
+        check_leases()
+        return True
+
+    monkeypatch.setattr("dpnet.training.loop.train_loop", train_loop)
+    with Lease(store, "a/lease.json", interval=60) as lease:
+        config = {"job": {}, "attempt": "a", "lease": lease.reference()}
+    foreign = {"owner": lease.reference()["owner"], "interval": 60}
+    store.write("a/lease.json", json.dumps(foreign).encode())
+    if rank == 0:
+        with pytest.raises(LeaseLostError, match="was taken over by another runner"):
+            workers.run_worker(config)
+        assert "was taken over by another runner" in told[0]
+    else:
+        assert workers.run_worker(config)
