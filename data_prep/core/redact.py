@@ -9,10 +9,11 @@ environment variables whose names say that they are secret, also encoded.
 from __future__ import annotations
 
 import base64
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import quote, quote_plus, unquote, urlsplit
 
 HIDDEN = "***"
 _SHORTEST = 8  # characters of a value of the environment; a shorter one is also a common word
@@ -22,6 +23,9 @@ _RULES = (
     (re.compile(r"://(?!USER:PASSWORD@)[^\s/\"<>]*@"), "://"),
     # A password that contains "/": what follows the ":" is not a port.
     (re.compile(r"://[^\s/@:\[\"<>]+:(?!\d{1,5}(?:[/\s]|$))(?!PASSWORD@)[^\s\"<>]*@"), "://"),
+    # The same in an address that was taken for a path, which has one "/" there.
+    (re.compile(r"(?i)\b(https?|ftp|postgres\w*|mysql)((?:\+\w+)?:/)(?!/)[^\s/\"<>]*@"), r"\1\2"),
+    (re.compile(r"(?<=\w\w):/(?!/)[^\s/@:\"<>]+:[^\s/\"<>]+@"), ":/"),
     # The same in an address that is part of another address.
     (re.compile(r"(?i)(%3A%2F%2F)(?:(?!%2F)[^\s&/\"<>])*%40"), r"\1"),
     # A token in the query of an address.
@@ -53,6 +57,7 @@ _SECRET_NAME = re.compile(
     r"(?:PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|AUTH_STRING|API_KEY|SECRET_ACCESS_KEY"
     r"|ENCRYPTION_KEY)$"
 )
+_URL_PASSWORD = re.compile(r"://[^\s/@:]*:([^\s@]+)@")
 _SECRET_URLS = ("DPNET_ALERT_URL",)  # the path of a webhook is its password
 
 
@@ -82,10 +87,14 @@ def _secrets(environ: Mapping[str, str]) -> Iterator[str]:
     values |= {value.partition(":")[2] for value in values}
     for url in filter(None, map(environ.get, _SECRET_URLS)):
         values.add(urlsplit(url).path.strip("/") if "://" in url else url)
+    for url in environ.values():
+        if "://" in url and (password := _URL_PASSWORD.search(url)):
+            values |= {password[1], unquote(password[1])}
     forms: set[str] = set()
     for value in values:
         if len(value) >= _SHORTEST and not value.startswith("/"):  # "/" begins a file's name
             raw = value.encode("utf-8", "surrogateescape")
-            forms |= {value, quote(raw, safe=""), quote_plus(raw)}
+            forms |= {value, json.dumps(value)[1:-1], repr(value)[1:-1]}
+            forms |= {quote(raw, safe=""), quote_plus(raw)}
             forms |= {base64.b64encode(raw).decode(), base64.urlsafe_b64encode(raw).decode()}
     yield from sorted(forms, key=len, reverse=True)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from data_prep.core.redact import redact
 from data_prep.core.text import printable
 from dpnet.cli.arguments import data, models, pipeline, servers
 
@@ -22,10 +23,10 @@ exit status: 0 done, 1 failed (one sentence says why), 2 wrong usage, 130 stoppe
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose messages are printable: they repeat arguments, which can be names of files."""
+    """A parser whose messages can be shown: they repeat arguments, such as names and addresses."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        super()._print_message(printable(message, newlines=True), file)
+        super()._print_message(printable(redact(message), newlines=True), file)
 
 
 class _Version(argparse.Action):

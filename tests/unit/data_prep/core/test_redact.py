@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 import pickle
 from urllib.parse import quote, quote_plus
@@ -23,6 +24,10 @@ TEXTS = [
     "postgresql://me:h@hunter2@db/p",
     "postgresql://me:a/hunter2@db/p",
     "mailto://me:hunter2@mail.example",
+    "/home/me/http:/me:hunter2@h/x",
+    "http:/hunter2@h/x",
+    "postgresql+asyncpg:/me:hunter2@db/p",
+    "s3:/me:hunter2@bucket/x",
     "https://h/x?token=hunter2&a=1",
     "https://h/x?a=1&access_token=hunter2#top",
     "https://b.s3.amazonaws.com/k?X-Amz-Credential=hunter2&X-Amz-Signature=hunter2",
@@ -66,6 +71,9 @@ def test_only_the_credentials_are_removed(text: str, shown: str) -> None:
         "http://127.0.0.1:8265/a@b",
         "http://[::1]:8265/a@b.c",
         "s3://bucket/a:b/c",
+        "s3:/bucket/a:b@c.jpg",
+        "file:/data/a@2x.png",
+        "C:/photos/a:b@2x.png",
         "give user@example.org the token: set RAY_AUTH_TOKEN to it",
         "HTTP basic authentication, Basic training",
         "--database postgresql+asyncpg://USER:PASSWORD@HOST:5432/NAME",
@@ -93,11 +101,21 @@ def test_secret_values_of_the_environment_are_removed_in_every_form(name: str) -
     for form in (SECRET, quote(SECRET, safe=""), quote_plus(SECRET), encoded):
         assert redact(f"<{form}>", {name: SECRET}) == "<***>"
     assert SECRET in redact(SECRET, {"SOMETHING_ELSE": SECRET})
+    odd = "hun\"ter'2\\ password"
+    assert redact(json.dumps({"a": odd}), {name: odd}) == '{"a": "***"}'
+    assert redact(repr([odd, 1]), {name: odd}) == "['***', 1]"
 
 
 def test_a_password_is_removed_without_its_user_too() -> None:
     environ = {"PREFECT_API_AUTH_STRING": "me:long-secret"}
     assert redact("it was long-secret", environ) == "it was ***"
+
+
+def test_the_password_of_an_address_in_the_environment_is_removed_from_other_texts() -> None:
+    environ = {"MLFLOW_TRACKING_URI": f"http://me:{quote(SECRET, safe='')}@127.0.0.1:5000"}
+    for form in (SECRET, quote(SECRET, safe="")):
+        assert redact(f"refused: {form}", environ) == "refused: ***"
+    assert redact("port 5000", {"PROXY": "http://h:5000/a@b"}) == "port 5000"
 
 
 def test_the_path_of_a_webhook_is_its_password() -> None:
