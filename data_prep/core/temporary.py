@@ -6,10 +6,12 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from data_prep.core.errors import StorageError
+from data_prep.core.scratch import scratch_folder
 
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
@@ -44,18 +46,23 @@ def naming_temporary_folder() -> Iterator[None]:
 def temporary_file(purpose: str) -> Iterator[BinaryIO]:
     """Open a new temporary file with a name, and remove it at the end.
 
-    Write to it inside of `naming_temporary_folder`.
+    It is in a scratch folder, so that the next start removes it after a kill. Write to it inside
+    of `naming_temporary_folder`.
 
     Args:
-        purpose: part of the file's name.
+        purpose: part of the folder's name.
     """
-    with naming_temporary_folder():
-        file = tempfile.NamedTemporaryFile(prefix=f"dpnet-{purpose}-")  # noqa: SIM115
-    try:
-        yield cast("BinaryIO", file)
-    finally:
-        with suppress(OSError):  # what was not flushed does not fit either
-            file.close()
+    with ExitStack() as stack:
+        with naming_temporary_folder():
+            top = Path(tempfile.gettempdir())
+            folder = stack.enter_context(scratch_folder(f"{purpose}-", top))
+            prefix = f"dpnet-{purpose}-"
+            file = tempfile.NamedTemporaryFile(prefix=prefix, dir=folder)  # noqa: SIM115
+        try:
+            yield cast("BinaryIO", file)
+        finally:
+            with suppress(OSError):  # what was not flushed does not fit either
+                file.close()
 
 
 @contextmanager

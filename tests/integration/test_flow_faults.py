@@ -23,9 +23,10 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-from clusters import alive, command_of, end_with_parent, send, wait_until
+from clusters import alive, command_of, end_with_parent, family, send, wait_until
 from PIL import Image
 from platforms import Platform, environment, platform
+from sockets import interfaces, listening
 
 pytestmark = [
     pytest.mark.integration,
@@ -256,6 +257,17 @@ def test_a_cancelled_run_stops_its_job_and_a_new_run_resumes_the_training(faults
     assert faults.jobs(3) == {"1": "STOPPED", "2": "SUCCEEDED"}
     assert faults.resumed_from(3) >= 5
     assert faults.up.tasks(again)["prepare images"] == "Skipped"
+
+
+def test_everything_listens_on_loopback_while_a_job_trains(faults: Faults) -> None:
+    run = faults.run(11, **ON_RAY)
+    faults.wait_for_step(run, 11, 6)
+    (worker,) = faults.status(11)["workers"]
+    assert worker["pid"] in family(faults.up.process.pid)
+    assert listening([worker["pid"]])
+    assert interfaces(family(faults.up.process.pid)) == {"127.0.0.1"}
+    faults.up.set_state(run, type="CANCELLING")
+    faults.up.wait_for(run, "CANCELLED")
 
 
 def test_a_cancelled_run_on_this_machine_leaves_no_ray_process_behind(faults: Faults) -> None:

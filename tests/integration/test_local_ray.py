@@ -21,12 +21,12 @@ from clusters import (
     send,
     wait_until,
 )
+from sockets import interfaces, listening
 
 from dpnet.training.ray.start import RayStart, prepare_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 IN_PROCESS = """
 import sys, time
 from dpnet.training.ray.start import connect, prepare_start
@@ -49,25 +49,6 @@ UNKNOWN_USER = ["unshare", "--user", "--map-user=54321", "--map-group=54321"]
 
 def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-
-
-def listeners(ancestor: int) -> dict[int, set[str]]:
-    """Return the ports on which a process and its descendants listen, with their addresses."""
-    sockets = set()
-    for pid in family(ancestor):
-        for file in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                sockets.add(os.readlink(file))
-            except OSError:
-                continue  # it has ended
-    found: dict[int, set[str]] = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
-                address, port = words[1].split(":")
-                found.setdefault(int(port, 16), set()).add(address)
-    return found
 
 
 @contextmanager
@@ -139,11 +120,11 @@ def test_a_head_listens_on_loopback_and_refuses_everybody_without_its_token() ->
         process, port = start_head(start)
         with running(process):
             wait_until(lambda: status_of(port, "/api/jobs/") != 500, "no dashboard")
-            found = listeners(process.pid)
-            assert port in found
+            found = listening(family(process.pid))
+            assert f"127.0.0.1:{port}" in found
             assert len(found) > 5
-            assert set.union(*found.values()) <= LOOPBACK
-            assert 10001 not in found  # the server of Ray's client
+            assert interfaces(family(process.pid)) == {"127.0.0.1"}
+            assert "127.0.0.1:10001" not in found  # the server of Ray's client
             assert not [pid for pid in family(process.pid) if "client.server" in command_of(pid)]
             token = start.token_file.read_text()
             assert status_of(port, "/api/jobs/") == 401
@@ -172,9 +153,8 @@ def test_a_head_listens_on_loopback_and_refuses_everybody_without_its_token() ->
 def test_a_ray_of_this_process_listens_on_loopback_in_a_private_folder() -> None:
     with running(start_here()) as process:
         folder = folder_of(process)
-        found = listeners(process.pid)
-        assert len(found) > 3
-        assert set.union(*found.values()) <= LOOPBACK
+        assert len(listening(family(process.pid))) > 3
+        assert interfaces(family(process.pid)) == {"127.0.0.1"}
         assert folder.stat().st_mode & 0o77 == 0  # Ray opens the folder inside to all users
         assert (folder / "token").stat().st_mode & 0o77 == 0
         (raylet,) = [pid for pid in family(process.pid) if "/raylet/raylet " in command_of(pid)]

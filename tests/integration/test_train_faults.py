@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from clusters import (
 )
 from PIL import Image
 from servers import Server, fault_proxy
+from sockets import interfaces, listening
 
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
@@ -52,6 +53,11 @@ from dpnet.pipeline import chain
 from dpnet.cli.main import main
 chain.tracking_uri = lambda *_: None
 """
+# Runs a command as a user without an entry in the list of users and without a folder to write to.
+# It may read what we may read, such as the interpreter in our home.
+UNKNOWN_USER = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+UNKNOWN_USER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+UNKNOWN_USER += ["env", "-u", "USER", "-u", "LOGNAME", "HOME=/"]
 # Give up on storage sooner than the product does.
 HURRIED = """
 from dpnet.training.ray import workers
@@ -171,11 +177,20 @@ class Trainer:
         *options: str,
         environment: Mapping[str, str] | None = None,
         patience: float | None = None,
+        prefix: Sequence[str] = (),
     ) -> Training:
         """Start a training. `patience` with storage is in seconds; None is the product's own."""
         hurried = "" if patience is None else HURRIED.format(patience=patience)
         code = f"{COMMAND}{hurried}sys.exit(main())"
-        command = [sys.executable, "-c", code, "train", str(self.folder / "config.yaml"), "--json"]
+        command = [
+            *prefix,
+            sys.executable,
+            "-c",
+            code,
+            "train",
+            str(self.folder / "config.yaml"),
+            "--json",
+        ]
         command += [f"--root={root}"]
         for option in options:
             command += ["--set", option]
@@ -292,6 +307,20 @@ def test_a_signal_prints_what_every_thread_of_every_worker_is_doing(undisturbed:
         assert found
         assert "Thread 0x" in stacks
         assert " in train_loop" in stacks
+
+
+def test_everything_that_a_local_training_starts_listens_on_loopback(
+    trainer: Trainer, root: Path
+) -> None:
+    training = trainer.start(root)
+    training.wait_for(EVERY)
+    members = family(training.process.pid)
+    workers = [worker["pid"] for worker in training.workers()]
+    assert set(workers) <= set(members)
+    assert len(listening(workers)) > 3  # of Ray, and of the process group with its store
+    assert interfaces(members) == {"127.0.0.1"}
+    training.process.send_signal(signal.SIGINT)
+    assert training.process.wait(PATIENCE_S) == 130
 
 
 def test_a_killed_worker_restarts_from_the_last_checkpoint(
@@ -535,6 +564,67 @@ def at_work(training: Training) -> list[int]:
         for pid in family(training.process.pid)
         if command_of(pid).strip() not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     ]
+
+
+def test_training_runs_for_a_user_without_a_name_and_a_home(trainer: Trainer, root: Path) -> None:
+    if subprocess.run([*UNKNOWN_USER, "true"], capture_output=True).returncode:
+        pytest.skip("only root may run a command as another user")
+    subprocess.run(["chown", "-R", "54321:54321", str(root)], check=True)
+    training = trainer.start(root, prefix=UNKNOWN_USER)
+    training.wait_for(EVERY)
+    assert {Path(f"/proc/{pid}").stat().st_uid for pid in family(training.process.pid)} == {54321}
+    training.process.send_signal(signal.SIGINT)
+    assert training.process.wait(PATIENCE_S) == 130
+
+
+class Memory:
+    """What a training sees as the memory of the machine: a file in the place of /proc/meminfo."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.file.write_text(self._text(free=0.75))
+        script = f'mount --bind {file} /proc/meminfo && exec "$@"'
+        self.prefix = ["unshare", "--mount", "sh", "-c", script, "sh"]
+        if subprocess.run([*self.prefix, "true"], capture_output=True).returncode:
+            pytest.skip("a lack of memory can only be shown where file systems may be mounted")
+
+    def leave(self, free: float) -> None:
+        """Change the share of the memory that other programs leave free."""
+        with self.file.open("r+") as file:
+            file.write(self._text(free))  # of the same length
+
+    def _text(self, free: float) -> str:
+        total = 8 << 20  # KiB
+        sizes = {"MemTotal": total, "MemFree": total * free, "MemAvailable": total * free}
+        sizes |= dict.fromkeys(("Buffers", "Cached", "SReclaimable", "Shmem"), 0)
+        return "".join(f"{name + ':':16}{size:8.0f} kB\n" for name, size in sizes.items())
+
+
+def test_training_recovers_when_rays_memory_monitor_ends_its_processes(
+    trainer: Trainer, root: Path, tmp_path: Path, undisturbed: Training
+) -> None:
+    memory = Memory(tmp_path / "meminfo")
+    training = trainer.start(root, prefix=memory.prefix)
+    training.wait_for(2 * EVERY)
+    memory.leave(0.01)
+    training.wait_to_say("ran out of memory, and Ray ended a process there")
+    memory.leave(0.75)
+    assert training.finish()["resumed_from"] >= 2 * EVERY
+    assert training.validations() == undisturbed.validations()
+
+
+def test_a_lasting_lack_of_memory_is_one_sentence_without_other_programs(
+    trainer: Trainer, root: Path, tmp_path: Path
+) -> None:
+    memory = Memory(tmp_path / "meminfo")
+    training = trainer.start(root, "train.max_failures=2", prefix=memory.prefix)
+    training.wait_for(EVERY)
+    memory.leave(0.01)
+    sentence = training.fail()
+    assert "a machine ran out of memory, and Ray ended a process there" in sentence
+    assert "run the same command again, it resumes from the last checkpoint" in sentence.lower()
+    assert len(sentence) < 300
+    assert sys.executable not in training.log.read_text()  # Ray's list of programs
 
 
 def test_training_continues_without_storage_and_writes_the_checkpoint_later(

@@ -29,7 +29,7 @@ from clusters import (
     wait_until,
 )
 from platforms import Platform, environment, platform, up_command
-from sockets import listening
+from sockets import interfaces, listening
 
 from flows.local_server.up import find_running
 
@@ -218,7 +218,7 @@ def test_everything_that_up_starts_listens_on_the_loopback_address_only(up: Plat
         up.running.metrics_url.removesuffix("/metrics"),
     )
     assert ports >= {int(url.rpartition(":")[2]) for url in urls}
-    assert {address.rpartition(":")[0] for address in found} == {"127.0.0.1"}
+    assert interfaces(family(up.process.pid)) == {"127.0.0.1"}
 
 
 def test_only_the_user_may_read_what_can_hold_a_secret(up: Platform) -> None:
@@ -360,6 +360,7 @@ def test_ctrl_c_stops_everything_and_keeps_the_database(tmp_path: Path) -> None:
         assert token.stat().st_mode & 0o77 == 0 == token.parent.stat().st_mode & 0o77
         run_sleeper(up, tmp_path)
         processes = family(up.process.pid)
+        assert interfaces(processes) == {"127.0.0.1"}
         start = time.monotonic()
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(60) == 130

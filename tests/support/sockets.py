@@ -16,7 +16,7 @@ def listening(pids: Iterable[int]) -> set[str]:
     found = set()
     for pid in pids:
         with suppress(OSError):  # the process has ended
-            own = {os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
+            own = _open_files(pid)
             for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
                 for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
                     words = line.split()
@@ -25,9 +25,25 @@ def listening(pids: Iterable[int]) -> set[str]:
     return found
 
 
+def _open_files(pid: int) -> set[str]:
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed since
+            found.add(os.readlink(file))
+    return found
+
+
 def _readable(text: str, family: socket.AddressFamily) -> str:
     """Return the address that the kernel writes in words of 32 bits in the machine's order."""
     number, _, port = text.partition(":")
     words = [number[i : i + 8] for i in range(0, len(number), 8)]
     packed = b"".join(bytes.fromhex(word)[::-1] for word in words)
-    return f"{socket.inet_ntop(family, packed)}:{int(port, 16)}"
+    address = socket.inet_ntop(family, packed).removeprefix(
+        "::ffff:"
+    )  # of IPv4, in a socket of IPv6
+    return f"{address}:{int(port, 16)}"
+
+
+def interfaces(pids: Iterable[int]) -> set[str]:
+    """Return the addresses of the interfaces that the processes listen on, without the ports."""
+    return {address.rpartition(":")[0] for address in listening(pids)}

@@ -29,6 +29,7 @@ from data_prep.core.storage.open import open_store
 from dpnet.training.job import TrainJob, training_lease
 from dpnet.training.ray.launch_job import EXPLAINED, SPEC
 from dpnet.training.ray.ray_train import Training
+from dpnet.training.ray.start import forbid_other_starts
 
 
 def main() -> int:
@@ -54,6 +55,7 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
             f"the cluster's head cannot find {root}/{folder}, which the launcher has just written:"
             " choose a root that all machines share, S3 or a shared disk."
         ) from None
+    forbid_other_starts()
     job = TrainJob.from_json(spec["job"])
     with ExitStack() as stack:
         # Another job or a local training of the same run may go on: its log says that this one

@@ -56,6 +56,9 @@ class Training:
         self.store = open_store(job.root)
         self.error: BaseException | None = None
         self._stopped = False
+        # Not the thread's own state: if Ctrl-C interrupts a `join`, Python 3.11 takes a running
+        # thread for an ended one.
+        self._ended = threading.Event()
         self._claim = f"{self.store.uri}/{job.folder}"
         self._looked = self._heard = time.monotonic()
         self._seen: dict[str, Any] = {}
@@ -76,10 +79,10 @@ class Training:
         """
         import ray
 
-        running = self._thread.is_alive()
+        running = self._thread.ident is not None and not self._ended.is_set()
         self._stopped = True
         if running:
-            self._thread.join(STOP_S)
+            self._ended.wait(STOP_S)
             if shared:
                 with suppress(Exception):  # the cluster may be gone
                     self._release_claim()
@@ -94,10 +97,9 @@ class Training:
 
     def is_running(self) -> bool:
         """Return whether training still runs. Raises PipelineError if it has failed for good."""
-        self._thread.join(0.2)
-        alive = self._thread.is_alive()
+        ended = self._ended.wait(0.2)
         receive(self.attempt)  # raises a worker's error before Ray restarts the workers
-        if not alive:
+        if ended:
             if self.error is not None:
                 where = f"{self.store.label}/{self.job.folder}"
                 raise explain_error(self.error, where) from self.error
@@ -157,10 +159,14 @@ class Training:
                     _release_workers()
         except BaseException as error:
             self.error = error
+        finally:
+            self._ended.set()
 
     def _trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
+
+        from dpnet.training.ray.process_group import ProcessGroup
 
         s = self.job.settings
         number = s.workers if s.min_workers is None else (s.min_workers, s.workers)
@@ -177,6 +183,7 @@ class Training:
                 "attempt": self.attempt,
                 "lease": self.lease,
             },
+            torch_config=ProcessGroup(),
             scaling_config=ScalingConfig(num_workers=number, use_gpu=s.gpus),
             run_config=RunConfig(
                 name=self.job.folder.rpartition("/")[2],

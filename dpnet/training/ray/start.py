@@ -22,8 +22,13 @@ from typing import Any
 from data_prep.core.scratch import scratch_folder
 
 DEFAULTS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-# Ray takes this machine for one without a network, so that every port is on loopback.
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_LOOPBACK = {
+    # Ray takes this machine for one without a network, so that each of its ports is on loopback.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # The ports of the workers' process group: else on the network that the host's name is in.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
 # The user's settings for another cluster.
 _FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
 
@@ -121,8 +126,17 @@ def _replace(names: tuple[str, ...], values: Mapping[str, str]) -> None:
         library: Any = _raylet  # compiled, without types
         library.Config.initialize("")  # before the token is forgotten: a thread may ask for it
         library.AuthenticationTokenLoader.instance().reset_cache()
-        (loopback,) = _LOOPBACK
-        ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(loopback) != "0"
+        ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(next(iter(_LOOPBACK))) != "0"
+
+
+def forbid_other_starts() -> None:
+    """Forbid Ray to start by itself in this process.
+
+    After a shutdown, any call of Ray would start another one: without a token, on all interfaces.
+    """
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
 
 
 def connect(**options: Any) -> None:
@@ -131,6 +145,7 @@ def connect(**options: Any) -> None:
         os.environ.setdefault(name, value)
     import ray
 
+    forbid_other_starts()
     logging.getLogger("ray").setLevel(logging.ERROR)
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)

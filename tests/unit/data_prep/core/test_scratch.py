@@ -8,12 +8,14 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from data_prep.core import scratch
 from data_prep.core.scratch import LOCK, scratch_folder, sweep
+from data_prep.core.temporary import temporary_file
 
 
 @pytest.fixture
@@ -46,6 +48,42 @@ def test_a_scratch_folder_is_locked_while_in_use_and_removed_at_the_end(top: Pat
     assert names(top) == set()
 
 
+def test_what_another_user_has_made_is_left_alone_and_does_not_stop_a_start(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("dpnet-folder", "dpnet-trap"):
+        (top / name).mkdir()
+    (top / "dpnet-folder" / LOCK).touch()
+    os.mkfifo(top / "dpnet-trap" / LOCK)  # to open it waits until somebody writes
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with scratch_folder("a-") as folder:
+        assert names(top) == {"dpnet-folder", "dpnet-trap", folder.name}
+
+
+def test_a_folder_of_the_user_with_another_lock_is_left_alone(top: Path) -> None:
+    (top / "dpnet-photos").mkdir()
+    (top / "dpnet-photos" / ".lock").touch()
+    with scratch_folder("a-") as folder:
+        assert names(top) == {"dpnet-photos", folder.name}
+
+
+def test_a_temporary_file_is_private_on_the_users_disk_and_removed_at_the_end(
+    top: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(disk))
+    with temporary_file("a") as file:
+        (folder,) = disk.iterdir()
+        assert Path(file.name).parent == folder
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert names(top) == {"disk"}
+        file.write(b"written")
+        file.flush()
+        assert Path(file.name).read_bytes() == b"written"
+    assert names(disk) == set()
+
+
 def test_a_scratch_folder_is_private_whatever_the_umask_is(top: Path) -> None:
     before = os.umask(0)
     try:
@@ -56,10 +94,11 @@ def test_a_scratch_folder_is_private_whatever_the_umask_is(top: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, tempfile
 from pathlib import Path
 from data_prep.core import scratch
 scratch.SCRATCH = Path(sys.argv[1])
+tempfile.tempdir = sys.argv[1]
 with begin("made-by-a-test-"):
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -69,6 +108,8 @@ STARTERS = {
     "dpnet up": "from flows.local_server.supervisor import prepare_start as begin",
     "job driver": "from dpnet.training.ray.job_driver import scratch_folder as begin",
     "mlflow database": "from dpnet.tracking.mlflow_client import scratch_folder as begin",
+    "shard": "from data_prep.shards.shards import temporary_file as begin",
+    "table": "from data_prep.images.tables import temporary_file as begin",
     "pictures": "from dpnet.tracking.mlflow_follower import scratch_folder as begin",
 }
 

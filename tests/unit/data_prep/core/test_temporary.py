@@ -52,7 +52,7 @@ def test_a_table_that_does_not_fit_names_it(
     real = tempfile._TemporaryFileWrapper  # the shards fit, the tables do not
     full = tempfile.NamedTemporaryFile
 
-    def only_tables(prefix: str) -> Any:
+    def only_tables(prefix: str, **_: Any) -> Any:
         if prefix == "dpnet-table-":
             return full()
         path = tmp_path / prefix

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_shards
+from clusters import wait_until
 from small_shards import Far, flip_byte, stage_of
 
 from data_prep.core.errors import PipelineError
@@ -288,3 +293,43 @@ def test_shards_on_s3_are_read_with_and_without_a_cache(moto_root: str, tmp_path
     store.delete(found.shards[1].key)
     with pytest.raises(PipelineError, match=r"train-000001\.tar is missing"):
         ShardFiles(store, None).open(found.shards[1])
+
+
+# Kills
+
+DOWNLOAD = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from small_shards import Far
+from data_prep.core.manifest import StageRef
+from data_prep.core.storage.local import LocalStore
+from dpnet.loading.shard_files import ShardFiles, find_shards
+store = LocalStore(Path(sys.argv[2]))
+shard = find_shards(store, StageRef(**json.loads(sys.argv[3])), "train").shards[0]
+ShardFiles(Far(store, 600.0), None).open(shard)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_kill_during_the_download_of_a_shard_leaves_no_file_behind(
+    store: LocalStore, ref: StageRef, tmp_path: Path, number: signal.Signals
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = [sys.executable, "-c", DOWNLOAD, str(Path(small_shards.__file__).parent)]
+    command += [str(store.folder), json.dumps(ref.to_json())]
+    process = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)})
+    wait_until(Far(store).log.exists, "no download")
+    wait_until(lambda: received(process.pid, temporary), "nothing is received")
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    assert list(temporary.iterdir()) == []
+
+
+def received(pid: int, folder: Path) -> bool:
+    """Return whether the process holds a file of the folder that has content."""
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        if os.path.realpath(file).startswith(f"{folder}/") and file.stat().st_size:
+            return True
+    return False

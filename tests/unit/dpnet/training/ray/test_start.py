@@ -45,6 +45,7 @@ USER = {
     "RAY_ADDRESS": "http://head:8265",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
     "RAY_USAGE_STATS_ENABLED": "1",
+    "GLOO_SOCKET_IFNAME": "eth0",
     "OTHER": "kept",
 }
 
@@ -57,6 +58,8 @@ def test_the_environment_demands_the_token_on_loopback_whatever_the_user_has_set
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "1",
         "OTHER": "kept",
