@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     Rows = NDArray[np.int64]
 
-# Kinds of items: a photo by its name; a name without an extension, so unknown; another file; an
-# item that the listing reports a problem for.
+# Kinds of items: a photo by its name; a name that does not show the kind, so the first bytes must;
+# another file; an item that the listing reports a problem for.
 PHOTO, UNSURE, OTHER, PROBLEM = 1, 0, -1, -2
 
 
@@ -49,15 +49,23 @@ def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from data_prep.pictures.formats import EXTENSIONS, UNREADABLE
+    from data_prep.pictures.formats import EXTENSIONS, OTHER_EXTENSIONS, UNREADABLE
 
     kinds = []
-    pattern = rf"\.({'|'.join(sorted(EXTENSIONS | UNREADABLE))})$"
+    patterns = [
+        rf"\.({'|'.join(sorted(each))})$" for each in (EXTENSIONS | UNREADABLE, OTHER_EXTENSIONS)
+    ]
     for chunk in listing.table["key"].chunks:
-        photo = pc.match_substring_regex(chunk, pattern, ignore_case=True)
-        bare = pc.match_substring_regex(chunk, r"(^|/)[^./]+$")
-        flags = [np.asarray(f.to_numpy(zero_copy_only=False), np.bool_) for f in (photo, bare)]
-        kinds.append(np.where(flags[0], PHOTO, np.where(flags[1], UNSURE, OTHER)))
+        photo, other = (
+            np.asarray(
+                pc.match_substring_regex(chunk, pattern, ignore_case=True).to_numpy(
+                    zero_copy_only=False
+                ),
+                np.bool_,
+            )
+            for pattern in patterns
+        )
+        kinds.append(np.where(photo, PHOTO, np.where(other, OTHER, UNSURE)))
     kind = np.concatenate([*kinds, np.zeros(0)]).astype(np.int8)
     is_table = np.array([(n or uri).lower().endswith(".parquet") for n in listing.containers])
     if is_table.any():

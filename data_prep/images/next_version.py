@@ -267,7 +267,9 @@ def _splits(
     if "split" in listing.table.column_names:
         given = listing.table["split"].to_numpy().astype(np.int8)
     given[kind < UNSURE] = -1
-    wanted = kind == PHOTO if (kind == PHOTO).any() else kind == UNSURE
+    wanted = kind == PHOTO
+    if wanted.sum() < len(SPLITS):  # most names may not show that they are photos
+        wanted = kind >= UNSURE
     if not wanted.any():
         known = ", ".join(sorted(EXTENSIONS))
         raise PipelineError(f"{settings.source} holds no image file: give photos of type {known}.")

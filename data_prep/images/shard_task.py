@@ -21,9 +21,8 @@ from data_prep.images.findings import (
     read_record,
     write_record,
 )
-from data_prep.images.read_ahead import read_items
+from data_prep.images.read_ahead import NotAPhotoError, read_items
 from data_prep.pictures.cutting import Cutting
-from data_prep.pictures.formats import looks_like_image
 from data_prep.pictures.limits import PhotoError
 from data_prep.pictures.prepare import Piece, Prepared, prepare
 from data_prep.pictures.tiling import sample_key
@@ -247,21 +246,16 @@ def _prepare_items(
     task: ShardTask, reader: Reader, preparing: Preparer, findings: list[Finding]
 ) -> Iterator[tuple[Item, list[ShardSample]]]:
     """Yield every item with its samples; a failed or ignored item has none."""
-    with closing(read_items(reader, task.items, task.max_bytes)) as read:
-        for place, (item, get_bytes) in enumerate(read):
+    with closing(read_items(reader, task.items, task.max_bytes, task.unsure)) as read:
+        for item, get_bytes in read:
             check_leases()  # of this process, if the task runs in the stage's own
-            unsure = place in task.unsure
-            finding, samples = _prepare_item(task, item, get_bytes, preparing, unsure)
+            finding, samples = _prepare_item(task, item, get_bytes, preparing)
             findings.append(finding)
             yield item, samples
 
 
 def _prepare_item(
-    task: ShardTask,
-    item: Item,
-    get_bytes: Callable[[], bytes],
-    preparing: Preparer,
-    unsure: bool,
+    task: ShardTask, item: Item, get_bytes: Callable[[], bytes], preparing: Preparer
 ) -> tuple[Finding, list[ShardSample]]:
     """Read one item and cut its samples; a failure becomes its finding.
 
@@ -270,16 +264,15 @@ def _prepare_item(
         item: to prepare.
         get_bytes: returns its bytes.
         preparing: `prepare`, perhaps in another process.
-        unsure: whether its name may or may not be that of a photo.
     """
     try:
         data = get_bytes()
+    except NotAPhotoError as error:
+        sha256 = "" if error.data is None else sha256_bytes(error.data)
+        return Finding(sha256, item.size, outcome=IGNORED, reason=str(error)), []
     except ItemError as error:
         return Finding(outcome=FAILED, reason=str(error)), []
     sha256 = sha256_bytes(data)
-    if unsure and not looks_like_image(data[:32]):
-        reason = "not an image: no extension, and not the content of one"
-        return Finding(sha256, len(data), outcome=IGNORED, reason=reason), []
     try:
         photo = preparing(data, task.how, item.key)
     except (PhotoError, DeathError) as error:

@@ -63,6 +63,9 @@ class Files(Protocol):
     def read(self, key: str, limit: int) -> bytes:
         """Return the whole file. Raises ItemError if it is gone or larger than `limit` bytes."""
 
+    def head(self, key: str, count: int) -> bytes:
+        """Return the first bytes of a file. Raises ItemError if it is gone."""
+
     def blob(self, key: str) -> Blob:
         """Return the file for reading in parts. Raises ItemError if it is gone."""
 

@@ -47,6 +47,9 @@ class Container(Protocol):
     def read(self, offset: int, size: int, limit: int) -> bytes:
         """Return a member's bytes. Raises ItemError if it cannot be used."""
 
+    def head(self, offset: int, size: int, count: int) -> bytes:
+        """Return a member's first bytes. Raises ItemError if it cannot be used."""
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -158,9 +161,24 @@ class FolderReader:
         self._are_files: dict[str, bool] = {}  # whether a key that looks like a container is a file
 
     def read(self, item: Item, limit: int) -> bytes:
+        place = self._place(item)
+        if place is None:
+            return self._source.files.read(item.key, limit)
+        container, offset, size = place
+        return container.read(offset, size, limit)
+
+    def head(self, item: Item, count: int) -> bytes:
+        place = self._place(item)
+        if place is None:
+            return self._source.files.head(item.key, count)
+        container, offset, size = place
+        return container.head(offset, size, count)
+
+    def _place(self, item: Item) -> tuple[Container, int, int] | None:
+        """Return an item's container, with its offset and size there; None for a file."""
         container, name = self._locate(item.key)
         if container is None:
-            return self._source.files.read(item.key, limit)
+            return None
         if leads_out(name):
             raise ItemError(LEADS_OUT)
         held = self._hold(container)
@@ -172,7 +190,7 @@ class FolderReader:
             raise PipelineError(
                 f"{where} has changed since it was listed. Run the same command again."
             )
-        return held.container.read(offset, size, limit)
+        return held.container, offset, size
 
     def __enter__(self) -> FolderReader:
         return self

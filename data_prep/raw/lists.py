@@ -84,6 +84,9 @@ class ListReader:
     def read(self, item: Item, limit: int) -> bytes:
         return self._places.read(item.key, limit)
 
+    def head(self, item: Item, count: int) -> bytes:
+        return self._places.head(item.key, count)
+
     def __enter__(self) -> ListReader:
         return self
 
@@ -125,6 +128,11 @@ class _Places:
         """Return the file's bytes. Raises ItemError if it is gone or larger than `limit` bytes."""
         files, name = self._place(key)
         return files.read(name, limit)
+
+    def head(self, key: str, count: int) -> bytes:
+        """Return the file's first bytes. Raises ItemError if it is gone."""
+        files, name = self._place(key)
+        return files.head(name, count)
 
     def _look(self, key: str) -> Found | None:
         files, name = self._place(key)

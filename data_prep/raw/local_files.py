@@ -80,6 +80,9 @@ class LocalFiles:
             raise too_large(limit)
         return data
 
+    def head(self, key: str, count: int) -> bytes:
+        return self.blob(key).read_at(0, count)
+
     def blob(self, key: str) -> LocalBlob:
         try:
             return LocalBlob(key, self._path(key))

@@ -64,6 +64,14 @@ class S3Files:
             raise too_large(limit)
         return data
 
+    def head(self, key: str, count: int) -> bytes:
+        if _bad_key(key):
+            raise ItemError(_BAD_KEY)
+        try:
+            return self.store.read_range(key, 0, count)
+        except FileNotFoundError:
+            raise ItemError(GONE) from None
+
     def blob(self, key: str) -> S3Blob:
         found = self.look(key)
         if found is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from data_prep.pictures.formats import is_picture_name
+from data_prep.pictures.formats import is_other_name, is_picture_name
 from data_prep.raw.layouts import IGNORED
 from data_prep.raw.members import Member
 
@@ -34,11 +34,14 @@ def stem_of(name: str) -> str:
 def images_of(stem: str, sample: Sequence[Member]) -> list[Member]:
     """Return the images of a sample; without one, its first member with a problem.
 
+    Without a known image, members of unknown kinds count as images.
+
     The first image decides. One called `stem.jpg` is the photo of the sample, and other images
     describe it. Without one, all images with the same extension are photos, such as `left.jpg` and
     `right.jpg`. The other images have a problem that says so.
     """
     images = [member for member in sample if is_picture_name(member.name)]
+    images = images or [member for member in sample if not is_other_name(member.name)]
     if not images:
         problem = sample[0].problem or f"{IGNORED}its sample has no image"
         return [sample[0]._replace(problem=problem)]

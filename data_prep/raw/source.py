@@ -61,6 +61,9 @@ class Reader(Protocol):
             PipelineError: There is a temporary problem, such as the network.
         """
 
+    def head(self, item: Item, count: int) -> bytes:
+        """Return the item's first bytes, with one small read. Raises as `read` does."""
+
     def __enter__(self) -> Reader: ...
     def __exit__(
         self,

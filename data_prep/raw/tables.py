@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "content")
 _KEYS = ("key", "__key__", "id", "path", "filename", "file_name")
+LARGEST_IMAGE = 1 << 31  # bytes
 _HELD = 48 << 20  # bytes; a smaller row group is read whole
 _BATCH = 16  # rows read at the same time from a larger row group
 _BUFFER = 1 << 20  # bytes; without a buffer, the whole column of a row group is read
@@ -104,6 +105,9 @@ class Table:
         if data.size > limit:
             raise too_large(limit)
         return bytes(data)
+
+    def head(self, offset: int, size: int, count: int) -> bytes:
+        return self.read(offset, size, LARGEST_IMAGE)[:count]
 
     def _value(self, row: int) -> Any:
         """Return the Arrow scalar of a row's image."""

@@ -77,6 +77,9 @@ class Tar:
             raise ItemError(CUT)
         return data
 
+    def head(self, offset: int, size: int, count: int) -> bytes:
+        return self.read(offset, min(size, count), count)
+
     def _files(self) -> Iterator[Member]:
         bounds = Bounds(self._blob.size)
         if self._unpacked is not None:

@@ -70,24 +70,11 @@ class Zip:
             return ""
 
     def _content(self, entry: _Entry, limit: int) -> bytes:
-        if entry.flags & _ENCRYPTED:
-            raise ItemError("it is encrypted")
-        if entry.method not in _METHODS:
-            raise ItemError(f"it is compressed by method {entry.method}, which is not supported")
+        _check(entry)
         # Compression can make random bytes a little longer, but not more than this.
         if entry.size > limit or entry.stored > limit + limit // 8 + 4096:
             raise too_large(limit)
-        at = entry.header
-        span = _HEADER.size + len(entry.name) + _SLACK + entry.stored
-        data = self._blob.read_at(at, span)
-        if len(data) < _HEADER.size or data[:4] != b"PK\3\4":
-            raise ItemError("it is broken: its header is not at the place in the directory")
-        fields = _HEADER.unpack_from(data)
-        start = _HEADER.size + fields[9] + fields[10]
-        missing = start + entry.stored - len(data)
-        if missing > 0:
-            data += self._blob.read_at(at + len(data), missing)
-        data = data[start : start + entry.stored]
+        data = self._packed(entry, entry.stored)
         if len(data) < entry.stored:
             raise ItemError("it is cut off")
         content = _METHODS[entry.method](data, limit)
@@ -96,6 +83,31 @@ class Zip:
         if len(content) != entry.size or zlib.crc32(content) != entry.crc:
             raise ItemError("it is broken: its checksum is wrong")
         return content
+
+    def head(self, offset: int, size: int, count: int) -> bytes:
+        """Return the member's first bytes, not checked; the rest is not decompressed."""
+        entry = self._entry(offset)
+        _check(entry)
+        data = self._packed(entry, min(entry.stored, count + _HEADS[entry.method]))
+        try:
+            if entry.method == _DEFLATED:
+                return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, count)
+            return bz2.BZ2Decompressor().decompress(data, count) if entry.method else data
+        except (zlib.error, OSError, EOFError):
+            raise ItemError("it is broken: it cannot be decompressed") from None
+
+    def _packed(self, entry: _Entry, count: int) -> bytes:
+        """Return the first `count` bytes of a member as they are stored, fewer at the end."""
+        at = entry.header
+        data = self._blob.read_at(at, _HEADER.size + len(entry.name) + _SLACK + count)
+        if len(data) < _HEADER.size or data[:4] != b"PK\3\4":
+            raise ItemError("it is broken: its header is not at the place in the directory")
+        fields = _HEADER.unpack_from(data)
+        start = _HEADER.size + fields[9] + fields[10]
+        missing = start + count - len(data)
+        if missing > 0:
+            data += self._blob.read_at(at + len(data), missing)
+        return data[start : start + count]
 
     def _entry(self, at: int) -> _Entry:
         directory = self._directory
@@ -128,6 +140,14 @@ class _Entry(NamedTuple):
     crc: int
     is_link: bool
     end: int
+
+
+def _check(entry: _Entry) -> None:
+    """Raise ItemError unless we can decompress the member."""
+    if entry.flags & _ENCRYPTED:
+        raise ItemError("it is encrypted")
+    if entry.method not in _METHODS:
+        raise ItemError(f"it is compressed by method {entry.method}, which is not supported")
 
 
 def _read_directories(blob: Blob) -> tuple[bytes, list[tuple[int, int]]]:
@@ -266,3 +286,6 @@ def _bunzipped(data: bytes, limit: int) -> bytes:
 
 
 _METHODS: dict[int, Callable[[bytes, int], bytes]] = {0: _stored, 8: _inflated, 12: _bunzipped}
+_DEFLATED = 8
+# Stored bytes that give the first decompressed ones, by method. bzip2 expands whole blocks.
+_HEADS = {0: 0, _DEFLATED: 4096, 12: 1 << 20}

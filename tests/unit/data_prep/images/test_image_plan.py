@@ -117,12 +117,14 @@ def test_a_source_without_usable_photos_in_train_is_an_error() -> None:
 
 
 def test_names_give_the_kinds_of_items() -> None:
+    odd = ["a.jpg?w=640", "b.jpg_large", "c.mpo", "2021-07-14 12.30.45", "d.png.part"]
     keys = ["a.JPG", "b.tar.jpeg", "c", "d/e", "f.txt", "g.jpg.txt", "d.x/h", "i.j/k.webp", "p.png"]
+    keys += odd
     found = listing(keys)
     found = Listing(found.table, (), {"p.png": "missing"})
     kinds = dict(zip(found.table["key"].to_pylist(), item_kinds(found, "photos"), strict=True))
     photo = {"a.JPG", "b.tar.jpeg", "i.j/k.webp"}
-    unsure, other = {"c", "d/e", "d.x/h"}, {"f.txt", "g.jpg.txt"}
+    unsure, other = {"c", "d/e", "d.x/h", *odd}, {"f.txt", "g.jpg.txt"}
     expected = dict.fromkeys(photo, PHOTO) | dict.fromkeys(unsure, UNSURE)
     expected |= dict.fromkeys(other, OTHER) | {"p.png": PROBLEM}
     assert kinds == expected

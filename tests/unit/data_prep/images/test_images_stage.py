@@ -613,7 +613,7 @@ def test_files_about_this_machine_do_not_count_as_content(folder: Path, store: L
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (["a.txt", "b.csv.bak"], "holds no image file"),
+        (["a.txt", "b.bak.csv"], "holds no image file"),
         (["a.jpg", "b.jpg", "c.jpg"], r"none of the 3 image files in .* is usable: a\.jpg: it is"),
         (["a", "b", "c"], "holds no image file"),
         (["a.jpg"], "too few photos: 1, but at least 3 are needed"),
