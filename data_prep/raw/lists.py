@@ -25,7 +25,7 @@ from data_prep.raw.files import Files, Found, escape
 from data_prep.raw.folders import Known, checked_listing, nothing_known
 from data_prep.raw.layouts import apply_layout
 from data_prep.raw.listing import Item, Listing
-from data_prep.raw.local_files import LocalFiles
+from data_prep.raw.local_files import LocalFiles, local_name
 from data_prep.raw.s3_files import S3Files, s3_files
 
 MISSING = "missing: it is in the list, but there is no such file"
@@ -179,7 +179,7 @@ class _Places:
         if "\0" in written:
             raise ValueError("a path has a null character, so this is not a text file")
         try:
-            os.fsencode(written)
+            written.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError:
             raise ValueError("a path is not valid Unicode") from None
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", written)
@@ -206,7 +206,7 @@ class _Places:
 
     def _local_key(self, path: str) -> str:
         if isinstance(self._files, LocalFiles):
-            folder = os.path.abspath(self._files.folder)
+            folder = local_name(Path(os.path.abspath(self._files.folder)))
             if not path.startswith("/"):
                 return escape(posixpath.normpath(path))
             path = posixpath.normpath(path)

@@ -17,7 +17,7 @@ from data_prep.raw.folders import Folder, Known, empty_source, is_container, not
 from data_prep.raw.layouts import check_layout
 from data_prep.raw.listing import Item, Listing
 from data_prep.raw.lists import ListFile, is_list
-from data_prep.raw.local_files import LocalFiles
+from data_prep.raw.local_files import LocalFiles, local_name
 from data_prep.raw.s3_files import S3Files, s3_files
 
 
@@ -81,7 +81,7 @@ def open_source(uri: str, layout: str = "auto") -> Folder | ListFile:
         if files.folder.is_dir():
             return Folder(files, "", layout)
         _check_local(files.folder)
-        name = escape(files.folder.name)
+        name = escape(local_name(files.folder).rpartition("/")[2])
         files = LocalFiles(files.folder.parent)
     else:
         above, _, name = files.store.prefix.rpartition("/")
