@@ -16,13 +16,14 @@ from data_prep.core.paths import images_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.stage import Request
 from data_prep.core.storage.store import Store
+from data_prep.core.text import printable
 from data_prep.images.keys import PHOTO, UNSURE, Hashes, item_kinds, key_hashes, match_keys
 from data_prep.images.parent_state import POOL_ITEMS, Hashing, compare_with_parent
 from data_prep.images.plan import ParentState, Plan, plan_items
 from data_prep.images.splits import assign_splits
 from data_prep.images.versions import Version, known_members, load_version, versions
 from data_prep.pictures.formats import EXTENSIONS
-from data_prep.raw.layouts import OUTSIDE, lost_splits
+from data_prep.raw.layouts import IGNORED, OUTSIDE, lost_splits
 from data_prep.raw.listing import ROWS, SPLITS, Listing
 from data_prep.raw.overlap import check_apart, check_no_root
 from data_prep.raw.source import Source, open_source
@@ -271,6 +272,14 @@ def _splits(
     if wanted.sum() < len(SPLITS):  # most names may not show that they are photos
         wanted = kind >= UNSURE
     if not wanted.any():
+        reasons = listing.problems.items()
+        failed = sorted((k, why) for k, why in reasons if not why.startswith(IGNORED))
+        if failed:
+            first = "; ".join(printable(f"{key}: {why}") for key, why in failed[:2])
+            raise PipelineError(
+                f"none of the {len(failed)} image files of {settings.source} can be used ({first})."
+                " Correct the source."
+            )
         known = ", ".join(sorted(EXTENSIONS))
         raise PipelineError(f"{settings.source} holds no image file: give photos of type {known}.")
     split, notes = assign_splits(given, wanted, hashes.draw, settings.val, settings.test, before)

@@ -26,6 +26,7 @@ from data_prep.raw.folders import Known, checked_listing, nothing_known
 from data_prep.raw.layouts import apply_layout
 from data_prep.raw.listing import Item, Listing
 from data_prep.raw.local_files import LocalFiles, local_name
+from data_prep.raw.missing_paths import why_missing
 from data_prep.raw.s3_files import S3Files, s3_files
 
 MISSING = "missing: it is in the list, but there is no such file"
@@ -67,6 +68,10 @@ class ListFile:
         listing = checked_listing(items(), [], problems, self.uri)
         if not listing:
             raise PipelineError(f"{self.uri} contains no paths. Put the paths of photos into it.")
+        if len(problems) == len(listing) and set(problems.values()) == {MISSING}:
+            first = min(problems)
+            problems[first] = f"{MISSING}. {why_missing(self.files, first)}".rstrip(".")
+            listing = Listing(listing.table, (), problems)
         return apply_layout(listing, self.layout, self.uri, self.files.first_text)
 
     def reader(self) -> ListReader:

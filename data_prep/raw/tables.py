@@ -215,6 +215,12 @@ def _image_column(schema: pa.Schema) -> str:
         for name in able:
             if name.lower() == usual:
                 return str(name)
+    lists = [field.name for field in schema if _is_list(field.type)]
+    if not able and lists:
+        raise ItemError(
+            f"its column {lists[0]!r} has a list of images in each row, which cannot be read. Write"
+            " one row for each image"
+        )
     if not able:
         raise NoImagesError("it has no column of images")
     if len(able) > 1:
@@ -232,13 +238,25 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return _is_bytes(kind)
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    """Return whether each value is a list of images."""
+    import pyarrow as pa
+
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_one(kind) for is_one in lists) and _holds_bytes(kind.value_type)
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+    return any(is_one(kind) for is_one in kinds)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(is_one(kind) for is_one in kinds)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
+from image_sets import crops
 from raw_places import LIMIT, Place, contents, open_and_list, place
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
+from data_prep.core.storage.local import LocalStore
+from data_prep.images.stage import prepare_images
 from data_prep.raw.listing import Item
 from data_prep.raw.lists import MISSING
 from data_prep.raw.source import check_source, open_source
@@ -192,3 +196,39 @@ def test_a_listed_folder_is_missing_and_a_file_over_the_limit_fails(tmp_path: Pa
         assert reader.read(Item("a.jpg", 5, 1), LIMIT) == b"12345"
         with pytest.raises(ItemError, match="larger than 4 bytes"):
             reader.read(Item("a.jpg", 5, 1), 4)
+
+
+@pytest.mark.parametrize(
+    ("written", "there", "reason"),
+    [
+        (r"C:\data\a.jpg", "data/a.jpg", "a path of Windows"),
+        (r"sub\a.jpg", "sub/a.jpg", "a path of Windows"),
+        ("a%20b.jpg", "a b.jpg", "as in a URL"),
+        ("é.jpg".encode("latin-1"), "é.jpg", "not in UTF-8"),
+        ("e\u0301.jpg", "é.jpg", "NFC or NFD"),
+        ("a.jpg 7", "a.jpg", "more than a path"),
+        ("a.jpg,cat", "a.jpg", "more than a path"),
+        ("data/sub/a.jpg", "sub/a.jpg", "start at the folder of the list.* is at .*/sub/a.jpg"),
+        ("/other/place/sub/a.jpg", "sub/a.jpg", "is at .*/sub/a.jpg"),
+        ("nowhere.jpg", "a.jpg", "start at the folder of the list"),
+        (r"D:\x\a.jpg", "b.jpg", "a path of Windows"),
+    ],
+)
+def test_a_list_without_any_file_says_why(
+    tmp_path: Path, written: str | bytes, there: str, reason: str
+) -> None:
+    (tmp_path / there).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / there).write_bytes(b"1")
+    (tmp_path / "l.txt").write_bytes(written if isinstance(written, bytes) else written.encode())
+    (problem,) = open_and_list(str(tmp_path / "l.txt")).problems.values()
+    assert re.search(rf"^missing: .*{reason}", problem), problem
+    with pytest.raises(PipelineError, match=rf"none of the 1 image files .*{reason}"):
+        prepare_images(crops(tmp_path / "l.txt"), LocalStore(tmp_path / "root"))
+
+
+def test_the_reason_for_missing_files_is_found_on_s3_too(moto_root: str) -> None:
+    place = Place(moto_root, True)
+    place.put("a b.jpg")
+    uri = place.put("l.txt", b"a%20b.jpg")
+    (problem,) = open_and_list(uri).problems.values()
+    assert "as in a URL" in problem

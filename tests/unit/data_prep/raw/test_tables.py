@@ -188,3 +188,48 @@ def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
     size, more = map(int, done.stdout.split())
     assert size == 200
     assert more < 120 << 10  # KiB
+
+
+def test_a_path_in_a_table_is_only_a_label(tmp_path: Path) -> None:
+    names = [r"C:\photos\1.jpg", "../2.jpg", "/3.jpg", ".hidden/4.jpg"]
+    pq.write_table(
+        pa.table({"image": [b"1", b"2", b"3", b"4"], "path": names}), tmp_path / "t.parquet"
+    )
+    expected = dict(
+        zip([names[0], names[1], "3.jpg", names[3]], (b"1", b"2", b"3", b"4"), strict=True)
+    )
+    for source in (tmp_path / "t.parquet", tmp_path):
+        prefix = "" if source.name == "t.parquet" else "t.parquet/"
+        opened = open_source(str(source))
+        assert opened.list().problems == {}
+        for change in (by_name, lambda item: item):
+            assert contents(opened, change) == {prefix + k: v for k, v in expected.items()}
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "binary_view", "struct of views", "keys"])
+def test_other_columns_of_bytes_are_read(tmp_path: Path, kind: str) -> None:
+    images = pa.array([b"1", b"2", b"1"], pa.binary())
+    keys = pa.array(["a", "b", "c"])
+    if kind == "dictionary":
+        images = images.dictionary_encode()
+    elif kind == "binary_view":
+        images = images.cast(pa.binary_view())
+    elif kind == "keys":
+        keys = keys.cast(pa.string_view())
+    else:
+        images = pa.StructArray.from_arrays(
+            [images.cast(pa.binary_view()), keys], ["bytes", "path"]
+        )
+    pq.write_table(pa.table({"image": images, "key": keys}), tmp_path / "t.parquet")
+    assert contents(open_source(str(tmp_path / "t.parquet"))) == {"a": b"1", "b": b"2", "c": b"1"}
+
+
+def test_a_column_of_lists_of_images_fails_with_a_reason(tmp_path: Path) -> None:
+    kind = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    rows = pa.array([[{"bytes": b"1", "path": "a"}, {"bytes": b"2", "path": "b"}]], kind)
+    pq.write_table(pa.table({"images": rows}), tmp_path / "t.parquet")
+    with pytest.raises(PipelineError, match="has a list of images in each row"):
+        open_and_list(str(tmp_path / "t.parquet"))
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    (problem,) = open_and_list(str(tmp_path)).problems.values()
+    assert "Write one row for each image" in problem
