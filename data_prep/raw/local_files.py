@@ -37,10 +37,10 @@ class LocalFiles:
         after a folder. So the keys do not depend on the order in which the system lists folders.
         """
         seen: set[tuple[int, int]] = set()
-        waiting = deque([("", os.fsencode(self.folder))])
+        waiting = deque([("", str(self.folder))])
         while waiting:
             below, folder = waiting.popleft()
-            inner: list[tuple[bool, str, bytes]] = []
+            inner: list[tuple[bool, str, str]] = []
             try:
                 here = os.stat(folder)
                 if (here.st_dev, here.st_ino) in seen:  # a link to a folder that is already listed
@@ -48,7 +48,7 @@ class LocalFiles:
                 seen.add((here.st_dev, here.st_ino))
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        name = _decoded(entry.name)
+                        name = local_name(entry.name)
                         if name.startswith("."):
                             continue
                         if _is_folder(entry):
@@ -62,7 +62,7 @@ class LocalFiles:
                     ) from None
                 # else: a folder was removed during the listing
             except OSError as error:
-                raise _unreadable(os.fsdecode(folder), error) from error
+                raise _unreadable(folder, error) from error
             waiting.extend((f"{below}{name}/", path) for _, name, path in sorted(inner))
 
     def look(self, key: str) -> Found | None:
@@ -93,7 +93,7 @@ class LocalFiles:
 
     def blob(self, key: str) -> LocalBlob:
         try:
-            return LocalBlob(key, self._path(key), self.where(key))
+            return LocalBlob(key, self._path(key))
         except (FileNotFoundError, NotADirectoryError):
             raise ItemError(GONE) from None
         except OSError as error:
@@ -105,32 +105,27 @@ class LocalFiles:
                 return self.read(path, LONGEST_TEXT).decode("utf-8", "replace")
         return None
 
-    def _path(self, key: str) -> bytes:
-        return os.path.join(os.fsencode(self.folder), _encoded(unescape(key)))
+    def _path(self, key: str) -> str:
+        name = unescape(key).encode("utf-8", "surrogateescape")
+        return os.path.join(self.folder, os.fsdecode(name))
 
 
-def local_name(path: Path) -> str:
-    """Return a path as UTF-8 reads its bytes, whatever the encoding of this system is."""
-    return _decoded(os.fsencode(path))
+def local_name(path: str | Path) -> str:
+    """Return a path as UTF-8 reads its bytes.
+
+    Keys may not depend on the locale, and Python decodes names with the encoding of the locale.
+    """
+    return os.fsencode(path).decode("utf-8", "surrogateescape")
 
 
-def _decoded(name: bytes) -> str:
-    """Return a name as text. Keys may not depend on the locale, so it is always read as UTF-8."""
-    return name.decode("utf-8", "surrogateescape")
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link to itself or into a private folder
         return False
 
 
-def _found_entry(name: str, entry: os.DirEntry[bytes]) -> Found | None:
+def _found_entry(name: str, entry: os.DirEntry[str]) -> Found | None:
     """Return the file of a directory entry; None if it is a socket, a pipe or similar."""
     try:
         return _found(escape(name), entry.stat())
@@ -162,8 +157,8 @@ def _unreadable(where: str, error: OSError) -> PipelineError:
 class LocalBlob:
     """A local file, which is closed when nothing refers to it."""
 
-    def __init__(self, key: str, path: bytes, where: str) -> None:
-        self.key, self._where = key, where
+    def __init__(self, key: str, path: str) -> None:
+        self.key, self._path = key, path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._descriptor)
         self.size, self.fingerprint = (
@@ -175,7 +170,7 @@ class LocalBlob:
         try:
             return os.pread(self._descriptor, max(0, min(size, self.size - offset)), offset)
         except OSError as error:
-            raise _unreadable(self._where, error) from error
+            raise _unreadable(self._path, error) from error
 
     def open(self) -> BinaryIO:
         # On the same descriptor, because the file may have been replaced by another one.

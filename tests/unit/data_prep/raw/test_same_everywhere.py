@@ -63,11 +63,11 @@ def test_a_folder_with_several_names_has_the_same_keys_in_any_order(
     real = os.scandir
 
     class Ordered:
-        def __init__(self, path: bytes) -> None:
+        def __init__(self, path: str) -> None:
             with real(path) as entries:
                 self._entries = sorted(entries, key=lambda entry: entry.name, reverse=backward)
 
-        def __enter__(self) -> Iterator[os.DirEntry[bytes]]:
+        def __enter__(self) -> Iterator[os.DirEntry[str]]:
             return iter(self._entries)
 
         def __exit__(self, *error: object) -> None:
