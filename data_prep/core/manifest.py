@@ -7,10 +7,11 @@ written last. A stage without a manifest is not committed.
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from data_prep.core import digest
@@ -21,6 +22,9 @@ from data_prep.core.storage.store import Store
 
 FORMAT = 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PART = 256 << 10  # bytes of a manifest's start and of its end
+# How `Manifest.to_bytes` begins and ends the list of files. No text in JSON holds a line break.
+_FILES, _SUMMARY = b'\n "files": [', b'\n ],\n "summary": '
 _ADVICE = "Delete its folder and run the stage again"
 
 
@@ -102,6 +106,23 @@ class StageRef:
 
 
 @dataclass(frozen=True)
+class ManifestHead:
+    """A manifest without its files, as `read_head` returns it. `Manifest` has the attributes."""
+
+    stage: str
+    name: str
+    folder: str
+    request_digest: str
+    content_digest: str
+    settings: dict[str, Any]
+    inputs: dict[str, InputRef]
+    sources: dict[str, str]
+    summary: dict[str, Any]
+    created: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a committed stage was asked for, and what it made.
 
@@ -129,6 +150,12 @@ class Manifest:
     created: str
     seconds: float
     format: int = FORMAT
+
+    def head(self) -> ManifestHead:
+        """Return everything but the files."""
+        return ManifestHead(
+            **{each.name: getattr(self, each.name) for each in fields(ManifestHead)}
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `manifest.json`."""
@@ -225,12 +252,40 @@ def read_manifest(store: Store, folder: str) -> Manifest:
     return manifest
 
 
+def read_head(store: Store, folder: str) -> ManifestHead:
+    """Read a manifest without its list of files, which may have tens of megabytes.
+
+    Only the first and the last part of a large manifest are read. Damage between them is not
+    noticed: `read_manifest` notices it. Raises PipelineError as `read_manifest` does.
+    """
+    try:
+        with store.open(manifest_key(folder)) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            start = file.read(_PART) if size > 2 * _PART else b""
+            file.seek(max(0, size - _PART))
+            end = file.read(_PART) if start else b""
+    except FileNotFoundError:
+        start = end = b""
+    before, found, _ = start.partition(_FILES)
+    _, found_end, after = end.rpartition(_SUMMARY)
+    if found and found_end:
+        try:
+            text = before + _FILES + b"]," + _SUMMARY.lstrip(b"\n ],") + after
+            manifest = Manifest.from_json(json.loads(text))
+            if manifest.folder == folder:
+                return manifest.head()
+        except ValueError:
+            pass
+    return read_manifest(store, folder).head()
+
+
 def load_reference(store: Store, folder: str) -> StageRef:
     """Return a reference to the stage committed in `folder`."""
-    return reference(read_manifest(store, folder), 0.0, skipped=True)
+    return reference(read_head(store, folder), 0.0, skipped=True)
 
 
-def reference(manifest: Manifest, seconds: float, *, skipped: bool) -> StageRef:
+def reference(manifest: Manifest | ManifestHead, seconds: float, *, skipped: bool) -> StageRef:
     """Return a reference to the stage of `manifest`; `seconds` is the time of this call."""
     return StageRef(
         stage=manifest.stage,

@@ -22,7 +22,7 @@ from data_prep.core.manifest import (
     Manifest,
     StageRef,
     content_digest,
-    read_manifest,
+    read_head,
     reference,
 )
 from data_prep.core.paths import lease_key, manifest_key
@@ -158,7 +158,7 @@ def run_stage(
 
 
 def _skipped(store: Store, request: Request, start: float) -> StageRef:
-    manifest = read_manifest(store, request.folder)
+    manifest = read_head(store, request.folder)
     if manifest.request_digest != request.digest:
         raise PipelineError(
             f"{store.label}/{manifest_key(request.folder)} was altered: it has another request"

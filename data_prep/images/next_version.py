@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_bytes, sha256_json
 from data_prep.core.errors import PipelineError
-from data_prep.core.manifest import Manifest
+from data_prep.core.manifest import ManifestHead
 from data_prep.core.paths import images_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.stage import Request
@@ -21,7 +21,7 @@ from data_prep.images.keys import PHOTO, UNSURE, Hashes, item_kinds, key_hashes,
 from data_prep.images.parent_state import POOL_ITEMS, Hashing, compare_with_parent
 from data_prep.images.plan import ParentState, Plan, plan_items
 from data_prep.images.splits import assign_splits
-from data_prep.images.versions import Version, known_members, load_version, versions
+from data_prep.images.versions import Version, known_members, newest_version, versions
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.layouts import IGNORED, OUTSIDE, lost_splits
 from data_prep.raw.listing import ROWS, SPLITS, Listing
@@ -139,7 +139,7 @@ def plan_next_version(
     requested = settings.request_settings()
     earlier = versions(store, settings.name)
     same = [manifest for manifest in earlier if manifest.settings == requested]
-    parent = load_version(store, same[-1]) if same and not repack else None
+    parent = newest_version(store, same) if same and not repack else None
     if parent is not None:
         parent.check_shards()
     listing = source.list(known_members(parent))
@@ -200,7 +200,7 @@ def _plan(
 
 
 def _request_sources(
-    listing: Listing, same: list[Manifest], plan: Plan, retried: ParentState | None
+    listing: Listing, same: list[ManifestHead], plan: Plan, retried: ParentState | None
 ) -> dict[str, str]:
     """Return the digests that make the request of this version different from all others.
 

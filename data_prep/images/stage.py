@@ -17,7 +17,7 @@ from data_prep.core.storage.store import Store
 from data_prep.images.build import build, delete_shard_records
 from data_prep.images.next_version import NextVersion, plan_next_version
 from data_prep.images.settings import ImagesSettings
-from data_prep.images.versions import versions
+from data_prep.images.versions import committed_folders
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +48,13 @@ def prepare_images(
     def plan() -> NextVersion:
         return plan_next_version(settings, store, run, retry_failed=retry_failed, repack=repack)
 
-    before = _folders(store, settings.name)
+    before = committed_folders(store, settings.name)
     following = plan()
     if (done := _finished(store, following)) is not None:  # needs no right to write
         return _log_unchanged(done, following, retry_failed)
     # One build of a dataset at a time: the number and the parent of a version depend on the others.
     with Lease(store, lease_key(images_folder(settings.name))) as lease:
-        if lease.waited or _folders(store, settings.name) != before:
+        if lease.waited or committed_folders(store, settings.name) != before:
             following = plan()
             if (done := _finished(store, following)) is not None:
                 return _log_unchanged(done, following, retry_failed)
@@ -66,11 +66,6 @@ def prepare_images(
         if not reference.skipped:
             delete_shard_records(store, reference.folder)
     return reference
-
-
-def _folders(store: Store, name: str) -> list[str]:
-    """Return the folders of a dataset's committed versions."""
-    return [manifest.folder for manifest in versions(store, name)]
 
 
 def _finished(store: Store, following: NextVersion) -> StageRef | None:

@@ -9,13 +9,21 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_prep.core.errors import PipelineError
-from data_prep.core.manifest import FileRecord, Manifest, StageRef, load_reference, read_manifest
-from data_prep.core.paths import MANIFEST, images_folder
+from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.manifest import (
+    FileRecord,
+    Manifest,
+    ManifestHead,
+    StageRef,
+    read_head,
+    read_manifest,
+    reference,
+)
+from data_prep.core.paths import MANIFEST, images_folder, manifest_key
 from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
 from data_prep.images.findings import OUTCOMES
@@ -56,7 +64,7 @@ class Version:
     @property
     def reference(self) -> StageRef:
         """Return the reference to the stage that made the version."""
-        return load_reference(self.store, self.folder)
+        return reference(self.manifest, 0.0, skipped=True)
 
     def shards(self) -> dict[str, list[FileRecord]]:
         """Return the records of each shard's tar and index, by the shard's name.
@@ -157,36 +165,68 @@ def known_members(version: Version | None) -> Callable[[str, int], list[Item] | 
     return members
 
 
-def versions(store: Store, name: str) -> list[Manifest]:
-    """Return the manifests of a dataset's committed versions, oldest first.
+def committed_folders(store: Store, name: str) -> list[str]:
+    """Return the folders of a dataset's committed versions, sorted. No manifest is read."""
+    return [f for f in store.folders(images_folder(name)) if store.exists(manifest_key(f))]
+
+
+def versions(store: Store, name: str) -> list[ManifestHead]:
+    """Return the manifests of a dataset's committed versions without their files, oldest first.
 
     Damaged manifests are reported and left out. Raises PipelineError if none can be read: to build
     everything again without a word could take days.
     """
     found, damaged = [], []
-    top = images_folder(name)
-    for entry in store.list(top):
-        folder, _, file = entry.key.rpartition("/")
-        if file != MANIFEST or posixpath.dirname(folder) != top:
-            continue
+    for folder in committed_folders(store, name):
         try:
-            manifest = read_manifest(store, folder)
+            manifest = read_head(store, folder)
             int(manifest.summary["version"])
+        except StorageError:
+            raise
         except (PipelineError, KeyError, TypeError, ValueError):
-            log.warning(
-                "images: %s is damaged or of another format: it is not used.", printable(folder)
-            )
+            _warn_damaged(folder)
             damaged.append(folder)
             continue
         found.append(manifest)
     if damaged and not found:
-        raise PipelineError(
-            f"no version of {store.label}/{top} can be read: the {MANIFEST} of"
-            f" {', '.join(damaged[:5])} is damaged or of another format. Restore it from a backup,"
-            " or use the version of dpnet that wrote it. To build the dataset again, choose another"
-            f" images.name, or remove {top}."
-        )
+        raise _none_readable(store, name, damaged)
     return sorted(found, key=lambda m: (m.summary["version"], m.created, m.folder))
+
+
+def newest_version(store: Store, heads: Sequence[ManifestHead]) -> Version:
+    """Read the newest of some versions of a dataset whose manifest is undamaged.
+
+    Args:
+        store: the root.
+        heads: the versions, oldest first; at least one.
+
+    Raises:
+        PipelineError: no manifest is undamaged, or the version's table is missing or damaged.
+    """
+    for head in reversed(heads):
+        try:
+            manifest = read_manifest(store, head.folder)
+        except StorageError:
+            raise
+        except PipelineError:
+            _warn_damaged(head.folder)
+            continue
+        return load_version(store, manifest)
+    raise _none_readable(store, heads[0].name, [head.folder for head in heads])
+
+
+def _warn_damaged(folder: str) -> None:
+    log.warning("images: %s is damaged or of another format: it is not used.", printable(folder))
+
+
+def _none_readable(store: Store, name: str, damaged: Sequence[str]) -> PipelineError:
+    top = images_folder(name)
+    return PipelineError(
+        f"no version of {store.label}/{top} can be read: the {MANIFEST} of"
+        f" {', '.join(damaged[:5])} is damaged or of another format. Restore it from a backup,"
+        " or use the version of dpnet that wrote it. To build the dataset again, choose another"
+        f" images.name, or remove {top}."
+    )
 
 
 def load_version(store: Store, manifest: Manifest) -> Version:

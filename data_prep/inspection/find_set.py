@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.manifest import Manifest, read_manifest
+from data_prep.core.manifest import ManifestHead, read_head
 from data_prep.core.paths import MANIFEST
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -63,7 +63,7 @@ def find_named_set(kind: Kind, name: str, root: str) -> tuple[Store, str] | None
     return store, committed(store, kind, name)[-1].folder
 
 
-def committed(store: Store, kind: Kind, name: str) -> list[Manifest]:
+def committed(store: Store, kind: Kind, name: str) -> list[ManifestHead]:
     """Return the manifests of all versions of a set, oldest first.
 
     Raises:
@@ -85,6 +85,6 @@ def _manifests(store: Store, folder: str) -> Iterator[str]:
             yield entry.key
 
 
-def _by_date(store: Store, top: str) -> list[Manifest]:
-    found = [read_manifest(store, posixpath.dirname(key)) for key in _manifests(store, top)]
+def _by_date(store: Store, top: str) -> list[ManifestHead]:
+    found = [read_head(store, posixpath.dirname(key)) for key in _manifests(store, top)]
     return sorted(found, key=lambda manifest: (manifest.created, manifest.folder))

@@ -172,7 +172,8 @@ def log_images(store: Store, name: str) -> list[dict[str, Any]]:
         PipelineError: there is no such dataset.
     """
     found, before = [], None
-    for manifest in committed(store, "images", name):
+    for head in committed(store, "images", name):
+        manifest = read_manifest(store, head.folder)
         summary, parent = manifest.summary, _parent(manifest)
         tars = [file.path for file in manifest.files if file.path.endswith(".tar")]
         inherited = sum(path.startswith("../") for path in tars)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.manifest import FileRecord, StageRef, read_manifest
+from data_prep.core.manifest import FileRecord, StageRef, read_head
 from data_prep.core.paths import MANIFEST, masks_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress
@@ -108,7 +108,7 @@ def _known_files(store: Store, top: str) -> dict[str, dict[str, Any]]:
         folder, _, file = key.rpartition("/")
         if file == MANIFEST and f"{folder}/{FILES_TABLE}" in keys:
             try:
-                made.append((read_manifest(store, folder).created, folder))
+                made.append((read_head(store, folder).created, folder))
             except PipelineError:
                 continue
     if not made:

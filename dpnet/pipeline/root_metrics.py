@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.lease import is_claimed
-from data_prep.core.manifest import read_manifest
+from data_prep.core.manifest import read_head
 from data_prep.core.paths import (
     IMAGES,
     REGISTRY,
@@ -119,7 +119,7 @@ class RootReader:
         for version in self.store.folders(folder):
             if version not in self._versions:
                 try:
-                    self._versions[version] = read_manifest(self.store, version).summary
+                    self._versions[version] = read_head(self.store, version).summary
                 except StorageError:
                     raise
                 except PipelineError:  # not committed yet, or damaged

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 
@@ -16,6 +18,7 @@ from data_prep.core.manifest import (
     Manifest,
     content_digest,
     load_reference,
+    read_head,
     read_manifest,
 )
 from data_prep.core.stage import Produced, Request, run_stage
@@ -172,3 +175,74 @@ def test_the_number_of_samples_does_not_change_the_content_digest() -> None:
     files = [FileRecord("a.tar", 1, "0" * 64), FileRecord("a.parquet", 1, "1" * 64)]
     counted = [replace(file, samples=3) for file in files]
     assert content_digest(counted) == content_digest(files)
+
+
+class CountingStore(LocalStore):
+    """A store that counts the bytes that are read of each object."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.bytes: Counter[str] = Counter()
+
+    def open(self, key: str) -> BinaryIO:
+        file, counts = super().open(key), self.bytes
+
+        class Counted(io.BufferedReader):
+            def read(self, size: int | None = -1, /) -> bytes:
+                data = super().read(size)
+                counts[key] += len(data)
+                return data
+
+        return cast(BinaryIO, Counted(cast(io.RawIOBase, file)))
+
+
+def large(files: int = 10_000) -> Manifest:
+    """Return a manifest as that of a large dataset, with texts that look like its own marks."""
+    records = [FileRecord(f"train-{n:06d}.tar", n, f"{n:064x}", samples=n) for n in range(files)]
+    summary = {"version": 3, 'odd\n "files": [': '\n ],\n "summary": {', "splits": {}}
+    settings = {"size": 64, 'odd\n "files": [': '\n ],\n "summary": '}
+    old = Manifest.from_json(json.loads(OLD))
+    return replace(old, files=records, summary=summary, settings=settings)
+
+
+def test_the_head_of_a_large_manifest_is_read_without_its_files(tmp_path: Path) -> None:
+    store = CountingStore(tmp_path)
+    manifest = large()
+    store.write(KEY, manifest.to_bytes())
+    assert read_head(store, FOLDER) == manifest.head()
+    assert len(manifest.to_bytes()) > 1_500_000
+    assert store.bytes[KEY] == 512 << 10
+    assert read_manifest(store, FOLDER) == manifest
+
+
+@pytest.mark.parametrize("files", [0, 1, 2_000, 3_000, 4_000, 5_000])
+def test_the_head_of_a_manifest_of_any_size_is_that_of_the_whole(
+    store: LocalStore, files: int
+) -> None:
+    manifest = large(files)
+    store.write(KEY, manifest.to_bytes())
+    assert read_head(store, FOLDER) == manifest.head()
+
+
+def test_a_large_manifest_in_another_form_of_json_has_the_same_head(store: LocalStore) -> None:
+    manifest = large()
+    for options in ({}, {"indent": 2}, {"sort_keys": True, "indent": 1}):
+        store.write(KEY, json.dumps(manifest.to_json(), **options).encode())  # type: ignore[arg-type]
+        assert read_head(store, FOLDER) == manifest.head()
+
+
+def test_a_large_manifest_that_is_cut_short_or_of_another_format_is_refused(
+    store: LocalStore,
+) -> None:
+    data = large().to_bytes()
+    store.write(KEY, data[: len(data) * 2 // 3])
+    with pytest.raises(PipelineError, match=r"manifest\.json was altered: it is not a whole man"):
+        read_head(store, FOLDER)
+    store.write(KEY, replace(large(), format=2).to_bytes())
+    with pytest.raises(PipelineError, match="has format 2, this version reads 1"):
+        read_head(store, FOLDER)
+    store.write(KEY, replace(large(), folder="masks/other/0123456789ab").to_bytes())
+    with pytest.raises(PipelineError, match="it names the folder masks/other"):
+        read_head(store, FOLDER)
+    with pytest.raises(PipelineError, match="is missing"):
+        read_head(store, "masks/none/0123456789ab")
