@@ -19,7 +19,7 @@ from prefect.states import Completed
 from data_prep.core.errors import PipelineError
 from data_prep.core.logs import PrintableLines, add_handler, remove_handler
 from data_prep.core.manifest import StageRef
-from data_prep.core.redact import has_credentials, redact
+from data_prep.core.redact import redact
 from data_prep.core.text import printable
 from dpnet.pipeline.summary import holds
 
@@ -69,7 +69,7 @@ def log_to_run() -> Iterator[None]:
 
 @contextmanager
 def without_credentials() -> Iterator[None]:
-    """Hide credentials in the messages of errors that are not ours, inside the block.
+    """Hide credentials and controls in the messages of errors that are not ours, inside the block.
 
     Prefect stores the message as the state of the run, logs its traceback and sends it in alerts.
     """
@@ -79,12 +79,12 @@ def without_credentials() -> Iterator[None]:
         raise
     except Exception as error:
         trace = "".join(traceback.format_exception(error))
-        if not has_credentials(trace):
+        if _shown(trace) == trace:
             raise
-        hidden = RuntimeError(redact(f"{type(error).__name__}: {error}"))
+        hidden = RuntimeError(printable(redact(f"{type(error).__name__}: {error}")))
     else:
         return
-    raise hidden
+    raise hidden from None  # else tracebacks show the error with the credentials too
 
 
 def shorten_logged_errors() -> None:
@@ -103,15 +103,22 @@ _logged: list[BaseException] = []
 def _shorten_error(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, PipelineError):
+        # The message and the traceback may repeat names and addresses.
+        record.msg, record.args = "%s", (_shown(record.getMessage()),)
         if error is not None:  # formatters use this text in place of the error's own
             text = "".join(traceback.format_exception(error)).rstrip("\n")
-            record.exc_text = printable(text, newlines=True)
+            record.exc_text = _shown(text)
         return True
     if error in _logged:
         return False
     _logged.append(error)
     record.exc_info, record.msg, record.args = None, "%s", (str(error),)
     return True
+
+
+def _shown(text: str) -> str:
+    """Return a text of several lines without credentials and without controls."""
+    return printable(redact(text), newlines=True)
 
 
 def run_as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:

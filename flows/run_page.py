@@ -192,13 +192,14 @@ def progress_line(moment: Moment) -> str:
         text += f", {moment.per_second:.1f}/s"
     if moment.seconds_left is not None and moment.count < moment.total:
         text += f", {duration(moment.seconds_left)} left"
-    return redact(f"{text}, {moment.note}" if moment.note else text)
+    return printable(redact(f"{text}, {moment.note}" if moment.note else text))
 
 
 def _publish(text: str, key: str, description: str) -> None:
     """Create a markdown artifact. If the server does not accept it, warn and continue."""
     try:
-        create_markdown_artifact(redact(text), key=key, description=redact(description))
+        shown = printable(redact(text), newlines=True)
+        create_markdown_artifact(shown, key=key, description=printable(redact(description)))
     except Exception as error:
         log.warning("the Prefect server did not accept the %s: %s", key, type(error).__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -116,10 +117,14 @@ register: {{tracking_uri: 'http://me:{secret}@127.0.0.1:9'}}
 def test_a_secret_in_an_option_or_the_environment_reaches_no_page_log_or_file(
     tmp_path: Path,
 ) -> None:
-    photos = tmp_path / "photos"
+    photos = tmp_path / "photos\x1b[2J"
     photos.mkdir()
-    (photos / "broken.jpg").write_bytes(b"no image")  # the first stage fails, so the run is short
-    (tmp_path / "broken.yaml").write_text(CONFIG.format(photos=photos, secret=SECRET))
+    # The first stage fails, so the run is short.
+    for number in range(4):
+        (photos / f"broken\x1b[2J{number}.jpg").write_bytes(b"no image")
+    (tmp_path / "broken.yaml").write_text(
+        CONFIG.format(photos=json.dumps(str(photos)), secret=SECRET)
+    )
     root = tmp_path / "root"
     command = [sys.executable, "-m", "dpnet", "pipeline", "run", "broken.yaml"]
     command += ["--root", str(root), "--json", "--debug"]
@@ -154,6 +159,13 @@ def test_a_secret_in_an_option_or_the_environment_reaches_no_page_log_or_file(
     seen |= {"standard output": done.stdout.encode(), "standard error": done.stderr.encode()}
     found = [name for name, data in seen.items() for form in forms(SECRET) if form.encode() in data]
     assert found == []
+    assert [
+        name for name, data in seen.items() if b"\x1b" in data and name.startswith("standard")
+    ] == []
+    with sqlite3.connect(root / "prefect" / "prefect.db") as database:
+        dump = "\n".join(database.iterdump())
+    assert "\\x1b[2J" in dump
+    assert "\x1b" not in dump
     home = root / "prefect"
     open_to_others = [path for path in (home, *home.iterdir()) if path.stat().st_mode & 0o077]
     assert open_to_others == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterator
 
 import pytest
@@ -44,3 +45,16 @@ def test_any_other_error_keeps_its_traceback(log: list[str]) -> None:
     log_error(ValueError("odd"), times=1)
     assert "Traceback" in log[0]
     assert "odd" in log[0]
+
+
+def test_an_error_that_is_not_ours_shows_no_credentials_and_no_controls(log: list[str]) -> None:
+    error = ValueError("http://me:hunter2@h refused \x1b[2J")
+    log_error(error, times=1)
+    with pytest.raises(RuntimeError) as caught, flow_run.without_credentials():
+        raise error
+    # Prefect logs the traceback and stores the message.
+    text = "".join(traceback.format_exception(caught.value))
+    assert "ValueError: http://h refused \\x1b[2J" in text
+    for shown in (text, *log):
+        assert "hunter2" not in shown
+        assert "\x1b" not in shown

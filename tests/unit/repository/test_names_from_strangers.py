@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import time
+import traceback
 import unicodedata
 import zipfile
 from collections.abc import Callable
@@ -18,10 +20,15 @@ import pytest
 import small_root
 from image_sets import picture
 from PIL import Image
+from prometheus_client import CollectorRegistry, generate_latest
 
 from data_prep.core.errors import ItemError, PipelineError
+from data_prep.core.progress import Moment
+from data_prep.core.storage.local import LocalStore
 from data_prep.core.text import html_text, markdown_code, markdown_table, markdown_text, printable
 from dpnet.cli import main as cli
+from dpnet.pipeline.exporter import RootCollector
+from flows import flow_run, run_page
 
 # Clears the screen, forges a line, turns letters around, ends a line for some readers.
 EVIL = "a\x1b[2J\r\ndpnet: all is well\u202egpj\x9b1m\u2028x.png"
@@ -122,6 +129,104 @@ def test_a_failing_build_shows_evil_names_escaped(
     _, err = capfd.readouterr()
     assert "\\x1b[2J" in err
     assert shown(err)
+
+
+def masks(place: Path, root: str) -> int:
+    """Run `dpnet masks build` with a folder or an archive of mask files."""
+    sets = ("images.size=32", "masks.size=32", "masks.name=holes", "masks.train=4")
+    sets += (
+        "masks.eval_per_bin=1",
+        "masks.external_polarity=white-hole",
+        "masks.workers=1",
+        f"masks.external={place}",
+        "masks.recipes.external=1",
+    )
+    return cli.main(
+        ["masks", "build", "demo", "--root", root]
+        + [word for each in sets for word in ("--set", each)]
+    )
+
+
+def a_mask(hole: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.zeros((32, 32), np.uint8)
+    pixels[:hole] = 255
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+@pytest.mark.parametrize("usable", [True, False])
+def test_masks_show_evil_names_escaped(
+    kind: str, usable: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = {f"{hole}.png": a_mask(hole) for hole in range(1, 31) if usable}
+    found |= {EVIL: a_mask(5 * usable), f"empty {EVIL}": a_mask(0)}
+    if not usable:
+        found |= {f"broken {EVIL}": a_mask(6)[:50], f"text {EVIL}": b"nothing"}
+    place = tmp_path / {"folder": "masks", "zip": "masks.zip", "tar": "masks.tar"}[kind]
+    if kind == "folder":
+        place.mkdir()
+        for name, data in found.items():
+            (place / name).write_bytes(data)
+    elif kind == "zip":
+        with zipfile.ZipFile(place, "w") as archive:
+            for name, data in found.items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(place, "w") as tar:
+            for name, data in found.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    root = str(tmp_path / "root")
+    status = masks(place, root)
+    out, err = capfd.readouterr()
+    assert (status == 0) == usable, err
+    if usable:
+        for command in (["masks", "inspect", "holes", "--root", root], ["verify", root]):
+            assert cli.main(command) == 0
+            more, errors = capfd.readouterr()
+            out, err = out + more, err + errors
+    else:
+        assert "\\x1b[2J" in err
+    assert shown(out)
+    assert shown(err)
+
+
+def test_labels_of_metrics_show_evil_names_escaped(tmp_path: Path) -> None:
+    name = EVIL.replace("/", "")
+    store = LocalStore(tmp_path)
+    status = {"step": 1, "steps": 2, "time": time.time(), "losses": {f"loss{EVIL}": 1.0}}
+    store.write(f"runs/{name}/status.json", json.dumps(status).encode())
+    store.write(f"registry/{name}/champion.json", b'{"version": 3, "hole_psnr": 24.0}')
+    registry = CollectorRegistry()
+    registry.register(RootCollector(store))
+    text = generate_latest(registry).decode()
+    assert text.count("x1b[2J") >= 4
+    assert shown(text)
+    assert all(line.startswith(("#", "dpnet_")) for line in text.splitlines())
+
+
+def test_states_and_artifacts_of_prefect_show_evil_names_escaped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(RuntimeError) as caught, flow_run.without_credentials():
+        raise ValueError(EVIL)
+    assert shown("".join(traceback.format_exception(caught.value)))
+    with pytest.raises(ValueError, match="plain"), flow_run.without_credentials():
+        raise ValueError("plain")
+    published: list[str] = []
+
+    def publish(text: str, key: str, description: str) -> None:
+        published.extend([text, description])
+
+    monkeypatch.setattr(run_page, "create_markdown_artifact", publish)
+    run_page._publish(f"| a |\n| {EVIL.replace(chr(13) + chr(10), '')} |", "key", EVIL)
+    moment = Moment("images", 1, 2, "photos", note=EVIL)
+    published.append(run_page.progress_line(moment))
+    assert len(published) == 3
+    assert all(map(shown, published))
 
 
 def test_inpaint_shows_evil_names_escaped(
