@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.errors import PipelineError
+from data_prep.core.network_disk import refuse_network_disk
 from data_prep.core.storage.store import Store
 from dpnet.pipeline.config import CheckedConfig, Config
 from flows.local_server.password import PASSWORD
@@ -108,6 +109,7 @@ def _check_reachable(
 @contextmanager
 def _embedded_prefect(home: Path) -> Iterator[None]:
     """Run an embedded server and make Prefect in this process use it, inside the block."""
+    refuse_network_disk(home, "the folder of Prefect's database")
     for name in [n for n in os.environ if n.startswith("PREFECT_") and n not in QUIET]:
         del os.environ[name]
     log.info("starting Prefect's embedded server")

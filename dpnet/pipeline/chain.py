@@ -56,6 +56,8 @@ def run_chain(
         log.info("%s: %s", title, done)
         return ref
 
+    if wanted == "register":
+        tracking_uri(config.registry, store)  # to fail now, not after hours of training
     if wanted != "masks":
         images = run("prepare images", prepare_images, with_photographs(config, store).images)
     if wanted != "images":

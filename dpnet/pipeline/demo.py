@@ -10,6 +10,7 @@ from pathlib import Path
 from data_prep.core import paths
 from data_prep.core.errors import PipelineError, storage_error
 from data_prep.core.storage.local import LocalStore
+from dpnet.tracking.mlflow_database import mlflow_database
 
 MARKER = "made-by-dpnet-demo.txt"
 _TEXT = b"`dpnet demo` made this folder; `dpnet demo --fresh` removes what it stored here.\n"
@@ -61,8 +62,10 @@ def clear_root(store: LocalStore) -> None:
             " choose another --root."
         )
     _refuse_if_in_use(store.folder)
-    for name in _MADE:
-        path = store.folder / name
+    made = [store.folder / name for name in _MADE]
+    if database := mlflow_database(store):  # elsewhere for a root on a network disk
+        made.append(database)
+    for path in made:
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

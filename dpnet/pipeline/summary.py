@@ -14,6 +14,7 @@ from typing import Any
 from data_prep.core.digest import SHORT
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import mlflow_uri
+from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import (
     aligned_table,
@@ -25,6 +26,7 @@ from data_prep.core.text import (
 )
 from dpnet.evaluation import protocol
 from dpnet.pipeline.cost import hours_text
+from dpnet.tracking.mlflow_database import mlflow_database
 
 METHODS = {name: protocol.METHODS[name] for name in ("dpnet", "mean_fill", "telea")}
 METRICS = {name: protocol.METRICS[name] for name in protocol.BRIEF}
@@ -226,8 +228,8 @@ def _next(summary: Summary, again: str) -> list[str]:
         (f"dpnet verify {root}", "check every file"),
         (f"{again} --set train.steps={5 * steps}", "train longer"),
     ]
-    if "://" not in root:
-        uri = mlflow_uri(root)
+    if database := mlflow_database(open_store(summary["root"])):
+        uri = mlflow_uri(_short_path(str(database.parent)))
         commands.append((f"mlflow ui --backend-store-uri {uri}", "show the registry"))
     return ["next:", *(printable(f"  {at}{command}  # {what}") for command, what in commands)]
 

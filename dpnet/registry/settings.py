@@ -19,5 +19,5 @@ class RegisterSettings(BaseModel):
     tracking_uri: str | None = Field(
         None,
         description="MLflow's server or database. By default it is MLFLOW_TRACKING_URI, or else"
-        " ROOT/mlflow.db (SQLite).",
+        " ROOT/mlflow.db (SQLite), or a file in ~/.cache/dpnet if ROOT is on a network disk.",
     )

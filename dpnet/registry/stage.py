@@ -19,6 +19,7 @@ from typing import Any
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease, confirm_leases
 from data_prep.core.manifest import StageRef, read_manifest
+from data_prep.core.network_disk import refuse_network_disk
 from data_prep.core.paths import (
     champion_key,
     lease_key,
@@ -39,6 +40,7 @@ from dpnet.model_store.records import (
     read_records,
 )
 from dpnet.registry.settings import RegisterSettings
+from dpnet.tracking.mlflow_database import mlflow_database
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +80,17 @@ def register(
 
 
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
-    """Return MLflow's address. Raises ConfigError if none is set and the root is on S3."""
+    """Return MLflow's address.
+
+    Raises:
+        ConfigError: none is set and the root is on S3, or its database is on a network disk.
+    """
     if given := settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        advice = "Set register.tracking_uri to a server or to a file on a disk of this machine"
+        refuse_network_disk(given, "MLflow's database", advice)
         return given
-    if store.local_folder:
-        return mlflow_uri(store.local_folder)
+    if database := mlflow_database(store):
+        return mlflow_uri(database.parent)
     raise ConfigError(
         f"register.tracking_uri is not set and {store.label} cannot hold MLflow's database: set it,"
         " or MLFLOW_TRACKING_URI, to an MLflow server (http://…) or a database"

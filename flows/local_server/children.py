@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.network_disk import refuse_network_disk
 from data_prep.core.web_guard import REPORTS_PASSWORD, basic_auth
 from dpnet.training.ray.start import RayStart
 from flows.local_server.mlflow_server import PASSWORD_VARIABLE as MLFLOW_PASSWORD
@@ -102,6 +103,11 @@ def check_secrets(setup: LocalSetup) -> None:
             f"--database cannot be used: its URL begins with {scheme[:30]}. Write"
             " --database postgresql+asyncpg://USER:PASSWORD@HOST:5432/NAME."
         )
+    advice = "Give --database a PostgreSQL URL or a file on a disk of this machine"
+    if url:
+        refuse_network_disk(url, "Prefect's database", advice)
+    else:
+        refuse_network_disk(setup.home, "the folder of Prefect's database")
     if setup.password and not re.fullmatch(r"[^:\s]+:\S+", setup.password):
         raise ConfigError(f"{PASSWORD} is not user:password. Set it as user:password, or unset it.")
 

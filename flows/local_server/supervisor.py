@@ -34,6 +34,7 @@ from data_prep.core.private_files import UMASK, make_private, private_folder, pr
 from data_prep.core.standard_streams import prepare_streams
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from dpnet.tracking.mlflow_database import mlflow_database
 from dpnet.training.ray.start import prepare_start
 from flows.local_server import children, process_tree
 from flows.local_server.children import Child, LocalSetup
@@ -211,7 +212,7 @@ def supervise(arguments: SupervisorArguments) -> None:
 def _start_mlflow(supervisor: Supervisor, store: Store, listener: socket.socket) -> str:
     """Start MLflow and return its address. Its files are in the root, or in the home for S3."""
     setup = supervisor.setup
-    database = (store.local_folder or setup.home) / MLFLOW_DATABASE
+    database = mlflow_database(store) or setup.home / MLFLOW_DATABASE
     artifacts = store.uri if store.local_folder is not None else setup.home.as_uri()
     _create_mlflow_database(database)
     make_private(database)

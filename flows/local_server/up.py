@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.paths import UP, cache_folder
+from data_prep.core.network_disk import database_cache, local_top
+from data_prep.core.paths import UP
 from data_prep.core.record import known_fields
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -81,9 +82,9 @@ def find_running(root: str) -> Running | None:
 
 def home_of(store: Store) -> Path:
     """Return the folder where the `dpnet up` of a root keeps its database, logs and state."""
-    if store.local_folder is not None:
-        return store.local_folder / UP
-    return cache_folder() / f"{UP}-{hashlib.sha256(store.uri.encode()).hexdigest()[:12]}"
+    if top := local_top(store):
+        return top / UP
+    return database_cache() / f"{UP}-{hashlib.sha256(store.uri.encode()).hexdigest()[:12]}"
 
 
 def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], None]) -> Running:

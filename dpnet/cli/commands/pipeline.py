@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.core.paths import PREFECT, cache_folder
+from data_prep.core.network_disk import database_cache, local_top
+from data_prep.core.paths import PREFECT
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -85,7 +86,7 @@ def _run_flow(
 
     start = time.monotonic()
     check_root(store)
-    top = store.local_folder or cache_folder()
+    top = local_top(store) or database_cache()
     use_password_of_up(store.label)
     # The flow runs the config that was checked here, even if its file changes now.
     checked = CheckedConfig(getattr(args, "config", "demo"), overrides, resolved)
