@@ -33,6 +33,8 @@ TEXTS = [
     "https://b.s3.amazonaws.com/k?X-Amz-Credential=hunter2&X-Amz-Signature=hunter2",
     "https://b/k?AWSAccessKeyId=hunter2&Signature=hunter2",
     "https://h/x?next=http%3A%2F%2Fme%3Ahunter2%40mlflow",
+    "https://h/x?a=1&sig=hunter2",
+    "https://h/x?a=1;key=hunter2",
     "Authorization: Basic aHVudGVyMg== hunter",
     "{'Authorization': 'Bearer hunter2'}",
     "-H authorization:hunter2",
@@ -101,6 +103,9 @@ def test_secret_values_of_the_environment_are_removed_in_every_form(name: str) -
     for form in (SECRET, quote(SECRET, safe=""), quote_plus(SECRET), encoded):
         assert redact(f"<{form}>", {name: SECRET}) == "<***>"
     assert SECRET in redact(SECRET, {"SOMETHING_ELSE": SECRET})
+    high = "\u00ff\u00fe>>>???~~~"
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        assert redact(f"<{encode(high.encode()).decode()}>", {name: high}) == "<***>"
     odd = "hun\"ter'2\\ password"
     assert redact(json.dumps({"a": odd}), {name: odd}) == '{"a": "***"}'
     assert redact(repr([odd, 1]), {name: odd}) == "['***', 1]"
