@@ -179,6 +179,7 @@ def test_a_part_of_a_file_of_several_tars_fails(tmp_path: Path) -> None:
 # WebDataset.
 
 DOTS = [f"22.05.{number:02d}" for number in range(40)]
+ENDINGS = [("jpg", "png")[number % 2] for number in range(40)]
 
 
 def samples(tmp_path: Path, names: list[str], layout: str = "auto") -> dict[str, str]:
@@ -188,8 +189,11 @@ def samples(tmp_path: Path, names: list[str], layout: str = "auto") -> dict[str,
 
 @pytest.mark.parametrize("layout", ["auto", "webdataset"])
 def test_dots_in_a_stem_do_not_join_samples(tmp_path: Path, layout: str) -> None:
-    names = [f"{stem}.{ending}" for stem in DOTS for ending in ("jpg", "json")]
-    assert samples(tmp_path, names, layout) == {f"{stem}.jpg": "" for stem in DOTS}
+    photos = [f"{stem}.{ending}" for stem, ending in zip(DOTS, ENDINGS, strict=True)]
+    names = [
+        name for pair in zip(photos, DOTS, strict=True) for name in (pair[0], f"{pair[1]}.json")
+    ]
+    assert samples(tmp_path, names, layout) == dict.fromkeys(photos, "")
 
 
 @pytest.mark.parametrize("layout", ["auto", "webdataset"])
