@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from data_prep.core.errors import ConfigError
+
 # Folders directly under a root.
 IMAGES, MASKS, RUNS = "images", "masks", "runs"
 EVALUATIONS, REGISTRY, RETRAINS = "evaluations", "registry", "retrains"
@@ -77,4 +79,10 @@ def mlflow_uri(folder: str | Path) -> str:
 
 def cache_folder() -> Path:
     """Return this user's folder for files that a root on S3 cannot hold: `~/.cache/dpnet`."""
-    return Path.home() / ".cache" / "dpnet"
+    try:
+        return Path.home() / ".cache" / "dpnet"
+    except RuntimeError:  # in a container, a user may have no entry in the list of users
+        raise ConfigError(
+            "this user has no home folder, and a root on S3 needs ~/.cache/dpnet for databases:"
+            " set HOME to a folder that this user can write."
+        ) from None

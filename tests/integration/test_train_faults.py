@@ -57,7 +57,7 @@ chain.tracking_uri = lambda *_: None
 # It may read what we may read, such as the interpreter in our home.
 UNKNOWN_USER = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
 UNKNOWN_USER += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-UNKNOWN_USER += ["env", "-u", "USER", "-u", "LOGNAME", "HOME=/"]
+UNKNOWN_USER += ["env", "-u", "USER", "-u", "LOGNAME"]
 # Give up on storage sooner than the product does.
 HURRIED = """
 from dpnet.training.ray import workers
@@ -541,20 +541,31 @@ def test_a_local_training_survives_its_controller_and_a_command_leaves_nothing_b
     first.wait_to_say("resumes from the checkpoint")
     members, all_of_first = at_work(first), family(first.process.pid)
     assert len(members) > 5
+    left = scratch_of(first)
     first.process.kill()
     wait_until(lambda: not any(map(alive, members)), "processes stay", PATIENCE_S)
     second = trainer.start(root)
     wait_until(lambda: len(at_work(second)) > 5, "Ray does not start", PATIENCE_S)
+    assert left.parent == Path("/tmp")
+    assert not left.exists()  # the second one has removed it
     members = family(second.process.pid)
-    (scratch,) = {found for pid in members for found in SCRATCH.findall(command_of(pid))}
+    scratch = scratch_of(second)
     second.process.send_signal(signal.SIGINT)
     assert second.process.wait(PATIENCE_S) == 130
     wait_until(lambda: not any(map(alive, members)), "processes stay", PATIENCE_S)
-    assert not Path(scratch).exists()
+    assert not scratch.exists()
     third = trainer.start(root)
     assert third.finish()["resumed_from"] >= EVERY
     assert third.validations() == undisturbed.validations()
     wait_until(lambda: not any(map(alive, all_of_first)), "processes stay", PATIENCE_S)
+
+
+def scratch_of(training: Training) -> Path:
+    """Return the folder of its Ray."""
+    commands = map(command_of, family(training.process.pid))
+    (found,) = {each for command in commands for each in SCRATCH.findall(command)}
+    assert Path(found).is_dir()
+    return Path(found)
 
 
 def at_work(training: Training) -> list[int]:
@@ -566,11 +577,14 @@ def at_work(training: Training) -> list[int]:
     ]
 
 
-def test_training_runs_for_a_user_without_a_name_and_a_home(trainer: Trainer, root: Path) -> None:
+@pytest.mark.parametrize("home", ["HOME=/", "-uHOME"])
+def test_training_runs_for_a_user_without_a_name_and_a_home(
+    trainer: Trainer, root: Path, home: str
+) -> None:
     if subprocess.run([*UNKNOWN_USER, "true"], capture_output=True).returncode:
         pytest.skip("only root may run a command as another user")
     subprocess.run(["chown", "-R", "54321:54321", str(root)], check=True)
-    training = trainer.start(root, prefix=UNKNOWN_USER)
+    training = trainer.start(root, prefix=[*UNKNOWN_USER, home])
     training.wait_for(EVERY)
     assert {Path(f"/proc/{pid}").stat().st_uid for pid in family(training.process.pid)} == {54321}
     training.process.send_signal(signal.SIGINT)

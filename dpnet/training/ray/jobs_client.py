@@ -34,7 +34,7 @@ def connect_client(address: str) -> Any:
     """Return a client of the cluster's Jobs API. Raises PipelineError if it does not answer."""
     from ray.exceptions import AuthenticationError
 
-    own = Path("~/.ray/auth_token").expanduser()
+    own = Path(os.path.expanduser("~/.ray/auth_token"))  # a user may have no home
     try:
         try:
             return _client(address, _token())

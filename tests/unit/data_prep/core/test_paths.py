@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.core import paths
+from data_prep.core.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[4]
 SOURCES = [
@@ -102,3 +104,12 @@ def test_the_names_of_old_roots_have_not_changed() -> None:
     assert paths.champion_key("cats") == "registry/cats/champion.json"
     assert paths.version_key("cats", 3) == "registry/cats/v3.json"
     assert paths.mlflow_uri("/data/root") == "sqlite:////data/root/mlflow.db"
+
+
+def test_a_user_without_a_home_learns_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # without an entry in the list of users
+    with pytest.raises(ConfigError, match="set HOME to a folder that this user can write"):
+        paths.cache_folder()
+    monkeypatch.setenv("HOME", "/home/a")
+    assert str(paths.cache_folder()) == "/home/a/.cache/dpnet"

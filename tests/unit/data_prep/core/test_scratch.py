@@ -48,16 +48,20 @@ def test_a_scratch_folder_is_locked_while_in_use_and_removed_at_the_end(top: Pat
     assert names(top) == set()
 
 
-def test_what_another_user_has_made_is_left_alone_and_does_not_stop_a_start(
-    top: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("dpnet-folder", "dpnet-trap"):
-        (top / name).mkdir()
+def test_a_folder_of_another_user_is_left_alone(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (top / "dpnet-folder").mkdir()
     (top / "dpnet-folder" / LOCK).touch()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with scratch_folder("a-") as folder:
+        assert names(top) == {"dpnet-folder", folder.name}
+
+
+def test_another_user_cannot_make_a_start_wait(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (top / "dpnet-trap").mkdir()
     os.mkfifo(top / "dpnet-trap" / LOCK)  # to open it waits until somebody writes
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with scratch_folder("a-") as folder:
-        assert names(top) == {"dpnet-folder", "dpnet-trap", folder.name}
+        assert names(top) == {"dpnet-trap", folder.name}
 
 
 def test_a_folder_of_the_user_with_another_lock_is_left_alone(top: Path) -> None:
