@@ -22,7 +22,7 @@ def steal(store: Store, *keys: str) -> None:
 def steal_and_wait(store: Store, *keys: str) -> None:
     """Take leases over, and wait until a heartbeat of this process has noticed it."""
     steal(store, *keys)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
             check_leases()

@@ -155,14 +155,14 @@ def _two_free_ports() -> int:
 class Fault:
     """A fault for the next `times` requests with this method and this part of the path."""
 
-    kind: Literal["answer", "reset", "truncate", "stall", "lose", "ignore conditions"]
+    kind: Literal["answer", "reset", "truncate", "stall", "hang", "lose", "ignore conditions"]
     times: int = 1
     method: str = ""
     path: str = ""
     status: int = 503  # of "answer"
     code: str = "SlowDown"  # of "answer"
     keep: float = 0.5  # of "truncate" and "stall": the share of the body that is sent
-    seconds: float = 1.0  # of "stall": the pause before the connection closes
+    seconds: float = 1.0  # "stall": until the connection closes; "hang": until the answer begins
 
 
 @dataclass
@@ -258,6 +258,8 @@ def fault_proxy(upstream: Server) -> Iterator[FaultProxy]:
             if kind == "lose":
                 self._break()
                 return
+            if fault and kind == "hang":
+                time.sleep(fault.seconds)
             self.send_response(answer.status)
             for name, value in passed:
                 self.send_header(name, value)
