@@ -238,7 +238,7 @@ def _examined(
         conversion: how it becomes a mask.
         whiten: `white_pixels`, perhaps in another process.
     """
-    from data_prep.pictures.formats import looks_like_image
+    from data_prep.pictures.formats import LOOK, is_picture_name, looks_like_photo
 
     file = MaskFile(item.key, item.size, item.fingerprint, "failed")
     if isinstance(data, ItemError):
@@ -248,19 +248,14 @@ def _examined(
     try:
         white = whiten(data)
     except ItemError as error:
-        kind: Kind = "failed" if looks_like_image(data[:32]) or _named_image(item) else "ignored"
+        is_image = is_picture_name(item.key) or looks_like_photo(data[:LOOK])
+        kind: Kind = "failed" if is_image else "ignored"
         return replace(file, kind=kind, reason=str(error))
     if white.all() or not white.any():
         reason = f"it is all {'white' if white.all() else 'black'}"
         return replace(file, kind="blank", white=float(white.all()), reason=reason)
     masks = {p: PackedMask.of(hole_mask(white, p, conversion)) for p in POLARITIES}
     return replace(file, kind="mask", white=float(white.mean()), rim=rim_share(white), masks=masks)
-
-
-def _named_image(item: Item) -> bool:
-    from data_prep.pictures.formats import EXTENSIONS
-
-    return item.key.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def _check(source: Source, files: Sequence[MaskFile]) -> None:

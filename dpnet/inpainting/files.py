@@ -20,7 +20,7 @@ from data_prep.core.apart import DECODE_S, Apart, DeathError
 from data_prep.core.errors import PipelineError
 from data_prep.core.progress import Progress
 from data_prep.core.text import count_of, printable
-from data_prep.pictures.formats import EXTENSIONS, UNREADABLE, looks_like_image
+from data_prep.pictures.formats import LOOK, is_picture_name, looks_like_photo
 from dpnet.inpainting.api import fill_image
 from dpnet.inpainting.conversion import has_alpha
 from dpnet.inpainting.read_file import read_file
@@ -220,11 +220,11 @@ def _is_image(path: Path) -> bool:
     """
     if not path.is_file() or path.name.startswith("."):
         return False
-    if path.suffix[1:].lower() in EXTENSIONS | UNREADABLE:
+    if is_picture_name(path.name):
         return True
     try:
         with path.open("rb") as file:
-            return looks_like_image(file.read(32))
+            return looks_like_photo(file.read(LOOK))
     except OSError:
         return False
 

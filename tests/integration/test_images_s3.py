@@ -25,6 +25,7 @@ from image_sets import (
 )
 
 from data_prep.core.manifest import StageRef
+from data_prep.core.pool import run_tasks
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.s3 import S3Store
@@ -173,6 +174,7 @@ def test_a_build_interrupted_at_any_shard_resumes(
 
         with monkeypatch.context() as patch:
             patch.setattr(image_shards, "write_shard", write)
+            patch.setattr("data_prep.images.build.run_apart", run_tasks)  # in this process
             with pytest.raises(KeyboardInterrupt):
                 prepare_images(small(folder), remote)
         begun = {e.key: e.fingerprint for e in remote.list() if e.key.endswith(".tar")}
@@ -185,7 +187,8 @@ def test_a_build_interrupted_at_any_shard_resumes(
 # The command; before it writes its fourth shard, it says so and waits for its end.
 HELD = """
 import sys, time
-from data_prep.images import shard_task
+from data_prep.core.pool import run_tasks
+from data_prep.images import build, shard_task
 from dpnet.cli.main import main
 real, written = shard_task.write_shard, []
 def write(place, name, samples):
@@ -195,6 +198,7 @@ def write(place, name, samples):
     written.append(name)
     return real(place, name, samples)
 shard_task.write_shard = write
+build.run_apart = run_tasks  # in this process
 sys.exit(main())
 """
 

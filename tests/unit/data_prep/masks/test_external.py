@@ -280,6 +280,23 @@ def test_every_file_has_a_kind(folder: Path) -> None:
     assert "truncated" in next(file.reason for file in found if file.key == "cut.png")
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("phone.HEIC", b"\0\0\0\x18ftypheic" + bytes(60), "unknown format"),
+        ("phone", b"\0\0\0\x18ftypheic" + bytes(60), "unknown format"),
+        ("photo.png", encoded(Image.radial_gradient("L")), "it is mostly grey"),
+    ],
+)
+def test_a_picture_that_is_no_mask_is_a_broken_file(
+    folder: Path, name: str, data: bytes, reason: str
+) -> None:
+    (folder / name).write_bytes(data)
+    (file,) = [each for each in found_in(folder) if each.kind not in ("mask", "blank")]
+    assert (file.key, file.kind) == (name, "failed")
+    assert reason in file.reason
+
+
 def test_many_broken_files_are_an_error_that_names_some(folder: Path) -> None:
     for number in range(2):
         (folder / f"cut{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")

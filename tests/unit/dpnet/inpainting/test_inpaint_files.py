@@ -231,10 +231,11 @@ def test_what_a_folder_holds_beside_images_is_named(folders, run):
 
 
 def test_a_photo_in_a_format_that_cannot_be_read_fails_with_its_name(folders, run):
-    (folders / "photos/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    for name in ("IMG_1.HEIC", "IMG_2"):
+        (folders / "photos" / name).write_bytes(b"\0\0\0\x18ftypheic" + bytes(60))
     status, result, _ = run("photos", "mask.png", "-o", "out")
     assert (status, len(result["pictures"])) == (1, 3)
-    assert [each["image"] for each in result["failed"]] == ["photos/IMG_1.HEIC"]
+    assert [each["image"] for each in result["failed"]] == ["photos/IMG_1.HEIC", "photos/IMG_2"]
 
 
 @pytest.mark.parametrize(
