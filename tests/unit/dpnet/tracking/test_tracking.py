@@ -65,8 +65,7 @@ def test_only_the_user_may_read_mlflows_database_whoever_made_it(uri, store):
     before = os.umask(0)
     try:
         for rights in (None, 0o666):  # a new one, and one of an older version
-            if rights is not None:
-                path.chmod(rights)
+            path.unlink() if rights is None else path.chmod(rights)
             client = mlflow_client.new_client(uri)
             client.create_experiment(f"made with {rights}")
             files = list(store.folder.glob("mlflow.db*"))
