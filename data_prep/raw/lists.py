@@ -188,10 +188,11 @@ class _Places:
         except UnicodeEncodeError:
             raise ValueError("a path is not valid Unicode") from None
         scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", written)
-        if written.startswith(("s3:/", "S3:/")):
+        start = written[:6].lower()
+        if start.startswith("s3:/"):
             bucket, _, name = written[4:].lstrip("/").partition("/")
             return self._s3_key(bucket, name)
-        if written.startswith(("file:/", "FILE:/")):
+        if start.startswith("file:/"):
             return self._local_key(unquote(urlsplit(written).path))
         if scheme:
             # The rest of the address may contain a password, so it is not repeated.

@@ -74,9 +74,9 @@ def test_a_list_may_contain_absolute_paths_and_uris(tmp_path: Path, moto_root: s
         "../here.jpg",
         f"{tmp_path}/lists/in.jpg",
         f"{tmp_path}/lists/../here.jpg",
-        f"file://{tmp_path}/sp%20ace.jpg",
+        f"File://{tmp_path}/sp%20ace.jpg",
         "s%20.jpg",
-        bucket_uri,
+        bucket_uri.replace("s3", "S3"),
     ]
     (tmp_path / "lists/l.txt").write_text("\n".join(lines))
     key = bucket_uri.replace("s3://", "s3:/")
