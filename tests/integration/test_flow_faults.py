@@ -260,9 +260,9 @@ def test_a_cancelled_run_stops_its_job_and_a_new_run_resumes_the_training(faults
 
 
 def test_everything_listens_on_loopback_while_a_job_trains(faults: Faults) -> None:
-    run = faults.run(11, **ON_RAY)
-    faults.wait_for_step(run, 11, 6)
-    (worker,) = faults.status(11)["workers"]
+    run = faults.run(16, **ON_RAY)
+    faults.wait_for_step(run, 16, 6)
+    (worker,) = faults.status(16)["workers"]
     assert worker["pid"] in family(faults.up.process.pid)
     assert listening([worker["pid"]])
     assert interfaces(family(faults.up.process.pid)) == {"127.0.0.1"}
