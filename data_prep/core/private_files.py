@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from contextlib import suppress
 from pathlib import Path
+
+from data_prep.core.digest import sha256_bytes
+from data_prep.core.process_identity import boot, process_start
 
 UMASK = 0o077  # for processes whose files may contain secrets
 
@@ -34,8 +38,16 @@ def make_private(path: Path) -> None:
 
 
 def create_private(path: Path, data: bytes) -> None:
-    """Create a private file with all its bytes in one step. Leave a file that exists as it is."""
-    new = path.with_name(f".{path.name}-{os.getpid()}")
+    """Create a private file with all its bytes in one step. Leave a file that exists as it is.
+
+    Before that, remove the temporary files of processes of this machine that were killed here.
+    """
+    mine = f".{path.name}-{sha256_bytes(boot().encode())[:8]}-"
+    for left in path.parent.glob(f"{glob.escape(mine)}*"):
+        pid, _, started = left.name.removeprefix(mine).partition("-")
+        if boot() and pid.isdecimal() and process_start(int(pid)) != started:
+            left.unlink(missing_ok=True)
+    new = path.with_name(f"{mine}{os.getpid()}-{process_start(os.getpid())}")
     try:
         with open(new, "wb", opener=private_opener) as file:
             file.write(data)

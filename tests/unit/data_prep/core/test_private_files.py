@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,3 +54,23 @@ def test_a_file_is_created_private_and_whole_and_only_once(tmp_path: Path) -> No
     assert (tmp_path / "key").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
     assert mode(tmp_path / "key") == 0o600
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_prep.core.private_files import create_private
+os.link = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
+create_private(Path(sys.argv[1]), b"old")
+"""
+
+
+def test_the_next_creation_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "secret")]
+    killed = subprocess.run(command, env=os.environ, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".secret-")
+    create_private(tmp_path / "secret", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+    assert (tmp_path / "secret").read_bytes() == b"new"
