@@ -33,7 +33,7 @@ def mlflow_database(store: Store) -> Path | None:
     top = store.local_folder
     if top is None or local_top(store) is not None:
         return None if top is None else top / MLFLOW_DATABASE
-    home = database_cache() / f"mlflow-{sha256_bytes(store.uri.encode())[:12]}"
+    home = database_cache() / f"mlflow-{sha256_bytes(top.as_uri().encode())[:12]}"
     database = home / MLFLOW_DATABASE
     refuse_network_disk(database, "MLflow's database", f"{ADVICE}, or set register.tracking_uri")
     if (old := top / MLFLOW_DATABASE).exists() and not database.exists():

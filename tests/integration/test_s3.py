@@ -103,7 +103,7 @@ def test_a_lease_lets_one_runner_in_at_a_time(store):
 
     def work(_):
         nonlocal inside, most
-        with Lease(store, "stage/lease.json", interval=0.4) as lease:
+        with Lease(store, "stage/lease.json", interval=2.0) as lease:
             with lock:
                 inside += 1
                 most = max(most, inside)

@@ -171,7 +171,9 @@ def test_a_flipped_byte_of_a_manifest_is_reported_or_changes_an_unchecked_field(
     except ValueError:
         after = None
     if after is None or not unchecked(before, after):
-        assert not result.ok
+        # An optional field whose name was altered is an unknown one, which a newer version may add.
+        renamed = [note for note in result.notes if "does not know" in note]
+        assert not result.ok or renamed
 
 
 def unchecked(before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -489,7 +491,6 @@ def test_a_path_in_a_manifest_cannot_leave_the_root(
         {"sha256": None},
         {"sha256": "../x"},
         {"content": "yes"},
-        {"more": 1},
         {"path": None},
     ],
 )

@@ -113,7 +113,7 @@ def test_a_flipped_byte_is_refused_with_shard_and_sample(root: Root, kind: str, 
     wanted = (root.images if kind == "image" else root.valid)[1]
     assert (read(1) == wanted).all()
     sentence = (
-        r"sample s1 of file:.*train-000001\.tar cannot be used \(its bytes are not those that were"
+        r"sample s1 of \S*/train-000001\.tar cannot be used \(its bytes are not those that were"
         r" stored\): run `dpnet verify` on the root\."
     )
     with pytest.raises(PipelineError, match=sentence):

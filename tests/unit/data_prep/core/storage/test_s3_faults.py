@@ -349,7 +349,7 @@ def test_credentials_are_never_shown(store, proxy, monkeypatch, caplog, capfd):
 
 
 def test_the_server_is_named_without_the_password_of_its_address():
-    requests = s3_requests.s3_requests.S3Requests("bucket", 0.0)
+    requests = s3_requests.S3Requests("bucket", 0.0)
     url = "https://user:do-not-show@host:9000/path?token=do-not-show"
     requests._client = SimpleNamespace(meta=SimpleNamespace(endpoint_url=url))
     assert requests._server() == "host:9000"
