@@ -9,6 +9,7 @@ import pytest
 from examples import use_profile
 from policy import (  # noqa: F401 - hooks of pytest
     pytest_collection_modifyitems,
+    pytest_configure,
     pytest_make_collect_report,
     pytest_runtest_makereport,
 )

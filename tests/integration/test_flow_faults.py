@@ -31,6 +31,7 @@ from sockets import interfaces, listening
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
+    pytest.mark.rotated(4),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc"),
 ]
 CONFIG = """

@@ -40,7 +40,7 @@ from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import read_log
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.rotated(4)]
 
 STEPS, EVERY, VALIDATE, BATCH = 90, 10, 30, 4
 SCRATCH = re.compile(r"/tmp/dpnet-ray-\w+")

@@ -36,6 +36,7 @@ from flows.local_server.up import find_running
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
+    pytest.mark.rotated(2),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc"),
 ]
 PASSWORD = "admin:correct-horse"

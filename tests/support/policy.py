@@ -1,13 +1,15 @@
-"""Rules for every test: a time limit, and no silent skip of a real part in CI.
+"""Rules for every test: a time limit, no silent skip of a real part in CI, and rotation.
 
 `tests/conftest.py` imports these hooks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Generator
+import subprocess
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,8 +36,55 @@ def allowed_skips(text: str) -> list[re.Pattern[str]]:
     return patterns
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every test a time limit: more for tests with real parts, most for slow ones."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker of tests that take turns in CI."""
+    config.addinivalue_line("markers", "rotated(n): in CI, one in n of the file's tests runs")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every test a time limit, and leave out the rotated tests whose turn it is not in CI."""
+    _limit(items)
+    if os.environ.get("CI") == "true" and (commit := _commit(config.rootpath)):
+        left_out = not_this_time(items, commit)
+        items[:] = [item for item in items if item not in left_out]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+
+
+def not_this_time(items: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:
+    """Return the rotated tests that do not run for this commit.
+
+    Tests in which several clusters die take minutes each, so CI runs some of them for each commit,
+    and others for the next one. `make test-all` without CI=true runs all of them.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("rotated"):
+            files.setdefault(item.path, []).append(item)
+    left_out = []
+    for found in files.values():
+        mark = found[0].get_closest_marker("rotated")
+        assert mark
+        share = -(-len(found) // mark.args[0])
+        ranked = sorted(found, key=lambda item: _rank(commit, item.nodeid))
+        left_out += ranked[share:]
+    return left_out
+
+
+def _rank(commit: str, name: str) -> str:
+    return hashlib.sha256(f"{commit} {name}".encode()).hexdigest()
+
+
+def _commit(folder: Path) -> str:
+    """Return the commit of a working tree, or "" if it has none."""
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _limit(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("timeout") is None:
             slow = item.get_closest_marker("slow") or item.get_closest_marker("e2e")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from policy import SKIPS, allowed_skips
+from policy import SKIPS, allowed_skips, not_this_time
 
 SUPPORT = Path(__file__).parents[2] / "support"
 SKIPPED = "import pytest\n\n@pytest.mark.skip(reason={reason!r})\ndef test_it(): pass\n"
@@ -54,6 +54,43 @@ def test_a_test_that_hangs_is_ended(tmp_path: Path) -> None:
     done = run(tmp_path, text)
     assert done.returncode == 1
     assert "Timeout (>1.0s)" in done.stdout
+
+
+ROTATED = """
+import pytest
+pytestmark = pytest.mark.rotated(4)
+
+@pytest.mark.parametrize("number", range(10))
+def test_it(number): pass
+"""
+
+
+@pytest.mark.parametrize(("ci", "passed"), [(True, "3 passed, 7 deselected"), (False, "10 passed")])
+def test_rotated_tests_take_turns_in_ci_only(tmp_path: Path, ci: bool, passed: str) -> None:
+    commit = ["-c", "user.name=a", "-c", "user.email=b", "commit", "-q", "--allow-empty", "-m", "a"]
+    for words in (["init", "-q"], commit):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    done = run(tmp_path, ROTATED, ci=ci)
+    assert passed in done.stdout, done.stdout
+
+
+def test_other_commits_run_other_rotated_tests() -> None:
+    class Item:
+        path = Path("test_it.py")
+
+        def __init__(self, number: int) -> None:
+            self.nodeid = f"test_it.py::test_it[{number}]"
+
+        def get_closest_marker(self, name: str) -> pytest.Mark | None:
+            return pytest.mark.rotated(4).mark if name == "rotated" else None
+
+    items = [Item(number) for number in range(10)]
+    turns = []
+    for commit in range(40):
+        left_out = not_this_time(items, str(commit))  # type: ignore[arg-type]
+        turns.append({item.nodeid for item in items if item not in left_out})
+    assert {len(turn) for turn in turns} == {3}
+    assert set().union(*turns) == {item.nodeid for item in items}
 
 
 def test_every_line_of_the_list_gives_its_reason() -> None:
