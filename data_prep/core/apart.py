@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from data_prep.core.errors import ItemError, PipelineError
+from data_prep.core.errors import ItemError, PipelineError, portable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -166,25 +166,16 @@ def serve() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the function prints is no answer
+    os.dup2(2, 1)  # keep prints of the function out of the answers
     while (call := _receive(sys.stdin.buffer)) is not None:
         function, args, kwargs, limit_s = pickle.loads(call)
         signal.setitimer(signal.ITIMER_REAL, limit_s)
         try:
             answer = pickle.dumps((function(*args, **kwargs), None))
         except Exception as error:
-            answer = _failure(error)
+            answer = pickle.dumps((None, portable(error)))
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(answers, answer)
-
-
-def _failure(error: Exception) -> bytes:
-    try:
-        answer = pickle.dumps((None, error))
-        pickle.loads(answer)  # some errors cannot be built again from their arguments
-        return answer
-    except Exception:
-        return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def _send(file: Any, data: bytes) -> None:

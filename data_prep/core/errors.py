@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 
 from data_prep.core.redact import redact
@@ -51,6 +52,15 @@ class ItemError(_Sentence):
     The build records it as a failure of that item and continues. A temporary problem, such as the
     network, permissions or a full disk, is a `PipelineError` instead and ends the build.
     """
+
+
+def portable(error: BaseException) -> BaseException:
+    """Return an error that can be sent to another process: itself, or its text as RuntimeError."""
+    try:
+        pickle.loads(pickle.dumps(error))  # some cannot be built again from their arguments
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 _FILE_IN_THE_WAY = "there is a file where a folder is needed. Choose another --root or move it"

@@ -71,7 +71,7 @@ def confirm_leases() -> None:
 
 
 class _Belief:
-    """What a process knows about a lease: until when it is held, and why it is lost."""
+    """The state of a lease as one process knows it: held until a time, or lost for a reason."""
 
     def __init__(self, where: str, span: float) -> None:
         self.where, self.span = where, span

@@ -27,7 +27,7 @@ from queue import Empty, Queue, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from data_prep.core.apart import may_die
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import PipelineError, portable
 from data_prep.core.lease import check_leases
 from data_prep.core.logs import has_started, start_logging
 
@@ -327,7 +327,7 @@ def _work(function: Callable[[Any], Any], connection: Connection, logs: bool) ->
         try:
             answer = pickle.dumps((function(pickle.loads(data)), None, ""))
         except BaseException as error:
-            answer = _failure(error)
+            answer = pickle.dumps((None, portable(error), traceback.format_exc()))
         connection.send_bytes(answer)
 
 
@@ -339,16 +339,6 @@ def _receive(connection: Connection, tasks: SimpleQueue[bytes]) -> None:
         tasks.put(b"")
     except (EOFError, OSError):
         os._exit(1)
-
-
-def _failure(error: BaseException) -> bytes:
-    trace = traceback.format_exc()
-    try:
-        answer = pickle.dumps((None, error, trace))
-        pickle.loads(answer)  # some errors cannot be built again from their arguments
-        return answer
-    except Exception:
-        return pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), trace))
 
 
 class _Process(SpawnProcess):

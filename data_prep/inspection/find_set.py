@@ -53,7 +53,7 @@ def find_named_set(kind: Kind, name: str, root: str) -> tuple[Store, str] | None
     """Find the newest version of a name under `root`; return None if `name` is a folder or URI.
 
     Raises:
-        PipelineError: there is no such folder and no such name.
+        PipelineError: the folder or the name does not exist.
     """
     store = open_store(root)
     if not _NAME.fullmatch(name):

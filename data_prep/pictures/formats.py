@@ -16,7 +16,7 @@ UNREADABLE = frozenset(
     ("heic", "heif", "jxl", "psd", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "exr")
 )
 # Files of other kinds, which are ignored without a look. A name with any other ending, such as
-# `a.jpg?w=640`, `b.jpg_large` or `2021-07-14 12.30.45`, may be that of an image.
+# `a.jpg?w=640`, `b.jpg_large` or `2021-07-14 12.30.45`, may belong to an image.
 _OTHERS = (
     # text, settings, programs and pages
     "txt text md rst log json jsonl ndjson geojson xml xmp yaml yml toml ini cfg conf properties"

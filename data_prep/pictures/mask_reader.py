@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-MOST_GREY = 0.5  # share of grey pixels above which a picture is no mask; ours
+MOST_GREY = 0.5  # share of grey pixels above which a picture is not a mask; ours
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class WhitePixels:
 
 
 def white_of_image(image: Image.Image) -> WhitePixels:
-    """Read a mask from a Pillow image. Raises PhotoError if it is no mask."""
+    """Read a mask from a Pillow image. Raises PhotoError if it is not a mask."""
     import numpy as np
 
     if image.mode == "P" and not image.has_transparency_data:
@@ -109,7 +109,7 @@ def white_of_array(values: NDArray[Any], top: float) -> WhitePixels:
                 level, bright = np.where(opaque, level, 0), bright & opaque
     grey = _between(level, white / 8, white - white / 8)
     if grey > MOST_GREY:
-        raise PhotoError(f"it is mostly grey ({grey:.0%} of it), so it is no mask")
+        raise PhotoError(f"it is mostly grey ({grey:.0%} of it), so it is not a mask")
     half = top / 2 if values.dtype.kind == "f" else (top + 1) // 2
     return WhitePixels(bright, half, _between(level, 0, white))
 

@@ -182,7 +182,7 @@ _Found = dict[str, str | None]  # the split of each folder; None: not part of th
 
 
 def _common_parts(folders: Iterable[_Parts]) -> _Parts:
-    """Return the folder of all items, apart from those that are in no folder."""
+    """Return the folder that all items share. Items outside of folders do not count."""
     inside = [parts for parts in folders if parts]
     if not inside:
         return ()
@@ -210,7 +210,7 @@ def _splits_at_depth(
 ) -> _Found | None:
     """Return the splits by the depth at which most items have one.
 
-    A folder without a split at this depth has that of its first part with one.
+    If a folder has no split at this depth, its first part with a split decides.
 
     Args:
         folders: the parts of each folder.

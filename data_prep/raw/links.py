@@ -45,7 +45,7 @@ def linked_members(links: Iterable[Link], files: Iterable[Stored]) -> Iterator[M
     """Yield a member for each link to a file, and one for each file of a linked folder.
 
     The problem of a member says which file it links to. A link to a hidden file has no problem,
-    because the file is no item itself. Each folder is followed once.
+    because the file itself is not an item. Each folder is followed once.
 
     Args:
         links: the links of an archive.

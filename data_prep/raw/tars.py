@@ -236,7 +236,7 @@ def _unusual(header: tarfile.TarInfo) -> str:
         return ""
     if header.type == _CONTINUED:
         return "it is a part of a file that began in another archive. Join the archives first"
-    return f"{IGNORED}its type {header.type.decode('latin-1')!r} is not that of a file"
+    return f"{IGNORED}its type {header.type.decode('latin-1')!r} does not belong to a file"
 
 
 def _extension(read_at: ReadAt, header: tarfile.TarInfo, at: int) -> dict[str, bytes]:

@@ -54,7 +54,7 @@ class Zip:
         return self._content(self._entry(offset), limit)
 
     def _entries(self) -> Iterator[tuple[int, _Entry]]:
-        """Yield the entries that are no folders, each with its place in the directory."""
+        """Yield the entries that are not folders, each with its place in the directory."""
         at = 0
         while at < len(self._directory):
             entry = self._entry(at)

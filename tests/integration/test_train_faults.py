@@ -592,7 +592,7 @@ def test_training_runs_for_a_user_without_a_name_and_a_home(
 
 
 class Memory:
-    """What a training sees as the memory of the machine: a file in the place of /proc/meminfo."""
+    """The memory of the machine as a training sees it: a file in the place of /proc/meminfo."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

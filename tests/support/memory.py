@@ -1,4 +1,4 @@
-"""How much memory some code takes, in a process of its own."""
+"""Measure the memory that some code takes, in a process of its own."""
 
 from __future__ import annotations
 

@@ -194,8 +194,8 @@ class RayJobLauncher:
 
         try:
             asyncio.run(show())
-        except Exception:
-            return  # training does not depend on its log
+        except Exception as error:  # training does not depend on its log
+            log.debug("the log of %s cannot be followed: %s", job, error)
 
 
 def _level_and_text(line: str) -> tuple[int, str]:

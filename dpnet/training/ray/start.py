@@ -35,7 +35,7 @@ _FOREIGN = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
 
 @dataclass(frozen=True)
 class RayStart:
-    """How to start Ray on this machine: in this process, or as a process of its own.
+    """A way to start Ray on this machine: in this process, or as a process of its own.
 
     Attributes:
         folder: A private folder with the token and everything that Ray writes.

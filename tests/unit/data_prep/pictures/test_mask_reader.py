@@ -125,7 +125,7 @@ def test_a_photo_is_no_mask(mode: str) -> None:
     grey = photo_files.smooth(64, 64)[..., 0]
     photo = Image.fromarray(np.clip(grey, 60, 200).astype(np.uint8))
     deep = Image.fromarray(np.asarray(photo).astype(np.uint16) * 257)
-    with pytest.raises(PhotoError, match=r"it is mostly grey \(\d+% of it\), so it is no mask"):
+    with pytest.raises(PhotoError, match=r"it is mostly grey \(\d+% of it\), so it is not a mask"):
         white_of_image(deep if mode == "I;16" else photo.convert(mode))
 
 
