@@ -299,12 +299,12 @@ def test_a_run_survives_the_death_of_its_worker(faults: Faults) -> None:
 def test_a_run_without_process_and_worker_is_marked_crashed_and_resumes_on_retry(
     faults: Faults,
 ) -> None:
-    run = faults.run(6)
-    faults.wait_for_step(run, 6, 6)
-    dead = [faults.up.child("worker start"), *faults.up.processes_of(run)]
-    # 120 s as deployed. Later tests need that: on a busy machine their heartbeats are late.
+    # 120 s as deployed. Later tests need that: on a busy machine their heartbeats are late. It is
+    # changed before the run, because a change forgets the heartbeats that were seen before.
     with faults.waiting_time("a run without heartbeat has crashed", 35):
-        for pid in dead:
+        run = faults.run(6)
+        faults.wait_for_step(run, 6, 6)
+        for pid in [faults.up.child("worker start"), *faults.up.processes_of(run)]:
             send(pid, signal.SIGKILL)
         state = faults.up.wait_for(run, "CRASHED")
     assert state["message"] == ("The process of this run is gone. Retry resumes where it stopped.")
@@ -424,17 +424,17 @@ def test_a_promotion_sends_an_alert(faults: Faults) -> None:
 
 
 def test_a_run_without_progress_sends_an_alert(faults: Faults) -> None:
-    faults.set_waiting_time("alert about stuck runs", 10)  # 30 min as deployed
-    run = faults.run(14)
-    faults.wait_for_step(run, 14, 1)
-    own = faults.up.processes_of(run)
-    for pid in own:
-        send(pid, signal.SIGSTOP)
-    try:
-        faults.wait_for_alert("stuck runs", faults.up.ask(f"/flow_runs/{run}")["name"])
-    finally:
+    with faults.waiting_time("alert about stuck runs", 10):  # 30 min as deployed
+        run = faults.run(14)
+        faults.wait_for_step(run, 14, 1)
+        own = faults.up.processes_of(run)
         for pid in own:
-            send(pid, signal.SIGCONT)
+            send(pid, signal.SIGSTOP)
+        try:
+            faults.wait_for_alert("stuck runs", faults.up.ask(f"/flow_runs/{run}")["name"])
+        finally:
+            for pid in own:
+                send(pid, signal.SIGCONT)
     faults.up.set_state(run, type="CANCELLING")
     faults.up.wait_for(run, "CANCELLED")
 
