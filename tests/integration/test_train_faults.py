@@ -120,7 +120,11 @@ class Training:
             assert self.process.poll() is None, self.log.read_text()
             return bool(true())
 
-        wait_until(reached, f"{what}: {self.log}", PATIENCE_S)
+        try:
+            wait_until(reached, what, PATIENCE_S)
+        except AssertionError as error:
+            error.add_note(self.log.read_text())
+            raise
 
     def finish(self) -> dict[str, Any]:
         """Wait until training succeeds, check that it made every step, and return its summary."""

@@ -136,11 +136,11 @@ class Training:
             log.info("%s", stacks_of(worker))
 
     def _fit(self) -> None:
-        from ray.train.v2.api import data_parallel_trainer
-
-        data_parallel_trainer.ray = _Stoppable(lambda: self._stopped)
         deaths, in_a_row, step = 0, 0, None
         try:
+            from ray.train.v2.api import data_parallel_trainer
+
+            data_parallel_trainer.ray = _Stoppable(lambda: self._stopped)
             while True:
                 try:
                     if self._trainer().fit().return_value:

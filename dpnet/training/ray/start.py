@@ -61,12 +61,14 @@ class RayStart:
     def environ(self, user: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of this Ray: the user's without other clusters' settings."""
         own = {name: value for name, value in user.items() if name not in _FOREIGN}
+        if os.path.expanduser("~") == "~":  # Ray Train does not load for a user without a home
+            own["HOME"] = str(self.folder)
         return {**DEFAULTS, **own, **_LOOPBACK, **self.credentials}
 
     @contextmanager
     def in_this_process(self) -> Iterator[None]:
         """Give this process the environment of this Ray, and the user's again at the end."""
-        names = (*_FOREIGN, *_LOOPBACK, *self.credentials)
+        names = (*_FOREIGN, *_LOOPBACK, *self.credentials, "HOME")
         before = {name: os.environ[name] for name in names if name in os.environ}
         _replace(names, self.environ(os.environ))
         try:

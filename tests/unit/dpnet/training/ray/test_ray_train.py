@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -67,6 +68,15 @@ def test_a_stop_after_ctrl_c_waits_for_the_thread_before_ray_shuts_down(
         signal.signal(signal.SIGINT, before)
     training.stop(shared=False)
     assert order == ["the thread ends", "Ray shuts down"]
+
+
+def test_a_training_whose_ray_train_does_not_load_fails_instead_of_waiting(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray.train.v2.api", None)  # an import of it fails
+    training.start()
+    with pytest.raises(ImportError):
+        all(iter(training.is_running, False))
 
 
 def test_a_training_that_did_not_start_stops_at_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import stat
 import sys
 from pathlib import Path
@@ -78,6 +79,19 @@ def test_this_process_gets_the_users_settings_for_other_clusters_back(
         assert os.environ["RAY_AUTH_MODE"] == "token"
         assert "RAY_AUTH_TOKEN" not in os.environ
     assert dict(os.environ) == before
+
+
+def test_a_user_without_a_home_gets_the_private_folder_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> object:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with RayStart(tmp_path).in_this_process():
+        assert Path.home() == tmp_path
+    assert "HOME" not in os.environ
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own
