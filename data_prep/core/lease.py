@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 from data_prep.core.errors import LeaseLostError, PipelineError, StorageError, storage_error
 from data_prep.core.process_identity import boot, process_start
+from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
 
@@ -424,7 +425,7 @@ def _owner() -> dict[str, Any]:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(data)
+        record = parse_json(data)
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}

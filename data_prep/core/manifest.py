@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.core import digest
 from data_prep.core.errors import PipelineError
 from data_prep.core.paths import manifest_key
-from data_prep.core.record import known_fields
+from data_prep.core.record import known_fields, parse_json
 from data_prep.core.storage.store import Store
 
 FORMAT = 1
@@ -103,6 +103,24 @@ class StageRef:
     def to_json(self) -> dict[str, Any]:
         """Return the reference as JSON."""
         return asdict(self)
+
+
+class MissingFactError(PipelineError, KeyError):
+    """A manifest lacks a field: a KeyError for readers that can do without it."""
+
+    def __str__(self) -> str:
+        """Return the sentence, which a KeyError would show as a Python string."""
+        return str(self.args[0])
+
+
+class Facts(dict[str, Any]):
+    """The settings or the summary of a manifest that was read: a missing field is damage."""
+
+    def __missing__(self, name: str) -> Any:
+        raise MissingFactError(
+            f"a manifest was altered: it has no {name} where it is needed. Run `dpnet verify` on"
+            " the root to find it, and restore the file."
+        )
 
 
 @dataclass(frozen=True)
@@ -203,6 +221,7 @@ class Manifest:
     def _read(cls, found: Mapping[str, Any]) -> Manifest:
         manifest = cls(
             **known_fields(cls, found)
+            | {name: _facts(found[name]) for name in ("settings", "summary")}
             | {
                 "inputs": {r: InputRef.from_json(ref) for r, ref in found["inputs"].items()},
                 "files": [FileRecord.from_json(file) for file in found["files"]],
@@ -215,6 +234,13 @@ class Manifest:
         if wrong or not isinstance(manifest.seconds, int | float):
             raise ValueError(wrong)
         return manifest
+
+
+def _facts(value: Any) -> Any:
+    """Return nested JSON values with each object as `Facts`."""
+    if isinstance(value, dict):
+        return Facts({name: _facts(each) for name, each in value.items()})
+    return [_facts(each) for each in value] if isinstance(value, list) else value
 
 
 def content_digest(files: Iterable[FileRecord]) -> str:
@@ -238,7 +264,7 @@ def read_manifest(store: Store, folder: str) -> Manifest:
     except FileNotFoundError:
         raise PipelineError(f"{where} is missing: that stage was never finished.") from None
     try:
-        found = json.loads(data)
+        found = parse_json(data)
     except ValueError:
         found = None
     try:
@@ -272,7 +298,7 @@ def read_head(store: Store, folder: str) -> ManifestHead:
     if found and found_end:
         try:
             text = before + _FILES + b"]," + _SUMMARY.lstrip(b"\n ],") + after
-            manifest = Manifest.from_json(json.loads(text))
+            manifest = Manifest.from_json(parse_json(text))
             if manifest.folder == folder:
                 return manifest.head()
         except ValueError:

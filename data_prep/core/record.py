@@ -6,11 +6,24 @@ newer format number says that a record would be misunderstood, so it is refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from data_prep.core.errors import PipelineError
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Return the values of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or it is nested too deeply to be read.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def known_fields(kind: type, found: Mapping[str, Any]) -> dict[str, Any]:

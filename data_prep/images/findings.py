@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.core.manifest import FileRecord
-from data_prep.core.record import known_fields
+from data_prep.core.record import known_fields, parse_json
 from data_prep.shards.shards import Folder, decode_table, encode_table
 
 SAMPLE, DUPLICATE, FAILED, IGNORED = "sample", "duplicate", "failed", "ignored"
@@ -86,7 +86,7 @@ def read_record(place: Folder, name: str) -> ShardRecord | None:
     try:
         data = place.store.read(place.key(record_path(name)))
         metadata = pq.read_schema(io.BytesIO(data)).metadata or {}
-        files = [FileRecord.from_json(file) for file in json.loads(metadata[b"files"])]
+        files = [FileRecord.from_json(file) for file in parse_json(metadata[b"files"])]
         findings = [Finding(**known_fields(Finding, row)) for row in decode_table(data)]
         return ShardRecord(metadata[b"task"].decode(), files, findings)
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # ArrowInvalid is a ValueError

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import Lease
 from data_prep.core.paths import images_folder, lease_key
-from data_prep.core.record import refuse_newer
+from data_prep.core.record import parse_json, refuse_newer
 from data_prep.core.storage.store import Store
 from data_prep.images.next_version import Changes
 
@@ -129,7 +129,7 @@ def watch(
 def read(store: Store, key: str) -> Watched:
     """Read the stored state of a watch; return an empty one if there is none."""
     try:
-        record = json.loads(store.read(key))
+        record = parse_json(store.read(key))
         refuse_newer(record, f"{store.label}/{key}")
         watched = Watched(str(record["digest"]), float(record["since"]), str(record["announced"]))
     except FileNotFoundError:

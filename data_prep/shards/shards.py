@@ -226,6 +226,10 @@ def split_shards(store: Store, folder: str, split: str) -> list[str]:
         raise PipelineError(
             f"{store.label}/{folder} has no split {split!r}: {split}.urls is missing."
         ) from None
+    except ValueError:
+        raise PipelineError(
+            f"{store.label}/{folder}/{split}.urls was altered: it is not text. Restore the file."
+        ) from None
     return [posixpath.normpath(posixpath.join(folder, line)) for line in lines]
 
 

@@ -22,6 +22,7 @@ from data_prep.core.lease import check_leases
 from data_prep.core.manifest import Manifest, StageRef, read_manifest
 from data_prep.core.paths import EVALUATIONS
 from data_prep.core.progress import Progress
+from data_prep.core.record import parse_json
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import encode_table, write_file
@@ -218,7 +219,7 @@ def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
 def _read_part(store: Store, key: str, wanted: Rows) -> Rows | None:
     """Return the rows that an interrupted evaluation kept, if they are undamaged and as wanted."""
     try:
-        body = json.loads(store.read(key))
+        body = parse_json(store.read(key))
         rows: Rows = body["rows"]
         names = [{name: row[name] for name in _KEYS} for row in rows[:: len(METHODS)]]
         return rows if sha256_json(rows) == body["sha256"] and names == wanted else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -14,7 +13,7 @@ from data_prep.core.paths import (
     registry_folder,
     version_key,
 )
-from data_prep.core.record import refuse_newer
+from data_prep.core.record import parse_json, refuse_newer
 from data_prep.core.storage.store import Store
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -91,7 +90,7 @@ def find_champion(store: Store, model: str) -> dict[str, Any] | None:
 def read_record(store: Store, key: str) -> dict[str, Any]:
     """Read and check a record. Raises PipelineError if it was altered."""
     try:
-        record = json.loads(store.read(key))
+        record = parse_json(store.read(key))
         refuse_newer(record, f"{store.label}/{key}")
         folder = record["run"]["folder"]
         if isinstance(folder, str) and isinstance(record["version"], int):

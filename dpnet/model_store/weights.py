@@ -14,6 +14,7 @@ from torch import Tensor
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import FileRecord
+from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 from dpnet.model import Generator, ModelConfig, build_generator
 
@@ -103,7 +104,7 @@ def read_config(store: Store, folder: str) -> tuple[dict[str, Any], Layout]:
         raise PipelineError(f"{store.label}/{folder} holds no model: train one first.")
     where = f"{store.label}/{folder}/{layout.config}"
     try:
-        record = json.loads(store.read(f"{folder}/{layout.config}"))
+        record = parse_json(store.read(f"{folder}/{layout.config}"))
     except ValueError:
         raise PipelineError(f"{where} is not JSON: it was altered, restore it.") from None
     version = record.get("format") if isinstance(record, dict) else None
@@ -124,18 +125,18 @@ def read_config(store: Store, folder: str) -> tuple[dict[str, Any], Layout]:
 
 
 def _state(weights: bytes, sha256: str, where: str, layout: Layout) -> dict[str, Tensor]:
-    """Decode the weights, after a check of their hash."""
-    if sha256_bytes(weights) != sha256:
-        try:
-            load(weights)
-        except SafetensorError:
-            why = "it is not a complete safetensors file"
-        else:
-            why = f"its hash is not the one in {layout.config}"
-        raise PipelineError(
-            f"{where} was altered or cut short: {why}. Restore the file, or train again."
-        )
-    return load(weights)
+    """Decode the weights, and check their hash."""
+    try:
+        state = load(weights)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, TypeError):  # also odd types
+        why = "it is not a complete safetensors file"
+    else:
+        if sha256_bytes(weights) == sha256:
+            return state
+        why = f"its hash is not the one in {layout.config}"
+    raise PipelineError(
+        f"{where} was altered or cut short: {why}. Restore the file, or train again."
+    )
 
 
 def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

@@ -143,7 +143,7 @@ def _find(address: str) -> None:
         )
         address = os.environ.get("RAY_ADDRESS", "")
         if not address and latest.exists():  # the cluster may have ended
-            address = latest.read_text().strip()
+            address = latest.read_text("utf-8", "replace").strip()
     url = urlsplit(address if "://" in address else f"//{address}")
     if url.hostname and url.port:
         socket.create_connection((url.hostname, url.port), timeout=10).close()

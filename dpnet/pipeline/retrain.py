@@ -19,7 +19,7 @@ from typing import Any
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import StageRef, load_reference, read_manifest
 from data_prep.core.paths import RETRAINS
-from data_prep.core.record import refuse_newer
+from data_prep.core.record import parse_json, refuse_newer
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
@@ -168,7 +168,7 @@ def _read_or_create(work: Work, name: str, make: Callable[[], Record]) -> Record
     if not work.store.exists(key):
         work.store.create(key, _to_bytes(make()))
     try:
-        record = json.loads(work.store.read(key))
+        record = parse_json(work.store.read(key))
         refuse_newer(record, f"{work.store.label}/{key}")
         champion = record["champion"]
         if champion is None or {"version", "run"} <= champion.keys():

@@ -5,7 +5,6 @@ Only small objects are read. Damaged and missing objects are left out.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from data_prep.core.paths import (
     lease_key,
     manifest_key,
 )
+from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import STATUS
 
@@ -145,7 +145,7 @@ class RootReader:
     def _json(self, key: str) -> dict[str, Any]:
         """Return the JSON object under `key`; an empty one if it is missing or damaged."""
         try:
-            record = json.loads(self.store.read(key))
+            record = parse_json(self.store.read(key))
         except (FileNotFoundError, ValueError):
             return {}
         return record if isinstance(record, dict) else {}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_prep.core.digest import SHORT
+from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import mlflow_uri
+from data_prep.core.record import parse_json
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import (
@@ -45,28 +47,52 @@ def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float)
     """
     by_stage = {ref.stage: ref for ref in refs}
     evaluation = by_stage["evaluate"].folder
-    report = json.loads(store.read(f"{evaluation}/report.json"))
-    figures = report["figures"]
+    with _undamaged(store, evaluation) as report:
+        bins, mean_over_bins = report["figures"]["bins"], report["figures"]["mean_over_bins"]
+        figures = {
+            "pairs": report["pairs"],
+            "bins": {
+                hole: {
+                    "pairs": group["pairs"],
+                    **{
+                        m: {k: float(group["methods"][m][k]["mean"]) for k in METRICS}
+                        for m in METHODS
+                    },
+                }
+                for hole, group in bins.items()
+            },
+            "mean_over_bins": {
+                m: {k: float(mean_over_bins[m][k]) for k in METRICS} for m in METHODS
+            },
+            "smooth_fill_psnr": float(mean_over_bins["smooth_fill"]["hole_psnr"]),
+        }
     return {
         "name": name,
         "root": store.label,
         "stages": [ref.to_json() for ref in refs],
-        "pairs": report["pairs"],
-        "bins": {
-            hole: {
-                "pairs": group["pairs"],
-                **{m: {k: group["methods"][m][k]["mean"] for k in METRICS} for m in METHODS},
-            }
-            for hole, group in figures["bins"].items()
-        },
-        "mean_over_bins": {
-            m: {k: figures["mean_over_bins"][m][k] for k in METRICS} for m in METHODS
-        },
-        "smooth_fill_psnr": figures["mean_over_bins"]["smooth_fill"]["hole_psnr"],
+        **figures,
         "report": f"{store.label}/{evaluation}/report.html",
         "registered": by_stage["register"].summary,
         "seconds": round(seconds, 1),
     }
+
+
+@contextmanager
+def _undamaged(store: Store, evaluation: str) -> Iterator[dict[str, Any]]:
+    """Read the report of an evaluation, and raise PipelineError if it lacks what is read inside."""
+    key = f"{evaluation}/report.json"
+    try:
+        yield parse_json(store.read(key))
+    except FileNotFoundError:
+        problem = "is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        problem = "was altered"
+    else:
+        return
+    raise PipelineError(
+        f"{store.label}/{key} {problem}: restore it, or delete {store.label}/{evaluation} and run"
+        " the same command again."
+    )
 
 
 def as_text(summary: Summary, again: str) -> str:
@@ -129,8 +155,8 @@ def as_markdown(
     if links:
         lines += ["", *(f"* {what}: {_link(where)}" for what, where in links.items())]
     if evaluation := by_stage.get("evaluate"):
-        report = json.loads(store.read(f"{evaluation.folder}/report.json"))
-        lines += ["", *_figures_tables(report["figures"])]
+        with _undamaged(store, evaluation.folder) as report:
+            lines += ["", *_figures_tables(report["figures"])]
     return "\n".join(lines)
 
 

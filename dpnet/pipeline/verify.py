@@ -8,7 +8,6 @@ they name have the digests they state. `dpnet/pipeline/verify_files.py` checks t
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +30,7 @@ from data_prep.core.paths import (
     registry_folder,
     version_key,
 )
-from data_prep.core.record import known_fields, refuse_newer
+from data_prep.core.record import known_fields, parse_json, refuse_newer
 from data_prep.core.stage import Request
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -60,7 +59,7 @@ def verify_uri(uri: str, root: str = "", depth: Depth = EVERYTHING) -> Verificat
         what = "is a file" if top.exists() else "does not exist"
         raise PipelineError(f"{top} {what}: name a root, a folder in it or models:/NAME@champion.")
     try:
-        folder = str(json.loads(store.read(MANIFEST))["folder"])
+        folder = str(parse_json(store.read(MANIFEST))["folder"])
     except (FileNotFoundError, NotADirectoryError):
         inside = _place_in_root(store)
         root_store = open_store(store.uri.removesuffix(f"/{inside}")) if inside else store
@@ -89,7 +88,7 @@ def _place_in_root(store: Store) -> str:
         if posixpath.basename(entry.key) != MANIFEST or not here:
             continue
         try:
-            said = str(json.loads(store.read(entry.key))["folder"])
+            said = str(parse_json(store.read(entry.key))["folder"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if said == here:
@@ -195,7 +194,7 @@ def _unknown_fields(store: Store, where: str) -> list[str]:
 
     A reader ignores them. An optional field with another name would be lost without a word.
     """
-    found = json.loads(store.read(where))
+    found = parse_json(store.read(where))
     parts = [
         (Manifest, [found]),
         (FileRecord, found["files"]),
@@ -250,7 +249,7 @@ def _check_record(store: Store, key: str, result: Verification) -> None:
     """Check that a record is the one of its registration, and that its inputs are unchanged."""
     data = store.read(key)
     try:
-        record = json.loads(data)
+        record = parse_json(data)
         refuse_newer(record, f"{store.label}/{key}")
         folder = _registration(record)
         if key not in (

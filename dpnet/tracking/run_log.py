@@ -22,6 +22,7 @@ from typing import Any
 from data_prep.core.errors import LeaseLostError, StorageError
 from data_prep.core.lease import confirm_leases
 from data_prep.core.paths import manifest_key
+from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 
 STATUS, LOG, PARTS = "status.json", "log.jsonl", "log"
@@ -151,7 +152,7 @@ class LogReader:
             new += lines
         self._seen = lines
         self.count = self._part * PART + len(lines)
-        return [json.loads(line) for line in new]
+        return [parse_json(line) for line in new]
 
     def _lines(self, number: int) -> list[bytes]:
         """Return the lines of a part, or [] if there is no such part."""
@@ -169,7 +170,7 @@ class LogReader:
         if data == self._whole:
             return []
         self._whole = data
-        records = [json.loads(line) for line in _whole_lines(data)]
+        records = [parse_json(line) for line in _whole_lines(data)]
         self.count = len(records)
         return records
 
@@ -187,7 +188,7 @@ def _whole_lines(data: bytes) -> list[bytes]:
     lines = [line for line in data.splitlines() if line.strip()]
     if lines and not data.endswith(b"\n"):
         try:
-            json.loads(lines[-1])
+            parse_json(lines[-1])
         except ValueError:
             del lines[-1]
     return lines
@@ -196,7 +197,7 @@ def _whole_lines(data: bytes) -> list[bytes]:
 def read_status(store: Store, run: str) -> dict[str, Any]:
     """Return the newest status, or {} if there is none or it cannot be read now."""
     try:
-        record = json.loads(store.read(f"{run}/{STATUS}"))
+        record = parse_json(store.read(f"{run}/{STATUS}"))
     except (OSError, ValueError, StorageError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -237,7 +238,7 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not JSON.
     """
-    return [json.loads(line) for line in data.splitlines() if line.strip()]
+    return [parse_json(line) for line in data.splitlines() if line.strip()]
 
 
 def hours_worked(log: Iterable[Mapping[str, Any]]) -> tuple[float, float]:

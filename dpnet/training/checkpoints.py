@@ -27,6 +27,7 @@ import torch
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError, StorageError
 from data_prep.core.lease import confirm_leases
+from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import decode_log, encode_log
 from dpnet.training.job import PATIENCE_S
@@ -103,7 +104,7 @@ def _parse_mark(folder: str, step: int, data: bytes) -> Mark:
         data: The content of the file.
     """
     try:
-        record = json.loads(data)
+        record = parse_json(data)
         number = record["format"]
     except (ValueError, KeyError, TypeError):
         raise ValueError("is damaged") from None

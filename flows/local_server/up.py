@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from data_prep.core.errors import PipelineError
 from data_prep.core.network_disk import database_cache, local_top
 from data_prep.core.paths import UP
-from data_prep.core.record import known_fields
+from data_prep.core.record import known_fields, parse_json
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from flows.local_server import process_tree
@@ -75,7 +75,7 @@ def find_running(root: str) -> Running | None:
     if _is_unlocked(home):
         return None
     try:
-        return Running(**known_fields(Running, json.loads((home / STATE).read_text())))
+        return Running(**known_fields(Running, parse_json((home / STATE).read_text())))
     except (OSError, ValueError, TypeError):  # it is starting or stopping
         return None
 
@@ -142,7 +142,7 @@ def _run_supervisor(arguments: SupervisorArguments, announce: Callable[[Running]
     assert supervisor.stdout is not None
     try:
         for line in supervisor.stdout:
-            match json.loads(line):
+            match parse_json(line):
                 case {"ready": state}:
                     announce(Running(**state))
                 case {"error": sentence}:
