@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from data_prep.core.errors import ConfigError, PipelineError
@@ -105,11 +105,11 @@ def _build(work: Work, model: str, uri: str) -> Produced:
     store, top = work.store, work.request.top
     with Lease(store, lease_key(top)), connect(uri) as client:
         records = read_records(store, model)
-        mlflow.restore_versions(client, store, model, records)
+        deleted = mlflow.restore_versions(client, store, model, records)
         champion = find_champion(store, model)
         if champion is not None and not store.exists(champion_key(model)):
             confirm_leases()
-            _promote(client, store, champion)
+            _promote(client, store, champion, deleted)
             log.warning(
                 "register: %s/%s was missing: version %d is champion again, as the records of the"
                 " versions say.",
@@ -118,6 +118,8 @@ def _build(work: Work, model: str, uri: str) -> Produced:
                 champion["version"],
             )
         mine = [r for r in records.values() if r["request_digest"] == work.request.digest]
+        if champion is not None and not mine:  # a killed call may have set the alias before
+            mlflow.keep_alias(client, store, champion, CHAMPION, deleted)
         if mine:  # an earlier call wrote it, and was killed afterwards
             record = mine[0]
         else:
@@ -131,16 +133,24 @@ def _build(work: Work, model: str, uri: str) -> Produced:
         if record["champion_before"] == (champion["version"] if champion else None):
             confirm_leases()
             if record["alias"] == CHAMPION:
-                _promote(client, store, record)
-            else:
+                _promote(client, store, record, deleted)
+            elif record["version"] not in deleted:
                 client.set_registered_model_alias(model, CHALLENGER, str(record["version"]))
     summary = {key: record[key] for key in ("model", "version", "alias", "reason", "hole_psnr")}
     return Produced([write_file(work, RECORD, _bytes(record))], summary)
 
 
-def _promote(client: Any, store: Store, record: Mapping[str, Any]) -> None:
-    """Make the version of a record the champion, in MLflow and in storage."""
-    client.set_registered_model_alias(record["model"], CHAMPION, str(record["version"]))
+def _promote(client: Any, store: Store, record: Mapping[str, Any], deleted: Container[int]) -> None:
+    """Make the version of a record the champion, in storage and in MLflow.
+
+    Args:
+        client: MLflow's client.
+        store: the root.
+        record: the record of the version.
+        deleted: the versions that were deleted in MLflow, which can have no alias.
+    """
+    if record["version"] not in deleted:
+        client.set_registered_model_alias(record["model"], CHAMPION, str(record["version"]))
     store.write(champion_key(record["model"]), _bytes(record))
 
 

@@ -1,21 +1,25 @@
 """The MLflow run of a training. The first attempt, later attempts and the registration share it.
 
-The experiment has the name of the training. In it, the run is found by the request digest of the
-train stage. All calls here can be repeated: nothing is added twice.
+The experiment has the training's name, and a digest of the root if another root has this name.
+In it, the run is found by the request digest of the train stage. All calls here can be repeated:
+nothing is added twice.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from data_prep.core.digest import SHORT
+from data_prep.core.digest import SHORT, sha256_bytes
 from data_prep.core.manifest import Manifest, StageRef
 from data_prep.core.paths import MLFLOW_ARTIFACTS
 from data_prep.core.redact import redact
 from data_prep.core.storage.store import Store
+
+log = logging.getLogger(__name__)
 
 _CALL_PARAMS, _CALL_METRICS = 100, 1000  # MLflow's limits for one call
 # A metric that every record of a kind has.
@@ -60,7 +64,7 @@ def run_page(uri: str, store: Store, training: StageRef) -> str | None:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name(training.name)
+    *_, (_, experiment) = _experiments(client, store, training.name)
     if experiment is None:
         return None
     tags = f"tags.train_digest = '{training.request_digest}'"
@@ -72,10 +76,39 @@ def run_page(uri: str, store: Store, training: StageRef) -> str | None:
 
 
 def _experiment(client: Any, store: Store, name: str) -> str:
-    if experiment := client.get_experiment_by_name(name):
-        return str(experiment.experiment_id)
+    """Return the id of the experiment of a training in this root. Create or restore it if needed.
+
+    MLflow writes the artifacts of all runs of an experiment below one address, which never
+    changes. So a copied or moved root, and a second root on one server, has an experiment of its
+    own.
+    """
     # By default it would be a folder in the working directory.
-    return str(client.create_experiment(name, artifact_location=f"{store.uri}/{MLFLOW_ARTIFACTS}"))
+    location = f"{store.uri}/{MLFLOW_ARTIFACTS}"
+    *_, (name, experiment) = _experiments(client, store, name)
+    if experiment is None:
+        return str(client.create_experiment(name, artifact_location=location))
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+        log.warning(
+            "The experiment %s was deleted in MLflow: it is restored, because a training of this"
+            " name writes to it.",
+            name,
+        )
+    return str(experiment.experiment_id)
+
+
+def _experiments(client: Any, store: Store, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield the name of each experiment that a training may be in, with the experiment or None.
+
+    The last one is that of this root. Before it there can be one of another root.
+    """
+    experiment = client.get_experiment_by_name(name)
+    yield name, experiment
+    place = f"/{MLFLOW_ARTIFACTS}"
+    location = experiment.artifact_location.rstrip("/") if experiment is not None else ""
+    if location.endswith(place) and location != f"{store.uri}{place}":
+        own = f"{name}-{sha256_bytes(store.uri.encode())[:SHORT]}"
+        yield own, client.get_experiment_by_name(own)
 
 
 class LogUploader:

@@ -22,6 +22,8 @@ from dpnet.model_store.records import read_record
 from dpnet.model_store.weights import load_generator, read_config
 from dpnet.pipeline.summary import as_markdown, summarize
 from dpnet.pipeline.verify import verify
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import register
 from dpnet.tracking.run_log import read_status
 
 DEEP = (b"[" * 100_000, b'{"format": 1, "a":' * 50_000)
@@ -111,3 +113,12 @@ def test_an_altered_report_is_named_in_the_summary(store: LocalStore, report: by
     store.delete("evaluations/e/report.json")
     with pytest.raises(PipelineError, match=r"evaluations/e/report\.json is missing"):
         summarize("x", store, refs, 1.0)
+
+
+@pytest.mark.parametrize("log", [b"{", b"[]\n", b'{"kind": "train"}\n', b'{"kind": "x"}\n'])
+def test_an_altered_log_is_named_by_the_registration(tmp_path: Path, log: bytes) -> None:
+    store = small_root.new_store(tmp_path / "root")
+    run, evaluation = small_root.run_and_evaluation(store, 20.0)
+    store.write(f"{run.folder}/log.jsonl", log)
+    with pytest.raises(PipelineError, match=f"the log in .*{run.folder} was altered"):
+        register(RegisterSettings(), run, evaluation, store)

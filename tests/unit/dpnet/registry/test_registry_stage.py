@@ -263,6 +263,87 @@ def test_a_lost_database_is_restored_from_storage(store, caplog):
     assert "restored from storage" in caplog.text
 
 
+def test_a_registration_continues_after_its_experiment_was_deleted_in_mlflow(store, caplog):
+    registered(store, 20.0)
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        client.delete_experiment(client.get_experiment_by_name("small").experiment_id)
+    assert registered(store, 21.0).summary["version"] == 2
+    assert "The experiment small was deleted in MLflow: it is restored" in caplog.text
+
+
+@pytest.mark.parametrize("deleted", [(1,), (2,), (1, 2), (2, 3), (1, 2, 3)])
+def test_versions_deleted_in_mlflow_block_no_registration(store, caplog, deleted):
+    digests = [registered(store, psnr).request_digest for psnr in (20.0, 21.0, 19.0)]
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        for version in deleted:
+            client.delete_model_version("dpnet", str(version))
+    refs = [registered(store, psnr) for psnr in (20.5, 22.0)]
+    assert refs[0].summary["reason"].endswith("not above the 21.00 dB of version 2.")
+    assert refs[1].summary["alias"] == CHAMPION
+    versions, aliases = in_mlflow(store)
+    ours = {number: digest for number, digest in enumerate(digests, 1) if number not in deleted}
+    new = {ref.summary["version"]: ref.request_digest for ref in refs}
+    assert versions == {**ours, **new}
+    assert aliases == {CHAMPION: refs[1].summary["version"], CHALLENGER: refs[0].summary["version"]}
+    names = ", ".join(map(str, deleted))
+    assert f"MLflow has no version {names} of dpnet any more" in caplog.text
+    assert f"models:/dpnet/{deleted[0]} still works" in caplog.text
+    assert find_record(store, f"models:/dpnet/{deleted[0]}")["version"] == deleted[0]
+
+
+def test_a_lost_database_is_restored_although_numbers_are_missing(store):
+    digests = [registered(store, psnr).request_digest for psnr in (20.0, 21.0, 22.0)]
+    store.delete("registry/dpnet/v2.json")
+    store = elsewhere(store, small_root.new_database().data)
+    ref = registered(store, 19.0)
+    assert in_mlflow(store)[0] == {1: digests[0], 3: digests[2], 4: ref.request_digest}
+
+
+def test_a_lost_champion_file_is_restored_although_mlflow_has_no_such_version(store):
+    registered(store, 20.0)
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        client.delete_model_version("dpnet", "1")
+    store.delete("registry/dpnet/champion.json")
+    assert registered(store, 19.0).summary["alias"] == CHALLENGER
+    assert find_record(store)["version"] == 1
+
+
+def test_a_killed_registration_whose_version_was_deleted_resumes(store, monkeypatch):
+    registered(store, 20.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(register_module, "write_file", killed)
+        with pytest.raises(Killed):
+            registered(store, 19.0)
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        client.delete_model_version("dpnet", "2")
+    assert alias_and_reason(registered(store, 19.0))[0] == CHALLENGER
+    assert in_mlflow(store)[1] == {CHAMPION: 1}
+
+
+def test_an_alias_moved_in_mlflow_is_named_and_set_back(store, caplog):
+    for psnr in (20.0, 21.0):
+        registered(store, psnr)
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        client.set_registered_model_alias("dpnet", CHAMPION, "1")
+    assert registered(store, 20.5).summary["alias"] == CHALLENGER
+    assert in_mlflow(store)[1] == {CHAMPION: 2, CHALLENGER: 3}
+    top = f"{store.label}/registry/dpnet"
+    assert (
+        "MLflow's alias champion of dpnet was moved to version 1. The champion of this root is"
+        " still version 2, and MLflow's alias names it again. To promote version 1, copy"
+        f" {top}/v1.json to {top}/champion.json."
+    ) in caplog.text
+
+
+def test_the_advice_to_promote_a_version_works(store, caplog):
+    for psnr in (20.0, 21.0):
+        registered(store, psnr)
+    store.write("registry/dpnet/champion.json", store.read("registry/dpnet/v1.json"))
+    ref = registered(store, 20.5)
+    assert ref.summary["reason"].endswith("is above the 20.00 dB of version 1.")
+    assert in_mlflow(store)[1][CHAMPION] == 3
+
+
 def test_a_database_with_other_versions_is_refused(store, tmp_path):
     registered(store, 20.0)
     other = small_root.new_store(tmp_path / "other")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import time
 from contextlib import closing, contextmanager, nullcontext
@@ -319,7 +320,42 @@ def test_without_mlflow_nothing_is_tracked(store, uri):
 def test_the_same_training_in_two_roots_has_two_runs(store, uri, tmp_path):
     track(uri, work_in(store), LOG)
     track(uri, work_in(LocalStore(tmp_path / "other")), LOG)
-    assert len(runs(uri)) == 2
+    places = [
+        (experiment.artifact_location, run.data.tags["train"])
+        for experiment in mlflow_client.new_client(uri).search_experiments()
+        for run in runs(uri, experiment.name)
+    ]
+    tops = [store.folder.as_uri(), (tmp_path / "other").as_uri()]
+    folder = work_in(store).folder
+    assert sorted(places) == sorted((f"{t}/mlflow-artifacts", f"{t}/{folder}") for t in tops)
+
+
+def files_in(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix != ".db")
+
+
+def test_a_copied_root_writes_nothing_into_the_old_one(store, uri, tmp_path):
+    track(uri, work_in(store), LOG[:4], pictures=[50])
+    shutil.copytree(store.folder, tmp_path / "copy")
+    before = files_in(store.folder)
+    copy = LocalStore(tmp_path / "copy")
+    its = f"sqlite:///{copy.folder}/mlflow.db"
+    track(its, work_in(copy), LOG, pictures=[75])
+    assert files_in(store.folder) == before
+    found = (copy.folder / "mlflow-artifacts").rglob("step-00000075.png")
+    assert [path.read_bytes() for path in found] == [b"png of step 75"]
+    track(its, work_in(copy), LOG)  # the same run again
+    experiments = mlflow_client.new_client(its).search_experiments()
+    assert [len(runs(its, each.name)) for each in experiments if each.name != "Default"] == [1, 1]
+
+
+def test_an_experiment_deleted_in_mlflow_is_restored(store, uri, caplog):
+    track(uri, work_in(store), LOG[:4])
+    client = mlflow_client.new_client(uri)
+    client.delete_experiment(client.get_experiment_by_name("small").experiment_id)
+    track(uri, work_in(store), LOG)
+    assert len(points(uri, "losses.hole")) == 3
+    assert caplog.text.count("The experiment small was deleted in MLflow: it is restored") == 1
 
 
 def registered(store, log):
