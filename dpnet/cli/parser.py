@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,15 @@ exit status: 0 done, 1 failed (one sentence says why), 2 wrong usage, 130 stoppe
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose messages can be shown: they repeat arguments, such as names and addresses."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse `--option=--`, which Python's parser takes for an empty list before 3.13."""
+        for word in sys.argv[1:] if args is None else args:
+            if match := re.fullmatch(r"(--[\w-]+)=--|(-\w)--", word):
+                self.error(f"argument {match[1] or match[2]}: expected one argument")
+        return super().parse_known_args(args, namespace)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(printable(redact(message), newlines=True), file)

@@ -27,6 +27,8 @@ from dpnet.pipeline.config import (
 )
 from dpnet.pipeline.summary import as_text, stages_text
 
+_LONGEST_EVENT = 16 << 20  # bytes; a message of SQS has at most one MiB
+
 
 def demo(args: Namespace) -> Outcome:
     """Run the whole pipeline, small, on sample photos or those of --photos."""
@@ -156,11 +158,20 @@ def notify(args: Namespace) -> Outcome:
 
 
 def _read_event(file: str) -> bytes:
-    if file == "-":
-        return sys.stdin.buffer.read()
+    """Return the notification, which a device such as /dev/zero would never end."""
     try:
-        return Path(file).expanduser().read_bytes()
+        if file == "-":
+            data = sys.stdin.buffer.read(_LONGEST_EVENT + 1)
+        else:
+            with Path(file).expanduser().open("rb") as opened:
+                data = opened.read(_LONGEST_EVENT + 1)
     except OSError as error:
         raise PipelineError(
             f"--event {file} cannot be read: {error.strerror}. Check the path."
         ) from None
+    if len(data) > _LONGEST_EVENT:
+        raise PipelineError(
+            f"--event {file} has more than {_LONGEST_EVENT} bytes, so it is not a notification of a"
+            " bucket. Check the path."
+        )
+    return data

@@ -14,6 +14,7 @@ from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.training.settings import LaunchSettings
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # variables that Ray's own commands read
+_LONGEST_TOKEN = 10_000  # characters
 ANSWER_S = 30.0  # how long to wait for the cluster's answer to a request
 
 
@@ -42,7 +43,7 @@ def connect_client(address: str) -> Any:
             if not own.exists():
                 raise
             # The user's own token goes only to a cluster that asks for one.
-            return _client(address, own.read_text().strip())
+            return _client(address, _token_in(own))
     except AuthenticationError as error:
         raise PipelineError(
             f"the Ray cluster at {address} requires its token ({reason_of(error)}): set"
@@ -59,8 +60,14 @@ def _token() -> str:
     """Return the token that the user has set for the cluster, or ""."""
     given = os.environ.get("RAY_AUTH_TOKEN", "")
     if not given and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        given = Path(path).expanduser().read_text().strip()
+        given = _token_in(Path(path).expanduser())
     return given
+
+
+def _token_in(path: Path) -> str:
+    """Return the token in a file; the environment may name any file, or a device without end."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_LONGEST_TOKEN).strip()
 
 
 def _client(address: str, token: str) -> Any:

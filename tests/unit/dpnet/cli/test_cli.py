@@ -122,6 +122,23 @@ def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]
     assert "usage: dpnet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["model", "describe", "--size=--"], "--size"),
+        (["verify", "x", "--sample=--"], "--sample"),
+        (["export", "-o--"], "-o"),
+    ],
+)
+def test_an_option_with_two_hyphens_as_its_value_is_wrong_usage(
+    argv: list[str], option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert f"argument {option}: expected one argument" in capsys.readouterr().err
+
+
 def test_model_describe_prints_layers_and_totals(capsys: pytest.CaptureFixture[str]) -> None:
     status, found = answer(capsys, "model", "describe", "--preset", "base")
     assert (status, found["ok"], found["preset"], found["size"]) == (0, True, "base", 256)

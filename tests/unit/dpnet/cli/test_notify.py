@@ -70,6 +70,15 @@ def test_the_keys_of_a_notification_are_decoded() -> None:
     assert new_object_uris(text) == ["s3://bucket/my photos/café 1.png", "s3://bucket/a+b.png"]
 
 
+def test_an_event_that_never_ends_is_refused(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PipelineError, match="--event /dev/zero has more than 16777216 bytes"):
+        notify(config, "--event", "/dev/zero")
+    with open("/dev/zero", "rb") as endless:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless))
+        with pytest.raises(PipelineError, match="--event - has more than 16777216 bytes"):
+            notify(config, "--event", "-")
+
+
 def test_only_objects_in_the_source_concern_a_config() -> None:
     uris = ["s3://b/photos/1.png", "s3://b/photos-old/1.png", "s3://b/x.tar", "s3://c/photos/1.png"]
     assert uris_below(uris, "s3://b/photos/") == ["s3://b/photos/1.png"]

@@ -58,3 +58,15 @@ def test_the_token_comes_from_the_file_that_the_variable_names(
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     assert connect_client("http://head:8265") == "connected"
     assert asked == ["of the home"]
+
+
+def test_a_token_file_that_is_not_text_or_never_ends_is_read_as_far_as_a_token_goes(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "binary").write_bytes(b"\xff\xfetoken\n")
+    for path in (str(tmp_path / "binary"), "/dev/zero"):
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", path)
+        with pytest.raises(PipelineError, match="requires its token"):
+            connect_client("http://head:8265")
+    assert [len(token) for token in asked] == [7, 10_000]
