@@ -1,4 +1,4 @@
-"""Broken files, settings and variables through every command: one clear sentence.
+"""Broken files, settings, variables and services through every command: one clear sentence.
 
 Each case is made from its kind and its seed. To run one case again:
 
@@ -7,6 +7,7 @@ Each case is made from its kind and its seed. To run one case again:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -16,7 +17,9 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import tarfile
+import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +46,7 @@ from mutations import (
 from other_formats import FILES
 from photo_files import FORMATS, file, smooth
 from PIL import Image
+from prefect.context import refresh_global_settings_context
 
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.environment import ALL
@@ -50,6 +54,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import StageRef, load_reference
 from dpnet.cli import main as cli
 from dpnet.pipeline import chain
+from flows.run_from_command import QUIET
 
 SEEDS = os.environ.get("DPNET_BROKEN_SEEDS", "")
 FAST = 4  # cases of each kind without the marker `slow`
@@ -74,6 +79,7 @@ class World:
     patch: pytest.MonkeyPatch
     kept: list[Any] = field(default_factory=list)  # open until the end of the case
     evaluates: bool = False  # whether the stage `evaluate` is the real one
+    asks_services: bool = False  # whether the clients of Prefect are the real ones
 
     @property
     def root(self) -> Path:
@@ -540,6 +546,92 @@ def state_file(world: World, random: random.Random) -> Sequence[str]:
     return [*command, "--root", str(root)]
 
 
+ANSWERS = (
+    b"", b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{\"a\":[1,",
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nshort", b"not http at all\r\n\r\n",
+    b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 3\r\n\r\nno!",
+    b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnull",
+    b"HTTP/1.1 302 Found\r\nLocation: /api/again\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n[]",
+    b"HTTP/1.1 418 \r\nContent-Length: 2\r\n\r\n\xff\xfe",
+)  # fmt: skip
+
+
+class OddService(threading.Thread):
+    """A server that gives every request the same odd answer."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__(daemon=True)
+        self.answer = answer
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.start()
+
+    def run(self) -> None:
+        """Answer until the listener is closed."""
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+                with connection:
+                    connection.settimeout(2)
+                    connection.recv(1 << 16)
+                    connection.sendall(self.answer)
+            except OSError:
+                if self.listener.fileno() < 0:
+                    return
+
+    def close(self) -> None:
+        """Stop."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+@kind(40)
+def service(world: World, random: random.Random) -> Sequence[str]:
+    """Use a service that is down or gives odd answers."""
+    port = 9
+    if random.random() < 0.85:
+        odd = OddService(random.choice(ANSWERS))
+        world.kept.append(odd)
+        port = odd.port
+    url = f"http://127.0.0.1:{port}"
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        world.patch.setenv(name, "for-tests")
+    world.patch.setenv("AWS_ENDPOINT_URL", url)
+    world.patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    world.patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    world.patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    world.patch.setenv("PREFECT_API_URL", f"{url}/api")
+    world.patch.setenv("PREFECT_CLIENT_MAX_RETRIES", "0")
+    world.patch.setattr("data_prep.core.storage.s3_requests.ATTEMPTS", 2)
+    world.patch.setattr("data_prep.core.storage.s3_requests.ATTEMPTS_UNREACHED", 1)
+    world.patch.setattr("data_prep.core.storage.s3_requests.FIRST_WAIT_S", 0.0)
+    for name in QUIET:
+        world.patch.setenv(name, QUIET[name])
+    refresh_global_settings_context()
+    world.asks_services = True
+    root = str(world.copy_root())
+    world.photo_folder(6)
+    config = str(world.put("own.yaml", yaml.safe_dump(config_values(world)).encode()))
+    tracking = ["--set", f"register.tracking_uri={url}"]
+    return random.choice(
+        (
+            ["images", "log", "x", "--root", "s3://bucket/root"],
+            ["images", "build", "s3://bucket/photos", "--root", root],
+            ["verify", "s3://bucket/root"], ["inpaint", "a.png", "b.png", "-o", "c.png", "--root",
+             "s3://bucket/root"],
+            ["register", config, "--root", root, "--set", "register.model=other", *tracking],
+            ["register", config, "--root", root, "--set", "register.model=other", *tracking],
+            ["deploy", "--dry-run"], ["deploy"], ["deploy"],
+            ["notify", config, "--root", root, "--set", "images.quality=80"],
+        )
+    )  # fmt: skip
+
+
 VARIABLES = (
     *ALL, "HOME", "TMPDIR", "XDG_CACHE_HOME", "LANG", "LC_ALL", "PYTHONIOENCODING", "NO_COLOR",
     "COLUMNS", "RAY_TMPDIR", "PREFECT_HOME", "PREFECT_PROFILE", "TORCHINDUCTOR_CACHE_DIR",
@@ -676,11 +768,12 @@ def stand_in(world: World) -> None:
     patch("dpnet.cli.commands.pipeline.run_chain", small_chain)
     patch("flows.run_from_command.run_pipeline", run_pipeline)
     patch("flows.local_server.up.up", no_server)
-    patch("flows.run_from_command._configured_api", lambda: "http://127.0.0.1:9/api")
-    patch("flows.run_from_command._check_reachable", lambda *_: None)
-    patch("flows.new_data.send_event", lambda *_: None)
-    patch("flows.deploy.connected", lambda: nullcontext(None))
-    patch("flows.deploy.ServerChanges", on_server)
+    if not world.asks_services:
+        patch("flows.run_from_command._configured_api", lambda: "http://127.0.0.1:9/api")
+        patch("flows.run_from_command._check_reachable", lambda *_: None)
+        patch("flows.new_data.send_event", lambda *_: None)
+        patch("flows.deploy.connected", lambda: nullcontext(None))
+        patch("flows.deploy.ServerChanges", on_server)
     patch("dpnet.export.export._write", lambda *_: {})
 
 
@@ -819,6 +912,7 @@ def as_before() -> Iterator[None]:
         signal.signal(each, handler)
     os.environ.clear()
     os.environ.update(variables)
+    refresh_global_settings_context()
 
 
 @pytest.fixture
