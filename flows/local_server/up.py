@@ -75,9 +75,15 @@ def find_running(root: str) -> Running | None:
     if _is_unlocked(home):
         return None
     try:
-        return Running(**known_fields(Running, parse_json((home / STATE).read_text())))
+        running = Running(**known_fields(Running, parse_json((home / STATE).read_text())))
     except (OSError, ValueError, TypeError):  # it is starting or stopping
         return None
+    urls = [running.api_url, running.ui_url, running.mlflow_url, running.metrics_url]
+    urls += [running.ray_url or ""]
+    paths = [running.root, running.ray_token or ""]
+    damaged = not all(isinstance(each, str) for each in [*urls, *paths])
+    damaged = damaged or not all(url.isprintable() for url in urls)
+    return None if damaged or type(running.pid) is not int else running
 
 
 def home_of(store: Store) -> Path:

@@ -517,16 +517,14 @@ def event(world: World, random: random.Random) -> Sequence[str]:
 
 @kind(100)
 def state_file(world: World, random: random.Random) -> Sequence[str]:
-    """Read broken files that say what is running or was seen: of `dpnet up`, leases, watchers."""
+    """Read broken files that say what is running or was seen: of `dpnet up` and of a watcher."""
     root = world.copy_root()
     world.photo_folder()
     path = world.put("own.yaml", yaml.safe_dump(config_values(world)).encode())
-    lease = {"owner": "x", "host": "h", "pid": 1, "boot": "b", "beat": 3, "released": True}
-    watch = {"format": 1, "seen": "x" * 64, "since": 1.0, "announced": "y" * 64}
+    watch = {"digest": "x" * 64, "since": 1.0, "announced": "y" * 64}
     up = {"pid": 1, "root": str(root), "api_url": "http://127.0.0.1:9/api", "ui_url": "u",
           "mlflow_url": "m", "metrics_url": "n", "ray_url": None}  # fmt: skip
     places = {
-        "images/small/lease.json": lease, "registry/dpnet/lease.json": lease,
         "images/small/watch.json": watch, "up/up.json": up, "up/password": "dpnet:x",
     }  # fmt: skip
     name = random.choice(sorted(places))
@@ -539,8 +537,6 @@ def state_file(world: World, random: random.Random) -> Sequence[str]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         world.kept.append(lock)
     command = {
-        "images/small/lease.json": ["images", "build", str(path), "--set", "size=16"],
-        "registry/dpnet/lease.json": ["register", str(path)],
         "images/small/watch.json": ["notify", str(path)],
     }.get(name, random.choice((["notify", str(path)], ["deploy", "--dry-run"])))
     return [*command, "--root", str(root)]

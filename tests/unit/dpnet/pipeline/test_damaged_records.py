@@ -63,7 +63,7 @@ def test_readers_that_go_on_without_a_record_go_on(store: LocalStore, deep: byte
     store.write("runs/x/status.json", deep)
     assert read_status(store, "runs/x") == {}
     store.write("a/lease.json", deep)
-    with Lease(store, "a/lease.json"):
+    with Lease(store, "a/lease.json", interval=0.5):
         assert parse_json(store.read("a/lease.json"))["pid"]
     small_root.commit(store, "data", "data/a", {"file": b"x"})
     store.write("data/a/b/manifest.json", deep)
@@ -105,7 +105,7 @@ def test_weights_with_the_right_hash_that_are_no_weights_are_refused(
 @pytest.mark.parametrize("report", [b"", b"{}", b"[]", b'{"figures": {"bins": 1}}', *DEEP])
 def test_an_altered_report_is_named_in_the_summary(store: LocalStore, report: bytes) -> None:
     store.write("evaluations/e/report.json", report)
-    refs = [StageRef("evaluate", "x", "evaluations/e", "1", "2", 1.0, True)]
+    refs = [StageRef("evaluate", "x", "evaluations/e", "1", "2", 1.0, True, {"pairs": 4})]
     with pytest.raises(PipelineError, match=r"evaluations/e/report\.json was altered: restore it"):
         summarize("x", store, refs, 1.0)
     with pytest.raises(PipelineError, match=r"evaluations/e/report\.json was altered: restore it"):

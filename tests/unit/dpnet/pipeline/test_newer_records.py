@@ -169,6 +169,22 @@ def test_a_running_dpnet_up_of_a_newer_version_is_found(tmp_path: Path) -> None:
         assert up.find_running(str(tmp_path)) == running
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"api_url": 5}, {"api_url": "a\0b"}, {"ray_url": ["x"]}, {"pid": "1"}, {"root": None}],
+)
+def test_a_damaged_state_of_dpnet_up_is_no_running_one(
+    tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    home = up.home_of(LocalStore(tmp_path))
+    home.mkdir(parents=True)
+    found = up.Running(1, "r", "a", "u", "m", "x", None).to_json()
+    (home / up.STATE).write_text(json.dumps(found | damage))
+    with (home / up.LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert up.find_running(str(tmp_path)) is None
+
+
 def job() -> TrainJob:
     config = load_config("demo")
     ref = StageRef("images", "a", "images/a/b", "0" * 64, "1" * 64, 0.0, skipped=True)
