@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -900,10 +901,13 @@ def little_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """Undo the signals and the variables that commands set."""
+    """Undo the signals, the variables and the logging that commands set."""
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     variables = dict(os.environ)
+    logging_handlers, level = logging.root.handlers[:], logging.root.level
     yield
+    logging.root.handlers[:] = logging_handlers  # Prefect adds its own
+    logging.root.setLevel(level)
     for each, handler in handlers.items():
         signal.signal(each, handler)
     os.environ.clear()
