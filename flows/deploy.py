@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import PrefectHTTPStatusError
+from pydantic import ValidationError
 
 from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.pipeline.config import validated
@@ -99,9 +101,9 @@ def connected() -> Iterator[SyncPrefectClient]:
     try:
         with get_client(sync_client=True) as client:
             client.hello()
-            client.raise_for_api_version_mismatch()
+            _check_version(client, url)
             yield client
-    except (httpx.TransportError, httpx.InvalidURL) as error:
+    except (httpx.RequestError, httpx.InvalidURL) as error:
         raise PipelineError(
             f"the Prefect API at {url} cannot be reached: {type(error).__name__}. Start that"
             " server, for example with `dpnet up`, or set PREFECT_API_URL to another one."
@@ -116,5 +118,21 @@ def connected() -> Iterator[SyncPrefectClient]:
             f"the Prefect API at {url} refused a request with status"
             f" {error.response.status_code}: {error.response.text[:300]}."
         ) from error
-    except RuntimeError as error:  # another version, or not a Prefect API
+    except RuntimeError as error:  # another version
         raise PipelineError(f"the Prefect API at {url} cannot be used: {error}.") from error
+    except (ValidationError, JSONDecodeError) as error:  # of an answer
+        raise _no_prefect(url) from error
+
+
+def _check_version(client: SyncPrefectClient, url: str) -> None:
+    try:
+        client.raise_for_api_version_mismatch()
+    except (ValueError, TypeError) as error:  # the answer is no version
+        raise _no_prefect(url) from error
+
+
+def _no_prefect(url: str) -> PipelineError:
+    return PipelineError(
+        f"the server at {url} does not answer like a Prefect API: set PREFECT_API_URL to the"
+        " address of one, such as http://127.0.0.1:4200/api."
+    )

@@ -258,7 +258,7 @@ def send_event(event: str, resource: str, name: str, payload: Mapping[str, Any])
         with get_client(sync_client=True) as client:
             body = [new.model_dump(mode="json")]
             client.request("POST", "/events", json=body).raise_for_status()
-    except (httpx.HTTPError, RuntimeError) as error:
+    except (httpx.HTTPError, RuntimeError, ValueError) as error:  # the last of an odd answer
         raise PipelineError(
             f"the Prefect API did not accept the event {event}: {_cause(error)}. Check that the"
             " server at PREFECT_API_URL is running and accepts your credentials, then run this"

@@ -99,7 +99,11 @@ def _check_reachable(
 ) -> None:
     from prefect.client.orchestration import get_client
 
-    if error := get_client(sync_client=True).api_healthcheck():
+    try:
+        error = get_client(sync_client=True).api_healthcheck()
+    except Exception as unexpected:  # whatever an answer of another server makes of Prefect's code
+        error = unexpected
+    if error:
         raise PipelineError(
             f"the Prefect API at {url} cannot be reached: {type(error).__name__}. Start that"
             f" server, or {otherwise}."

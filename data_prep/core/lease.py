@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 10.0
 MISSED = 3
 LEAST_TIMEOUT_S = 1.0  # of a renewal, however short the interval is
+# What a record may say. With a damaged one, others must neither fail nor wait for ever.
+_LONGEST_INTERVAL_S = 3600.0
+_LARGEST_NUMBER = 1e15
 
 
 class _Surrounding(Protocol):
@@ -240,8 +243,13 @@ class Lease:
             bool(other.get("released"))
             or self._is_mine(other)  # written by a request whose answer was lost
             or _is_dead_here(other, self._me)
-            or unchanged > MISSED * _number(other, "interval", self.interval)
+            or unchanged > self._patience(other)
         )
+
+    def _patience(self, other: Mapping[str, Any]) -> float:
+        """Return the seconds without a sign after which another's record has expired."""
+        interval = _number(other, "interval", self.interval)
+        return MISSED * min(interval, _LONGEST_INTERVAL_S)
 
     def _is_mine(self, record: Mapping[str, Any]) -> bool:
         return bool(record.get("owner") == self._me["owner"])
@@ -255,7 +263,7 @@ class Lease:
                 printable(str(other.get("host", "?"))),
                 printable(str(other.get("pid", "?"))),
                 posixpath.dirname(self.key),
-                MISSED * _number(other, "interval", self.interval),
+                self._patience(other),
             )
 
     def _renew_regularly(self) -> None:
@@ -434,7 +442,7 @@ def _parse(data: bytes) -> dict[str, Any]:
 def _number(record: Mapping[str, Any], name: str, otherwise: float) -> float:
     """Return a number of a record, or `otherwise` if it has no such number."""
     value = record.get(name)
-    sound = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    sound = isinstance(value, int | float) and 0 <= value < _LARGEST_NUMBER
     return float(value) if sound and value is not None else otherwise
 
 

@@ -90,13 +90,13 @@ class S3Requests:
         """
         failures, start = 0, time.monotonic()
         while True:
+            final: Exception | None = None
             try:
                 result = attempt()
             except s3_errors() as error:
                 failures += 1
                 self._reached = self._reached or status_of(error) > 0
                 few = is_unreachable(error) and not self._reached
-                final: Exception | None = None
                 most = ATTEMPTS_UNREACHED if few else ATTEMPTS
                 if self.timeout is not None:
                     most = 1
@@ -105,6 +105,11 @@ class S3Requests:
                 if final and may_pass(error) and time.monotonic() - start < self.patience:
                     self._warn_once(final)
                     final = None
+            except RecursionError:  # botocore follows each redirection inside the one before
+                final = StorageError(
+                    f"{where} cannot be reached: {self._server()} redirects every request. Check"
+                    " that AWS_ENDPOINT_URL is the address of an S3 server."
+                )
             else:
                 self._reached, self._warned = True, False
                 return result

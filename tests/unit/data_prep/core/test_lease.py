@@ -197,10 +197,16 @@ def test_a_take_over_does_not_overwrite_a_renewal_at_the_last_moment(
 def test_a_record_of_no_sense_is_taken_over_like_an_old_one(
     store: LocalStore, clock: Clock
 ) -> None:
-    for record in (b"{}", b"[]", b"\xff", b'{"interval": "long", "attempt": null, "pid": "x"}'):
+    huge = b"1" + b"0" * 400
+    records = [b"{}", b"[]", b"\xff", b"[" * 9000, b'{"interval": "long", "pid": "x"}']
+    records += [b'{"interval": 1e300, "attempt": null}', b'{"interval": NaN, "attempt": -1}']
+    records += [b'{"interval": %b, "attempt": %b, "pid": %b}' % (huge, huge, huge)]
+    for record in records:
         store.write(KEY, record)
+        begun = clock.time
         with Lease(store, KEY) as lease:
             assert lease.held
+        assert clock.time - begun < 4 * 3600
 
 
 def test_real_heartbeats_keep_a_waiter_out_for_long(store: LocalStore) -> None:

@@ -587,7 +587,7 @@ class OddService(threading.Thread):
         self.listener.close()
 
 
-@kind(40)
+@kind(100)
 def service(world: World, random: random.Random) -> Sequence[str]:
     """Use a service that is down or gives odd answers."""
     port = 9
