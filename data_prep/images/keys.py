@@ -68,7 +68,7 @@ def item_kinds(listing: Listing, uri: str) -> NDArray[np.int8]:
         kinds.append(np.where(photo, PHOTO, np.where(other, OTHER, UNSURE)))
     kind = np.concatenate([*kinds, np.zeros(0)]).astype(np.int8)
     is_table = np.array([(n or uri).lower().endswith(".parquet") for n in listing.containers])
-    if is_table.any():
+    if is_table.any() and "container" in listing.table.column_names:
         container = listing.table["container"].to_numpy()
         kind[(container >= 0) & is_table[container]] = PHOTO
     if listing.problems:

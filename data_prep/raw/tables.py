@@ -1,4 +1,7 @@
-"""Parquet tables with a column of images: bytes, or a struct {bytes, path} (Hugging Face)."""
+"""Parquet tables with a column of images: bytes, or a struct {bytes, path} (Hugging Face).
+
+A row may also have a list of images. Each of them is a member, named `ROW-N` after its row.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ LARGEST_IMAGE = 1 << 31  # bytes
 _HELD = 48 << 20  # bytes; a smaller row group is read whole
 _BATCH = 16  # rows read at the same time from a larger row group
 _BUFFER = 1 << 20  # bytes; without a buffer, the whole column of a row group is read
+_IN_ROW = 1 << 20  # images
 _LARGEST_GROWTH = 100  # times that a row group may grow when it is decompressed; photos grow little
 
 
@@ -30,6 +34,9 @@ class NoImagesError(ItemError):
 
 class Table:
     """A Parquet file. An offset is the number of a row, a block is the number of its row group.
+
+    In a column of lists, an offset is the number of the row times `_IN_ROW`, and the number of the
+    image in the row.
 
     Read rows in ascending order: a step back in a large row group reads the group again.
     """
@@ -50,11 +57,23 @@ class Table:
         facts = self._file.metadata
         counts = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))
         self._starts = list(accumulate(counts, initial=0))  # the first row of each group, the end
-        if self._starts[-1] > most_members(blob.size):
-            raise too_many(self._starts[-1], blob.size)
+        columns = self._file.schema
+        self._columns = {columns.column(n).path: n for n in range(len(columns))}
         column = _image_column(schema)
-        self._is_struct = pa.types.is_struct(schema.field(column).type)
-        self._leaf = f"{column}.bytes" if self._is_struct else column
+        kind = schema.field(column).type
+        self._is_list = _is_list(kind)
+        self._is_struct = pa.types.is_struct(kind.value_type if self._is_list else kind)
+        inside = [leaf for leaf in self._columns if leaf.startswith(f"{column}.")]
+        if self._is_list:
+            # Between the two names, the format has two more, which differ between writers.
+            able = [leaf for leaf in inside if leaf.endswith(".bytes") or not self._is_struct]
+            if not able:
+                raise ItemError(f"its column {column!r} is not what its description says")
+            self._leaf = able[0]
+        else:
+            self._leaf = f"{column}.bytes" if self._is_struct else column
+        # A column that tells how many images a row has, without the images if possible.
+        self._counts = next((leaf for leaf in inside if leaf != self._leaf), self._leaf)
         self._keys = [f"{column}.path"] if self._is_struct else []
         self._keys += [
             field.name
@@ -62,13 +81,18 @@ class Table:
             for field in schema
             if field.name.lower() == name and field.name != column
         ]
+        self._keys = [leaf for leaf in self._keys if leaf in self._columns]
+        members = max(self._starts[-1], self._values() if self._is_list else 0)
+        if members > most_members(blob.size):
+            raise too_many(members, blob.size)
         # A value that comes again is stored once. This file keeps it once in memory, too.
         self._shared = pq.ParquetFile(
-            blob.open(), metadata=facts, read_dictionary=[self._leaf, *self._keys], **options
+            blob.open(),
+            metadata=facts,
+            read_dictionary=[self._leaf, self._counts, *self._keys],
+            **options,
         )
         self._size = blob.size
-        columns = self._file.schema
-        self._columns = {columns.column(n).path: n for n in range(len(columns))}
         self._lock = Lock()
         self._group = -1  # the current row group
         self._rows: Any = None  # some rows of it
@@ -76,25 +100,60 @@ class Table:
         self._batches: Iterator[Any] = iter(())
 
     def members(self) -> Iterator[Member]:
-        """Yield a member for each row, without reading an image."""
+        """Yield a member for each image, and one for a row without, if possible unread."""
         names = self._names()
         for group in range(len(self._starts) - 1):
+            counts = self._images_of_rows(group) if self._is_list else None
             for row in range(self._starts[group], self._starts[group + 1]):
                 name = f"row-{row:09d}" if names is None else next(names)
-                yield Member(name, -1, row, group)
+                if counts is None:
+                    yield Member(name, -1, row, group)
+                    continue
+                for number in range(max(1, next(counts))):
+                    yield Member(f"{name}-{number}", -1, row * _IN_ROW + number, group)
+
+    def _values(self) -> int:
+        """Return how many images the rows have, and at least one for each row."""
+        groups = range(len(self._starts) - 1)
+        return sum(self._chunk(group, self._leaf).num_values for group in groups)
+
+    def _images_of_rows(self, group: int) -> Iterator[int]:
+        """Yield the number of images in each row of a group whose rows have lists."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        try:
+            self._refuse_growth(group, self._counts)
+            file, rows = self._reading(group, self._counts)
+            if self._counts == self._leaf:
+                rows = min(rows, _BATCH)
+            for batch in file.iter_batches(rows, row_groups=[group], columns=[self._counts]):
+                counts = pc.fill_null(pc.list_value_length(batch.column(0)), 0)
+                if (pc.max(counts).as_py() or 0) >= _IN_ROW:
+                    raise ItemError(f"a row has more than {_IN_ROW} images")
+                yield from counts.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise ItemError("its part of the table is broken") from error
 
     def read(self, offset: int, size: int, limit: int) -> bytes:
-        """Return the row's image. Raises ItemError if there is none."""
+        """Return the image. Raises ItemError if there is none."""
         import pyarrow as pa
 
-        if not 0 <= offset < self._starts[-1]:
+        row, number = divmod(offset, _IN_ROW) if self._is_list else (offset, 0)
+        if not 0 <= row < self._starts[-1]:
             raise ItemError("the table has no such row")
         with self._lock:
             try:
-                value = self._value(offset)
+                value = self._value(row)
             except (pa.ArrowException, OSError) as error:
                 self._group = -1
                 raise ItemError("its part of the table is broken") from error
+        if self._is_list and value.is_valid:
+            if number >= len(value):
+                raise ItemError(
+                    "its row has no image" if number == 0 else "its row has fewer images"
+                )
+            value = value.values[number]
         if self._is_struct and value.is_valid:
             value = value["bytes"]
         if isinstance(value, pa.DictionaryScalar) and value.is_valid:
@@ -123,12 +182,7 @@ class Table:
         """Start to read the row group of the row."""
         group = next(n for n, end in enumerate(self._starts[1:]) if row < end)
         self._group, self._rows = -1, None
-        size, packed = self._sizes(group, self._leaf)
-        if size > _HELD and size > _LARGEST_GROWTH * packed:
-            raise ItemError(
-                f"its part of the table grows from {packed} to {size} bytes, more than"
-                f" {_LARGEST_GROWTH} times, so it cannot be photos"
-            )
+        size = self._refuse_growth(group, self._leaf)
         file, rows = self._reading(group, self._leaf)
         if size <= _HELD and rows == ROWS:
             self._batches = iter(())
@@ -149,14 +203,29 @@ class Table:
         chunk = self._chunk(group, leaf)
         return (chunk.total_uncompressed_size, chunk.total_compressed_size) if chunk else (0, 0)
 
+    def _refuse_growth(self, group: int, leaf: str) -> int:
+        """Return the bytes of a column in a row group. Raises ItemError if few bytes make them."""
+        size, packed = self._sizes(group, leaf)
+        if size > _HELD and size > _LARGEST_GROWTH * packed:
+            raise ItemError(
+                f"its part of the table grows from {packed} to {size} bytes, more than"
+                f" {_LARGEST_GROWTH} times, so it cannot be photos"
+            )
+        return size
+
     def _reading(self, group: int, leaf: str) -> tuple[Any, int]:
         """Return the file that reads a column in a row group, and how many rows fit in memory."""
         chunk = self._chunk(group, leaf)
         encodings = chunk.encodings if chunk else ()
         if "DELTA_BYTE_ARRAY" in encodings:
             # Each value can be nearly as long as all stored bytes: it repeats the one before.
-            rows = _HELD // 4 // max(chunk.total_uncompressed_size, 1)
-            return self._file, max(1, min(rows, ROWS))
+            longest = max(chunk.total_uncompressed_size, 1)
+            if self._is_list and leaf == self._leaf and chunk.num_values * longest > _HELD:
+                raise ItemError(
+                    "a row may have many images, each stored as its difference from the one before."
+                    " Write the table with one row for each image, or without DELTA_BYTE_ARRAY"
+                )
+            return self._file, max(1, min(_HELD // 4 // longest, ROWS))
         is_shared = any("DICTIONARY" in encoding for encoding in encodings)
         return (self._shared if is_shared else self._file), ROWS
 
@@ -211,22 +280,17 @@ class Table:
 def _image_column(schema: pa.Schema) -> str:
     """Return the column of images: one with a usual name, or the only column of bytes."""
     able = [field.name for field in schema if _holds_bytes(field.type)]
-    for usual in _IMAGES:
-        for name in able:
-            if name.lower() == usual:
-                return str(name)
-    lists = [field.name for field in schema if _is_list(field.type)]
-    if not able and lists:
-        raise ItemError(
-            f"its column {lists[0]!r} has a list of images in each row, which cannot be read. Write"
-            " one row for each image"
-        )
+    able = able or [field.name for field in schema if _is_list(field.type)]
     if not able:
         raise NoImagesError("it has no column of images")
-    if len(able) > 1:
+    usual = [name for each in _IMAGES for name in able if name.lower() in (each, f"{each}s")]
+    if len(able) > 1 and not usual:
         names = ", ".join(map(repr, able))
         raise ItemError(f"it has several columns of bytes, and none is called image: {names}")
-    return str(able[0])
+    column = str((usual or able)[0])
+    if len(schema.get_all_field_indices(column)) > 1:
+        raise ItemError(f"it has several columns called {column!r}. Give each its own name")
+    return column
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -123,10 +123,11 @@ class _Reading:
     def _scalar(self, node: yaml.Node) -> Any:
         try:
             return self._loader.construct_object(node, deep=True)
-        except (ValueError, OverflowError, LookupError, AttributeError) as error:
+        except (ValueError, OverflowError, LookupError, AttributeError, TypeError):
+            kind = node.tag.rpartition(":")[2]
             raise YamlError(
-                f"is not valid YAML{_line(node.start_mark)}: {str(error) or type(error).__name__}:"
-                " write text in quotes"
+                f"is not valid YAML{_line(node.start_mark)}: {str(node.value)[:80]!r} is no {kind}."
+                " Write text in quotes"
             ) from None
 
 

@@ -17,6 +17,7 @@ import pytest
 from raw_places import LIMIT, Place, by_name, contents, keys, open_and_list, place
 
 from data_prep.core.errors import ItemError, PipelineError
+from data_prep.images.keys import PHOTO, item_kinds
 from data_prep.raw import tables as tables_module
 from data_prep.raw.listing import Item
 from data_prep.raw.source import open_source
@@ -224,12 +225,89 @@ def test_other_columns_of_bytes_are_read(tmp_path: Path, kind: str) -> None:
     assert contents(open_source(str(tmp_path / "t.parquet"))) == {"a": b"1", "b": b"2", "c": b"1"}
 
 
-def test_a_column_of_lists_of_images_fails_with_a_reason(tmp_path: Path) -> None:
-    kind = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-    rows = pa.array([[{"bytes": b"1", "path": "a"}, {"bytes": b"2", "path": "b"}]], kind)
-    pq.write_table(pa.table({"images": rows}), tmp_path / "t.parquet")
-    with pytest.raises(PipelineError, match="has a list of images in each row"):
+LISTS = {"a": [b"1", b"2"], "b": [], "c": None, "d": [b"3", None, b"1"]}
+
+
+@pytest.mark.parametrize("held", [48 << 20, 0])
+@pytest.mark.parametrize("kind", ["struct", "bytes", "old names", "large lists", "key"])
+def test_each_image_of_a_list_is_a_member(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, held: int
+) -> None:
+    monkeypatch.setattr(tables_module, "_HELD", held)
+    monkeypatch.setattr(tables_module, "_BATCH", 2)
+    of_list = pa.large_list if kind == "large lists" else pa.list_
+    image: pa.DataType = pa.binary()
+    rows: list[Any] = list(LISTS.values())
+    if kind != "bytes":
+        image = pa.struct({"bytes": image, "path": pa.string()})
+        rows = [row and [{"bytes": each, "path": "x"} for each in row] for row in rows]
+    columns = {"images": pa.array(rows, of_list(image))}
+    names = [f"row-{number:09d}" for number in range(4)]
+    if kind == "key":
+        columns["id"], names = pa.array(list(LISTS)), list(LISTS)
+    path = tmp_path / "t.parquet"
+    options: Any = {"use_compliant_nested_type": kind != "old names"}
+    pq.write_table(pa.table(columns), path, row_group_size=3, **options)
+    a, b, c, d = names
+    expected = {f"{a}-0": b"1", f"{a}-1": b"2", f"{d}-0": b"3", f"{d}-2": b"1"}
+    failing = {f"{b}-0", f"{c}-0", f"{d}-1"}
+    source = open_source(str(path))
+    items = list(source.list().items())
+    assert {item.key for item in items} == expected.keys() | failing
+    with source.reader() as reader:
+        for item in items:
+            if item.key in expected:
+                assert reader.read(item, LIMIT) == expected[item.key]
+            else:
+                with pytest.raises(ItemError, match="its row has no image"):
+                    reader.read(item, LIMIT)
+
+
+def test_lists_of_a_fixed_size_are_read(tmp_path: Path) -> None:
+    rows = pa.array([[b"1", b"2"], [b"3", b"4"]], pa.list_(pa.binary(), 2))
+    pq.write_table(pa.table({"image": rows}), tmp_path / "t.parquet")
+    found = contents(open_source(str(tmp_path / "t.parquet")))
+    assert sorted(found.values()) == [b"1", b"2", b"3", b"4"]
+
+
+def test_a_single_image_wins_over_a_list(tmp_path: Path) -> None:
+    table = pa.table({"views": [[b"1", b"2"]], "png": [b"3"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert list(contents(open_source(str(tmp_path / "t.parquet"))).values()) == [b"3"]
+
+
+def test_a_list_that_grows_from_few_bytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"images": [[b""] * 2_000_000]}), path)
+    with pytest.raises(PipelineError, match="members or more"):
+        open_and_list(str(path))
+    kind = pa.list_(pa.binary())
+    pq.write_table(
+        pa.table({"images": pa.array([[bytes(1 << 20)] * 60], kind)}),
+        path,
+        use_dictionary=False,
+        column_encoding={"images.list.element": "DELTA_BYTE_ARRAY"},
+    )
+    with pytest.raises(PipelineError, match="without DELTA_BYTE_ARRAY"):
+        open_and_list(str(path))
+
+
+def test_columns_with_one_name_are_refused_with_a_reason(tmp_path: Path) -> None:
+    table = pa.table([pa.array([b"1"]), pa.array([b"2"])], ["image", "image"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(PipelineError, match=r"several columns called 'image'\. Give"):
         open_and_list(str(tmp_path / "t.parquet"))
+
+
+def test_a_key_that_is_no_single_value_is_passed_over(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"1"], "path": [{"name": "a"}], "id": [["b"]]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    assert contents(open_source(str(tmp_path / "t.parquet"))) == {"row-000000000": b"1"}
+
+
+def test_an_empty_table_beside_photos_has_no_items(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "t.parquet")
     (tmp_path / "a.jpg").write_bytes(b"a")
-    (problem,) = open_and_list(str(tmp_path)).problems.values()
-    assert "Write one row for each image" in problem
+    listing = open_and_list(str(tmp_path))
+    assert keys(listing) == ["a.jpg"]
+    assert list(item_kinds(listing, str(tmp_path))) == [PHOTO]
