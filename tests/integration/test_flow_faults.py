@@ -29,6 +29,7 @@ from platforms import Platform, environment, platform
 from sockets import interfaces, listening
 
 pytestmark = [
+    pytest.mark.xdist_group("clusters"),
     pytest.mark.integration,
     pytest.mark.slow,
     pytest.mark.rotated(4),

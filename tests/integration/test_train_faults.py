@@ -40,7 +40,12 @@ from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import read_log
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.rotated(4)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.rotated(4),
+    pytest.mark.xdist_group("clusters"),
+]
 
 STEPS, EVERY, VALIDATE, BATCH = 90, 10, 30, 4
 SCRATCH = re.compile(r"/tmp/dpnet-ray-\w+")

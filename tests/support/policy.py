@@ -37,7 +37,11 @@ def allowed_skips(text: str) -> list[re.Pattern[str]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker of tests that take turns in CI."""
+    """Declare the marker of tests that take turns in CI.
+
+    Tests that start clusters, servers or browsers are in one group of pytest-xdist, `clusters`, so
+    that they run one after another, beside the other slow tests.
+    """
     config.addinivalue_line("markers", "rotated(n): in CI, one in n of the file's tests runs")
 
 
