@@ -25,7 +25,7 @@ def network_disk(path: Path) -> str:
         lines = MOUNTS.read_text("utf-8", "surrogateescape").splitlines()
     except OSError:  # not Linux
         return ""
-    path, found, deepest = path.expanduser().resolve(), "", -1
+    path, found, deepest = Path(os.path.realpath(path.expanduser())), "", -1
     for line in lines:
         _, mount, kind, *_ = line.split(" ")
         top = Path(_OCTAL.sub(lambda each: chr(int(each[1], 8)), mount))

@@ -11,6 +11,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
+from os.path import realpath  # Path.resolve fails on a loop of links
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,17 +155,17 @@ def plan_jobs(image: str, mask: str, out: str) -> Plan:
     jobs = [Job(*each) for each in zip(images, matched, outs, strict=True)]
     _check_outs(jobs, masks)
     _report_inverted_names([job.mask for job in jobs if isinstance(job.mask, Path)])
-    left_out = [path for path in dict.fromkeys(left_out) if path.resolve() != target.resolve()]
+    left_out = [path for path in dict.fromkeys(left_out) if realpath(path) != realpath(target)]
     _report_left_out(left_out)
     return Plan(jobs, left_out)
 
 
 def _check_outs(jobs: Sequence[Job], masks: Sequence[Path]) -> None:
     """Raise PipelineError if results have the same file or overwrite a file that is read."""
-    inputs = {path.resolve() for path in (*(job.image for job in jobs), *masks)}
-    sources: dict[Path, Path] = {}
+    inputs = {realpath(path) for path in (*(job.image for job in jobs), *masks)}
+    sources: dict[str, Path] = {}
     for job in jobs:
-        written = job.out.resolve()
+        written = realpath(job.out)
         if written in sources:
             raise PipelineError(
                 f"the results of {sources[written]} and {job.image} would both be written to"

@@ -223,7 +223,7 @@ def _read_inside(store: Store, key: str) -> bytes:
     """Read an object of the root. A symbolic link that leaves the root is no object of it."""
     if store.local_folder is not None:
         folder = Path(store.local_folder).resolve()
-        path = (folder / key).resolve()
+        path = Path(os.path.realpath(folder / key))  # resolve() fails on a loop of links
         if not path.is_relative_to(folder):
             raise FileNotFoundError(key)
         key = path.relative_to(folder).as_posix()

@@ -68,6 +68,8 @@ def test_the_deepest_and_last_mount_and_the_target_of_a_link_count(mount: Mount)
     assert (network_disk(far), network_disk(near / "x")) == ("nfs4", "")
     (near.parent.parent / "link").symlink_to(far)
     assert network_disk(near.parent.parent / "link" / "x") == "nfs4"
+    (far / "loop").symlink_to("loop")
+    assert network_disk(far / "loop" / "x") == "nfs4"
     mount("mounted", "nfs")
     again = near.parent.parent / "mounted"
     with disks.MOUNTS.open("a") as file:

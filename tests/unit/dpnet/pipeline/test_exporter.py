@@ -349,7 +349,9 @@ def test_a_link_that_leaves_the_root_or_the_reports_is_not_followed(store, tmp_p
     (folder / ("3" * 12)).symlink_to(folder / ("2" * 12))
     (folder / ("4" * 12)).mkdir()
     (folder / ("4" * 12) / "report.html").symlink_to(tmp_path / "secret" / "report.html")
+    (folder / ("5" * 12)).symlink_to(folder / ("5" * 12))  # it leads to itself
     server, port = serve(store)
-    found = [answer_of(port, f"/evaluations/{str(n) * 12}/report.html")[0] for n in range(5)]
+    found = [answer_of(port, f"/evaluations/{str(n) * 12}/report.html")[0] for n in range(6)]
     server.shutdown()
-    assert found == [404, 404, 200, 200, 404]
+    assert found[:5] == [404, 404, 200, 200, 404]
+    assert found[5] in (404, 503)
