@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from clusters import alive, command_of, end_with_parent, family, send, wait_until
 from PIL import Image
-from platforms import Platform, environment, platform
+from platforms import ENDED, Platform, environment, platform
 from sockets import interfaces, listening
 
 pytestmark = [
@@ -70,6 +70,7 @@ class Faults:
     up: Platform
     config: Path
     alerts: list[str] = field(default_factory=list)  # the bodies of the alerts sent
+    started: list[str] = field(default_factory=list)  # the flow runs of this test
 
     def run(self, seed: int, *overrides: str, flow: str = "train", **more: Any) -> str:
         parameters = {
@@ -77,7 +78,19 @@ class Faults:
             "overrides": [f"train.seed={seed}", *overrides],
             **more,
         }
-        return self.up.run(flow, parameters)
+        self.started.append(self.up.run(flow, parameters))
+        return self.started[-1]
+
+    def end_runs(self) -> None:
+        """Cancel the runs that a failed test has left: they would slow down the next test."""
+        for run in self.started:
+            match self.up.state(run)["type"]:
+                case "RUNNING":
+                    self.up.set_state(run, type="CANCELLING")
+                    self.up.wait_for(run, *ENDED)
+                case "SCHEDULED" | "PENDING":
+                    self.up.set_state(run, type="CANCELLED")
+        self.started.clear()
 
     def training(self, seed: int) -> Path | None:
         """Return the folder of the training with this seed, or None if it has not begun."""
@@ -170,6 +183,13 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
         up.ask("/block_documents/", {**block, **ids})
         up.deploy(*SETS, DPNET_ALERT_URL=url)
         yield Faults(up, config, alerts)
+
+
+@pytest.fixture(autouse=True)
+def no_runs_stay(faults: Faults) -> Iterator[None]:
+    """End the runs of each test."""
+    yield
+    faults.end_runs()
 
 
 @contextmanager
