@@ -15,10 +15,12 @@ from policy import (  # noqa: F401 - hooks of pytest
 )
 from servers import Server, ceph_server, moto_server
 
+from data_prep.core.environment import THREADS
 from data_prep.core.logs import PACKAGES
 from data_prep.core.pool import run_tasks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # with small tensors, more threads only wait
+os.environ.update({**THREADS, **os.environ})
 use_profile()
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # the user's MLflow gets nothing from tests
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from types import FrameType
 from typing import Any, TextIO
 
-from data_prep.core.environment import ALL, wrong_variable
+from data_prep.core.environment import ALL, THREADS, wrong_variable
 from data_prep.core.errors import ConfigError, PipelineError, storage_error
 from data_prep.core.logs import start_logging
 from data_prep.core.redact import redact
@@ -30,6 +30,8 @@ _STOPPED = "stopped; the same command resumes."
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` and return its exit status."""
+    for name, value in THREADS.items():
+        os.environ.setdefault(name, value)
     prepare_streams()
     _stop_on_signals()
     start_logging()

@@ -19,9 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.core.environment import THREADS
 from data_prep.core.scratch import scratch_folder
 
-DEFAULTS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    **THREADS,
+}
 _LOOPBACK = {
     # Ray takes this machine for one without a network, so that each of its ports is on loopback.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -62,6 +62,18 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return line
 
 
+def test_threads_wait_without_spinning_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for given, expected in (("", "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        if not given:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        with pytest.raises(SystemExit):
+            cli.main(["--version"])
+        assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
 def test_help_answers_in_less_than_a_second() -> None:
     start = time.monotonic()
     done = subprocess.run(

@@ -63,9 +63,11 @@ def test_the_environment_demands_the_token_on_loopback_whatever_the_user_has_set
         "NCCL_SOCKET_IFNAME": "lo",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
         "OTHER": "kept",
     }
     assert start.environ({})["RAY_USAGE_STATS_ENABLED"] == "0"
+    assert start.environ({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_this_process_gets_the_users_settings_for_other_clusters_back(
