@@ -218,7 +218,11 @@ def another_worker(faults: Faults, home: Path, **more: str) -> Iterator[None]:
             yield
         finally:
             worker.terminate()
-            worker.wait(60)
+            try:
+                worker.wait(20)
+            except subprocess.TimeoutExpired:
+                worker.kill()  # Prefect's worker hangs if the process of a run is just ending
+                worker.wait(20)
     finally:
         send(own, signal.SIGCONT)
 
