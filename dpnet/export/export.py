@@ -32,8 +32,9 @@ from dpnet.export.model_card import FILES, model_card
 from dpnet.model import Generator
 from dpnet.model.generator import MULTIPLE
 from dpnet.model_store.find_model import find_model
+from dpnet.model_store.layout import EXPORTED
 from dpnet.model_store.records import find_record
-from dpnet.model_store.weights import EXPORTED, load_generator, read_config, save_generator
+from dpnet.model_store.weights import load_generator, read_config, save_generator
 
 log = logging.getLogger(__name__)
 

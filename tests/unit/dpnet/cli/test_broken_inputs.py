@@ -808,7 +808,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store, "evaluate", "evaluations", {"report.json": report}, inputs={"run": run},
         summary=summary,
     )  # fmt: skip
-    register(RegisterSettings(), run, evaluation, store)
+    register(RegisterSettings(promote="always"), run, evaluation, store)
     shutil.rmtree(folder / "photos")
     return folder
 
