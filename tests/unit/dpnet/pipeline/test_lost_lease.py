@@ -160,6 +160,7 @@ def test_a_registration_stops(
     assert len(versions) == (missing != "the version")
     assert store.exists("registry/dpnet/v1.json") == (missing == "champion.json")
     assert not store.exists("registry/dpnet/champion.json")
+    assert list(store.list("registry/dpnet/history")) == []
     assert manifests(store) == before
     for key in leases(store, "registry"):
         store.delete(key)
