@@ -38,10 +38,13 @@ from dpnet.model_store.records import (
     RECORD,
     read_records,
 )
+from dpnet.registry.card import card_facts, version_card
 from dpnet.registry.compare import champion_figures, judge
 from dpnet.registry.promotion import make_champion, settle
 from dpnet.registry.settings import RegisterSettings
 from dpnet.tracking.mlflow_database import mlflow_database
+
+CARD = "README.md"
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +117,12 @@ def _build(work: Work, settings: RegisterSettings, uri: str) -> Produced:
     summary = {key: record[key] for key in names}
     if record.get("gate"):
         summary["gate"] = record["gate"]
-    return Produced([write_file(work, RECORD, _bytes(record))], summary)
+    card = version_card(card_facts(work.store, record)).encode()
+    files = [
+        write_file(work, RECORD, _bytes(record)),
+        write_file(work, CARD, card, content=False),  # a change of its words is no change
+    ]
+    return Produced(files, summary)
 
 
 class _Rival(NamedTuple):
