@@ -14,6 +14,7 @@ import small_root
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
+from dpnet.model_store.history import read_history
 from dpnet.model_store.records import CHALLENGER, CHAMPION, find_record
 from dpnet.pipeline.verify import verify
 from dpnet.registry import compare, promotion
@@ -357,6 +358,7 @@ def test_a_registration_that_resumes_late_does_not_replace_a_newer_champion(stor
     registered(store, 25.0)
     assert registered(store, 20.0).summary["version"] == 1
     assert find_record(store)["version"] == 2
+    assert [entry.version for entry in read_history(store, "dpnet")] == [1, 2]
     assert in_mlflow(store)[1][CHAMPION] == 2
 
 
