@@ -152,6 +152,11 @@ def _parse(store: Store, key: str, number: int) -> tuple[Entry | None, str]:
     return None, "was altered: it does not fit its digest"
 
 
+def _version(value: Any) -> int | None:
+    """Return the number of a version in a record, or None if it names none."""
+    return value if isinstance(value, int) else None
+
+
 def unrecorded(
     entries: Sequence[Entry],
     records: Mapping[int, Mapping[str, Any]],
@@ -177,11 +182,11 @@ def unrecorded(
         record = records[number]
         if record.get("alias") != CHAMPION or number in known:
             continue
-        before = record.get("champion_before")
+        before = _version(record.get("champion_before"))
         if before != head:
             if not old:  # another version became champion before this one could
                 continue
-            if isinstance(before, int) and before in records:
+            if before is not None and before in records:
                 changes.append(Change(before, FOUND, _FOUND_WHY))
         how = ALWAYS if record.get("promote") == ALWAYS else GATE
         changes.append(Change(number, how, str(record.get("reason", ""))))
@@ -257,7 +262,7 @@ def made_from(store: Store, record: Mapping[str, Any]) -> dict[str, dict[str, An
             found[role] = {
                 "name": name, "folder": ref.folder, "content_digest": ref.content_digest
             }  # fmt: skip
-    except (PipelineError, KeyError):
+    except (PipelineError, KeyError, TypeError):
         pass
     return found
 
@@ -286,12 +291,10 @@ def whole_history(store: Store, model: str, now: str = "") -> list[Entry]:
 
 def _committed(store: Store, record: Mapping[str, Any]) -> str:
     """Return when the registration of a version was committed, or "" if it was not."""
-    folder = registration_folder(record)
-    if not store.exists(manifest_key(folder)):
-        return ""
     try:
-        return read_head(store, folder).created
-    except PipelineError:
+        folder = registration_folder(record)
+        return read_head(store, folder).created if store.exists(manifest_key(folder)) else ""
+    except (PipelineError, KeyError, TypeError):  # an altered record
         return ""
 
 
@@ -318,7 +321,7 @@ def find_champion(store: Store, model: str) -> dict[str, Any] | None:
     elif entries:
         number = entries[-1].version
     else:  # the record of the champion of an old root may be lost
-        number = records[max(records)].get("champion_before") if records else None
+        number = _version(records[max(records)].get("champion_before")) if records else None
     if number is None:
         return None
     if number not in records:

@@ -116,8 +116,9 @@ def data_section(facts: Mapping[str, Any]) -> str:
     for role, label in (("images", "photos"), ("masks", "masks")):
         if found := facts.get(role):
             counts = ", ".join(
-                f"{split} {figures.get('samples', '?')}"
+                f"{split} {figures['samples']}"
                 for split, figures in found["splits"].items()
+                if isinstance(figures, Mapping) and "samples" in figures
             )
             lines.append(
                 f"* {label}: {markdown_code(found['name'])}, content digest"
@@ -225,7 +226,8 @@ def _metrics(groups: Mapping[str, Any]) -> list[str]:
 
 
 def _mean(group: Mapping[str, Any], method: str, metric: str) -> float | None:
-    value = group["methods"].get(method, {}).get(metric)
+    values = group["methods"].get(method)
+    value = values.get(metric) if isinstance(values, Mapping) else None
     mean = value.get("mean") if isinstance(value, Mapping) else None
     return float(mean) if isinstance(mean, int | float) else None
 

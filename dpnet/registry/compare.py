@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import Manifest, StageRef, load_reference, read_manifest
-from data_prep.core.paths import manifest_key
+from data_prep.core.paths import manifest_key, version_key
 from data_prep.core.storage.store import Store
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
@@ -39,6 +39,7 @@ def champion_figures(
         The evaluation, or a sentence that says which files of the champion are gone.
     """
     wanted = read_manifest(store, evaluation.folder)
+    _check_record(store, champion)
     candidates = [champion["evaluation"]["folder"]]
     if against is not None:
         candidates.insert(0, against.folder)
@@ -54,9 +55,17 @@ def champion_figures(
             f"The champion, {name}, was evaluated on other pairs, and its model in {run} is gone,"
             " so the two cannot be compared."
         )
-    data = [load_reference(store, wanted.inputs[role].folder) for role in ("images", "masks")]
     known = {k: v for k, v in wanted.settings.items() if k in EvaluateSettings.model_fields}
-    settings = EvaluateSettings.model_validate(known)
+    try:
+        settings = EvaluateSettings.model_validate(known)
+        data = [load_reference(store, wanted.inputs[role].folder) for role in ("images", "masks")]
+    except (ValueError, KeyError) as error:
+        if isinstance(error, PipelineError):
+            raise
+        raise PipelineError(
+            f"{store.label}/{manifest_key(evaluation.folder)} was altered: it does not say what was"
+            " evaluated. Restore it, or delete its folder and run the same command again."
+        ) from None
     ref = evaluate(settings, data[0], data[1], load_reference(store, run), store)
     if not _same_pairs(read_manifest(store, ref.folder), wanted):
         return (
@@ -68,7 +77,21 @@ def champion_figures(
 
 def _is_of(evaluation: Manifest, champion: Mapping[str, Any]) -> bool:
     """Return whether an evaluation is of the champion. Another can become champion in between."""
-    return bool(evaluation.inputs["run"].content_digest == champion["run"]["content_digest"])
+    run = evaluation.inputs.get("run")
+    return run is not None and bool(run.content_digest == champion["run"]["content_digest"])
+
+
+def _check_record(store: Store, champion: Mapping[str, Any]) -> None:
+    """Raise PipelineError if the champion's record lacks what a comparison needs."""
+    found = [champion["run"].get("content_digest")]
+    evaluation = champion.get("evaluation")
+    found.append(evaluation.get("folder") if isinstance(evaluation, Mapping) else None)
+    if not all(isinstance(each, str) for each in found):
+        key = version_key(str(champion.get("model")), champion["version"])
+        raise PipelineError(
+            f"{store.label}/{key} was altered: run `dpnet verify` for details, and restore the"
+            " file."
+        )
 
 
 def _same_pairs(one: Manifest, other: Manifest) -> bool:

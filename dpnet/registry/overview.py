@@ -87,7 +87,13 @@ def show_version(store: Store, model: str, version: int | None) -> Facts:
     record = read_record(store, version_key(model, version))
     (about,) = (each for each in list_versions(store, model) if each["version"] == version)
     held = [each for each in spans(store, model) if each["version"] == version]
-    folder = registration_folder(record)
+    try:
+        folder = registration_folder(record)
+    except (KeyError, TypeError):
+        raise PipelineError(
+            f"{store.label}/{version_key(model, version)} was altered: run `dpnet verify` for"
+            " details, and restore the file."
+        ) from None
     return {
         **record,
         **about,

@@ -133,7 +133,8 @@ def _origin(made_from: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
     for role, label in (("images", "photos"), ("masks", "masks"), ("run", "run")):
         if ref := made_from.get(role):
             name = f"{ref['name']} " if "name" in ref else ""
-            lines.append(f"{label:<12}{name}{ref['content_digest'][:SHORT]} in {ref['folder']}")
+            digest = str(ref.get("content_digest", "?"))[:SHORT]
+            lines.append(f"{label:<12}{name}{digest} in {ref.get('folder', '?')}")
     if run := made_from.get("run"):
         lines.append(f"settings    {str(run.get('request_digest', ''))[:SHORT]}")
     return lines

@@ -431,7 +431,9 @@ def reader(world: World, path: Path, random: random.Random) -> list[str]:
                  ["evaluate", str(config)], ["pipeline", "run", str(config)]],
         "evaluations": [["register", str(config)], ["pipeline", "run", str(config)]],
         "registry": [inpaint, ["export", "models:/dpnet@champion", "-o", out],
-                     ["register", str(config)], ["verify", "models:/dpnet/1"]],
+                     ["register", str(config)], ["verify", "models:/dpnet/1"],
+                     ["registry", "list"], ["registry", "show", "champion"],
+                     ["registry", "history"], ["registry", "rollback"]],
     }  # fmt: skip
     whole = [["verify", root, *more] for more in ([], ["--index-only"], ["--sample", "0.1"])]
     command = random.choice([*commands.get(top, []), *whole])

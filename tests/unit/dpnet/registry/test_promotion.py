@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -19,10 +20,11 @@ import small_root
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
 from dpnet.cli.main import main
-from dpnet.model_store.history import read_history, whole_history
+from dpnet.model_store.history import find_champion, read_history, whole_history
 from dpnet.model_store.records import find_record
 from dpnet.pipeline.verify import verify
 from dpnet.registry import promotion
+from dpnet.registry.compare import champion_figures
 from dpnet.registry.promotion import promote, rollback
 from dpnet.registry.settings import RegisterSettings
 from dpnet.registry.stage import register
@@ -372,6 +374,42 @@ def test_a_lost_database_is_no_moved_alias(store: LocalStore, tmp_path: Path) ->
     assert registered(other, 19.5, mlflow_alias="adopt") == 4
     assert champions(other)[2:] == [(1, "rollback")]
     assert in_mlflow(other)[1] == {"champion": 1, "challenger": 4}
+
+
+FIELDS = (
+    "model", "version", "alias", "reason", "champion_before", "hole_psnr", "pairs_digest",
+    "promote", "gate", "request_digest", "run", "evaluation",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["v1.json", "v2.json", "champion.json"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_damaged_record_gives_a_result_or_one_sentence(
+    store: LocalStore, capsys: pytest.CaptureFixture[str], field: str, name: str
+) -> None:
+    key = f"registry/dpnet/{name}"
+    whole = json.loads(store.read(key))
+    damaged = [{k: v for k, v in whole.items() if k != field}]
+    damaged += [{**whole, field: value} for value in (None, 3, "x", [], {})]
+    _, evaluation = small_root.run_and_evaluation(store, 22.0, pairs="q" * 64)
+    for record in damaged:
+        store.write(key, json.dumps(record).encode())
+        for argv in (["list"], ["show", "1"], ["show", "champion"], ["history"], ["show", "2"]):
+            status, found = answer(capsys, store, *argv)
+            assert status in (0, 1)
+            assert "internal error" not in found.get("error", "")
+        champion = find_champion_or_none(store)
+        if champion is not None:
+            with contextlib.suppress(PipelineError):
+                champion_figures(store, champion, evaluation, None)
+        with contextlib.suppress(PipelineError):
+            promotion.settle(store, MODEL)
+
+
+def find_champion_or_none(store: LocalStore) -> dict[str, Any] | None:
+    with contextlib.suppress(PipelineError):
+        return find_champion(store, MODEL)
+    return None
 
 
 # The commands.
