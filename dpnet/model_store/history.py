@@ -278,12 +278,16 @@ def whole_history(store: Store, model: str, now: str = "") -> list[Entry]:
     entries, records = read_history(store, model), read_records(store, model)
     named = named_champion(store, model)
     old = all(entry.derived for entry in entries)
-    times = {number: _committed(store, record) for number, record in records.items()}
-    for change in unrecorded(entries, records, named, lambda number: bool(times[number])):
+
+    def committed(number: int) -> str:
+        return _committed(store, records[number])
+
+    for change in unrecorded(entries, records, named, lambda number: bool(committed(number))):
         at, by, derived = now, "unknown", old
         if change.how in (GATE, ALWAYS):
             by = GATE if change.how == GATE else "register.promote: always"
-            at, derived = times[change.version] or now, old and bool(times[change.version])
+            finished = committed(change.version)
+            at, derived = finished or now, old and bool(finished)
         entry = next_entry(store, model, entries, change, by, at, derived=derived)
         entries = [*entries, entry]
     return entries

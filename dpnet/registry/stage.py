@@ -2,7 +2,8 @@
 
 People look at MLflow's registry. The pipeline reads the records in storage
 (`registry/<model>/v<N>.json`), so inpainting needs no MLflow, and a lost MLflow database is
-restored from them. `champion.json` is the record of the version in use.
+restored from them. `champion.json` is the record of the version in use. The gate decides whether
+the version becomes champion; `dpnet/registry/promotion.py` writes that down.
 
 One registration at a time holds the lease of the model. Each of its steps can be repeated. So a
 registration that was killed resumes, and never creates a second version.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -53,6 +54,12 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(three: Path, tmp_path: Path) -> LocalStore:
     shutil.copytree(three, tmp_path / "root")
     return LocalStore(tmp_path / "root")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no variable that a command sets reach the next test."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
 def champions(store: LocalStore) -> list[tuple[int, str]]:
