@@ -25,6 +25,7 @@ LEASE = "lease.json"
 TRAINING_LEASE = "lease-training.json"  # in a run's folder: of the process that trains
 
 DEMO_ROOT = "./dpnet-demo"
+_HISTORY_KEY = re.compile(rf"{REGISTRY}/([^/]+)/history/(\d{{6}})\.json")
 _RECORD_KEY = re.compile(rf"{REGISTRY}/([^/]+)/(?:champion|v(\d+))\.json")
 
 
@@ -61,6 +62,22 @@ def champion_key(model: str) -> str:
 def version_key(model: str, version: int) -> str:
     """Return the key of the record of a model's version."""
     return f"{REGISTRY}/{model}/v{version}.json"
+
+
+def history_folder(model: str) -> str:
+    """Return the folder of the records that say who was champion when."""
+    return f"{REGISTRY}/{model}/history"
+
+
+def history_key(model: str, number: int) -> str:
+    """Return the key of a record of the history, numbered from 1."""
+    return f"{history_folder(model)}/{number:06d}.json"
+
+
+def parse_history_key(key: str) -> tuple[str, int] | None:
+    """Return the model and the number of a record of the history, or None for another file."""
+    match = _HISTORY_KEY.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
 
 
 def parse_record_key(key: str) -> tuple[str, int | None] | None:

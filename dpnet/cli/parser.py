@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.core.redact import redact
 from data_prep.core.text import printable
-from dpnet.cli.arguments import data, models, pipeline, servers
+from dpnet.cli.arguments import data, models, pipeline, registry, servers
 
 _DESCRIPTION = "Turn raw photos into a registered DPNet inpainting model. Every command resumes."
 _EPILOG = """\
@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_inpaint(commands)
     models.add_model(commands)
     models.add_export(commands)
+    registry.add_registry(commands)
     servers.add_deploy(commands)
     servers.add_up(commands)
     return parser

@@ -32,8 +32,10 @@ from dpnet.export.model_card import FILES, model_card
 from dpnet.model import Generator
 from dpnet.model.generator import MULTIPLE
 from dpnet.model_store.find_model import find_model
+from dpnet.model_store.layout import EXPORTED
 from dpnet.model_store.records import find_record
-from dpnet.model_store.weights import EXPORTED, load_generator, read_config, save_generator
+from dpnet.model_store.weights import load_generator, read_config, save_generator
+from dpnet.registry.card import card_facts, eval_results
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ EXAMPLE = (2, 48, 80)  # batch, height and width of the images for tracing
 CHECKED = ((1, 64, 96), (3, 37, 53))  # the same of the images for the comparison
 OPSET = 18  # of ONNX
 _NEEDS = {"onnx": ("onnx", "onnxruntime")}  # optional packages that a format needs
+
+EVAL_RESULTS = ".eval_results/dpnet.yaml"  # where Hugging Face's Hub looks for figures
 
 Graph = Callable[[Tensor, Tensor], Tensor]
 
@@ -108,10 +112,13 @@ def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str
     log.info("export: loads %s", used)
     generator = load_generator(store, folder)
     facts = _facts(store, folder, reference)
+    registered = None
+    if not reference or reference.startswith("models:/"):
+        registered = card_facts(store, find_record(store, reference))
     new = out.parent / f".{out.name}-{secrets.token_hex(4)}"
     try:
         new.mkdir(parents=True)
-        differences = _write(new, generator, used, facts, formats)
+        differences = _write(new, generator, used, facts, formats, registered)
         new.rename(out)  # replaces an empty folder
     except OSError as error:
         reason = error.strerror or error
@@ -121,7 +128,11 @@ def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str
     return {
         "model": used,
         "out": str(out),
-        "files": {path.name: path.stat().st_size for path in sorted(out.iterdir())},
+        "files": {
+            path.relative_to(out).as_posix(): path.stat().st_size
+            for path in sorted(out.rglob("*"))
+            if path.is_file()
+        },
         "differences": differences,
     }
 
@@ -132,6 +143,7 @@ def _write(
     name: str,
     facts: Mapping[str, Any],
     formats: Sequence[str],
+    registered: Mapping[str, Any] | None,
 ) -> dict[str, float]:
     """Write all files of an exported model.
 
@@ -141,6 +153,7 @@ def _write(
         name: the model's name for the card.
         facts: what is known about its training and evaluation.
         formats: the graphs to write.
+        registered: what the registry knows about the model, if it is a registered version.
 
     Returns:
         The largest difference of each graph from the network, by file name.
@@ -164,8 +177,11 @@ def _write(
                 f"{FILES[each]} differs from the network by {worst:.2g} in [0, 1], and at most"
                 f" {TOLERANCE} is allowed: choose another --format."
             )
-    card = model_card(name, generator.config, facts, formats, differences, CHECKED)
+    card = model_card(name, generator.config, facts, formats, differences, CHECKED, registered)
     (folder / "README.md").write_text(card, "utf-8")
+    if registered is not None and (results := eval_results(registered)):
+        (folder / EVAL_RESULTS).parent.mkdir()
+        (folder / EVAL_RESULTS).write_text(results, "utf-8")
     return differences
 
 

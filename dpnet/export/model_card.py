@@ -7,6 +7,7 @@ from typing import Any
 
 from dpnet.evaluation.protocol import BRIEF, METHODS, METRICS
 from dpnet.model import ModelConfig
+from dpnet.registry.card import data_section, evaluation_section, licence_section
 
 FILES = {
     "torch-export": "generator.pt2",
@@ -94,6 +95,7 @@ def model_card(
     formats: Sequence[str],
     differences: Mapping[str, float],
     checked: Sequence[tuple[int, int, int]],
+    registered: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the model card in Markdown.
 
@@ -104,6 +106,7 @@ def model_card(
         formats: the formats of the exported graphs.
         differences: largest difference of each graph from the network, by file name.
         checked: (batch, height, width) of the compared images.
+        registered: what the registry knows about the model, if it is a registered version.
     """
     network = ", ".join(f"{key} {_plain(value)}" for key, value in config.to_json().items())
     parts = [
@@ -114,11 +117,11 @@ def model_card(
         " 10.1109/TCSVT.2022.3165587). Its authors have published no code and no weights. This is"
         " an independent implementation, and the weights are not theirs.\n\n"
         f"Network: {network}.\n",
-        _training(facts),
-        _evaluation(facts),
+        _training(facts) if registered is None else data_section(registered),
+        _evaluation(facts) if registered is None else evaluation_section(registered),
     ]
     parts += [_contract(formats), _PREPARE, *(_USE[each] for each in formats), _SAVE]
-    parts += [_checks(differences, checked), _WEIGHTS, _LIMITS]
+    parts += [_checks(differences, checked), _WEIGHTS, _LIMITS, licence_section(registered or {})]
     return "\n".join(parts)
 
 
@@ -200,11 +203,6 @@ _LIMITS = """\
 * A known pixel that is NaN or infinite makes the result NaN.
 * Expect figures like those of the evaluation only for photos and masks that are similar to the
   training data.
-
-## Licence
-
-The code is under Apache-2.0. The terms for the weights depend on the photos they were trained on.
-Ask the people who trained them.
 """
 
 

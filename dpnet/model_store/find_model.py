@@ -6,7 +6,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.paths import RUNS
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
-from dpnet.model_store.weights import find_layout
+from dpnet.model_store.layout import find_layout
 
 
 def find_model(reference: str, root: str) -> tuple[Store, str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from data_prep.core.digest import SHORT
 from data_prep.core.errors import PipelineError
 from data_prep.core.paths import (
     REGISTRY,
@@ -39,6 +41,14 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
         named = [parse_record_key(entry.key) for entry in store.list(REGISTRY)]
         models = [each[0] for each in named if each and each[1] is None]
         if not models:
+            versions = sorted(each for each in named if each and each[1] is not None)
+            if versions:
+                model, number = versions[-1]
+                raise PipelineError(
+                    f"{store.label} has no champion, because no version was promoted yet: name one"
+                    f" with --model models:/{model}/{number}, or promote it with `dpnet registry"
+                    f" promote {number} --why TEXT`."
+                )
             raise PipelineError(
                 f"{store.label} has no champion yet: run the pipeline there first, or name the root"
                 " with --root, or a model with --model."
@@ -64,29 +74,6 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     return read_record(store, key)
 
 
-def find_champion(store: Store, model: str) -> dict[str, Any] | None:
-    """Return the record of a model's champion, or None if the model has no version yet.
-
-    `champion.json` is missing if it was lost, or if a registration was killed before it wrote the
-    file. Then the newest version is the champion, or else names it.
-    """
-    key = champion_key(model)
-    if store.exists(key):
-        return read_record(store, key)
-    records = read_records(store, model)
-    if not records:
-        return None
-    newest = records[max(records)]
-    promoted = newest.get("alias") == CHAMPION
-    number = newest["version"] if promoted else newest.get("champion_before")
-    if number not in records:
-        raise PipelineError(
-            f"{store.label}/{key} is missing, and so is the record of version {number}, the"
-            " champion: restore one of them from a backup."
-        )
-    return records[number]
-
-
 def read_record(store: Store, key: str) -> dict[str, Any]:
     """Read and check a record. Raises PipelineError if it was altered."""
     try:
@@ -109,3 +96,8 @@ def read_records(store: Store, model: str) -> dict[int, dict[str, Any]]:
         if (named := parse_record_key(entry.key)) and named[1] is not None:
             records[named[1]] = read_record(store, entry.key)
     return records
+
+
+def registration_folder(record: Mapping[str, Any]) -> str:
+    """Return the folder of the stage that wrote the record of a version."""
+    return f"{registry_folder(str(record['model']))}/{record['request_digest'][:SHORT]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,19 +17,9 @@ from data_prep.core.manifest import FileRecord
 from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 from dpnet.model import Generator, ModelConfig, build_generator
+from dpnet.model_store.layout import RUN, Layout, find_layout
 
 FORMAT = 1
-
-
-class Layout(NamedTuple):
-    """The paths of the weights and of their config in a folder."""
-
-    weights: str
-    config: str
-
-
-RUN = Layout("model/generator.safetensors", "model/model.json")
-EXPORTED = Layout("model.safetensors", "config.json")
 
 
 def save_generator(
@@ -61,11 +51,6 @@ def save_generator(
         store.write(f"{folder}/{path}", data)
         files.append(FileRecord(path, len(data), sha256_bytes(data)))
     return files
-
-
-def find_layout(store: Store, folder: str) -> Layout | None:
-    """Return the layout of a folder with a model: a run's or an exported one. Otherwise None."""
-    return next((each for each in (RUN, EXPORTED) if store.exists(f"{folder}/{each.config}")), None)
 
 
 def load_generator(store: Store, folder: str) -> Generator:

@@ -26,7 +26,8 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import write_file
 from dpnet.evaluation.stage import evaluate
-from dpnet.model_store.records import CHAMPION, find_champion
+from dpnet.model_store.history import find_champion
+from dpnet.model_store.records import CHAMPION
 from dpnet.pipeline.chain import Call, call_plainly, with_photographs
 from dpnet.pipeline.config import Config
 from dpnet.registry.stage import register, tracking_uri
@@ -81,7 +82,7 @@ def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Reques
         settings={
             **training.settings,
             "evaluate": config.evaluate.model_dump(exclude={"threads"}),
-            "register": {"model": model},
+            "register": config.registry.requested(),
         },
         inputs=training.inputs,
         sources=training.sources,

@@ -9,10 +9,9 @@ they name have the digests they state. `dpnet/pipeline/verify_files.py` checks t
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
-from typing import Any
 
 from data_prep.core import digest
+from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import (
     FileRecord,
@@ -27,7 +26,6 @@ from data_prep.core.paths import (
     champion_key,
     manifest_key,
     parse_record_key,
-    registry_folder,
     version_key,
 )
 from data_prep.core.record import known_fields, parse_json, refuse_newer
@@ -35,7 +33,14 @@ from data_prep.core.stage import Request
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.shards.check_set import Depth
-from dpnet.model_store.records import AGAINST, INPUTS, RECORD, find_record
+from dpnet.model_store.history import FOUND, check_history, named_champion, whole_history
+from dpnet.model_store.records import (
+    AGAINST,
+    INPUTS,
+    RECORD,
+    find_record,
+    registration_folder,
+)
 from dpnet.pipeline.verification import EVERYTHING, Verification
 from dpnet.pipeline.verify_files import check_files
 
@@ -120,7 +125,7 @@ def verify(store: Store, target: str = "", depth: Depth = EVERYTHING) -> Verific
     if target.startswith("models:/"):
         record = find_record(store, target)
         records = [version_key(record["model"], record["version"])]
-        folders = [_registration(record)]
+        folders = [registration_folder(record)]
     elif target and store.exists(manifest_key(target)):
         read_manifest(store, target)  # raises its own sentence if the manifest is damaged
         records, folders = [], [target]
@@ -138,6 +143,9 @@ def verify(store: Store, target: str = "", depth: Depth = EVERYTHING) -> Verific
     for key in records:
         result.records += 1
         _check_record(store, key, result)
+    models = [parsed[0] for key in records if (parsed := parse_record_key(key))]
+    for model in dict.fromkeys(models):
+        _check_history(store, model, result)
     check_files(store, _walk(store, folders, result), result)
     # The listing and the read may find the same problem. Problems of one file stay in order.
     result.problems = sorted(dict.fromkeys(result.problems), key=lambda p: p.where)
@@ -240,9 +248,36 @@ def _is_unchanged(
     return True
 
 
-def _registration(record: Mapping[str, Any]) -> str:
-    """Return the folder of the stage that wrote a record of the registry."""
-    return f"{registry_folder(record['model'])}/{record['request_digest'][: digest.SHORT]}"
+def _check_history(store: Store, model: str, result: Verification) -> None:
+    """Check the chain of a model's history, and that it fits the records of the versions."""
+    stored = list(check_history(store, model))
+    for key, entry, problem in stored:
+        if entry is None:
+            result.add(key, problem)
+            continue
+        record = version_key(model, entry.version)
+        if not store.exists(record):
+            result.add(record, f"is missing, and {key} names it as champion")
+        elif sha256_bytes(store.read(record)) != entry.record_sha256:
+            result.add(record, f"was altered: it is not the record that {key} names")
+    if not stored:  # a root of an earlier version
+        return
+    try:
+        entries, named = whole_history(store, model), named_champion(store, model)
+    except PipelineError:  # named with the other records
+        return
+    last, key = entries[-1], champion_key(model)
+    if len(entries) > len(stored) and last.how == FOUND and not last.derived:
+        result.add(
+            key,
+            f"names version {named}, and the history version {last.former}: it was replaced by"
+            " hand. The next promotion or registration adds this to the history",
+        )
+    elif named != last.version:
+        result.notes.append(
+            f"{key} does not name version {last.version} yet, because its promotion was killed: the"
+            " next promotion or registration finishes it."
+        )
 
 
 def _check_record(store: Store, key: str, result: Verification) -> None:
@@ -251,7 +286,7 @@ def _check_record(store: Store, key: str, result: Verification) -> None:
     try:
         record = parse_json(data)
         refuse_newer(record, f"{store.label}/{key}")
-        folder = _registration(record)
+        folder = registration_folder(record)
         if key not in (
             champion_key(record["model"]),
             version_key(record["model"], record["version"]),

@@ -7,6 +7,7 @@ training is in `dpnet.tracking.mlflow_runs`.
 from __future__ import annotations
 
 import calendar
+import json
 import logging
 import time
 from collections.abc import Container, Iterator, Mapping
@@ -14,13 +15,17 @@ from typing import Any, NoReturn
 
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import confirm_leases
-from data_prep.core.manifest import Manifest
-from data_prep.core.paths import registry_folder
+from data_prep.core.manifest import Manifest, read_manifest
 from data_prep.core.storage.store import Store
+from dpnet.model_store.history import Entry
+from dpnet.model_store.records import CHALLENGER, CHAMPION, INPUTS
 from dpnet.tracking.mlflow_runs import LogUploader, flatten, log_figures, training_run
 from dpnet.tracking.run_log import read_log
 
 log = logging.getLogger(__name__)
+
+_SYNCED = "dpnet.history"  # tag of the model: the number of the promotion that its alias shows
+_LONGEST_TAG = 5000  # characters; MLflow refuses longer ones
 
 
 def restore_versions(
@@ -62,10 +67,11 @@ def restore_versions(
         confirm_leases()
         record = records[number]
         source = _source(client, store, record["run"]["folder"])
-        if _create(client, model, number, source, _tags(record)):
-            client.set_registered_model_alias(model, record["alias"], str(number))
-        else:
+        run_id = _restore_run(client, store, record)
+        if not _create(client, model, number, source, _tags(record), run_id):
             deleted.add(number)
+        elif record["alias"] == CHALLENGER:
+            client.set_registered_model_alias(model, CHALLENGER, str(number))
     if restored := [number for number in lost if number not in deleted]:
         count = len(restored)
         log.info("MLflow had lost %d version(s) of %s: restored from storage.", count, model)
@@ -83,7 +89,41 @@ def restore_versions(
     return deleted
 
 
-def _create(client: Any, model: str, number: int, source: str, tags: dict[str, str]) -> bool:
+def restore_tags(client: Any, model: str, records: Mapping[int, Mapping[str, Any]]) -> None:
+    """Set the tags of versions that somebody removed or changed in MLflow."""
+    for version in _versions(client, model):
+        record = records.get(int(version.version))
+        for name, text in _tags(record).items() if record is not None else ():
+            if version.tags.get(name) != text:
+                client.set_model_version_tag(model, version.version, name, text)
+
+
+def restore_challenger(client: Any, model: str, records: Mapping[int, Mapping[str, Any]]) -> None:
+    """Let the alias name the newest challenger, if no version has the alias."""
+    there = {int(version.version) for version in _versions(client, model)}
+    numbers = [n for n, record in records.items() if record["alias"] == CHALLENGER and n in there]
+    if numbers and CHALLENGER not in client.get_registered_model(model).aliases:
+        client.set_registered_model_alias(model, CHALLENGER, str(max(numbers)))
+
+
+def _restore_run(client: Any, store: Store, record: Mapping[str, Any]) -> str | None:
+    """Create the MLflow run of a version again, or return None if files for it are gone."""
+    try:
+        run, evaluation = (read_manifest(store, record[role]["folder"]) for role in INPUTS)
+        return _log_run(client, store, run, evaluation)
+    except (PipelineError, KeyError) as error:
+        log.warning("MLflow gets no run of version %s: %s", record["version"], error)
+        return None
+
+
+def _create(
+    client: Any,
+    model: str,
+    number: int,
+    source: str,
+    tags: dict[str, str],
+    run_id: str | None,
+) -> bool:
     """Create a version with this number. Return False if MLflow has given the number before.
 
     Args:
@@ -92,10 +132,12 @@ def _create(client: Any, model: str, number: int, source: str, tags: dict[str, s
         number: the version's number.
         source: the address of its files.
         tags: its tags.
+        run_id: id of the MLflow run of its training, or None.
     """
     before = 0
     while before < number:
-        made = int(client.create_model_version(model, source=source, tags=tags).version)
+        version = client.create_model_version(model, source=source, run_id=run_id, tags=tags)
+        made = int(version.version)
         if made == number:
             return True
         client.delete_model_version(model, str(made))  # MLflow's next number is a higher one
@@ -105,34 +147,52 @@ def _create(client: Any, model: str, number: int, source: str, tags: dict[str, s
     return False
 
 
-def keep_alias(
-    client: Any, store: Store, champion: Mapping[str, Any], alias: str, deleted: Container[int]
-) -> None:
-    """Set MLflow's alias to the champion of the root again if somebody moved it, and say so.
+def moved_alias(client: Any, model: str, entry: Entry) -> int | None:
+    """Return the version that somebody gave the champion's alias in MLflow, or None.
+
+    MLflow also names another version if it does not know of the last promotion yet. The tag
+    `dpnet.history` of the model says which promotion it knows.
 
     Args:
         client: MLflow's client.
-        store: the root.
-        champion: the record of the champion.
-        alias: the champion's alias.
+        model: name of the model.
+        entry: the newest record of the history.
+    """
+    found = client.get_registered_model(model)
+    named = found.aliases.get(CHAMPION)
+    if named is None or int(named) == entry.version:
+        return None
+    synced = found.tags.get(_SYNCED)
+    knows = entry.derived if synced is None else synced == str(entry.number)
+    return int(named) if knows else None
+
+
+def report_moved(store: Store, model: str, named: int, entry: Entry) -> None:
+    """Say that the alias was moved, and how to promote the version that it named."""
+    log.warning(
+        "MLflow's alias %s of %s was moved to version %d. The champion of %s is still version %d,"
+        " and MLflow's alias names it again. To promote version %d, run `dpnet registry promote %d"
+        " --model %s --why TEXT`, or set register.mlflow_alias to adopt.",
+        CHAMPION, model, named, store.label, entry.version, named, named, model,
+    )  # fmt: skip
+
+
+def set_champion(client: Any, model: str, entry: Entry, deleted: Container[int]) -> None:
+    """Let MLflow's alias name the champion.
+
+    Args:
+        client: MLflow's client.
+        model: name of the model.
+        entry: the newest record of the history.
         deleted: the versions that were deleted in MLflow, which can have no alias.
     """
-    model, number = champion["model"], champion["version"]
-    named = client.get_registered_model(model).aliases.get(alias)
-    if named is not None and int(named) == number:
-        return
-    again = "" if number in deleted else ", and MLflow's alias names it again"
-    if number not in deleted:
+    found = client.get_registered_model(model)
+    number = str(entry.version)
+    if entry.version not in deleted and found.aliases.get(CHAMPION) != number:
         confirm_leases()
-        client.set_registered_model_alias(model, alias, str(number))
-    if named is None:
-        return
-    top = f"{store.label}/{registry_folder(model)}"
-    log.warning(
-        "MLflow's alias %s of %s was moved to version %s. The champion of this root is still"
-        " version %d%s. To promote version %s, copy %s/v%s.json to %s/champion.json.",
-        alias, model, named, number, again, named, top, named, top,
-    )  # fmt: skip
+        client.set_registered_model_alias(model, CHAMPION, number)
+    if found.tags.get(_SYNCED) != str(entry.number):
+        client.set_registered_model_tag(model, _SYNCED, str(entry.number))
 
 
 def _refuse(model: str, number: int) -> NoReturn:
@@ -195,12 +255,16 @@ def _source(client: Any, store: Store, folder: str) -> str:
 
 
 def _tags(record: Mapping[str, Any]) -> dict[str, str]:
-    return {
+    tags = {
         "request_digest": record["request_digest"],
         "run_digest": record["run"]["content_digest"],
         "evaluation_digest": record["evaluation"]["content_digest"],
         "pairs_digest": record["pairs_digest"],
+        "reason": str(record.get("reason", "")),
     }
+    if record.get("gate"):
+        tags["gate"] = json.dumps(record["gate"])
+    return {name: text for name, text in tags.items() if text and len(text) <= _LONGEST_TAG}
 
 
 def _log_run(client: Any, store: Store, training: Manifest, evaluation: Manifest) -> str:

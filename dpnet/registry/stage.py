@@ -2,7 +2,8 @@
 
 People look at MLflow's registry. The pipeline reads the records in storage
 (`registry/<model>/v<N>.json`), so inpainting needs no MLflow, and a lost MLflow database is
-restored from them. `champion.json` is the record of the version in use.
+restored from them. `champion.json` is the record of the version in use. The gate decides whether
+the version becomes champion; `dpnet/registry/promotion.py` writes that down.
 
 One registration at a time holds the lease of the model. Each of its steps can be repeated. So a
 registration that was killed resumes, and never creates a second version.
@@ -13,15 +14,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease, confirm_leases
 from data_prep.core.manifest import StageRef, read_manifest
 from data_prep.core.network_disk import refuse_network_disk
 from data_prep.core.paths import (
-    champion_key,
     lease_key,
     mlflow_uri,
     registry_folder,
@@ -30,17 +30,22 @@ from data_prep.core.paths import (
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
+from dpnet.model_store.history import MLFLOW, Change, find_champion
 from dpnet.model_store.records import (
     AGAINST,
     CHALLENGER,
     CHAMPION,
     INPUTS,
     RECORD,
-    find_champion,
     read_records,
 )
+from dpnet.registry.card import card_facts, version_card
+from dpnet.registry.compare import champion_figures, judge
+from dpnet.registry.promotion import make_champion, settle
 from dpnet.registry.settings import RegisterSettings
 from dpnet.tracking.mlflow_database import mlflow_database
+
+CARD = "README.md"
 
 log = logging.getLogger(__name__)
 
@@ -54,29 +59,30 @@ def register(
 ) -> StageRef:
     """Register `run` as a version of the model, and as the champion if it is better.
 
-    The version becomes champion if there is no champion, or if the champion was evaluated on the
-    same pairs and has a lower hole PSNR (mean over the bins). Otherwise it becomes challenger.
+    The version becomes champion if it passes the gate (`dpnet/registry/gate.py`) against the
+    champion, or against the mean fill if there is no champion. Otherwise it becomes challenger. If
+    the champion was evaluated on other pairs, it is evaluated again on those of `evaluation`.
 
     Args:
         settings: settings of the registry.
         run: the train stage.
         evaluation: the evaluation of `run`.
         store: the root.
-        against: a new evaluation of the champion, to compare with instead of its first one.
+        against: a newer evaluation of the champion, to compare with instead of its first one.
     """
     uri = tracking_uri(settings, store)
     request = Request(
         stage="register",
         name=settings.model,
         top=registry_folder(settings.model),
-        settings={"model": settings.model},  # MLflow's address does not change a version
+        settings=settings.requested(),  # MLflow's address does not change a version
         inputs={
             "run": run,
             "evaluation": evaluation,
             **({AGAINST: against} if against is not None else {}),
         },
     )
-    return run_stage(store, request, lambda work: _build(work, settings.model, uri))
+    return run_stage(store, request, lambda work: _build(work, settings, uri))
 
 
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
@@ -98,73 +104,122 @@ def tracking_uri(settings: RegisterSettings, store: Store) -> str:
     )
 
 
-def _build(work: Work, model: str, uri: str) -> Produced:
-    from dpnet.registry import mlflow_versions as mlflow
+def _build(work: Work, settings: RegisterSettings, uri: str) -> Produced:
     from dpnet.tracking.mlflow_client import connect
 
-    store, top = work.store, work.request.top
-    with Lease(store, lease_key(top)), connect(uri) as client:
-        records = read_records(store, model)
-        deleted = mlflow.restore_versions(client, store, model, records)
-        champion = find_champion(store, model)
-        if champion is not None and not store.exists(champion_key(model)):
-            confirm_leases()
-            _promote(client, store, champion, deleted)
-            log.warning(
-                "register: %s/%s was missing: version %d is champion again, as the records of the"
-                " versions say.",
-                store.label,
-                champion_key(model),
-                champion["version"],
-            )
-        mine = [r for r in records.values() if r["request_digest"] == work.request.digest]
-        if champion is not None and not mine:  # a killed call may have set the alias before
-            mlflow.keep_alias(client, store, champion, CHAMPION, deleted)
-        if mine:  # an earlier call wrote it, and was killed afterwards
-            record = mine[0]
-        else:
-            new = _new_record(work, champion)
-            run, evaluation = (read_manifest(store, new[r]["folder"]) for r in INPUTS)
-            confirm_leases()
-            version = mlflow.ensure_version(client, store, model, new, run, evaluation)
-            record = {"model": model, "version": version, **new}
-            confirm_leases()
-            _write_once(store, version_key(model, version), record)
-        if record["champion_before"] == (champion["version"] if champion else None):
-            confirm_leases()
-            if record["alias"] == CHAMPION:
-                _promote(client, store, record, deleted)
-            elif record["version"] not in deleted:
-                client.set_registered_model_alias(model, CHALLENGER, str(record["version"]))
-    summary = {key: record[key] for key in ("model", "version", "alias", "reason", "hole_psnr")}
-    return Produced([write_file(work, RECORD, _bytes(record))], summary)
+    record = None
+    while record is None:
+        # An evaluation of the champion can take long, so it does not hold the model's lease.
+        rival = _find_rival(work, settings)
+        lease = Lease(work.store, lease_key(work.request.top))
+        with lease, connect(uri) as client:
+            record = _register(work, settings, client, rival)
+    names = ("model", "version", "alias", "reason", "hole_psnr")
+    summary = {key: record[key] for key in names}
+    if record.get("gate"):
+        summary["gate"] = record["gate"]
+    card = version_card(card_facts(work.store, record)).encode()
+    files = [
+        write_file(work, RECORD, _bytes(record)),
+        write_file(work, CARD, card, content=False),  # a change of its words is no change
+    ]
+    return Produced(files, summary)
 
 
-def _promote(client: Any, store: Store, record: Mapping[str, Any], deleted: Container[int]) -> None:
-    """Make the version of a record the champion, in storage and in MLflow.
+class _Rival(NamedTuple):
+    """The champion that a new version is compared with.
+
+    Attributes:
+        champion: its record, or None if there is no champion.
+        figures: its evaluation on the new version's pairs, or a sentence why there is none.
+    """
+
+    champion: Mapping[str, Any] | None
+    figures: StageRef | str | None
+
+
+def _find_rival(work: Work, settings: RegisterSettings) -> _Rival:
+    """Return the champion, with figures that the gate can compare."""
+    store, inputs = work.store, work.request.inputs
+    champion = find_champion(store, settings.model)
+    if champion is None or settings.promote != "gate" or _own_record(work, settings.model):
+        return _Rival(champion, None)
+    figures = champion_figures(store, champion, inputs["evaluation"], inputs.get(AGAINST))
+    return _Rival(champion, figures)
+
+
+def _own_record(work: Work, model: str) -> dict[str, Any] | None:
+    """Return the record that an earlier call of this registration wrote before it was killed."""
+    found = read_records(work.store, model).values()
+    return next((r for r in found if r["request_digest"] == work.request.digest), None)
+
+
+def _register(
+    work: Work, settings: RegisterSettings, client: Any, rival: _Rival
+) -> dict[str, Any] | None:
+    """Register the version. Return its record, or None if another version became champion.
 
     Args:
+        work: the stage.
+        settings: settings of the registry.
         client: MLflow's client.
-        store: the root.
-        record: the record of the version.
-        deleted: the versions that were deleted in MLflow, which can have no alias.
+        rival: the champion that the new version is compared with.
     """
-    if record["version"] not in deleted:
-        client.set_registered_model_alias(record["model"], CHAMPION, str(record["version"]))
-    store.write(champion_key(record["model"]), _bytes(record))
+    from dpnet.registry import mlflow_versions as mlflow
+
+    store, model = work.store, settings.model
+    entries = settle(store, model)
+    deleted = mlflow.restore_versions(client, store, model, read_records(store, model))
+    if entries and (named := mlflow.moved_alias(client, model, entries[-1])):
+        if settings.mlflow_alias == "adopt" and named in read_records(store, model):
+            why = f"The alias {CHAMPION} was moved to this version in MLflow."
+            entries = make_champion(
+                store, model, entries, Change(named, MLFLOW, why), "somebody in MLflow"
+            )
+            log.info("register: version %d is champion: its alias was set in MLflow.", named)
+        else:
+            mlflow.report_moved(store, model, named, entries[-1])
+    if entries:
+        mlflow.set_champion(client, model, entries[-1], deleted)
+    record = _own_record(work, model)
+    if record is None:
+        champion = entries[-1].version if entries else None
+        if champion != (rival.champion["version"] if rival.champion else None):
+            return None
+        new = _new_record(work, settings, rival)
+        run, evaluation = (read_manifest(store, new[r]["folder"]) for r in INPUTS)
+        confirm_leases()
+        version = mlflow.ensure_version(client, store, model, new, run, evaluation)
+        record = {"model": model, "version": version, **new}
+        confirm_leases()
+        _write_once(store, version_key(model, version), record)
+        entries = settle(store, model)
+    if record["alias"] == CHALLENGER:
+        if record["champion_before"] == (entries[-1].version if entries else None) and (
+            record["version"] not in deleted
+        ):
+            confirm_leases()
+            client.set_registered_model_alias(model, CHALLENGER, str(record["version"]))
+    elif entries:
+        mlflow.set_champion(client, model, entries[-1], deleted)
+    return record
 
 
-def _new_record(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any]:
+def _new_record(work: Work, settings: RegisterSettings, rival: _Rival) -> dict[str, Any]:
     """Return the record of a new version without its number, times or absolute paths."""
-    summary = read_manifest(work.store, work.request.inputs["evaluation"].folder).summary
-    psnr, pairs = summary["hole_psnr"], summary["pairs_digest"]
-    alias, reason = choose_alias(psnr, pairs, _with_new_figures(work, champion))
+    inputs = dict(work.request.inputs)
+    summary = read_manifest(work.store, inputs["evaluation"].folder).summary
+    better, reason, gate = _decide(work, settings, rival)
+    if isinstance(rival.figures, StageRef):
+        inputs[AGAINST] = rival.figures
     return {
-        "alias": alias,
+        "alias": CHAMPION if better else CHALLENGER,
         "reason": reason,
-        "champion_before": champion["version"] if champion else None,
-        "hole_psnr": psnr,
-        "pairs_digest": pairs,
+        "champion_before": rival.champion["version"] if rival.champion else None,
+        "hole_psnr": summary["hole_psnr"],
+        "pairs_digest": summary["pairs_digest"],
+        "promote": settings.promote,
+        "gate": gate,
         "request_digest": work.request.digest,
         **{
             role: {
@@ -172,44 +227,27 @@ def _new_record(work: Work, champion: Mapping[str, Any] | None) -> dict[str, Any
                 "request_digest": ref.request_digest,
                 "content_digest": ref.content_digest,
             }
-            for role, ref in work.request.inputs.items()
+            for role, ref in inputs.items()
         },
     }
 
 
-def _with_new_figures(work: Work, champion: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return the champion with the figures of `against`, if there is such an evaluation.
-
-    It is ignored if it is of a former champion: another version can become champion in between.
-    """
-    against = work.request.inputs.get(AGAINST)
-    if champion is None or against is None:
-        return champion
-    manifest = read_manifest(work.store, against.folder)
-    if manifest.inputs["run"].content_digest != champion["run"]["content_digest"]:
-        return champion
-    return {**champion, **{key: manifest.summary[key] for key in ("hole_psnr", "pairs_digest")}}
-
-
-def choose_alias(psnr: float, pairs: str, champion: Mapping[str, Any] | None) -> tuple[str, str]:
-    """Return the alias of a new version, and the reason in one sentence.
+def _decide(
+    work: Work, settings: RegisterSettings, rival: _Rival
+) -> tuple[bool, str, dict[str, Any] | None]:
+    """Return whether the version becomes champion, the reason, and the gate's differences.
 
     The sentences are content of the record, so a change of a word changes its digest.
-
-    Args:
-        psnr: the version's hole PSNR in dB.
-        pairs: digest of the pairs.
-        champion: the record of the champion, if there is one.
     """
-    if champion is None:
-        return CHAMPION, "It is the first version."
-    name, its = f"version {champion['version']}", champion["hole_psnr"]
-    if champion["pairs_digest"] != pairs:
-        return CHALLENGER, f"The champion, {name}, was evaluated on other pairs: not comparable."
-    # Compare the figures that people see: a gain that disappears by rounding does not count.
-    if round(psnr, 2) > round(its, 2):
-        return CHAMPION, f"Its hole PSNR of {psnr:.2f} dB is above the {its:.2f} dB of {name}."
-    return CHALLENGER, f"Its hole PSNR of {psnr:.2f} dB is not above the {its:.2f} dB of {name}."
+    if settings.promote == "always":
+        return True, "register.promote is always.", None
+    if settings.promote == "never":
+        return False, "register.promote is never.", None
+    if isinstance(rival.figures, str):
+        return False, rival.figures, None
+    inputs = work.request.inputs
+    decision = judge(work.store, inputs["run"], inputs["evaluation"], rival.champion, rival.figures)
+    return decision.better, decision.reason, decision.to_json()
 
 
 def _write_once(store: Store, key: str, record: Mapping[str, Any]) -> None:

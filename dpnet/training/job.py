@@ -173,7 +173,8 @@ def find_initial(reference: str | None, store: Store) -> Initial | None:
     if reference is None:
         return None
     from dpnet.model_store.find_model import find_model
-    from dpnet.model_store.weights import RUN, read_config
+    from dpnet.model_store.layout import RUN
+    from dpnet.model_store.weights import read_config
 
     place, folder, _ = find_model(reference, store.uri)
     record, layout = read_config(place, folder)

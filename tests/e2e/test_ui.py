@@ -50,6 +50,7 @@ losses: {{adversarial: 0.01}}
 train: {{steps: 20, batch_size: 4, learning_rate: 1.0e-3, warmup_steps: 2, adversarial_from: 4,
   checkpoint_every: 4, validate_every: 4, ema_decay: 0.9, workers: 1}}
 evaluate: {{max_pairs: 12}}
+register: {{promote: always}}
 """
 STAGES = ["prepare images", "prepare masks", "train", "evaluate", "register"]
 

@@ -20,6 +20,7 @@ from data_prep.core.stage import Produced, Work, run_stage
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from dpnet.cli.main import main
+from dpnet.model_store.history import read_history
 from dpnet.pipeline.chain import run_chain
 from dpnet.pipeline.config import load_config
 from dpnet.pipeline.retrain import retrain
@@ -70,6 +71,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         "masks": {"name": "k", "size": 32, "train": 4, "eval_per_bin": 2, "shard_samples": 4},
         "model": {"preset": "tiny"},
         "evaluate": {"pictures": 1, "threads": 1},
+        "register": {"promote": "always"},  # the first one is not better than the mean fill
     }
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -83,11 +85,15 @@ def copied(prepared: Path, to: Path) -> Path:
 
 
 def content(root: Path, *without: str) -> dict[str, bytes]:
-    """Return the files of all stages, without times and MLflow's database."""
+    """Return the files of all stages, without times and MLflow's database.
+
+    Records of the history have times, and so the digests of the ones before them.
+    """
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in sorted(root.rglob("*"))
         if path.is_file()
+        and path.parent.name != "history"
         and path.name not in ("manifest.json", "report.html", "mlflow.db", ".lock", *without)
     }
 
@@ -97,6 +103,11 @@ def digests(root: Path) -> dict[str, str]:
     store = LocalStore(root)
     keys = [entry.key for entry in store.list() if entry.key.endswith("/manifest.json")]
     return {key: yaml.safe_load(store.read(key))["content_digest"] for key in keys}
+
+
+def champions(root: Path) -> list[tuple[int, str]]:
+    """Return the versions that became champion, and how."""
+    return [(each.version, each.how) for each in read_history(LocalStore(root), "dpnet")]
 
 
 def in_mlflow(root: Path) -> tuple[list[int], dict[str, int], int]:
@@ -144,6 +155,7 @@ def killed_at_each(
         assert digests(root) == digests(whole), moment
         if (whole / "mlflow.db").exists():
             assert in_mlflow(root) == in_mlflow(whole), moment
+            assert champions(root) == champions(whole), moment
         shutil.rmtree(root)
     assert verify(LocalStore(whole)).problems == []
     return [every[number - 1] for number in chosen]
@@ -174,6 +186,7 @@ def test_a_registration_killed_before_any_write_makes_one_version(
     killed = killed_at_each(evaluated, tmp_path, main, arguments)
     assert {"MLflow: create_model_version", "MLflow: set_registered_model_alias"} <= set(killed)
     assert {"registry/dpnet/v1.json", "registry/dpnet/champion.json"} <= set(killed)
+    assert "registry/dpnet/history/000001.json" in killed
     assert in_mlflow(tmp_path / "whole") == ([1], {"champion": 1}, 1)
 
 

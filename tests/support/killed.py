@@ -27,6 +27,7 @@ MLFLOW = (
     "set_terminated",
     "create_model_version",
     "set_registered_model_alias",
+    "set_registered_model_tag",
 )
 
 

@@ -431,7 +431,9 @@ def reader(world: World, path: Path, random: random.Random) -> list[str]:
                  ["evaluate", str(config)], ["pipeline", "run", str(config)]],
         "evaluations": [["register", str(config)], ["pipeline", "run", str(config)]],
         "registry": [inpaint, ["export", "models:/dpnet@champion", "-o", out],
-                     ["register", str(config)], ["verify", "models:/dpnet/1"]],
+                     ["register", str(config)], ["verify", "models:/dpnet/1"],
+                     ["registry", "list"], ["registry", "show", "champion"],
+                     ["registry", "history"], ["registry", "rollback"]],
     }  # fmt: skip
     whole = [["verify", root, *more] for more in ([], ["--index-only"], ["--sample", "0.1"])]
     command = random.choice([*commands.get(top, []), *whole])
@@ -808,7 +810,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         store, "evaluate", "evaluations", {"report.json": report}, inputs={"run": run},
         summary=summary,
     )  # fmt: skip
-    register(RegisterSettings(), run, evaluation, store)
+    register(RegisterSettings(promote="always"), run, evaluation, store)
     shutil.rmtree(folder / "photos")
     return folder
 

@@ -15,7 +15,8 @@ from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
 from dpnet.model import ModelConfig, build_generator
-from dpnet.model_store.weights import EXPORTED, RUN, Layout, load_generator, save_generator
+from dpnet.model_store.layout import EXPORTED, RUN, Layout
+from dpnet.model_store.weights import load_generator, save_generator
 
 SMALL = ModelConfig(
     widths=(8, 16, 16), blocks=1, attention_dim=8, guide=7, discriminator_widths=(8, 8, 8, 8)

@@ -34,7 +34,7 @@ from data_prep.masks.stage import prepare_masks
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
 from dpnet.inpainting import tiles
-from dpnet.registry import mlflow_versions
+from dpnet.registry import mlflow_versions, promotion
 from dpnet.registry import stage as registry
 from dpnet.registry.settings import RegisterSettings
 from dpnet.registry.stage import register
@@ -160,6 +160,7 @@ def test_a_registration_stops(
     assert len(versions) == (missing != "the version")
     assert store.exists("registry/dpnet/v1.json") == (missing == "champion.json")
     assert not store.exists("registry/dpnet/champion.json")
+    assert list(store.list("registry/dpnet/history")) == []
     assert manifests(store) == before
     for key in leases(store, "registry"):
         store.delete(key)
@@ -173,7 +174,7 @@ def test_a_registration_does_not_restore_the_champion(
     small_root.champion(store)
     store.delete("registry/dpnet/champion.json")
     lose_at_first(
-        monkeypatch, registry, "find_champion", lambda: steal(store, "registry/dpnet/lease.json")
+        monkeypatch, promotion, "read_history", lambda: steal(store, "registry/dpnet/lease.json")
     )
     with pytest.raises(LeaseLostError, match="was taken over by another runner"):
         register(RegisterSettings(), *small_root.run_and_evaluation(store, 21.0), store)
@@ -187,7 +188,7 @@ def test_a_registration_does_not_restore_versions(
     shutil.copytree(tmp_path / "root", tmp_path / "elsewhere")
     store = small_root.new_store(tmp_path / "elsewhere")  # with a new database of MLflow
     lose_at_first(
-        monkeypatch, registry, "read_records", lambda: steal(store, "registry/dpnet/lease.json")
+        monkeypatch, promotion, "read_history", lambda: steal(store, "registry/dpnet/lease.json")
     )
     restored = lose_at_first(monkeypatch, mlflow_versions, "_source", lambda: None)
     with pytest.raises(LeaseLostError, match="was taken over by another runner"):

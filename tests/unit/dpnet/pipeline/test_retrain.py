@@ -79,7 +79,7 @@ class Stages:
             store,
             "evaluate",
             "evaluations",
-            {"report.json": f"{psnr} {pairs}".encode()},
+            {"report.json": f"{psnr} {pairs}".encode(), "metrics.parquet": small_root.table(psnr)},
             inputs={"images": images, "masks": masks, "run": run},
             summary={"hole_psnr": psnr, "pairs_digest": pairs, "figures": {}},
         )
@@ -126,8 +126,8 @@ def test_a_retrain_starts_from_the_champion_and_the_better_model_is_promoted(
     assert summary["champion"]["version"] == 1
     new, old = summary["hole_psnr"], summary["champion"]["hole_psnr"]
     assert old != before["hole_psnr"]  # it was evaluated again
-    assert summary["reason"] == (
-        f"Its hole PSNR of {new:.2f} dB is above the {old:.2f} dB of version 1."
+    assert summary["reason"].startswith(
+        f"It is better than version 1: hole PSNR {new - old:+.2f} dB"
     )
     assert find_record(store)["version"] == 2
     assert verify(store).problems == []
@@ -137,7 +137,7 @@ def test_a_retrain_starts_from_the_champion_and_the_better_model_is_promoted(
 def test_a_worse_model_is_kept_as_challenger(store: LocalStore, grown: Path) -> None:
     ref = retrain(config(grown), store, Stages(store, 19.0))
     assert (ref.summary["version"], ref.summary["promoted"]) == (2, False)
-    assert "is not above" in ref.summary["reason"]
+    assert "It is worse than version 1" in ref.summary["reason"]
     assert find_record(store)["version"] == 1
 
 
@@ -191,7 +191,7 @@ def test_without_a_champion_training_starts_from_random_weights(
     assert call.trained == [None]
     assert len(call.evaluated) == 1
     assert ref.summary["champion"] is None
-    assert ref.summary["reason"] == "It is the first version."
+    assert ref.summary["reason"].startswith("It is better than the mean fill: ")
 
 
 class Killed(BaseException):
@@ -200,9 +200,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("title", ["train", "evaluate the champion", "register"])
 def test_a_killed_retrain_resumes_from_the_same_champion(
-    store: LocalStore, grown: Path, title: str
+    store: LocalStore, grown: Path, title: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = Stages(store, 21.0)
+    monkeypatch.setattr("dpnet.registry.compare.evaluate", call._evaluate)
 
     def kill(at: str) -> None:
         if at == title:
@@ -255,9 +256,7 @@ def test_a_retrain_that_lost_its_lease_registers_nothing(store: LocalStore, grow
 
 def promote(store: LocalStore, run: StageRef, evaluation: StageRef) -> None:
     """Make another run the champion, whatever its figures are."""
-    promoted = register(RegisterSettings(), run, evaluation, store)
-    number = promoted.summary["version"]
-    store.write("registry/dpnet/champion.json", store.read(f"registry/dpnet/v{number}.json"))
+    register(RegisterSettings(promote="always"), run, evaluation, store)
 
 
 def test_the_new_model_is_compared_with_the_current_champion(
@@ -277,19 +276,21 @@ def test_the_new_model_is_compared_with_the_current_champion(
     assert find_record(store)["version"] == 2
 
 
-def test_a_champion_replaced_during_its_evaluation_blocks_the_promotion(
-    store: LocalStore, grown: Path
+def test_a_champion_replaced_during_its_evaluation_is_evaluated_too(
+    store: LocalStore, grown: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = Stages(store, 21.0)
+    monkeypatch.setattr("dpnet.registry.compare.evaluate", call._evaluate)
 
     def promote_another(title: str) -> None:
         if title == "register":
-            promote(store, *small_root.run_and_evaluation(store, 10.0))
+            promote(store, *small_root.run_and_evaluation(store, 22.0))
 
     call.before = promote_another
     ref = retrain(config(grown), store, call)
     assert not ref.summary["promoted"]
-    assert "version 2, was evaluated on other pairs" in ref.summary["reason"]
+    assert "It is worse than version 2: hole PSNR -1.00 dB" in ref.summary["reason"]
+    assert len(call.evaluated) == 3
 
 
 def test_a_network_that_differs_from_the_champions_is_refused(

@@ -14,12 +14,20 @@ import small_root
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
+from dpnet.model_store.history import read_history
 from dpnet.model_store.records import CHALLENGER, CHAMPION, find_record
+from dpnet.pipeline.verify import verify
+from dpnet.registry import compare, promotion
 from dpnet.registry import mlflow_versions as mlflow_registry
 from dpnet.registry import stage as register_module
 from dpnet.registry.settings import RegisterSettings
-from dpnet.registry.stage import choose_alias, register, tracking_uri
+from dpnet.registry.stage import register, tracking_uri
 from dpnet.tracking import mlflow_client
+
+DIFFERENCES = {
+    "hole_psnr": {"mean": 12.0, "low": 12.0, "high": 12.0},
+    "ssim": {"mean": 0.0, "low": 0.0, "high": 0.0},
+}
 
 
 @pytest.fixture
@@ -67,14 +75,28 @@ def killed(*args, **kwargs):
     raise Killed
 
 
+def killed_at_second_call():
+    calls = []
+
+    def settle(*given):
+        calls.append(given)
+        if len(calls) == 2:  # the first one is before the version is made
+            raise Killed
+        return promotion.settle(*given)
+
+    return settle
+
+
 def test_the_first_version_becomes_champion(store):
     ref = registered(store, 20.0)
     assert ref.summary == {
         "model": "dpnet",
         "version": 1,
         "alias": CHAMPION,
-        "reason": "It is the first version.",
+        "reason": "It is better than the mean fill: hole PSNR +12.00 dB (+12.00 to +12.00), SSIM"
+        " +0.0000 (+0.0000 to +0.0000). No ratio bin is worse.",
         "hole_psnr": 20.0,
+        "gate": dict.fromkeys(("all", *small_root.BINS), DIFFERENCES),
     }
     assert in_mlflow(store) == ({1: ref.request_digest}, {CHAMPION: 1})
     record = json.loads(store.read("registry/dpnet/champion.json"))
@@ -87,7 +109,8 @@ def test_a_better_model_on_the_same_pairs_becomes_champion(store):
     ref = registered(store, 21.5)
     assert alias_and_reason(ref) == (
         CHAMPION,
-        "Its hole PSNR of 21.50 dB is above the 20.00 dB of version 1.",
+        "It is better than version 1: hole PSNR +1.50 dB (+1.50 to +1.50), SSIM +0.0000 (+0.0000 to"
+        " +0.0000). No ratio bin is worse.",
     )
     assert in_mlflow(store)[1] == {CHAMPION: 2}
     assert find_record(store)["version"] == 2
@@ -107,36 +130,170 @@ def test_a_new_evaluation_of_a_former_champion_is_ignored(store):
     registered(store, 21.0)
     run, evaluation = small_root.run_and_evaluation(store, 20.5)
     ref = register(RegisterSettings(), run, evaluation, store, against=of_former)
-    assert ref.summary["reason"].endswith("is not above the 21.00 dB of version 2.")
+    assert ref.summary["reason"].startswith("It is worse than version 2: hole PSNR -0.50 dB")
     assert ref.summary["alias"] == CHALLENGER
 
 
-def test_a_model_evaluated_on_other_pairs_becomes_challenger(store):
+def test_a_first_version_that_is_no_better_than_the_mean_fill_is_no_champion(store):
+    ref = registered(store, small_root.MEAN_FILL)
+    assert ref.summary["alias"] == CHALLENGER
+    assert ref.summary["reason"].startswith("It is not clearly better than the mean fill: hole")
+    assert in_mlflow(store)[1] == {CHALLENGER: 1}
+    with pytest.raises(PipelineError, match=r"no champion, because .* models:/dpnet/1, or promote"):
+        find_record(store)
+    assert registered(store, 20.0).summary["alias"] == CHAMPION
+    assert find_record(store)["version"] == 2
+
+
+def test_a_worse_ssim_keeps_a_model_with_a_higher_psnr_from_the_champion(store):
     registered(store, 20.0)
-    ref = registered(store, 30.0, pairs="q" * 64)
-    assert alias_and_reason(ref)[0] == CHALLENGER
-    assert "other pairs" in ref.summary["reason"]
+    ref = registered(store, 21.0, ssim=0.79)
+    assert ref.summary["alias"] == CHALLENGER
+    assert "SSIM -0.0100" in ref.summary["reason"]
 
 
-@pytest.mark.parametrize(
-    ("psnr", "its", "alias"),
-    [
-        (20.0, 20.0, CHALLENGER),
-        (20.01, 20.0, CHAMPION),
-        (19.99, 20.0, CHALLENGER),
-        (20.004, 19.996, CHALLENGER),  # both are 20.00 dB on every page
-        (20.004, 20.001, CHALLENGER),
-        (20.006, 20.004, CHAMPION),  # 20.01 is above 20.00
-        (20.1, 20.04, CHAMPION),
-        (20.04, 20.01, CHAMPION),
-    ],
-)
-def test_only_a_higher_figure_of_two_decimals_beats_the_champion(psnr, its, alias):
-    champion = {"version": 3, "hole_psnr": its, "pairs_digest": "p"}
-    chosen, reason = choose_alias(psnr, "p", champion)
-    assert chosen == alias
-    word = "above" if alias == CHAMPION else "not above"
-    assert reason == f"Its hole PSNR of {psnr:.2f} dB is {word} the {its:.2f} dB of version 3."
+def evaluates(monkeypatch, figures, protocol=None):
+    """Let the champion be evaluated again with these figures. Return the calls."""
+    calls = []
+
+    def evaluate(settings, images, masks, run, store):
+        calls.append((settings, images.folder, masks.folder, run.folder))
+        return small_root.commit(
+            store,
+            "evaluate",
+            "evaluations",
+            {"metrics.parquet": small_root.table(figures)},
+            settings={"again": True},
+            inputs={"run": run},
+            summary={"hole_psnr": figures, "pairs_digest": "q" * 64, "figures": {}},
+        )
+
+    monkeypatch.setattr(compare, "evaluate", evaluate)
+    return calls
+
+
+def on_other_pairs(store, psnr):
+    """Commit a run and its evaluation on pairs of new images and masks."""
+    run, _ = small_root.run_and_evaluation(store, psnr)
+    data = {role: small_root.commit(store, role, role, {role: b"new"}) for role in DATA}
+    evaluation = small_root.commit(
+        store,
+        "evaluate",
+        "evaluations",
+        {"metrics.parquet": small_root.table(psnr)},
+        settings={"split": "val", "seed": 3},
+        inputs={"run": run, **data},
+        summary={"hole_psnr": psnr, "pairs_digest": "q" * 64, "figures": {}},
+    )
+    return run, evaluation, data
+
+
+DATA = ("images", "masks")
+
+
+@pytest.mark.parametrize(("again", "alias"), [(21.0, CHAMPION), (23.0, CHALLENGER)])
+def test_a_champion_of_other_pairs_is_evaluated_again_on_the_new_ones(
+    store, monkeypatch, again, alias
+):
+    champion = find_run(registered(store, 20.0), store)
+    calls = evaluates(monkeypatch, again)
+    run, evaluation, data = on_other_pairs(store, 22.0)
+    ref = register(RegisterSettings(), run, evaluation, store)
+    ((settings, *folders),) = calls
+    assert (settings.split, settings.seed) == ("val", 3)
+    assert folders == [data["images"].folder, data["masks"].folder, champion]
+    assert ref.summary["alias"] == alias
+    assert f"{22 - again:+.2f} dB" in ref.summary["reason"]
+    assert "against" in find_record(store, "models:/dpnet/2")
+    wrong = [problem.where for problem in verify(store).problems]
+    assert not any(where.startswith("registry/") for where in wrong)
+
+
+def test_a_champion_measured_with_other_definitions_is_evaluated_again(store, monkeypatch):
+    registered(store, 20.0)
+    run, _ = small_root.run_and_evaluation(store, 22.0)
+    data = {role: small_root.commit(store, role, role, {role: b"new"}) for role in DATA}
+    options = {"inputs": {"run": run, **data}, "settings": {"protocol": 3}}
+    summary = {"hole_psnr": 22.0, "pairs_digest": "p" * 64, "figures": {}}
+    files = {"metrics.parquet": small_root.table(22.0)}
+    evaluation = small_root.commit(
+        store, "evaluate", "evaluations", files, summary=summary, **options
+    )
+    calls = evaluates(monkeypatch, 21.0)  # by another version of dpnet: its definitions differ
+    assert alias_and_reason(register(RegisterSettings(), run, evaluation, store)) == (
+        CHALLENGER,
+        "The champion, version 1, was evaluated on other pairs: this version's evaluation was made"
+        " by another version of dpnet, so evaluate it again.",
+    )
+    assert len(calls) == 1
+
+
+def find_run(ref, store):
+    return find_record(store, f"models:/dpnet/{ref.summary['version']}")["run"]["folder"]
+
+
+@pytest.mark.parametrize("gone", ["model/generator.safetensors", "model/model.json"])
+def test_a_champion_whose_model_is_gone_keeps_the_new_version_a_challenger(
+    store, monkeypatch, gone
+):
+    champion = find_run(registered(store, 20.0), store)
+    calls = evaluates(monkeypatch, 20.0)
+    store.delete(f"{champion}/{gone}")
+    run, evaluation, _ = on_other_pairs(store, 30.0)
+    ref = register(RegisterSettings(), run, evaluation, store)
+    assert calls == []
+    assert alias_and_reason(ref) == (
+        CHALLENGER,
+        f"The champion, version 1, was evaluated on other pairs, and its model in {champion} is"
+        " gone, so the two cannot be compared.",
+    )
+
+
+def test_a_champion_whose_figures_are_gone_keeps_the_new_version_a_challenger(store):
+    registered(store, 20.0)
+    folder = find_record(store)["evaluation"]["folder"]
+    store.delete(f"{folder}/metrics.parquet")
+    assert alias_and_reason(registered(store, 30.0)) == (
+        CHALLENGER,
+        f"The figures of the champion, version 1, are gone from {folder}, so the two cannot be"
+        " compared.",
+    )
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", small_root.table(99.0)])
+def test_an_altered_table_of_figures_is_named(store, damage):
+    run, evaluation = small_root.run_and_evaluation(store, 20.0)
+    store.write(f"{evaluation.folder}/metrics.parquet", damage)
+    with pytest.raises(PipelineError, match=r"metrics\.parquet was altered\. Restore it"):
+        register(RegisterSettings(), run, evaluation, store)
+    store.delete(f"{evaluation.folder}/metrics.parquet")
+    with pytest.raises(PipelineError, match=r"metrics\.parquet is missing\. Restore it"):
+        register(RegisterSettings(), run, evaluation, store)
+
+
+def test_promote_always_and_never_do_not_ask_the_gate(store):
+    registered(store, 20.0)
+    run, evaluation = small_root.run_and_evaluation(store, 10.0, pairs="q" * 64)
+    always = register(RegisterSettings(promote="always"), run, evaluation, store)
+    assert alias_and_reason(always) == (CHAMPION, "register.promote is always.")
+    run, evaluation = small_root.run_and_evaluation(store, 30.0)
+    never = register(RegisterSettings(promote="never"), run, evaluation, store)
+    assert alias_and_reason(never) == (CHALLENGER, "register.promote is never.")
+    assert find_record(store)["version"] == 2
+
+
+def test_the_default_settings_add_nothing_to_the_digest():
+    assert RegisterSettings().requested() == {"model": "dpnet"}
+    assert RegisterSettings(mlflow_alias="adopt").requested() == {"model": "dpnet"}
+    assert RegisterSettings(promote="never").requested() == {"model": "dpnet", "promote": "never"}
+
+
+def test_the_reason_and_the_differences_are_tags_in_mlflow(store):
+    ref = registered(store, 20.0)
+    with mlflow_client.connect(f"sqlite:///{store.folder}/mlflow.db") as client:
+        tags = client.get_model_version("dpnet", "1").tags
+    assert tags["reason"] == ref.summary["reason"]
+    assert json.loads(tags["gate"]) == ref.summary["gate"] == find_record(store)["gate"]
 
 
 def test_the_same_request_is_skipped(store):
@@ -188,11 +345,9 @@ def test_of_two_registrations_at_once_the_second_is_compared_with_the_first(
     second = registered(store, 19.0)
     assert second.skipped
     assert (first.summary["version"], second.summary["version"]) == (1, 2)
-    assert alias_and_reason(first) == (CHAMPION, "It is the first version.")
-    assert alias_and_reason(second) == (
-        CHALLENGER,
-        "Its hole PSNR of 19.00 dB is not above the 20.00 dB of version 1.",
-    )
+    assert alias_and_reason(first)[0] == CHAMPION
+    assert alias_and_reason(second)[0] == CHALLENGER
+    assert second.summary["reason"].startswith("It is worse than version 1: hole PSNR -1.00 dB")
 
 
 def test_a_registration_that_resumes_late_does_not_replace_a_newer_champion(store, monkeypatch):
@@ -203,6 +358,7 @@ def test_a_registration_that_resumes_late_does_not_replace_a_newer_champion(stor
     registered(store, 25.0)
     assert registered(store, 20.0).summary["version"] == 1
     assert find_record(store)["version"] == 2
+    assert [entry.version for entry in read_history(store, "dpnet")] == [1, 2]
     assert in_mlflow(store)[1][CHAMPION] == 2
 
 
@@ -213,9 +369,7 @@ def test_a_lost_champion_is_still_the_one_to_beat_and_is_restored(store, caplog)
     before = store.read("registry/dpnet/champion.json")
     store.delete("registry/dpnet/champion.json")
     ref = registered(store, 20.5)
-    assert (
-        ref.summary["reason"] == "Its hole PSNR of 20.50 dB is not above the 21.00 dB of version 2."
-    )
+    assert ref.summary["reason"].startswith("It is worse than version 2: hole PSNR -0.50 dB")
     assert store.read("registry/dpnet/champion.json") == before
     assert in_mlflow(store)[1] == {CHAMPION: 2, CHALLENGER: 4}
     assert "champion.json was missing: version 2 is champion again" in caplog.text
@@ -225,7 +379,7 @@ def test_a_registration_killed_before_its_promotion_is_the_champion_for_the_next
     store, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(register_module, "_promote", killed)
+        patched.setattr(register_module, "settle", killed_at_second_call())
         with pytest.raises(Killed):
             registered(store, 20.0)
     assert registered(store, 19.0).summary["alias"] == CHALLENGER
@@ -278,7 +432,7 @@ def test_versions_deleted_in_mlflow_block_no_registration(store, caplog, deleted
         for version in deleted:
             client.delete_model_version("dpnet", str(version))
     refs = [registered(store, psnr) for psnr in (20.5, 22.0)]
-    assert refs[0].summary["reason"].endswith("not above the 21.00 dB of version 2.")
+    assert "worse than version 2" in refs[0].summary["reason"]
     assert refs[1].summary["alias"] == CHAMPION
     versions, aliases = in_mlflow(store)
     ours = {number: digest for number, digest in enumerate(digests, 1) if number not in deleted}
@@ -327,21 +481,11 @@ def test_an_alias_moved_in_mlflow_is_named_and_set_back(store, caplog):
         client.set_registered_model_alias("dpnet", CHAMPION, "1")
     assert registered(store, 20.5).summary["alias"] == CHALLENGER
     assert in_mlflow(store)[1] == {CHAMPION: 2, CHALLENGER: 3}
-    top = f"{store.label}/registry/dpnet"
     assert (
-        "MLflow's alias champion of dpnet was moved to version 1. The champion of this root is"
-        " still version 2, and MLflow's alias names it again. To promote version 1, copy"
-        f" {top}/v1.json to {top}/champion.json."
+        f"MLflow's alias champion of dpnet was moved to version 1. The champion of {store.label} is"
+        " still version 2, and MLflow's alias names it again. To promote version 1, run `dpnet"
+        " registry promote 1 --model dpnet --why TEXT`, or set register.mlflow_alias to adopt."
     ) in caplog.text
-
-
-def test_the_advice_to_promote_a_version_works(store, caplog):
-    for psnr in (20.0, 21.0):
-        registered(store, psnr)
-    store.write("registry/dpnet/champion.json", store.read("registry/dpnet/v1.json"))
-    ref = registered(store, 20.5)
-    assert ref.summary["reason"].endswith("is above the 20.00 dB of version 1.")
-    assert in_mlflow(store)[1][CHAMPION] == 3
 
 
 def test_a_database_with_other_versions_is_refused(store, tmp_path):

@@ -368,7 +368,7 @@ def registered(store, log):
     evaluation = small_root.commit(
         store, "evaluate", "evaluations", files, inputs={"run": run}, summary=summary
     )
-    register(RegisterSettings(), run, evaluation, store)
+    register(RegisterSettings(promote="always"), run, evaluation, store)
 
 
 def test_registration_adds_the_evaluation_to_the_run_of_the_training(store, uri):
