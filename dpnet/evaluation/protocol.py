@@ -1,21 +1,25 @@
 """The evaluation protocol: its definitions in words, and the way from single results to figures.
 
-The texts of PROTOCOL and NOT_COMPUTED are content of report.json. So a change of a word there
+The texts of PROTOCOL and of `not_computed` are content of report.json. So a change of a word there
 gives another content digest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.core.digest import sha256_bytes
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
+    Values = NDArray[np.float64]
 
 Rows = list[dict[str, Any]]  # of metrics.parquet: one for each pair and method
 
+OURS = "dpnet"
 METHODS = {
     "dpnet": "DPNet",
     "smooth_fill": "Smooth fill",  # an input of DPNet's decoder: DPNet learns the difference
@@ -37,10 +41,11 @@ METRICS = {  # with a mean and an interval in the figures
     "psnr": Metric("PSNR, dB", 2, True),
     "ssim": Metric("SSIM", 4, True),
     "l1": Metric("L1, %", 2, False),
+    "lpips": Metric("LPIPS", 4, False),  # if its weights are to hand
 }
 BRIEF = ("hole_psnr", "ssim", "l1")  # the metrics of short tables
 
-PROTOCOL_VERSION = 2  # increase it with a definition below: then all is measured again
+PROTOCOL_VERSION = 3  # increase it with a definition below: then all is measured again
 PROTOCOL = {
     "Pairs": "Each mask of the evaluation set (or of as many as asked for, spread over the bins) is"
     " laid on one picture of the split. The digests of both sets and the seed decide on which, so"
@@ -53,55 +58,157 @@ PROTOCOL = {
     "SSIM": "Gaussian window 11 x 11 with σ 1.5, K1 0.01, K2 0.03, data range 255, mean of the"
     " three channels, over the pixels whose window lies inside the picture.",
     "L1": "Mean absolute difference over all pixels and channels, in percent of 255.",
+    "LPIPS": "The learned distance of Zhang et al. (CVPR 2018), version 0.1: AlexNet's features of"
+    " the whole composite and of the truth, at the picture's own size, with the heads that"
+    " torchmetrics ships; lower is better.",
     "Bins": "By the mask's share of hole pixels: above the lower bound, up to the upper. The"
     " headline is the mean of the bins' means.",
     "Intervals": "95 % percentile bootstrap of the mean, 1,000 resamples of the pairs.",
+    "Paired difference": "DPNet's value minus the other method's on the same pair. Its mean over"
+    " the bins has an interval from resamples within each bin. Where it holds 0, the pairs do not"
+    " show which one is better.",
     "Peers": "Smooth fill: pull-push, the fill without weights that DPNet's decoder is shown."
     " Mean fill: the mean colour of the picture's known pixels. Telea: OpenCV's"
     " fast-marching inpainting, radius 3.",
 }
-_NO_WEIGHTS = (
-    "needs the official {} weights, which do not come with the package; no substitute is taken."
+_NO_INCEPTION = (
+    "needs the official Inception weights, which do not come with the package; no substitute is"
+    " taken."
 )
-NOT_COMPUTED = [
-    {"metric": "LPIPS", "reason": _NO_WEIGHTS.format("AlexNet or VGG and LPIPS")},
-    {"metric": "FID", "reason": _NO_WEIGHTS.format("Inception")},
-    {"metric": "P-IDS, U-IDS", "reason": _NO_WEIGHTS.format("Inception")},
-]
+NO_LPIPS_WEIGHTS = (
+    "needs the weights of AlexNet: name their file in evaluate.lpips_weights, or set"
+    " evaluate.allow_downloads to true; no substitute is taken."
+)
+
+
+def not_computed(lpips: str | None) -> list[dict[str, str]]:
+    """Return the metrics that were not computed, each with the reason.
+
+    Args:
+        lpips: why LPIPS was not computed, or None if it was.
+    """
+    missing = [{"metric": "LPIPS", "reason": lpips}] if lpips else []
+    others = ("FID", "P-IDS, U-IDS")
+    return [*missing, *({"metric": name, "reason": _NO_INCEPTION} for name in others)]
+
+
+Figure = dict[str, float]  # a mean with its interval: mean, low, high
 
 
 def figures(rows: Rows, pairs_digest: str) -> dict[str, Any]:
     """Return means and 95 % intervals by ratio bin and over all pairs, and the means over the bins.
 
-    The digest of the pairs decides on the resamples. All methods and metrics share them.
+    `paired` has the intervals of the differences, DPNet's value minus that of each other method on
+    the same pair. A metric without any value is left out. A pair without a value, because its hole
+    is empty, is left out of that metric. The digest of the pairs decides on the resamples. All
+    methods and metrics share them.
     """
-    from dpnet.evaluation.metrics import bootstrap_mean
-
-    def of_group(name: str, group: Rows) -> dict[str, Any]:
-        methods = {
-            method: {
-                metric: bootstrap_mean(
-                    [row[metric] for row in group if row["method"] == method],
-                    _random(f"bootstrap/{pairs_digest}/{name}"),
-                )._asdict()
-                for metric in METRICS
-            }
-            for method in METHODS
-        }
-        return {"pairs": len(group) // len(METHODS), "methods": methods}
-
+    columns = _columns(rows)
+    metrics = [m for m in METRICS if not all(_empty(values[m]) for values in columns.values())]
+    bin_of = [row["ratio_bin"] for row in rows[:: len(columns)]]
+    names = sorted(set(bin_of))
+    groups = {name: [i for i, own in enumerate(bin_of) if own == name] for name in names}
     bins = {
-        name: of_group(name, [row for row in rows if row["ratio_bin"] == name])
-        for name in sorted({row["ratio_bin"] for row in rows})
+        name: _Group(columns, metrics, at, f"bootstrap/{pairs_digest}/{name}")
+        for name, at in groups.items()
     }
-    means = {
+    everything = list(range(len(bin_of)))
+    return {
+        "bins": {name: group.figures() for name, group in bins.items()},
+        "all": _Group(columns, metrics, everything, f"bootstrap/{pairs_digest}/all").figures(),
+        **_over_bins(list(bins.values()), list(columns), metrics),
+    }
+
+
+def _columns(rows: Rows) -> dict[str, dict[str, Values]]:
+    """Return the values by method and metric, in the order of the pairs; NaN is no value."""
+    import numpy as np
+
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    return {
         method: {
-            metric: sum(b["methods"][method][metric]["mean"] for b in bins.values()) / len(bins)
+            metric: np.array([row[metric] for row in rows[number :: len(methods)]], np.float64)
             for metric in METRICS
         }
-        for method in METHODS
+        for number, method in enumerate(methods)
     }
-    return {"bins": bins, "all": of_group("all", rows), "mean_over_bins": means}
+
+
+def _empty(values: Values) -> bool:
+    import numpy as np
+
+    return bool(np.isnan(values).all())
+
+
+class _Group:
+    """The values of a group of pairs, and the means of their resamples.
+
+    `means` and `resampled` have a key (method, metric) for each method, and (method, metric,
+    "paired") for DPNet's difference to each other method.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Mapping[str, Values]],
+        metrics: Sequence[str],
+        at: Sequence[int],
+        stream: str,
+    ) -> None:
+        import numpy as np
+
+        from dpnet.evaluation.metrics import bootstrap_means
+
+        self.pairs = len(at)
+        values: dict[tuple[str, ...], Values] = {
+            (m, k): columns[m][k][list(at)] for m in columns for k in metrics
+        }
+        values |= {
+            (m, k, "paired"): values[OURS, k] - values[m, k]
+            for m in columns
+            if m != OURS
+            for k in metrics
+        }
+        self.means = {key: float(np.nanmean(own)) for key, own in values.items() if not _empty(own)}
+        kept = [values[key] for key in self.means]
+        self.resampled = dict(zip(self.means, bootstrap_means(kept, _random(stream)), strict=True))
+
+    def figures(self) -> dict[str, Any]:
+        """Return the means and intervals: {"pairs": …, "methods": …, "paired": …}."""
+        from dpnet.evaluation.metrics import percentile_interval
+
+        found: dict[str, Any] = {"pairs": self.pairs, "methods": {}, "paired": {}}
+        for (method, metric, *paired), mean in self.means.items():
+            part = found["paired" if paired else "methods"].setdefault(method, {})
+            interval = percentile_interval(mean, self.resampled[method, metric, *paired])
+            part[metric] = interval._asdict()
+        return found
+
+
+def _over_bins(
+    bins: Sequence[_Group], methods: Sequence[str], metrics: Sequence[str]
+) -> dict[str, Any]:
+    """Return the means of the bins' means, and the intervals of the paired differences.
+
+    Resampling within each bin keeps the bins' weights equal.
+    """
+    import numpy as np
+
+    from dpnet.evaluation.metrics import percentile_interval
+
+    means: dict[str, dict[str, float]] = {method: {} for method in methods}
+    paired: dict[str, dict[str, Figure]] = {m: {} for m in methods if m != OURS}
+    for method in methods:
+        for metric in metrics:
+            own = [b.means[method, metric] for b in bins if (method, metric) in b.means]
+            means[method][metric] = sum(own) / len(own)
+            if method == OURS:
+                continue
+            key: tuple[str, ...] = (method, metric, "paired")
+            known = [b for b in bins if key in b.means]
+            mean = sum(b.means[key] for b in known) / len(known)
+            resampled = np.mean([b.resampled[key] for b in known], axis=0)
+            paired[method][metric] = percentile_interval(mean, resampled)._asdict()
+    return {"mean_over_bins": means, "paired": paired}
 
 
 def _random(stream: str) -> np.random.Generator:
@@ -114,7 +221,17 @@ def count_perfect(rows: Rows) -> dict[str, int]:
     """Count the holes that each method filled perfectly."""
     from dpnet.evaluation.metrics import perfect
 
-    return {m: perfect([r["hole_psnr"] for r in rows if r["method"] == m]) for m in METHODS}
+    return {
+        method: perfect(
+            [r["hole_psnr"] for r in rows if r["method"] == method and r["hole_psnr"] is not None]
+        )
+        for method in dict.fromkeys(row["method"] for row in rows)
+    }
+
+
+def count_empty(rows: Rows) -> int:
+    """Count the pairs whose hole is empty. They have no hole PSNR."""
+    return len({(row["image"], row["mask"]) for row in rows if row["hole_psnr"] is None})
 
 
 def summarise(report: Mapping[str, Any]) -> dict[str, Any]:

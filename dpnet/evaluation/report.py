@@ -159,7 +159,8 @@ def _bins_section(report: Mapping[str, Any]) -> str:
     names = {_percent(name): group for name, group in bins.items()}
     groups = {**names, "All pairs": report["figures"]["all"]}
     chart = bins_chart(list(names), values, "hole PSNR, dB")
-    tables = "\n".join(_table(groups, metric) for metric in METRICS)
+    computed = report["figures"]["all"]["methods"]["dpnet"]
+    tables = "\n".join(_table(groups, metric) for metric in METRICS if metric in computed)
     return (
         f'<figure class="chart">{chart}</figure>\n<div class="tables">{tables}</div>\n'
         '<p class="note">Mean and 95 % bootstrap interval. The best mean of a row is bold.'

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+# Options that say where files are or how fast to work. The hash of a file is in the request.
+_NOT_REQUESTED = {"threads", "lpips_weights", "allow_downloads"}
 
 
 class EvaluateSettings(BaseModel):
@@ -26,3 +29,19 @@ class EvaluateSettings(BaseModel):
     threads: int = Field(
         0, ge=0, le=1024, description="Threads that read and measure. 0 means one for each core."
     )
+    lpips_weights: str | None = Field(
+        None,
+        min_length=1,
+        description="File with AlexNet's ImageNet weights under torchvision's names (.safetensors"
+        " or .pth), for LPIPS. By default a file in ~/.cache/dpnet/weights, else torchvision's own"
+        " copy, if one of them is there.",
+    )
+    allow_downloads: bool = Field(
+        False,
+        description="Whether missing weights of a metric may be downloaded to"
+        " ~/.cache/dpnet/weights. Without weights the metric is not computed.",
+    )
+
+    def requested(self) -> dict[str, Any]:
+        """Return the settings that change the result, for a request."""
+        return self.model_dump(exclude=_NOT_REQUESTED)

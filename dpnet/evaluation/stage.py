@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.digest import sha256_json
@@ -28,21 +28,25 @@ from data_prep.core.storage.store import Store
 from data_prep.shards.shards import encode_table, write_file
 from dpnet.evaluation.protocol import (
     METHODS,
-    NOT_COMPUTED,
+    NO_LPIPS_WEIGHTS,
     PROTOCOL,
     PROTOCOL_VERSION,
     Rows,
+    count_empty,
     count_perfect,
     figures,
+    not_computed,
     summarise,
 )
 from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.evaluation.weights import find_weights, weights_source
 from dpnet.tracking.run_log import read_log
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dpnet.evaluation.lpips import Lpips
     from dpnet.evaluation.report import PictureRow
     from dpnet.loading.samples import Samples
     from dpnet.model import Generator
@@ -52,7 +56,7 @@ if TYPE_CHECKING:
 Pair = tuple[int, int]  # positions of the image and of the mask
 
 _KEYS = {"image": "string", "mask": "string", "ratio_bin": "string", "hole_ratio": "float64"}
-_VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1")
+_VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
 _COLUMNS = {**_KEYS, "method": "string", **dict.fromkeys(_VALUES, "float64")}
 BATCH = 16  # fixed: another size can round values in another way
 
@@ -68,24 +72,31 @@ def evaluate(
         masks: the masks stage.
         run: the train stage.
         store: the root.
+
+    Raises:
+        ConfigError: `evaluate.lpips_weights` names a missing file.
+        PipelineError: the data, the model or the weights of LPIPS cannot be used.
     """
+    lpips_file = find_weights(settings)
     request = Request(
         stage="evaluate",
         name=run.name,
         top=EVALUATIONS,
-        settings=settings.model_dump(exclude={"threads"}) | {"protocol": PROTOCOL_VERSION},
+        settings=settings.requested() | {"protocol": PROTOCOL_VERSION},
         inputs={"images": images, "masks": masks, "run": run},
+        sources=weights_source(lpips_file),
     )
-    return run_stage(store, request, lambda work: _build(work, settings))
+    return run_stage(store, request, lambda work: _build(work, settings, lpips_file))
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """The data, the generator and the threads that measure pairs."""
+    """The data, the networks and the threads that measure pairs."""
 
     images: Samples
     masks: Samples
     generator: Generator
+    lpips: Lpips | None
     pool: Executor
 
     def composites(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Array, Array, Array]]:
@@ -103,19 +114,37 @@ class _Bench:
 
     def measure(self, pairs: Sequence[Pair]) -> Iterator[Rows]:
         """Yield rows of metrics.parquet, batch by batch."""
-        for start in range(0, len(pairs), BATCH):
-            batch = self.composites(pairs[start : start + BATCH])
-            of_pairs = self.pool.map(self._measure_pair, *zip(*batch, strict=True))
-            yield [row for rows in of_pairs for row in rows]
-
-    def _measure_pair(self, pair: Pair, truth: Array, valid: Array, filled: Array) -> Rows:
         from dpnet.evaluation.metrics import evaluate_pair
 
-        keys = self.keys(pair)
-        return [
-            {**keys, "method": method, **evaluate_pair(composite, truth, valid)}
-            for method, composite in by_method(truth, valid, filled).items()
-        ]
+        for start in range(0, len(pairs), BATCH):
+            rows: Rows = []
+            for pair, truth, valid, methods in self.filled(pairs[start : start + BATCH]):
+                keys, count = self.keys(pair), len(methods)
+                # The threads measure while this one computes LPIPS.
+                measured = self.pool.map(
+                    evaluate_pair, methods.values(), [truth] * count, [valid] * count
+                )
+                distances = self._distances(truth, methods)
+                rows += [
+                    {**keys, "method": method, **values, "lpips": distance}
+                    for method, values, distance in zip(methods, measured, distances, strict=True)
+                ]
+            yield rows
+
+    def filled(
+        self, pairs: Sequence[Pair]
+    ) -> Iterator[tuple[Pair, Array, Array, dict[str, Array]]]:
+        """Yield (pair, truth, valid, composite of each method) for each of `pairs`."""
+        for start in range(0, len(pairs), BATCH):
+            batch = list(self.composites(pairs[start : start + BATCH]))
+            methods = self.pool.map(by_method, *list(zip(*batch, strict=True))[1:])
+            for (pair, truth, valid, _), composites in zip(batch, methods, strict=True):
+                yield pair, truth, valid, composites
+
+    def _distances(self, truth: Array, methods: Mapping[str, Array]) -> Sequence[float | None]:
+        if self.lpips is None:
+            return [None] * len(methods)
+        return self.lpips.distances(truth, list(methods.values()))
 
     def keys(self, pair: Pair) -> dict[str, Any]:
         """Return the columns of a row that identify its pair."""
@@ -136,23 +165,28 @@ def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
     }
 
 
-def _build(work: Work, settings: EvaluateSettings) -> Produced:
+def _build(work: Work, settings: EvaluateSettings, lpips_file: Path | None) -> Produced:
     from dpnet.evaluation.report import render_report
-    from dpnet.inpainting.tiles import on_fastest_device
+    from dpnet.inpainting.tiles import device_of, on_fastest_device
     from dpnet.loading.pairs import validation_pairs
     from dpnet.loading.samples import Samples
     from dpnet.model_store.weights import load_generator
 
     store, inputs = work.store, work.request.inputs
-    masks = Samples(store, inputs["masks"], "eval", columns=("width", "ratio_bin", "hole_ratio"))
+    masks = Samples(
+        store, inputs["masks"], "eval", columns=("width", "height", "ratio_bin", "hole_ratio")
+    )
     side = masks.value("width", 0)
     images = Samples(store, inputs["images"], settings.split, side, ("width", "height"))
-    _check_sizes(images, side)
+    _check_sizes(images, masks, side)
     digests = (inputs["images"].content_digest, inputs["masks"].content_digest)
     pairs = validation_pairs(images, masks, digests, seed=settings.seed, count=settings.max_pairs)
     generator = on_fastest_device(load_generator(store, inputs["run"].folder))
+    lpips, reason = _lpips(lpips_file, work.request, side)
+    if lpips is not None:
+        lpips.to(device_of(generator))
     with ThreadPoolExecutor(settings.threads or os.cpu_count() or 1) as pool:
-        bench = _Bench(images, masks, generator, pool)
+        bench = _Bench(images, masks, generator, lpips, pool)
         rows = _measure_all(work, bench, pairs)
         pictures = _pictures(bench, pairs, settings.pictures)
     named = [[row["image"], row["mask"]] for row in rows[:: len(METHODS)]]
@@ -164,8 +198,9 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
         "settings": dict(work.request.settings),
         "figures": figures(rows, pairs_digest),
         "perfect": count_perfect(rows),
+        "empty_holes": count_empty(rows),
         "protocol": PROTOCOL,
-        "not_computed": NOT_COMPUTED,
+        "not_computed": not_computed(reason),
     }
     page = render_report(report, pictures, read_log(store, inputs["run"].folder), _chain(work))
     files = [
@@ -181,8 +216,30 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
     return Produced(files, summarise(report))
 
 
-def _check_sizes(images: Samples, side: int) -> None:
-    """Raise PipelineError if an image is smaller than the masks. Larger images are cropped."""
+def _lpips(file: Path | None, request: Request, side: int) -> tuple[Lpips | None, str | None]:
+    """Return the network of LPIPS, or None and the reason why there is none."""
+    if file is None:
+        return None, NO_LPIPS_WEIGHTS
+    from dpnet.evaluation.lpips import LEAST_SIDE, load_lpips
+
+    if side < LEAST_SIDE:
+        return None, f"needs images of at least {LEAST_SIDE} pixels a side, and these have {side}."
+    return load_lpips(file, request.sources["lpips"]), None
+
+
+def _check_sizes(images: Samples, masks: Samples, side: int) -> None:
+    """Raise PipelineError if masks differ in size, or if an image is smaller than the masks.
+
+    Larger images are cropped.
+    """
+    for position, sides in enumerate(
+        zip(masks.column("width"), masks.column("height"), strict=True)
+    ):
+        if sides != (side, side):
+            raise PipelineError(
+                f"the mask {masks.key(position)} is {sides[0]} x {sides[1]} pixels but others are"
+                f" {side} x {side}: build the masks again with one masks.size."
+            )
     widths, heights = images.column("width"), images.column("height")
     for position, (width, height) in enumerate(zip(widths, heights, strict=True)):
         if min(width, height) < side:
@@ -240,9 +297,9 @@ def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureR
         if seen[name] <= count:
             chosen.append(pair)
     made = []
-    for pair, truth, valid, filled in bench.composites(chosen):
+    for pair, truth, valid, methods in bench.filled(chosen):
         check_leases()
-        keys, methods = bench.keys(pair), by_method(truth, valid, filled)
+        keys = bench.keys(pair)
         psnr = {name: hole_psnr(image, truth, valid) or 0.0 for name, image in methods.items()}
         made.append(PictureRow(strip(truth, valid, methods), **keys, hole_psnr=psnr))
     return made

@@ -18,6 +18,7 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photos
 from dpnet.evaluation.stage import evaluate
+from dpnet.evaluation.weights import check_weights_file
 from dpnet.pipeline.config import Config, resolve_root
 from dpnet.registry.stage import register, tracking_uri
 from dpnet.training.job import check_settings, check_vgg_file
@@ -98,6 +99,8 @@ def check_config(config: Config, wanted: StageName = "register", root: str | Non
     if wanted not in ("images", "masks"):
         check_settings(config.train)
         check_vgg_file(config.losses)
+    if wanted in ("evaluate", "register"):
+        check_weights_file(config.evaluate)
     if wanted != "masks" and config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
         check_apart(config.images.source, resolve_root(root, config))

@@ -26,6 +26,7 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import write_file
 from dpnet.evaluation.stage import evaluate
+from dpnet.evaluation.weights import find_weights, weights_source
 from dpnet.model_store.records import CHAMPION, find_champion
 from dpnet.pipeline.chain import Call, call_plainly, with_photographs
 from dpnet.pipeline.config import Config
@@ -80,11 +81,11 @@ def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Reques
         top=f"{RETRAINS}/{model}",
         settings={
             **training.settings,
-            "evaluate": config.evaluate.model_dump(exclude={"threads"}),
+            "evaluate": config.evaluate.requested(),
             "register": {"model": model},
         },
         inputs=training.inputs,
-        sources=training.sources,
+        sources={**training.sources, **weights_source(find_weights(config.evaluate))},
     )
 
 

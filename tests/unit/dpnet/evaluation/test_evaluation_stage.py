@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import small_root
+from random_weights import random_alexnet
 from resumed_counts import record_resumed
 from small_shards import flip_byte
 
@@ -24,6 +25,13 @@ from dpnet.evaluation.protocol import METHODS, PROTOCOL_VERSION, figures
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
 from dpnet.inpainting import tiles
+
+
+@pytest.fixture(autouse=True)
+def _no_weights_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +172,7 @@ def test_another_protocol_is_another_evaluation(data, done, monkeypatch):
         raise Stopped(work.folder)
 
     monkeypatch.setattr(evaluation_stage, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
-    monkeypatch.setattr(evaluation_stage, "_build", lambda work, settings: build(work))
+    monkeypatch.setattr(evaluation_stage, "_build", lambda work, *_: build(work))
     with pytest.raises(Stopped):
         evaluated(data)
 
@@ -292,3 +300,88 @@ def test_the_page_shows_the_training_and_does_not_count_as_content(data, done):
     text = data[0].read(f"{done.folder}/report.html").decode()
     assert "Hole PSNR on validation images" in text
     assert done.request_digest[:12] in text
+
+
+@pytest.fixture
+def lpips_file(tmp_path):
+    return random_alexnet(tmp_path / "alexnet.safetensors")
+
+
+def test_with_weights_each_row_has_its_lpips_and_the_figures_its_means(
+    fresh, data, done, lpips_file
+):
+    ref = evaluated(fresh, lpips_weights=str(lpips_file))
+    rows = rows_of(fresh[0], ref)
+    assert all(row["lpips"] > 0 for row in rows)
+    report = json.loads(fresh[0].read(f"{ref.folder}/report.json"))
+    of_dpnet = [row["lpips"] for row in rows if row["method"] == "dpnet"]
+    found = report["figures"]["all"]["methods"]["dpnet"]["lpips"]
+    assert found["mean"] == pytest.approx(np.mean(of_dpnet))
+    assert found["low"] < found["mean"] < found["high"]
+    assert "LPIPS" not in {item["metric"] for item in report["not_computed"]}
+    assert ref.summary["figures"]["all"]["dpnet"]["lpips"] > 0
+    assert "<caption>LPIPS" in fresh[0].read(f"{ref.folder}/report.html").decode()
+    without = rows_of(data[0], done)
+    assert [row | {"lpips": None} for row in rows] == without
+
+
+def test_only_the_bytes_of_the_weights_are_in_the_request(fresh, done, lpips_file, tmp_path):
+    ref = evaluated(fresh, lpips_weights=str(lpips_file), threads=1)
+    assert ref.folder != done.folder
+    moved = tmp_path / "elsewhere.safetensors"
+    shutil.move(lpips_file, moved)
+    again = evaluated(fresh, lpips_weights=str(moved))
+    assert (again.skipped, again.folder) == (True, ref.folder)
+    other = random_alexnet(tmp_path / "other.safetensors", seed=1)
+    assert evaluated(fresh, lpips_weights=str(other)).folder != ref.folder
+    assert evaluated(fresh, allow_downloads=False).folder == done.folder
+
+
+def test_lpips_does_not_depend_on_interruptions_or_threads(fresh, lpips_file, monkeypatch):
+    ref = evaluated(fresh, lpips_weights=str(lpips_file), threads=1)
+    shutil.rmtree(fresh[0].path(ref.folder))
+    real, seen = tiles.inpaint_arrays, []
+
+    def stopping(generator, images, valid):
+        if len(seen) == 2:
+            raise Stopped
+        seen.append(len(images))
+        return real(generator, images, valid)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiles, "inpaint_arrays", stopping)
+        with pytest.raises(Stopped):
+            evaluated(fresh, lpips_weights=str(lpips_file))
+    again = evaluated(fresh, lpips_weights=str(lpips_file), threads=3)
+    assert again.content_digest == ref.content_digest
+
+
+def test_masks_of_different_sizes_are_refused(fresh, monkeypatch):
+    from dpnet.loading.samples import Samples
+
+    real = Samples.column
+    monkeypatch.setattr(
+        Samples, "column", lambda own, name: real(own, name) + (np.arange(len(own)) == 3)
+    )
+    with pytest.raises(PipelineError, match=r"eval-00000003 is 33 x 33 pixels but others are 32"):
+        evaluated(fresh)
+
+
+def test_a_model_with_weights_that_are_not_finite_is_refused_in_one_sentence(fresh):
+    import torch
+
+    from data_prep.core.stage import Produced, Request, run_stage
+    from dpnet.model import build_generator
+    from dpnet.model_store.weights import save_generator
+
+    store, images, masks, _ = fresh
+
+    def build(work):
+        generator = build_generator("tiny")
+        torch.nn.init.constant_(generator.out.weight, float("nan"))
+        return Produced(save_generator(store, work.folder, generator, {}), {"steps": 1})
+
+    run = run_stage(store, Request("train", "nan", "runs", {"nan": True}), build)
+    with pytest.raises(PipelineError, match="values that are not finite") as raised:
+        evaluated((store, images, masks, run))
+    assert str(raised.value).count("\n") == 0
