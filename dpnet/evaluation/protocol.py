@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]  # of metrics.parquet: one for each pair and method
 
 OURS = "dpnet"
-METHODS = {
+METHODS = {  # that every evaluation measures
     "dpnet": "DPNet",
     "smooth_fill": "Smooth fill",  # an input of DPNet's decoder: DPNet learns the difference
     "telea": "Telea",
+    "navier_stokes": "Navier-Stokes",
     "mean_fill": "Mean fill",
 }
 
@@ -68,8 +69,9 @@ PROTOCOL = {
     " the bins has an interval from resamples within each bin. Where it holds 0, the pairs do not"
     " show which one is better.",
     "Peers": "Smooth fill: pull-push, the fill without weights that DPNet's decoder is shown."
-    " Mean fill: the mean colour of the picture's known pixels. Telea: OpenCV's"
-    " fast-marching inpainting, radius 3.",
+    " Mean fill: the mean colour of the picture's known pixels. Telea, Navier-Stokes:"
+    " OpenCV's inpainting by fast marching and by fluid dynamics, radius 3. Other models are judged"
+    " in the same way, on the pixels of their results that are in the hole.",
 }
 _NO_INCEPTION = (
     "needs the official Inception weights, which do not come with the package; no substitute is"
@@ -79,6 +81,11 @@ NO_LPIPS_WEIGHTS = (
     "needs the weights of AlexNet: name their file in evaluate.lpips_weights, or set"
     " evaluate.allow_downloads to true; no substitute is taken."
 )
+
+
+def methods_with(peers: Sequence[str]) -> dict[str, str]:
+    """Return the methods of an evaluation with their labels: ours, other models, simple ones."""
+    return {OURS: METHODS[OURS], **{name: name for name in peers}, **METHODS}
 
 
 def not_computed(lpips: str | None) -> list[dict[str, str]]:

@@ -25,6 +25,7 @@ STRIP = (
     "dpnet",
     "smooth_fill",
     "telea",
+    "navier_stokes",
     "mean_fill",
 )  # the images of a row, left to right
 
@@ -121,15 +122,16 @@ def training_curves(
 
 def _headline(report: Mapping[str, Any]) -> str:
     means = report["figures"]["mean_over_bins"]
-    psnr = {method: means[method]["hole_psnr"] for method in METHODS}
+    methods = report["methods"]
+    psnr = {method: means[method]["hole_psnr"] for method in methods}
     tiles = "".join(
         f'<div class="tile {method}"><b>{psnr[method]:.2f}<small> dB</small></b>'
-        f"<span>{name}</span></div>"
-        for method, name in METHODS.items()
+        f"<span>{html_text(name)}</span></div>"
+        for method, name in methods.items()
     )
     peers = [
-        _compared(psnr["dpnet"] - psnr[method], METHODS[method])
-        for method in METHODS
+        _compared(psnr["dpnet"] - psnr[method], html_text(methods[method]))
+        for method in methods
         if method != "dpnet"
     ]
     against = f"{', '.join(peers[:-1])} and {peers[-1]}"
@@ -141,26 +143,26 @@ def _headline(report: Mapping[str, Any]) -> str:
 
 
 def _compared(gain: float, peer: str) -> str:
-    name = peer.lower() if " " in peer else peer  # Telea is a name
+    name = peer.lower() if peer.endswith(" fill") else peer  # Telea is a name
     if abs(gain) < 0.005:
         return f"level with {name}"
     return f"<b>{abs(gain):.2f} dB {'above' if gain > 0 else 'below'}</b> {name}"
 
 
 def _bins_section(report: Mapping[str, Any]) -> str:
-    bins = report["figures"]["bins"]
+    bins, methods = report["figures"]["bins"], report["methods"]
     values = {
         method: [
             (v["mean"], v["low"], v["high"])
             for v in (group["methods"][method]["hole_psnr"] for group in bins.values())
         ]
-        for method in METHODS
+        for method in methods
     }
     names = {_percent(name): group for name, group in bins.items()}
     groups = {**names, "All pairs": report["figures"]["all"]}
-    chart = bins_chart(list(names), values, "hole PSNR, dB")
+    chart = bins_chart(list(names), values, "hole PSNR, dB", methods)
     computed = report["figures"]["all"]["methods"]["dpnet"]
-    tables = "\n".join(_table(groups, metric) for metric in METRICS if metric in computed)
+    tables = "\n".join(_table(groups, metric, methods) for metric in METRICS if metric in computed)
     return (
         f'<figure class="chart">{chart}</figure>\n<div class="tables">{tables}</div>\n'
         '<p class="note">Mean and 95 % bootstrap interval. The best mean of a row is bold.'
@@ -176,17 +178,19 @@ def _percent(name: str) -> str:
 
 def _perfect(report: Mapping[str, Any]) -> str:
     counts = [
-        f"{METHODS[method]} {count}" for method, count in report["perfect"].items() if count > 0
+        f"{html_text(report['methods'][method])} {count}"
+        for method, count in report["perfect"].items()
+        if count > 0
     ]
     return f" Holes filled perfectly, counted as 100 dB: {', '.join(counts)}." if counts else ""
 
 
-def _table(groups: Mapping[str, Any], metric: str) -> str:
+def _table(groups: Mapping[str, Any], metric: str, methods: Mapping[str, str]) -> str:
     label, decimals, more = METRICS[metric]
     heading = label[0].upper() + label[1:]
     rows = []
     for name, group in groups.items():
-        figures = {method: group["methods"][method][metric] for method in METHODS}
+        figures = {method: group["methods"][method][metric] for method in methods}
         best = (max if more else min)(round(f["mean"], decimals) for f in figures.values())
         cells = ""
         for figure in figures.values():
@@ -197,7 +201,7 @@ def _table(groups: Mapping[str, Any], metric: str) -> str:
         rows.append(
             f'<tr><th scope="row">{html_text(name)}</th><td>{group["pairs"]:,}</td>{cells}</tr>'
         )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in METHODS.values())
+    heads = "".join(f'<th scope="col">{html_text(name)}</th>' for name in methods.values())
     return (
         f"<table><caption>{html_text(heading)} <small>{'higher' if more else 'lower'} is better"
         f'</small></caption><thead><tr><th scope="col">Hole</th><th scope="col">Pairs</th>{heads}'

@@ -43,7 +43,7 @@ th:first-child, .left th, .left td { text-align: left; }
 tbody th { font-weight: normal; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 td small { display: block; font-size: .72rem; white-space: nowrap; }
-.strip { display: grid; grid-template-columns: repeat(6, 1fr); text-align: center;
+.strip { display: grid; grid-template-columns: repeat(7, 1fr); text-align: center;
   font-size: .85rem; color: var(--soft); font-variant-numeric: tabular-nums; }
 .heads { font-weight: 600; color: var(--ink); position: sticky; top: 0; padding: .5rem 0;
   background: var(--paper); border-bottom: 1px solid var(--line); }

@@ -1,4 +1,4 @@
-"""The evaluation stage: compare a trained generator with methods without learning.
+"""The evaluation stage: compare a trained generator with other methods.
 
 It writes metrics.parquet (a row for each pair and method), report.json (the figures and their
 definitions), pictures/ and report.html. Until the commit, parts/ holds the rows of each finished
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data_prep.core.digest import sha256_json
-from data_prep.core.errors import PipelineError
 from data_prep.core.lease import check_leases
 from data_prep.core.manifest import Manifest, StageRef, read_manifest
 from data_prep.core.paths import EVALUATIONS
@@ -26,8 +25,9 @@ from data_prep.core.record import parse_json
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import encode_table, write_file
+from dpnet.evaluation.pairs import open_pairs
+from dpnet.evaluation.peers import Peer, find_peers
 from dpnet.evaluation.protocol import (
-    METHODS,
     NO_LPIPS_WEIGHTS,
     PROTOCOL,
     PROTOCOL_VERSION,
@@ -35,6 +35,7 @@ from dpnet.evaluation.protocol import (
     count_empty,
     count_perfect,
     figures,
+    methods_with,
     not_computed,
     summarise,
 )
@@ -43,22 +44,13 @@ from dpnet.evaluation.weights import find_weights, weights_source
 from dpnet.tracking.run_log import read_log
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
+    from dpnet.evaluation.bench import Bench
     from dpnet.evaluation.lpips import Lpips
     from dpnet.evaluation.report import PictureRow
-    from dpnet.loading.samples import Samples
-    from dpnet.model import Generator
-
-    Array = NDArray[np.uint8]
-
-Pair = tuple[int, int]  # positions of the image and of the mask
 
 _KEYS = {"image": "string", "mask": "string", "ratio_bin": "string", "hole_ratio": "float64"}
 _VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
 _COLUMNS = {**_KEYS, "method": "string", **dict.fromkeys(_VALUES, "float64")}
-BATCH = 16  # fixed: another size can round values in another way
 
 
 def evaluate(
@@ -74,128 +66,58 @@ def evaluate(
         store: the root.
 
     Raises:
-        ConfigError: `evaluate.lpips_weights` names a missing file.
-        PipelineError: the data, the model or the weights of LPIPS cannot be used.
+        ConfigError: `evaluate.lpips_weights` or `evaluate.compare` names what does not exist.
+        PipelineError: the data, the model, the weights of LPIPS or the results of another model
+            cannot be used.
     """
-    lpips_file = find_weights(settings)
+    given = _Given(find_weights(settings), find_peers(settings, store))
+    compared = {f"compare/{peer.name}": peer.digest for peer in given.peers}
     request = Request(
         stage="evaluate",
         name=run.name,
         top=EVALUATIONS,
         settings=settings.requested() | {"protocol": PROTOCOL_VERSION},
         inputs={"images": images, "masks": masks, "run": run},
-        sources=weights_source(lpips_file),
+        sources={**weights_source(given.lpips_file), **compared},
     )
-    return run_stage(store, request, lambda work: _build(work, settings, lpips_file))
+    return run_stage(store, request, lambda work: _build(work, settings, given))
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """The data, the networks and the threads that measure pairs."""
+class _Given:
+    """What the settings name outside of the root."""
 
-    images: Samples
-    masks: Samples
-    generator: Generator
-    lpips: Lpips | None
-    pool: Executor
-
-    def composites(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Array, Array, Array]]:
-        """Yield (pair, truth [H, W, 3], valid [H, W], DPNet's composite) for each of `pairs`."""
-        import numpy as np
-
-        from dpnet.inpainting.tiles import inpaint_arrays
-
-        for start in range(0, len(pairs), BATCH):
-            batch = pairs[start : start + BATCH]
-            truths = np.stack(list(self.pool.map(self.images.image, [i for i, _ in batch])))
-            valid = np.stack(list(self.pool.map(self.masks.valid, [m for _, m in batch])))
-            filled = inpaint_arrays(self.generator, truths, valid)
-            yield from zip(batch, truths, valid, filled, strict=True)
-
-    def measure(self, pairs: Sequence[Pair]) -> Iterator[Rows]:
-        """Yield rows of metrics.parquet, batch by batch."""
-        from dpnet.evaluation.metrics import evaluate_pair
-
-        for start in range(0, len(pairs), BATCH):
-            rows: Rows = []
-            for pair, truth, valid, methods in self.filled(pairs[start : start + BATCH]):
-                keys, count = self.keys(pair), len(methods)
-                # The threads measure while this one computes LPIPS.
-                measured = self.pool.map(
-                    evaluate_pair, methods.values(), [truth] * count, [valid] * count
-                )
-                distances = self._distances(truth, methods)
-                rows += [
-                    {**keys, "method": method, **values, "lpips": distance}
-                    for method, values, distance in zip(methods, measured, distances, strict=True)
-                ]
-            yield rows
-
-    def filled(
-        self, pairs: Sequence[Pair]
-    ) -> Iterator[tuple[Pair, Array, Array, dict[str, Array]]]:
-        """Yield (pair, truth, valid, composite of each method) for each of `pairs`."""
-        for start in range(0, len(pairs), BATCH):
-            batch = list(self.composites(pairs[start : start + BATCH]))
-            methods = self.pool.map(by_method, *list(zip(*batch, strict=True))[1:])
-            for (pair, truth, valid, _), composites in zip(batch, methods, strict=True):
-                yield pair, truth, valid, composites
-
-    def _distances(self, truth: Array, methods: Mapping[str, Array]) -> Sequence[float | None]:
-        if self.lpips is None:
-            return [None] * len(methods)
-        return self.lpips.distances(truth, list(methods.values()))
-
-    def keys(self, pair: Pair) -> dict[str, Any]:
-        """Return the columns of a row that identify its pair."""
-        image, mask = pair
-        names = {"image": self.images.key(image), "mask": self.masks.key(mask)}
-        return names | {name: self.masks.value(name, mask) for name in ("ratio_bin", "hole_ratio")}
+    lpips_file: Path | None
+    peers: Sequence[Peer]
 
 
-def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
-    """Return the composite of every method. `filled` is that of DPNet."""
-    from dpnet.evaluation.baselines import mean_fill, smooth_fill, telea
-
-    return {
-        "dpnet": filled,
-        "smooth_fill": smooth_fill(truth, valid),
-        "telea": telea(truth, valid),
-        "mean_fill": mean_fill(truth, valid),
-    }
-
-
-def _build(work: Work, settings: EvaluateSettings, lpips_file: Path | None) -> Produced:
+def _build(work: Work, settings: EvaluateSettings, given: _Given) -> Produced:
+    from dpnet.evaluation.bench import Bench
     from dpnet.evaluation.report import render_report
     from dpnet.inpainting.tiles import device_of, on_fastest_device
-    from dpnet.loading.pairs import validation_pairs
-    from dpnet.loading.samples import Samples
     from dpnet.model_store.weights import load_generator
 
     store, inputs = work.store, work.request.inputs
-    masks = Samples(
-        store, inputs["masks"], "eval", columns=("width", "height", "ratio_bin", "hole_ratio")
-    )
-    side = masks.value("width", 0)
-    images = Samples(store, inputs["images"], settings.split, side, ("width", "height"))
-    _check_sizes(images, masks, side)
-    digests = (inputs["images"].content_digest, inputs["masks"].content_digest)
-    pairs = validation_pairs(images, masks, digests, seed=settings.seed, count=settings.max_pairs)
+    frozen = open_pairs(store, settings, inputs["images"], inputs["masks"])
     generator = on_fastest_device(load_generator(store, inputs["run"].folder))
-    lpips, reason = _lpips(lpips_file, work.request, side)
+    lpips, reason = _lpips(given.lpips_file, work.request, frozen.side)
     if lpips is not None:
         lpips.to(device_of(generator))
     with ThreadPoolExecutor(settings.threads or os.cpu_count() or 1) as pool:
-        bench = _Bench(images, masks, generator, lpips, pool)
-        rows = _measure_all(work, bench, pairs)
-        pictures = _pictures(bench, pairs, settings.pictures)
-    named = [[row["image"], row["mask"]] for row in rows[:: len(METHODS)]]
-    pairs_digest = sha256_json({"images": digests[0], "masks": digests[1], "pairs": named})
+        for peer in given.peers:
+            peer.prepare([frozen.name(pair) for pair in frozen.pairs], frozen.side, pool)
+        bench = Bench(frozen, generator, given.peers, lpips, pool)
+        methods = methods_with([peer.name for peer in given.peers])
+        rows = _measure_all(work, bench, list(methods))
+        pictures = _pictures(bench, settings.pictures)
+    pairs_digest = frozen.digest()
     report = {
-        "pairs": len(pairs),
+        "pairs": len(frozen.pairs),
         "pairs_digest": pairs_digest,
         "inputs": {role: ref.content_digest for role, ref in inputs.items()},
         "settings": dict(work.request.settings),
+        "methods": methods,
+        "compared": {peer.name: peer.digest for peer in given.peers},
         "figures": figures(rows, pairs_digest),
         "perfect": count_perfect(rows),
         "empty_holes": count_empty(rows),
@@ -227,80 +149,57 @@ def _lpips(file: Path | None, request: Request, side: int) -> tuple[Lpips | None
     return load_lpips(file, request.sources["lpips"]), None
 
 
-def _check_sizes(images: Samples, masks: Samples, side: int) -> None:
-    """Raise PipelineError if masks differ in size, or if an image is smaller than the masks.
-
-    Larger images are cropped.
-    """
-    for position, sides in enumerate(
-        zip(masks.column("width"), masks.column("height"), strict=True)
-    ):
-        if sides != (side, side):
-            raise PipelineError(
-                f"the mask {masks.key(position)} is {sides[0]} x {sides[1]} pixels but others are"
-                f" {side} x {side}: build the masks again with one masks.size."
-            )
-    widths, heights = images.column("width"), images.column("height")
-    for position, (width, height) in enumerate(zip(widths, heights, strict=True)):
-        if min(width, height) < side:
-            raise PipelineError(
-                f"the image {images.key(position)} is {width} x {height} pixels but the masks"
-                f" are {side} x {side}: give images.size and masks.size the same value, and use"
-                " images.mode center-crop, short-side or tiles."
-            )
-
-
-def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
+def _measure_all(work: Work, bench: Bench, methods: Sequence[str]) -> Rows:
     """Measure all pairs, and keep the rows of each mask shard as soon as they are complete."""
-    rows: Rows = []
-    with Progress("evaluate", len(pairs), "pairs") as progress:
-        for shard, group in groupby(pairs, key=lambda pair: bench.masks.shard_key(pair[1])):
+    frozen, rows = bench.frozen, Rows()
+    with Progress("evaluate", len(frozen.pairs), "pairs") as progress:
+        for shard, group in groupby(frozen.pairs, key=lambda pair: frozen.masks.shard_key(pair[1])):
             wanted = list(group)
             key = work.key(f"parts/{PurePosixPath(shard).stem}.json")
-            part = _read_part(work.store, key, [bench.keys(pair) for pair in wanted])
+            part = _read_part(work.store, key, [frozen.keys(pair) for pair in wanted], methods)
             if part is None:
                 part = []
                 for some in bench.measure(wanted):
                     check_leases()
                     part += some
-                    progress.update((len(rows) + len(part)) // len(METHODS))
+                    progress.update((len(rows) + len(part)) // len(methods))
                 body = {"sha256": sha256_json(part), "rows": part}
                 work.store.write(key, json.dumps(body).encode())
                 rows += part
             else:
                 rows += part
-                progress.update(len(rows) // len(METHODS), resumed=len(part) // len(METHODS))
+                progress.update(len(rows) // len(methods), resumed=len(part) // len(methods))
     return rows
 
 
-def _read_part(store: Store, key: str, wanted: Rows) -> Rows | None:
+def _read_part(store: Store, key: str, wanted: Rows, methods: Sequence[str]) -> Rows | None:
     """Return the rows that an interrupted evaluation kept, if they are undamaged and as wanted."""
     try:
         body = parse_json(store.read(key))
         rows: Rows = body["rows"]
-        names = [{name: row[name] for name in _KEYS} for row in rows[:: len(METHODS)]]
+        names = [{name: row[name] for name in _KEYS} for row in rows[:: len(methods)]]
         return rows if sha256_json(rows) == body["sha256"] and names == wanted else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureRow]:
+def _pictures(bench: Bench, count: int) -> list[PictureRow]:
     """Return the first `count` pairs of each bin as rows of images."""
     from dpnet.evaluation.metrics import hole_psnr
     from dpnet.evaluation.report import PictureRow, strip
 
     seen: dict[str, int] = {}
     chosen = []
-    for pair in pairs:
-        name = bench.keys(pair)["ratio_bin"]
+    for pair in bench.frozen.pairs:
+        name = bench.frozen.keys(pair)["ratio_bin"]
         seen[name] = seen.get(name, 0) + 1
         if seen[name] <= count:
             chosen.append(pair)
     made = []
-    for pair, truth, valid, methods in bench.filled(chosen):
+    for pair, truth, valid, methods in bench.fill(chosen):
         check_leases()
-        keys = bench.keys(pair)
         psnr = {name: hole_psnr(image, truth, valid) or 0.0 for name, image in methods.items()}
+        keys = bench.frozen.keys(pair)
         made.append(PictureRow(strip(truth, valid, methods), **keys, hole_psnr=psnr))
     return made
 

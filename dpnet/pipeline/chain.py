@@ -17,6 +17,7 @@ from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photos
+from dpnet.evaluation.peers import check_peers
 from dpnet.evaluation.stage import evaluate
 from dpnet.evaluation.weights import check_weights_file
 from dpnet.pipeline.config import Config, resolve_root
@@ -101,6 +102,7 @@ def check_config(config: Config, wanted: StageName = "register", root: str | Non
         check_vgg_file(config.losses)
     if wanted in ("evaluate", "register"):
         check_weights_file(config.evaluate)
+        check_peers(config.evaluate)
     if wanted != "masks" and config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
         check_apart(config.images.source, resolve_root(root, config))

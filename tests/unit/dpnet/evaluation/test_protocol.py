@@ -48,6 +48,7 @@ def test_perfect_holes_are_counted_for_each_method() -> None:
         "dpnet": 2,
         "smooth_fill": 0,
         "telea": 0,
+        "navier_stokes": 0,
         "mean_fill": 0,
     }
 

@@ -14,7 +14,13 @@ from dpnet.evaluation.protocol import METHODS, NO_LPIPS_WEIGHTS, PROTOCOL, not_c
 from dpnet.evaluation.report import STRIP, PictureRow, render_report, strip, training_curves
 from dpnet.evaluation.report_style import CSS
 
-PSNR = {"dpnet": 18.25, "smooth_fill": 18.0, "telea": 19.5, "mean_fill": 16.0}
+PSNR = {
+    "dpnet": 18.25,
+    "smooth_fill": 18.0,
+    "telea": 19.5,
+    "navier_stokes": 18.75,
+    "mean_fill": 16.0,
+}
 LOG = [
     {"kind": "validation", "step": 0, "hole_psnr": 10.0, "mean_fill_psnr": 12.0},
     {"kind": "train", "step": 25, "losses": {"hole": 0.2, "adversarial": 0.7}},
@@ -45,6 +51,7 @@ def report(psnr=PSNR, **changes):
     return {
         "pairs": 1234,
         "pairs_digest": "d" * 64,
+        "methods": METHODS,
         "figures": {"bins": bins, "all": group(psnr, 1234), "mean_over_bins": means},
         "perfect": dict.fromkeys(METHODS, 0),
         "protocol": PROTOCOL,
@@ -128,8 +135,8 @@ def test_the_first_sentence_says_where_another_method_is_better():
     text = text_of(render())
     assert "On 1,234 held-out pairs" in text
     assert (
-        "DPNet is 0.25 dB above smooth fill, 1.25 dB below Telea and 2.25 dB above mean fill"
-        in text
+        "DPNet is 0.25 dB above smooth fill, 1.25 dB below Telea, 0.50 dB"
+        " below Navier-Stokes and 2.25 dB above mean fill" in text
     )
 
 
@@ -214,11 +221,11 @@ def test_the_same_figures_give_the_same_page():
 def test_a_strip_has_the_images_in_a_row(side):
     valid = np.ones((side, side), np.uint8)
     valid[: side // 2] = 0
-    shades = {"dpnet": 20, "smooth_fill": 25, "telea": 30, "mean_fill": 40}
+    shades = {"dpnet": 20, "smooth_fill": 25, "telea": 30, "navier_stokes": 35, "mean_fill": 40}
     methods = {name: np.full((side, side, 3), shade, np.uint8) for name, shade in shades.items()}
     png = strip(np.full((side, side, 3), 10, np.uint8), valid, methods)
     sheet = decode_rgb(png, Limits(MAX_PIXELS)).rgb
     step = side + max(2, side // 32)
-    middle = [tuple(sheet[side - 1, step * i + side // 2]) for i in range(6)]
-    assert [shade[0] for shade in middle] == [10, 10, 20, 25, 30, 40]
+    middle = [tuple(sheet[side - 1, step * i + side // 2]) for i in range(7)]
+    assert [shade[0] for shade in middle] == [10, 10, 20, 25, 30, 35, 40]
     assert (sheet[0, step + side // 2] == 255).all()  # the hole is white
