@@ -44,7 +44,8 @@ METRICS = {  # with a mean and an interval in the figures
     "l1": Metric("L1, %", 2, False),
     "lpips": Metric("LPIPS", 4, False),  # if its weights are to hand
 }
-BRIEF = ("hole_psnr", "ssim", "l1")  # the metrics of short tables
+BRIEF = ("hole_psnr", "ssim", "l1")  # the metrics of model cards
+SUMMARY = ("hole_psnr", "ssim", "lpips")  # those of a run's summary
 
 PROTOCOL_VERSION = 3  # increase it with a definition below: then all is measured again
 PROTOCOL = {
@@ -263,3 +264,39 @@ def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
         "figures": means,
         "report": "report.html",
     }
+
+
+def label_in_sentence(label: str) -> str:
+    """Return a method's label as it stands inside a sentence: "the smooth fill", "Telea"."""
+    return f"the {label.lower()}" if label.endswith(" fill") else label
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Return in one sentence whether DPNet is better than the methods without learning.
+
+    The intervals of the paired differences in hole PSNR decide: a method is better or worse only if
+    its interval does not hold 0.
+    """
+    found = report["figures"]["paired"]
+    paired = {
+        label_in_sentence(label): found[method]["hole_psnr"]
+        for method, label in METHODS.items()
+        if method != OURS
+    }
+    worse = [label for label, own in paired.items() if own["high"] < 0]
+    level = [label for label, own in paired.items() if own["low"] <= 0 <= own["high"]]
+    if worse:
+        return f"In hole PSNR, DPNet is worse than {_listed(worse)}: train longer."
+    if level:
+        return f"In hole PSNR, DPNet is no better than {_listed(level)}: train longer."
+    return "In hole PSNR, DPNet is better than every baseline."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def difference_text(figure: Mapping[str, float], digits: int) -> str:
+    """Return a paired difference with its interval: "+0.12 (+0.03 to +0.20)"."""
+    mean, low, high = (f"{figure[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"

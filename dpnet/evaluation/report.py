@@ -30,6 +30,9 @@ STRIP = (
 )  # the images of a row, left to right
 
 
+STRIP_WORDS = "original, input with the hole, DPNet, smooth fill, Telea, Navier-Stokes, mean fill"
+
+
 @dataclass(frozen=True)
 class PictureRow:
     """One evaluated pair: a strip of images in the order of STRIP, and the hole PSNR by method."""
