@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_prep.core.text import html_text
-from dpnet.evaluation.protocol import METHODS
+from dpnet.evaluation.protocol import METHODS, OURS
 
 INK = "#123457"  # replaced with the text colour of the page in the finished SVG
 COLOURS = {  # of the methods that are always measured; other models take from _OTHERS
@@ -21,25 +21,21 @@ _OTHERS = ("#2f7de1", "#d9730d", "#2e9e6b", "#b455c8", "#c9a100", "#d64550", "#8
 Points = Sequence[tuple[float, float]]
 
 
-def validation_chart(dpnet: Points, mean_fill: Points) -> str:
-    """Draw hole PSNR in dB over training steps. Mean fill on the same images is a dashed line."""
+def validation_chart(curves: Mapping[str, Points]) -> str:
+    """Draw hole PSNR in dB over training steps, by method. Simple methods are dashed lines."""
     figure, axes = _figure("training step", "hole PSNR, dB")
-    axes.plot(
-        *_columns(mean_fill),
-        color=COLOURS["mean_fill"],
-        ls="--",
-        lw=1.4,
-        label=METHODS["mean_fill"],
-    )
-    mark = "o" if len(dpnet) <= 60 else ""
-    axes.plot(
-        *_columns(dpnet),
-        color=COLOURS["dpnet"],
-        marker=mark,
-        ms=3.5,
-        lw=1.8,
-        label=METHODS["dpnet"],
-    )
+    for method, points in curves.items():
+        ours = method == OURS
+        axes.plot(
+            *_columns(points),
+            color=COLOURS[method],
+            ls="-" if ours else "--",
+            marker="o" if ours and len(points) <= 60 else "",
+            ms=3.5,
+            lw=1.8 if ours else 1.4,
+            zorder=3 if ours else 2,
+            label=METHODS[method],
+        )
     _legend(axes)
     return _svg(figure, "validation hole PSNR over training")
 
@@ -125,7 +121,7 @@ def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
 
 def _legend(axes: Any) -> None:
     axes.legend(
-        frameon=False, labelcolor=INK, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1)
+        frameon=False, labelcolor=INK, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
     )
 
 

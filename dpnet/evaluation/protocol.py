@@ -298,5 +298,6 @@ def _listed(names: Sequence[str]) -> str:
 
 def difference_text(figure: Mapping[str, float], digits: int) -> str:
     """Return a paired difference with its interval: "+0.12 (+0.03 to +0.20)"."""
-    mean, low, high = (f"{figure[name]:+.{digits}f}" for name in ("mean", "low", "high"))
+    texts = [f"{figure[name]:+.{digits}f}" for name in ("mean", "low", "high")]
+    mean, low, high = (text if float(text) else text[1:] for text in texts)  # no "-0.00"
     return f"{mean} ({low} to {high})"

@@ -45,8 +45,8 @@ from dpnet.tracking.run_log import read_log
 
 if TYPE_CHECKING:
     from dpnet.evaluation.bench import Bench
+    from dpnet.evaluation.examples import Example
     from dpnet.evaluation.lpips import Lpips
-    from dpnet.evaluation.report import PictureRow
 
 _KEYS = {"image": "string", "mask": "string", "ratio_bin": "string", "hole_ratio": "float64"}
 _VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
@@ -109,7 +109,7 @@ def _build(work: Work, settings: EvaluateSettings, given: _Given) -> Produced:
         bench = Bench(frozen, generator, given.peers, lpips, pool)
         methods = methods_with([peer.name for peer in given.peers])
         rows = _measure_all(work, bench, list(methods))
-        pictures = _pictures(bench, settings.pictures)
+        examples = _examples(bench, rows, settings.pictures)
     pairs_digest = frozen.digest()
     report = {
         "pairs": len(frozen.pairs),
@@ -124,11 +124,11 @@ def _build(work: Work, settings: EvaluateSettings, given: _Given) -> Produced:
         "protocol": PROTOCOL,
         "not_computed": not_computed(reason),
     }
-    page = render_report(report, pictures, read_log(store, inputs["run"].folder), _chain(work))
+    page = render_report(report, examples, read_log(store, inputs["run"].folder), _chain(work))
     files = [
         write_file(work, "metrics.parquet", encode_table(rows, _COLUMNS)),
         write_file(work, "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode()),
-        *(write_file(work, f"pictures/{row.name}.png", row.png) for row in pictures),
+        *(write_file(work, f"pictures/{each.name}.png", each.strip) for each in examples),
         # Not content, since it shows the duration of stages.
         write_file(work, "report.html", page.encode(), content=False),
     ]
@@ -183,24 +183,20 @@ def _read_part(store: Store, key: str, wanted: Rows, methods: Sequence[str]) -> 
         return None
 
 
-def _pictures(bench: Bench, count: int) -> list[PictureRow]:
-    """Return the first `count` pairs of each bin as rows of images."""
-    from dpnet.evaluation.metrics import hole_psnr
-    from dpnet.evaluation.report import PictureRow, strip
+def _examples(bench: Bench, rows: Rows, count: int) -> list[Example]:
+    """Return the pairs that the report shows, `count` of each kind."""
+    from dpnet.evaluation.examples import choose_examples, draw_example
 
-    seen: dict[str, int] = {}
-    chosen = []
-    for pair in bench.frozen.pairs:
-        name = bench.frozen.keys(pair)["ratio_bin"]
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] <= count:
-            chosen.append(pair)
+    frozen = bench.frozen
+    width = len(rows) // len(frozen.pairs)
+    number_of = {pair: number for number, pair in enumerate(frozen.pairs)}
+    marks = choose_examples(frozen.pairs, rows, count)
     made = []
-    for pair, truth, valid, methods in bench.fill(chosen):
+    for pair, truth, valid, methods in bench.fill(list(marks)):
         check_leases()
-        psnr = {name: hole_psnr(image, truth, valid) or 0.0 for name, image in methods.items()}
-        keys = bench.frozen.keys(pair)
-        made.append(PictureRow(strip(truth, valid, methods), **keys, hole_psnr=psnr))
+        start = number_of[pair] * width
+        own = rows[start : start + width]
+        made.append(draw_example(truth, valid, methods, own, marks[pair]))
     return made
 
 
