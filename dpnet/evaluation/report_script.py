@@ -37,7 +37,5 @@ if (list) {
 _HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 # The page shows its own images and styles, runs only this script, and loads nothing.
 POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-"
-    + _HASH
-    + "'"
+    f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'"
 )
