@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dpnet.evaluation.protocol import OURS, Rows
+from dpnet.evaluation.protocol import OURS, Rows, columns_of, pairs_by_bin
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from dpnet.evaluation.pairs import Pair
 
 Array = NDArray[np.uint8]
@@ -55,17 +57,12 @@ class Example:
 
     @property
     def gain(self) -> float | None:
-        """Return DPNet's hole PSNR minus that of the smooth fill, in dB."""
-        return gain(self.values)
+        """Return DPNet's hole PSNR minus the smooth fill's, in dB; None for an empty hole."""
+        ours, smooth = (self.values[name]["hole_psnr"] for name in (OURS, "smooth_fill"))
+        return None if ours is None or smooth is None else ours - smooth
 
 
-def gain(values: Mapping[str, Mapping[str, float | None]]) -> float | None:
-    """Return DPNet's hole PSNR minus that of the smooth fill, in dB; None for an empty hole."""
-    ours, smooth = values[OURS]["hole_psnr"], values["smooth_fill"]["hole_psnr"]
-    return None if ours is None or smooth is None else ours - smooth
-
-
-def choose_examples(pairs: Sequence[Pair], rows: Rows, count: int) -> dict[Pair, str]:
+def choose_examples(pairs: Sequence[Pair], table: pa.Table, count: int) -> dict[Pair, str]:
     """Return the pairs to show with their marks, in the order of the page.
 
     The best, median and worst pairs are those by DPNet's gain over the smooth fill in hole PSNR:
@@ -74,29 +71,22 @@ def choose_examples(pairs: Sequence[Pair], rows: Rows, count: int) -> dict[Pair,
 
     Args:
         pairs: all pairs.
-        rows: the rows of all pairs and methods, in the order of the pairs.
+        table: the rows of all pairs and methods, in the order of the pairs.
         count: pairs of each mark and of each bin.
     """
-    width = len(rows) // len(pairs)
-    gains: list[tuple[float, int]] = []
-    of_bin: dict[str, list[int]] = {}
-    for number in range(len(pairs)):
-        own = rows[number * width : (number + 1) * width]
-        found = gain({row["method"]: row for row in own})
-        if found is not None:
-            gains.append((found, number))
-        of_bin.setdefault(own[0]["ratio_bin"], []).append(number)
-    ranked = [number for _, number in sorted(gains)]
+    columns = columns_of(table)
+    gains = columns[OURS]["hole_psnr"] - columns["smooth_fill"]["hole_psnr"]
+    ranked = np.argsort(gains, kind="stable")[: len(gains) - int(np.isnan(gains).sum())]
     middle = max(0, (len(ranked) - count) // 2)
     chosen: dict[int, str] = {}
     for mark, some in (
         ("best", ranked[::-1][:count]),
         ("worst", ranked[:count]),
         ("median", ranked[middle : middle + count]),
-        ("", [number for name in sorted(of_bin) for number in of_bin[name][:count]]),
+        ("", [n for at in pairs_by_bin(table).values() for n in at[:count]]),
     ):
         for number in some:
-            chosen.setdefault(number, mark)
+            chosen.setdefault(int(number), mark)
     order = ("best", "median", "worst", "")
     return {
         pairs[number]: mark

@@ -108,9 +108,9 @@ def ssim_map(composite: Image, truth: Image) -> Map:
     return result
 
 
-def perfect(psnr_values: Sequence[float]) -> int:
-    """Count the PSNR values that are at the cap."""
-    return sum(value >= PSNR_CAP for value in psnr_values)
+def perfect(psnr_values: Sequence[float] | Map) -> int:
+    """Count the PSNR values that are at the cap. NaN is no value."""
+    return int(np.sum(np.asarray(psnr_values) >= PSNR_CAP))
 
 
 def bootstrap_mean(

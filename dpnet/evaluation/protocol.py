@@ -13,6 +13,7 @@ from data_prep.core.digest import sha256_bytes
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
     from numpy.typing import NDArray
 
     Values = NDArray[np.float64]
@@ -103,24 +104,28 @@ def not_computed(lpips: str | None) -> list[dict[str, str]]:
 Figure = dict[str, float]  # a mean with its interval: mean, low, high
 
 
-def figures(rows: Rows, pairs_digest: str) -> dict[str, Any]:
+def figures(table: pa.Table, pairs_digest: str) -> dict[str, Any]:
     """Return means and 95 % intervals by ratio bin and over all pairs, and the means over the bins.
 
     `paired` has the intervals of the differences, DPNet's value minus that of each other method on
     the same pair. A metric without any value is left out. A pair without a value, because its hole
     is empty, is left out of that metric. The digest of the pairs decides on the resamples. All
     methods and metrics share them.
+
+    Args:
+        table: the rows of metrics.parquet: for each pair one for each method, in one order.
+        pairs_digest: digest of the pairs.
     """
-    columns = _columns(rows)
+    import numpy as np
+
+    columns = columns_of(table)
     metrics = [m for m in METRICS if not all(_empty(values[m]) for values in columns.values())]
-    bin_of = [row["ratio_bin"] for row in rows[:: len(columns)]]
-    names = sorted(set(bin_of))
-    groups = {name: [i for i, own in enumerate(bin_of) if own == name] for name in names}
+    groups = pairs_by_bin(table)
     bins = {
         name: _Group(columns, metrics, at, f"bootstrap/{pairs_digest}/{name}")
         for name, at in groups.items()
     }
-    everything = list(range(len(bin_of)))
+    everything = np.arange(table.num_rows // len(columns))
     return {
         "bins": {name: group.figures() for name, group in bins.items()},
         "all": _Group(columns, metrics, everything, f"bootstrap/{pairs_digest}/all").figures(),
@@ -128,18 +133,31 @@ def figures(rows: Rows, pairs_digest: str) -> dict[str, Any]:
     }
 
 
-def _columns(rows: Rows) -> dict[str, dict[str, Values]]:
+def columns_of(table: pa.Table) -> dict[str, dict[str, Values]]:
     """Return the values by method and metric, in the order of the pairs; NaN is no value."""
-    import numpy as np
-
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods: list[str] = []
+    for each in table["method"]:
+        if each.as_py() in methods:
+            break
+        methods.append(each.as_py())
+    values = {metric: table[metric].cast("float64").to_numpy() for metric in METRICS}
     return {
-        method: {
-            metric: np.array([row[metric] for row in rows[number :: len(methods)]], np.float64)
-            for metric in METRICS
-        }
+        method: {metric: values[metric][number :: len(methods)] for metric in METRICS}
         for number, method in enumerate(methods)
     }
+
+
+def pairs_by_bin(table: pa.Table) -> dict[str, NDArray[np.int64]]:
+    """Return the positions of the pairs of each ratio bin, by the bin's name in their order."""
+    import numpy as np
+
+    count = len(columns_of(table))
+    names = table["ratio_bin"].combine_chunks().dictionary_encode()
+    number = names.indices.to_numpy()[::count]
+    found = {
+        name: np.flatnonzero(number == n) for n, name in enumerate(names.dictionary.to_pylist())
+    }
+    return dict(sorted(found.items()))
 
 
 def _empty(values: Values) -> bool:
@@ -159,7 +177,7 @@ class _Group:
         self,
         columns: Mapping[str, Mapping[str, Values]],
         metrics: Sequence[str],
-        at: Sequence[int],
+        at: NDArray[np.int64],
         stream: str,
     ) -> None:
         import numpy as np
@@ -168,7 +186,7 @@ class _Group:
 
         self.pairs = len(at)
         values: dict[tuple[str, ...], Values] = {
-            (m, k): columns[m][k][list(at)] for m in columns for k in metrics
+            (m, k): columns[m][k][at] for m in columns for k in metrics
         }
         values |= {
             (m, k, "paired"): values[OURS, k] - values[m, k]
@@ -225,21 +243,18 @@ def _random(stream: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int(sha256_bytes(stream.encode())[:32], 16)))
 
 
-def count_perfect(rows: Rows) -> dict[str, int]:
+def count_perfect(table: pa.Table) -> dict[str, int]:
     """Count the holes that each method filled perfectly."""
     from dpnet.evaluation.metrics import perfect
 
-    return {
-        method: perfect(
-            [r["hole_psnr"] for r in rows if r["method"] == method and r["hole_psnr"] is not None]
-        )
-        for method in dict.fromkeys(row["method"] for row in rows)
-    }
+    return {method: perfect(own["hole_psnr"]) for method, own in columns_of(table).items()}
 
 
-def count_empty(rows: Rows) -> int:
+def count_empty(table: pa.Table) -> int:
     """Count the pairs whose hole is empty. They have no hole PSNR."""
-    return len({(row["image"], row["mask"]) for row in rows if row["hole_psnr"] is None})
+    import numpy as np
+
+    return int(np.isnan(columns_of(table)[OURS]["hole_psnr"]).sum())
 
 
 def summarise(report: Mapping[str, Any]) -> dict[str, Any]:

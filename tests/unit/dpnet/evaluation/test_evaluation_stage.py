@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import small_root
 from random_weights import random_alexnet
@@ -125,9 +126,10 @@ def test_the_summary_has_the_figures_of_every_bin_and_their_mean(data, done):
 
 def test_intervals_enclose_their_mean_and_are_the_same_each_time(data, done):
     rows = rows_of(data[0], done)
-    found = figures(rows, "a")
-    assert found == figures(rows, "a")
-    assert found != figures(rows, "b")
+    table = pa.Table.from_pylist(rows)
+    found = figures(table, "a")
+    assert found == figures(table, "a")
+    assert found != figures(table, "b")
     for method in METHODS:
         figure = found["all"]["methods"][method]["hole_psnr"]
         assert figure["low"] < figure["mean"] < figure["high"]
@@ -385,3 +387,45 @@ def test_a_model_with_weights_that_are_not_finite_is_refused_in_one_sentence(fre
     with pytest.raises(PipelineError, match="values that are not finite") as raised:
         evaluated((store, images, masks, run))
     assert str(raised.value).count("\n") == 0
+
+
+class ManyPairs:
+    """A stand-in for the bench, with many pairs in many shards and the values of no image."""
+
+    def __init__(self, shards, of_shard):
+        self.frozen = self.masks = self
+        self.pairs = [(n, n) for n in range(shards * of_shard)]
+        self.shard_key = lambda position: f"eval-{position // of_shard:06d}.tar"
+
+    def keys(self, pair):
+        name = f"{pair[0]:040d}"
+        return {"image": name, "mask": name, "ratio_bin": "0.01-0.10", "hole_ratio": 0.05}
+
+    def measure(self, pairs):
+        values = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
+        for pair in pairs:
+            yield [
+                {**self.keys(pair), "method": method, **dict.fromkeys(values, pair[0] / 7.0)}
+                for method in METHODS
+            ]
+
+
+def test_the_memory_hardly_grows_with_the_number_of_pairs(tmp_path):
+    """Rows as Python objects would need 1,000 bytes each, and the images 12,000 and more."""
+    import tracemalloc
+    from types import SimpleNamespace
+
+    store = LocalStore(tmp_path)
+    peaks, arrow = [], []
+    for number, shards in enumerate((1, 2, 20)):  # the first one imports pyarrow
+        folder = f"evaluations/{number}"
+        work = SimpleNamespace(store=store, key=lambda path, at=folder: f"{at}/{path}")
+        tracemalloc.start()
+        table = evaluation_stage._measure_all(work, ManyPairs(shards, 50), list(METHODS))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        arrow.append(table.nbytes)
+        assert table.num_rows == shards * 50 * len(METHODS)
+    more = 18 * 50 * len(METHODS)
+    assert (peaks[2] - peaks[1]) / more < 250
+    assert (arrow[2] - arrow[1]) / more < 250

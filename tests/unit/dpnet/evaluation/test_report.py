@@ -8,6 +8,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -288,19 +289,23 @@ def test_the_best_median_and_worst_pairs_are_by_gain_over_the_smooth_fill():
         # Large holes have a low PSNR and may have the best gain.
         psnr = PSNR | {"smooth_fill": 40.0 - 5 * gain, "dpnet": 40.0 - 4 * gain}
         made += rows(psnr, mask=f"eval-{number}", ratio_bin=f"0.{number % 2}0-0.50")
-    assert choose_examples(pairs, made, 1) == {
+    table = pa.Table.from_pylist(made)
+    assert choose_examples(pairs, table, 1) == {
         (3, 3): "best",
         (5, 5): "median",
         (1, 1): "worst",
         (0, 0): "",
     }
-    assert choose_examples(pairs, made, 0) == {}
-    assert len(choose_examples(pairs, made, 50)) == 7
+    assert choose_examples(pairs, table, 0) == {}
+    assert len(choose_examples(pairs, table, 50)) == 7
 
 
 def test_a_pair_with_an_empty_hole_is_no_best_or_worst_pair():
     made = [r for n, v in enumerate((None, 18.0)) for r in rows(mask=f"e-{n}", hole_psnr=v)]
-    assert choose_examples([(0, 0), (1, 1)], made, 1) == {(1, 1): "best", (0, 0): ""}
+    assert choose_examples([(0, 0), (1, 1)], pa.Table.from_pylist(made), 1) == {
+        (1, 1): "best",
+        (0, 0): "",
+    }
     assert Reader(render(pictures=[example(hole_psnr=None)])).open == []
 
 
