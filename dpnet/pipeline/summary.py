@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from dpnet.tracking.mlflow_database import mlflow_database
 # DPNet and the strongest simple methods. The mean fill is in the report only: anything beats it.
 METHODS = {name: protocol.METHODS[name] for name in ("dpnet", "smooth_fill", "telea")}
 METRICS = {name: protocol.METRICS[name] for name in protocol.SUMMARY}
+_WIDTH = 100  # columns of the text
 _IN_JSON = (*METRICS, "l1")
 _COLUMNS = {"dpnet": "DPNet", "smooth_fill": "smooth", "telea": "Telea"}  # short, for a terminal
 
@@ -135,7 +137,7 @@ def as_text(summary: Summary, again: str) -> str:
         figures_text(summary),
         "",
         *paired_text(summary["paired"]),
-        *_why_no_lpips(summary),
+        *(part for line in _why_no_lpips(summary) for part in textwrap.wrap(line, _WIDTH)),
         summary["verdict"],
         "",
         printable(f"report      {summary['report']}"),

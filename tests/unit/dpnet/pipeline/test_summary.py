@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
-from dpnet.evaluation.protocol import verdict
+from dpnet.evaluation.protocol import NO_LPIPS_WEIGHTS, verdict
 from dpnet.pipeline.summary import as_markdown, as_text, figures_text, stages_text, summarize
 
 SPLITS = {"splits": {"train": {"samples": 100_000, "shards": 9}, "val": {"samples": 7}}}
@@ -81,7 +81,7 @@ def report(figures: dict[str, Any] = FIGURES, **hole_psnr: Any) -> dict[str, Any
     return {
         "pairs": 4000,
         "figures": {"bins": bins, "mean_over_bins": figures, "paired": differences},
-        "not_computed": [] if computed else [{"metric": "LPIPS", "reason": "needs weights."}],
+        "not_computed": [] if computed else [{"metric": "LPIPS", "reason": NO_LPIPS_WEIGHTS}],
     }
 
 
@@ -174,7 +174,9 @@ def test_lpips_that_was_not_computed_has_dashes_and_the_reason(tmp_path: Path) -
     summary = summary_of(tmp_path, without)
     assert summary["mean_over_bins"]["dpnet"]["lpips"] is None
     text = as_text(summary, "dpnet demo")
-    assert "LPIPS is not computed: needs weights." in text
+    assert "LPIPS is not computed: needs the weights of AlexNet: name their file" in text
+    shown = text.splitlines()
+    assert all(len(line) <= 100 for line in shown[shown.index(summary["verdict"]) - 3 :][:4])
     assert len({len(row) for row in figures_text(summary).splitlines()[1:]}) == 1
     page = as_markdown("demo", LocalStore(tmp_path), [refs_of_stage("evaluate")], "", {})
     assert "| LPIPS, by hole" not in page
