@@ -429,3 +429,11 @@ def test_the_memory_hardly_grows_with_the_number_of_pairs(tmp_path):
     more = 18 * 50 * len(METHODS)
     assert (peaks[2] - peaks[1]) / more < 250
     assert (arrow[2] - arrow[1]) / more < 250
+
+
+def test_new_options_leave_the_requests_of_older_configs_alone():
+    """A retrain of an older version is found by these settings."""
+    older = {"split": "test", "seed": 0, "max_pairs": 12_000, "pictures": 2}
+    assert EvaluateSettings().requested() == older
+    new = EvaluateSettings(lpips_weights="a", allow_downloads=True, compare={"x": "y"}, threads=3)
+    assert new.requested() == older
