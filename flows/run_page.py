@@ -35,6 +35,7 @@ from data_prep.core.storage.store import Store
 from data_prep.core.text import duration, markdown_code, markdown_text, printable
 from data_prep.pictures.limits import STORED, PhotoError
 from data_prep.pictures.open_image import opened
+from dpnet.evaluation.report import STRIP_WORDS
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown
 from flows.deployments import PROGRESS, TAG
@@ -123,8 +124,7 @@ class RunPage:
         images = result_images(self.store, refs)
         if images:
             _publish(
-                "Left to right: original, input with the hole, DPNet, smooth fill, Telea, mean"
-                " fill.\n\n" + "\n\n".join(images),
+                f"Left to right: {STRIP_WORDS}.\n\n" + "\n\n".join(images),
                 "pictures",
                 "Results on frozen pairs",
             )

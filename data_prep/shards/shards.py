@@ -117,16 +117,23 @@ def encode_table(
         metadata: metadata of the schema.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     schema = (
         pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
         if columns is not None
         else None
     )
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
+    return table_bytes(pa.Table.from_pylist([dict(row) for row in rows], schema=schema), metadata)
+
+
+def table_bytes(table: Any, metadata: Mapping[bytes, bytes] | None = None) -> bytes:
+    """Return the bytes of a parquet file with a pyarrow table, as `encode_table` writes them."""
+    import pyarrow.parquet as pq
+
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    # In one chunk, so that the bytes do not depend on how the table was put together.
+    whole = table.combine_chunks().replace_schema_metadata(metadata)
+    pq.write_table(whole, sink, compression="zstd")
     return sink.getvalue()
 
 

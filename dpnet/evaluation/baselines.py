@@ -1,4 +1,4 @@
-"""Methods without learning, to compare a model with: mean fill, Telea's method, pull-push.
+"""Methods without learning, to compare a model with: mean fill, pull-push, two of OpenCV.
 
 Each takes an image, uint8 [H, W, 3], and a mask `valid`, uint8 [H, W] (1 = known, 0 = hole). Each
 returns the composite, uint8 [H, W, 3]. Its known pixels are those of the image, bit for bit.
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
 
-TELEA_RADIUS = 3  # pixels; the radius of OpenCV's own example
+RADIUS = 3  # pixels; the radius of OpenCV's own example
 MID_GREY = 128  # the fill of an image without known pixels
 
 
@@ -19,7 +19,7 @@ def mean_fill(image: Image, valid: Image) -> Image:
     """Fill the hole with the mean colour of the image's known pixels, rounded."""
     known = image[valid > 0]
     colour = np.rint(known.mean(axis=0)) if len(known) else np.full(3, MID_GREY)
-    return _composite(image, valid, colour.astype(np.uint8))
+    return composite(image, valid, colour.astype(np.uint8))
 
 
 def smooth_fill(image: Image, valid: Image) -> Image:
@@ -30,14 +30,28 @@ def smooth_fill(image: Image, valid: Image) -> Image:
     from dpnet.model.generator import known_mean
 
     known = torch.from_numpy(valid)[None, None].float()
-    pixels = torch.from_numpy(_composite(image, valid, np.uint8(0)))
+    pixels = torch.from_numpy(composite(image, valid, np.uint8(0)))
     colour = pixels.permute(2, 0, 1)[None].float() / 255
     filled = pull_push(colour, known, known_mean(colour, known))[0].permute(1, 2, 0)
-    return _composite(image, valid, (filled * 255).round().to(torch.uint8).numpy())
+    return composite(image, valid, (filled * 255).round().to(torch.uint8).numpy())
 
 
 def telea(image: Image, valid: Image) -> Image:
-    """Fill the hole by fast marching, as OpenCV does (Telea, J. Graphics Tools 9(1), 2004).
+    """Fill the hole by fast marching, as OpenCV does (Telea, J. Graphics Tools 9(1), 2004)."""
+    import cv2
+
+    return _inpaint(image, valid, cv2.INPAINT_TELEA)
+
+
+def navier_stokes(image: Image, valid: Image) -> Image:
+    """Fill the hole by fluid dynamics, as OpenCV does (Bertalmio et al., CVPR 2001)."""
+    import cv2
+
+    return _inpaint(image, valid, cv2.INPAINT_NS)
+
+
+def _inpaint(image: Image, valid: Image, method: int) -> Image:
+    """Fill the hole with a method of OpenCV.
 
     All channels are treated in the same way, so their order does not matter. An image without
     known pixels becomes grey, because OpenCV would keep the truth in it.
@@ -48,12 +62,10 @@ def telea(image: Image, valid: Image) -> Image:
         return mean_fill(image, valid)
     hole = (valid == 0).astype(np.uint8)
     # Empty the hole first, so that the method cannot see the truth.
-    filled = cv2.inpaint(
-        _composite(image, valid, np.uint8(0)), hole, TELEA_RADIUS, cv2.INPAINT_TELEA
-    )
-    return _composite(image, valid, filled)
+    filled = cv2.inpaint(composite(image, valid, np.uint8(0)), hole, RADIUS, method)
+    return composite(image, valid, filled)
 
 
-def _composite(image: Image, valid: Image, fill: Image | np.uint8) -> Image:
+def composite(image: Image, valid: Image, fill: Image | np.uint8) -> Image:
     """Return `image` where pixels are known, and `fill` in the hole."""
     return np.where(valid[..., None] > 0, image, fill)

@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_prep.core.text import html_text
-from dpnet.evaluation.protocol import METHODS
+from dpnet.evaluation.protocol import METHODS, OURS
 
 INK = "#123457"  # replaced with the text colour of the page in the finished SVG
-COLOURS = {"dpnet": "#2f7de1", "smooth_fill": "#2a9d6f", "telea": "#d9730d", "mean_fill": "#8a8f98"}
+COLOURS = {  # of the methods that are always measured; other models take from _OTHERS
+    "dpnet": "#2f7de1", "smooth_fill": "#2a9d6f", "telea": "#d9730d",
+    "navier_stokes": "#b455c8", "mean_fill": "#8a8f98"}  # fmt: skip
+_PEERS = ("#c9a100", "#d64550", "#7a5cd6", "#12a4b8")
 _OTHERS = ("#2f7de1", "#d9730d", "#2e9e6b", "#b455c8", "#c9a100", "#d64550", "#8a8f98")
 
 Points = Sequence[tuple[float, float]]
 
 
-def validation_chart(dpnet: Points, mean_fill: Points) -> str:
-    """Draw hole PSNR in dB over training steps. Mean fill on the same images is a dashed line."""
+def validation_chart(curves: Mapping[str, Points]) -> str:
+    """Draw hole PSNR in dB over training steps, by method. Simple methods are dashed lines."""
     figure, axes = _figure("training step", "hole PSNR, dB")
-    axes.plot(
-        *_columns(mean_fill),
-        color=COLOURS["mean_fill"],
-        ls="--",
-        lw=1.4,
-        label=METHODS["mean_fill"],
-    )
-    mark = "o" if len(dpnet) <= 60 else ""
-    axes.plot(
-        *_columns(dpnet),
-        color=COLOURS["dpnet"],
-        marker=mark,
-        ms=3.5,
-        lw=1.8,
-        label=METHODS["dpnet"],
-    )
+    for method, points in curves.items():
+        ours = method == OURS
+        axes.plot(
+            *_columns(points),
+            color=COLOURS[method],
+            ls="-" if ours else "--",
+            marker="o" if ours and len(points) <= 60 else "",
+            ms=3.5,
+            lw=1.8 if ours else 1.4,
+            zorder=3 if ours else 2,
+            label=METHODS[method],
+        )
     _legend(axes)
     return _svg(figure, "validation hole PSNR over training")
 
@@ -52,7 +52,10 @@ def losses_chart(losses: Mapping[str, Points]) -> str:
 
 
 def bins_chart(
-    groups: Sequence[str], values: Mapping[str, Sequence[tuple[float, float, float]]], title: str
+    groups: Sequence[str],
+    values: Mapping[str, Sequence[tuple[float, float, float]]],
+    title: str,
+    labels: Mapping[str, str] = METHODS,
 ) -> str:
     """Draw the mean of each method in each group, with its interval as a bar.
 
@@ -60,10 +63,15 @@ def bins_chart(
         groups: names of the groups.
         values: by method, a triple (mean, low, high) for each group.
         title: label of the vertical axis.
+        labels: names of the methods.
     """
+    colours = colours_of(labels)
     figure, axes = _figure("hole, share of the image", title)
     for number, (method, triples) in enumerate(values.items()):
-        x = [at + 0.15 * (number - (len(values) - 1) / 2) for at in range(len(groups))]
+        x = [
+            at + 0.8 / max(5, len(values)) * (number - (len(values) - 1) / 2)
+            for at in range(len(groups))
+        ]
         means = [mean for mean, _, _ in triples]
         below = [mean - low for mean, low, _ in triples]
         above = [high - mean for mean, _, high in triples]
@@ -71,15 +79,21 @@ def bins_chart(
             x,
             means,
             [below, above],
-            color=COLOURS[method],
+            color=colours[method],
             fmt="o",
             ms=5,
             lw=1.6,
-            label=METHODS[method],
+            label=labels[method],
         )
     axes.set_xticks(range(len(groups)), groups)
     _legend(axes)
     return _svg(figure, title)
+
+
+def colours_of(methods: Iterable[str]) -> dict[str, str]:
+    """Return a colour for each method."""
+    others = itertools.cycle(_PEERS)
+    return {method: COLOURS.get(method) or next(others) for method in methods}
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
@@ -107,7 +121,7 @@ def _figure(x_label: str, y_label: str) -> tuple[Any, Any]:
 
 def _legend(axes: Any) -> None:
     axes.legend(
-        frameon=False, labelcolor=INK, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1)
+        frameon=False, labelcolor=INK, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1)
     )
 
 

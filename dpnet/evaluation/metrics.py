@@ -7,6 +7,7 @@ uses only the pixels of the hole, and is None for an image without a hole.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -107,9 +108,9 @@ def ssim_map(composite: Image, truth: Image) -> Map:
     return result
 
 
-def perfect(psnr_values: Sequence[float]) -> int:
-    """Count the PSNR values that are at the cap."""
-    return sum(value >= PSNR_CAP for value in psnr_values)
+def perfect(psnr_values: Sequence[float] | Map) -> int:
+    """Count the PSNR values that are at the cap. NaN is no value."""
+    return int(np.sum(np.asarray(psnr_values) >= PSNR_CAP))
 
 
 def bootstrap_mean(
@@ -129,16 +130,39 @@ def bootstrap_mean(
     if len(values) == 0:
         raise ValueError("the mean of no values is not defined")
     data = np.asarray(values, dtype=np.float64)
+    means = bootstrap_means([data], rng, resamples=resamples)[0]
+    return percentile_interval(float(data.mean()), means, level)
+
+
+def bootstrap_means(
+    columns: Sequence[Map], rng: np.random.Generator, *, resamples: int = 1000
+) -> Map:
+    """Return the means of resamples of each column: float64 [columns, resamples].
+
+    Args:
+        columns: columns of equal length, at least 1. All are resampled at the same rows, so means
+            of two columns may be compared one by one. NaN is left out of a mean.
+        rng: draws the resamples.
+        resamples: number of resamples.
+    """
+    length = len(columns[0])
+    means = np.full((len(columns), resamples), np.nan)
+    average = [np.nanmean if np.isnan(column).any() else np.mean for column in columns]
     # In several batches: all at once would need resamples x values indices in memory.
-    some = max(1, min(resamples, 1_000_000 // len(data)))
-    means = np.concatenate(
-        [
-            data[rng.integers(0, len(data), (min(some, resamples - start), len(data)))].mean(axis=1)
-            for start in range(0, resamples, some)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(data.mean()), float(low), float(high))
+    some = max(1, min(resamples, 1_000_000 // length))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resample of NaN alone has the mean NaN
+        for start in range(0, resamples, some):
+            at = rng.integers(0, length, (min(some, resamples - start), length))
+            for number, column in enumerate(columns):
+                means[number, start : start + some] = average[number](column[at], axis=1)
+    return means
+
+
+def percentile_interval(mean: float, means: Map, level: float = 0.95) -> Interval:
+    """Return the interval between the percentiles of resampled means; NaN is left out."""
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean, float(low), float(high))
 
 
 def _difference(composite: Image, truth: Image) -> Map:

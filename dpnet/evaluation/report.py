@@ -1,78 +1,38 @@
-"""The report of an evaluation: one HTML page without scripts, other files or network access."""
+"""The report of an evaluation: one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from data_prep.core.manifest import Manifest
 from data_prep.core.text import html_text
-from dpnet.evaluation.charts import Points, bins_chart, losses_chart, validation_chart
-from dpnet.evaluation.protocol import METHODS, METRICS
+from dpnet.evaluation.charts import (
+    Points,
+    bins_chart,
+    colours_of,
+    losses_chart,
+    validation_chart,
+)
+from dpnet.evaluation.protocol import METRICS, OURS, Metric, difference_text, verdict
+from dpnet.evaluation.report_examples import render_examples
+from dpnet.evaluation.report_script import POLICY, SCRIPT
 from dpnet.evaluation.report_style import CSS
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    from dpnet.evaluation.examples import Example
 
-STRIP = (
-    "truth",
-    "masked",
-    "dpnet",
-    "smooth_fill",
-    "telea",
-    "mean_fill",
-)  # the images of a row, left to right
-
-
-@dataclass(frozen=True)
-class PictureRow:
-    """One evaluated pair: a strip of images in the order of STRIP, and the hole PSNR by method."""
-
-    png: bytes
-    image: str
-    mask: str
-    ratio_bin: str
-    hole_ratio: float
-    hole_psnr: Mapping[str, float]
-
-    @property
-    def name(self) -> str:
-        """Return the name of the strip's file."""
-        return f"{self.ratio_bin}-{self.mask}"
-
-
-def strip(
-    truth: NDArray[np.uint8], valid: NDArray[np.uint8], methods: Mapping[str, NDArray[np.uint8]]
-) -> bytes:
-    """Return a PNG of the images in a row, with transparent gaps between them.
-
-    Args:
-        truth: uint8 [H, W, 3].
-        valid: uint8 [H, W], 1 = known.
-        methods: the composite of each method, uint8 [H, W, 3].
-    """
-    import numpy as np
-    from PIL import Image
-
-    pictures = {"truth": truth, "masked": np.where(valid[..., None] > 0, truth, 255), **methods}
-    height, width = valid.shape
-    step = width + max(2, width // 32)
-    sheet = Image.new("RGBA", (step * len(STRIP) - (step - width), height), (0, 0, 0, 0))
-    for number, name in enumerate(STRIP):
-        sheet.paste(Image.fromarray(pictures[name].astype(np.uint8)), (step * number, 0))
-    file = io.BytesIO()
-    sheet.save(file, "PNG")
-    return file.getvalue()
+# What the strips in pictures/ show; other models come after DPNet.
+STRIP_WORDS = (
+    "original, input with the hole, DPNet, other models if there are any, smooth fill, Telea,"
+    " Navier-Stokes, mean fill, DPNet's error"
+)
 
 
 def render_report(
     report: Mapping[str, Any],
-    pictures: Sequence[PictureRow],
+    examples: Sequence[Example],
     log: Sequence[Mapping[str, Any]],
     chain: Sequence[Manifest],
 ) -> str:
@@ -80,7 +40,7 @@ def render_report(
 
     Args:
         report: the content of report.json.
-        pictures: examples, sorted by ratio bin.
+        examples: pairs to show, in their order.
         log: the log of training.
         chain: manifests of the stages that this evaluation is made of. The evaluation's own
             comes last; it has no content digest and no summary yet.
@@ -88,30 +48,45 @@ def render_report(
     title = f"DPNet evaluation: {chain[-1].name}"
     sections = [
         _headline(report),
+        _section("DPNet against each method", _paired_section(report)),
         _section("By size of the hole", _bins_section(report)),
+        _section("Pairs", render_examples(examples, report["methods"])),
         _section("Training", _training(log)),
-        _section("Examples", _pictures(pictures)),
         _section("How it was measured", _protocol(report)),
-        _section("Data and model", _provenance(report, chain)),
+        _section("Data, model and cost", _provenance(report, chain)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<title>{html_text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{html_text(title)}</h1>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
+        f"<h1>{html_text(title)}</h1>\n"
+        + "\n".join(sections)
+        + f"\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
 
 def training_curves(
     log: Sequence[Mapping[str, Any]],
-) -> tuple[Points, Points, dict[str, Points]]:
-    """Return validation hole PSNR, that of mean fill, and losses by name, each over steps."""
+) -> tuple[dict[str, Points], dict[str, Points]]:
+    """Return validation hole PSNR by method and losses by name, each over steps.
+
+    Logs of earlier versions have no smooth fill.
+    """
     measured = [record for record in log if record["kind"] == "validation"]
     trained = [record for record in log if record["kind"] == "train"]
     names = sorted({name for record in trained for name in record["losses"]})
+    keys = {
+        OURS: "hole_psnr",
+        "smooth_fill": "smooth_fill_psnr",
+        "mean_fill": "mean_fill_psnr",
+    }
+    curves = {
+        method: [(record["step"], record[key]) for record in measured if key in record]
+        for method, key in keys.items()
+    }
     return (
-        [(record["step"], record["hole_psnr"]) for record in measured],
-        [(record["step"], record["mean_fill_psnr"]) for record in measured],
+        {method: points for method, points in curves.items() if points},
         {
             name: [(r["step"], r["losses"][name]) for r in trained if name in r["losses"]]
             for name in names
@@ -120,46 +95,78 @@ def training_curves(
 
 
 def _headline(report: Mapping[str, Any]) -> str:
-    means = report["figures"]["mean_over_bins"]
-    psnr = {method: means[method]["hole_psnr"] for method in METHODS}
+    means, methods = report["figures"]["mean_over_bins"], report["methods"]
     tiles = "".join(
-        f'<div class="tile {method}"><b>{psnr[method]:.2f}<small> dB</small></b>'
-        f"<span>{name}</span></div>"
-        for method, name in METHODS.items()
+        f'<div class="tile {html_text(method)}" style="border-color: {colour}">'
+        f"<b>{means[method]['hole_psnr']:.2f}<small> dB</small></b>"
+        f"<span>{html_text(methods[method])}</span>{_small_values(means[method])}</div>"
+        for method, colour in colours_of(methods).items()
     )
-    peers = [
-        _compared(psnr["dpnet"] - psnr[method], METHODS[method])
-        for method in METHODS
-        if method != "dpnet"
-    ]
-    against = f"{', '.join(peers[:-1])} and {peers[-1]}"
     return (
-        f'<p class="lead">On {report["pairs"]:,} held-out pairs of image and mask, DPNet is'
-        f' {against}.</p>\n<div class="tiles">{tiles}</div>\n<p class="note">Hole PSNR uses'
-        " only the missing pixels. It is the mean over the bins of hole size. Higher is better.</p>"
+        f'<p class="lead"><b>{html_text(verdict(report))}</b> Measured on {report["pairs"]:,}'
+        f' held-out pairs of image and mask.</p>\n<div class="tiles">{tiles}</div>\n'
+        '<p class="note">Hole PSNR uses only the missing pixels. Every figure is the mean over'
+        f" the bins of hole size.{_uncounted(report)}</p>"
     )
 
 
-def _compared(gain: float, peer: str) -> str:
-    name = peer.lower() if " " in peer else peer  # Telea is a name
-    if abs(gain) < 0.005:
-        return f"level with {name}"
-    return f"<b>{abs(gain):.2f} dB {'above' if gain > 0 else 'below'}</b> {name}"
+def _small_values(means: Mapping[str, float]) -> str:
+    """Return SSIM and LPIPS of a method below its tile's name."""
+    shown = [
+        f"{METRICS[name].label} {means[name]:.{METRICS[name].digits}f}"
+        for name in ("ssim", "lpips")
+        if name in means
+    ]
+    return "".join(f'<small class="values">{text}</small>' for text in shown)
+
+
+def _uncounted(report: Mapping[str, Any]) -> str:
+    empty = report["empty_holes"]
+    return f" Pairs with an empty hole, without a hole PSNR: {empty:,}." if empty else ""
+
+
+def _paired_section(report: Mapping[str, Any]) -> str:
+    """Return a table of DPNet's paired differences to each method, with a word for each."""
+    paired, methods = report["figures"]["paired"], report["methods"]
+    metrics = [name for name in METRICS if any(name in own for own in paired.values())]
+    rows = "".join(
+        f'<tr><th scope="row">{html_text(methods[method])}</th>'
+        + "".join(_difference(own[name], METRICS[name]) for name in metrics)
+        + "</tr>"
+        for method, own in paired.items()
+    )
+    heads = "".join(f'<th scope="col">{html_text(METRICS[name].label)}</th>' for name in metrics)
+    return (
+        '<div class="wide"><table class="paired"><thead><tr><th scope="col">DPNet minus</th>'
+        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>\n"
+        '<p class="note">Mean over the bins of the differences on the same pairs, with its 95 %'
+        " bootstrap interval. Better and worse are said only where the interval does not hold 0."
+        "</p>"
+    )
+
+
+def _difference(figure: Mapping[str, float], metric: Metric) -> str:
+    sign = 1 if metric.higher_is_better else -1
+    ends = sorted(sign * figure[end] for end in ("low", "high"))
+    word = "better" if ends[0] > 0 else "worse" if ends[1] < 0 else "level"
+    mean, _, interval = difference_text(figure, metric.digits).partition(" ")
+    return f'<td class="{word}">{mean} <b>{word}</b><small>{interval.strip("()")}</small></td>'
 
 
 def _bins_section(report: Mapping[str, Any]) -> str:
-    bins = report["figures"]["bins"]
+    bins, methods = report["figures"]["bins"], report["methods"]
     values = {
         method: [
             (v["mean"], v["low"], v["high"])
             for v in (group["methods"][method]["hole_psnr"] for group in bins.values())
         ]
-        for method in METHODS
+        for method in methods
     }
     names = {_percent(name): group for name, group in bins.items()}
     groups = {**names, "All pairs": report["figures"]["all"]}
-    chart = bins_chart(list(names), values, "hole PSNR, dB")
-    tables = "\n".join(_table(groups, metric) for metric in METRICS)
+    chart = bins_chart(list(names), values, "hole PSNR, dB", methods)
+    computed = report["figures"]["all"]["methods"]["dpnet"]
+    tables = "\n".join(_table(groups, metric, methods) for metric in METRICS if metric in computed)
     return (
         f'<figure class="chart">{chart}</figure>\n<div class="tables">{tables}</div>\n'
         '<p class="note">Mean and 95 % bootstrap interval. The best mean of a row is bold.'
@@ -175,17 +182,19 @@ def _percent(name: str) -> str:
 
 def _perfect(report: Mapping[str, Any]) -> str:
     counts = [
-        f"{METHODS[method]} {count}" for method, count in report["perfect"].items() if count > 0
+        f"{html_text(report['methods'][method])} {count}"
+        for method, count in report["perfect"].items()
+        if count > 0
     ]
     return f" Holes filled perfectly, counted as 100 dB: {', '.join(counts)}." if counts else ""
 
 
-def _table(groups: Mapping[str, Any], metric: str) -> str:
+def _table(groups: Mapping[str, Any], metric: str, methods: Mapping[str, str]) -> str:
     label, decimals, more = METRICS[metric]
     heading = label[0].upper() + label[1:]
     rows = []
     for name, group in groups.items():
-        figures = {method: group["methods"][method][metric] for method in METHODS}
+        figures = {method: group["methods"][method][metric] for method in methods}
         best = (max if more else min)(round(f["mean"], decimals) for f in figures.values())
         cells = ""
         for figure in figures.values():
@@ -196,19 +205,20 @@ def _table(groups: Mapping[str, Any], metric: str) -> str:
         rows.append(
             f'<tr><th scope="row">{html_text(name)}</th><td>{group["pairs"]:,}</td>{cells}</tr>'
         )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in METHODS.values())
+    heads = "".join(f'<th scope="col">{html_text(name)}</th>' for name in methods.values())
     return (
-        f"<table><caption>{html_text(heading)} <small>{'higher' if more else 'lower'} is better"
+        f'<div class="wide"><table><caption>{html_text(heading)} <small>'
+        f"{'higher' if more else 'lower'} is better"
         f'</small></caption><thead><tr><th scope="col">Hole</th><th scope="col">Pairs</th>{heads}'
-        f"</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 def _training(log: Sequence[Mapping[str, Any]]) -> str:
-    dpnet, mean_fill, losses = training_curves(log)
+    curves, losses = training_curves(log)
     charts = []
-    if dpnet:
-        charts.append(("Hole PSNR on validation images", validation_chart(dpnet, mean_fill)))
+    if curves:
+        charts.append(("Hole PSNR on validation images", validation_chart(curves)))
     if losses:
         charts.append(("Losses", losses_chart(losses)))
     if not charts:
@@ -218,32 +228,6 @@ def _training(log: Sequence[Mapping[str, Any]]) -> str:
         for caption, chart in charts
     )
     return f'<div class="charts">{figures}</div>'
-
-
-def _pictures(pictures: Sequence[PictureRow]) -> str:
-    if not pictures:
-        return "<p>The settings ask for no examples.</p>"
-    names = [METHODS.get(column, column.capitalize()) for column in STRIP]
-    heads = "".join(f"<span>{html_text(name)}</span>" for name in names)
-    parts, current = [f'<div class="strip heads">{heads}</div>'], ""
-    for row in pictures:
-        if row.ratio_bin != current:
-            current = row.ratio_bin
-            parts.append(f"<h3>{_percent(current)} hole</h3>")
-        data = base64.b64encode(row.png).decode()
-        label = f"{', '.join(names)}: {row.image} under {row.mask}"
-        psnr = "".join(
-            f"<span>{row.hole_psnr[c]:.2f} dB</span>"
-            if c in row.hole_psnr
-            else f"<span>{f'{100 * row.hole_ratio:.0f} % hole' if c == 'masked' else ''}</span>"
-            for c in STRIP
-        )
-        parts.append(
-            f'<figure class="row"><img src="data:image/png;base64,{data}" alt="{html_text(label)}"'
-            f' title="{html_text(row.image)}, {html_text(row.mask)}">'
-            f'<figcaption class="strip">{psnr}</figcaption></figure>'
-        )
-    return "\n".join(parts)
 
 
 def _protocol(report: Mapping[str, Any]) -> str:
@@ -276,12 +260,37 @@ def _provenance(report: Mapping[str, Any], chain: Sequence[Manifest]) -> str:
         if stage.content_digest
     )
     return (
-        '<table class="left"><thead><tr><th scope="col">Stage</th><th scope="col">Folder</th>'
-        '<th scope="col">Request</th><th scope="col">Content</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table>\n<p>Pairs digest: <code>{report['pairs_digest']}</code></p>"
+        '<div class="wide"><table class="left"><thead><tr><th scope="col">Stage</th>'
+        '<th scope="col">Folder</th><th scope="col">Request</th>'
+        '<th scope="col">Content</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>\n{_cost(chain)}"
+        f"<p>Pairs digest: <code>{report['pairs_digest']}</code></p>\n{_compared_models(report)}"
         f'\n{details}\n<p class="note"><code>dpnet verify</code> follows this chain and checks'
         " every hash.</p>"
     )
+
+
+def _cost(chain: Sequence[Manifest]) -> str:
+    """Return what training took; runs of earlier versions did not record it."""
+    found = [stage.summary for stage in chain if "cpu_hours" in stage.summary]
+    if not found:
+        return ""
+    summary = found[-1]
+    hours = [
+        f"{summary[key]:.2f} {name}"
+        for key, name in (("gpu_hours", "GPU-hours"), ("cpu_hours", "worker-hours without a GPU"))
+        if summary.get(key)
+    ]
+    text = " and ".join(hours) or "under 0.01 hours"
+    return f"<p>Training took {text} for {summary['steps']:,} steps.</p>\n"
+
+
+def _compared_models(report: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<dt>{html_text(name)}</dt><dd><code>{html_text(digest)}</code></dd>"
+        for name, digest in report["compared"].items()
+    )
+    return f"<h3>Digests of the results of other models</h3><dl>{rows}</dl>" if rows else ""
 
 
 def _section(title: str, body: str) -> str:

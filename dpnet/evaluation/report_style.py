@@ -3,9 +3,10 @@
 CSS = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5d6675; --line: #dfe3e8;
   --paper: #ffffff; --panel: #f5f7f9;
-  --dpnet: #2f7de1; --smooth_fill: #2a9d6f; --telea: #d9730d; --mean_fill: #8a8f98; }
+  --dpnet: #2f7de1; --good: #1f7a4d; --bad: #b3372f; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #323a45;
-  --paper: #14181e; --panel: #1c222a; } }
+  --paper: #14181e; --panel: #1c222a;
+  --good: #57c28d; --bad: #f0837b; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -23,9 +24,6 @@ small { color: var(--soft); font-weight: normal; }
 .tile b { display: block; font-size: 1.8rem; line-height: 1.3;
   font-variant-numeric: tabular-nums; }
 .tile b small { font-size: 1rem; }
-.tile.dpnet { border-color: var(--dpnet); } .tile.telea { border-color: var(--telea); }
-.tile.smooth_fill { border-color: var(--smooth_fill); }
-.tile.mean_fill { border-color: var(--mean_fill); }
 figure { margin: 0; }
 .chart { margin-bottom: 1.2rem; }
 .chart svg { width: 100%; height: auto; max-width: 680px; display: block; }
@@ -43,12 +41,33 @@ th:first-child, .left th, .left td { text-align: left; }
 tbody th { font-weight: normal; white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; }
 td small { display: block; font-size: .72rem; white-space: nowrap; }
-.strip { display: grid; grid-template-columns: repeat(6, 1fr); text-align: center;
-  font-size: .85rem; color: var(--soft); font-variant-numeric: tabular-nums; }
-.heads { font-weight: 600; color: var(--ink); position: sticky; top: 0; padding: .5rem 0;
-  background: var(--paper); border-bottom: 1px solid var(--line); }
-.row { margin-bottom: 14px; }
-.row img { display: block; width: 100%; border-radius: 4px; }
+.wide { overflow-x: auto; }
+.tile .values { display: block; font-size: .78rem; }
+.paired td b { font-size: .78rem; }
+.better b { color: var(--good); } .worse b { color: var(--bad); }
+.level b { color: var(--soft); font-weight: normal; }
+.sort { display: flex; flex-wrap: wrap; gap: .6rem 1rem; } .sort[hidden] { display: none; }
+.sort select { font: inherit; padding: .25rem .4rem; color: var(--ink); background: var(--panel);
+  border: 1px solid var(--line); border-radius: 6px; }
+.pairs { display: grid; gap: 24px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
+.pair { background: var(--panel); border-radius: 10px; padding: 14px 16px; min-width: 0; }
+.pair header { font-weight: 600; margin-bottom: .6rem; }
+.pair header small { display: block; overflow-wrap: anywhere; }
+.mark { border-radius: 5px; padding: .05rem .45rem; color: #fff; background: #5d6675; }
+.mark.best { background: #1f7a4d; } .mark.worst { background: #b3372f; }
+.pair img { display: block; width: 100%; image-rendering: auto; }
+.slider { --at: 50%; position: relative; border-radius: 6px; overflow: hidden; }
+.slider .before { position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--at)) 0 0); }
+.slider::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--at); width: 2px;
+  margin-left: -1px; background: #fff; box-shadow: 0 0 3px #000; pointer-events: none; }
+.slider input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0;
+  cursor: ew-resize; touch-action: pan-y; }
+.slider:focus-within { outline: 2px solid var(--dpnet); outline-offset: 2px; }
+.thumbs { display: grid; gap: 10px 8px;
+  grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); }
+.thumbs img { border-radius: 4px; } .thumbs figcaption { font-size: .75rem; line-height: 1.3; }
+.thumbs small { display: block; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .4rem 1.2rem;
   margin: 0; font-size: .93rem; }
 dt { font-weight: 600; } dd { margin: 0; }
@@ -56,8 +75,8 @@ code, pre { font: .82rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 code { overflow-wrap: anywhere; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
 pre { background: var(--panel); border-radius: 8px; padding: 12px 16px; overflow-x: auto; }
-@media (max-width: 560px) { .charts, .tables { grid-template-columns: 1fr; overflow-x: auto; }
+@media (max-width: 560px) { .charts, .tables { grid-template-columns: minmax(0, 1fr); }
   .tile { padding: 10px 12px; } .tile b { font-size: 1.3rem; } .tile small { font-size: .8rem; }
-  .tables tr > :nth-child(2) { display: none; } td small { white-space: normal; }
+  .tables tr > :nth-child(2) { display: none; } main { padding: 24px 14px 60px; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: .6rem; } }
 """

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dpnet.evaluation.protocol import METHODS
+
+_PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,29}")
+# Options that say where files are or how fast to work. The hash of a file is in the request.
+OF_THIS_MACHINE = {"threads", "lpips_weights", "allow_downloads"}
+_NOT_REQUESTED = {*OF_THIS_MACHINE, "compare"}
 
 
 class EvaluateSettings(BaseModel):
@@ -26,3 +34,37 @@ class EvaluateSettings(BaseModel):
     threads: int = Field(
         0, ge=0, le=1024, description="Threads that read and measure. 0 means one for each core."
     )
+    lpips_weights: str | None = Field(
+        None,
+        min_length=1,
+        description="File with AlexNet's ImageNet weights under torchvision's names (.safetensors"
+        " or .pth), for LPIPS. By default a file in ~/.cache/dpnet/weights, else torchvision's own"
+        " copy, if one of them is there.",
+    )
+    allow_downloads: bool = Field(
+        False,
+        description="Whether missing weights of a metric may be downloaded to"
+        " ~/.cache/dpnet/weights. Without weights the metric is not computed.",
+    )
+
+    compare: dict[str, str] = Field(
+        {},
+        description="Other models to judge on the same pairs, each NAME: FOLDER with one picture"
+        " for each pair, or NAME: models:/MODEL/VERSION for a registered version.",
+    )
+
+    @field_validator("compare")
+    @classmethod
+    def _names_are_short_and_free(cls, value: dict[str, str]) -> dict[str, str]:
+        taken = {word.lower() for pair in METHODS.items() for word in pair}
+        for name, place in value.items():
+            if not _PEER.fullmatch(name) or name.lower() in taken or not place:
+                raise ValueError(
+                    "a mapping of names to folders, each name with at most 30 letters, digits, `.`,"
+                    " `_` or `-` and none of the methods that are always compared"
+                )
+        return value
+
+    def requested(self) -> dict[str, Any]:
+        """Return the settings that change the result, for a request."""
+        return self.model_dump(exclude=_NOT_REQUESTED)

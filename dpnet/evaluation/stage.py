@@ -1,4 +1,4 @@
-"""The evaluation stage: compare a trained generator with methods without learning.
+"""The evaluation stage: compare a trained generator with other methods.
 
 It writes metrics.parquet (a row for each pair and method), report.json (the figures and their
 definitions), pictures/ and report.html. Until the commit, parts/ holds the rows of each finished
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from data_prep.core.digest import sha256_json
-from data_prep.core.errors import PipelineError
 from data_prep.core.lease import check_leases
 from data_prep.core.manifest import Manifest, StageRef, read_manifest
 from data_prep.core.paths import EVALUATIONS
@@ -25,36 +24,35 @@ from data_prep.core.progress import Progress
 from data_prep.core.record import parse_json
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
-from data_prep.shards.shards import encode_table, write_file
+from data_prep.shards.shards import table_bytes, write_file
+from dpnet.evaluation.pairs import open_pairs
+from dpnet.evaluation.peers import Peer, find_peers
 from dpnet.evaluation.protocol import (
-    METHODS,
-    NOT_COMPUTED,
+    NO_LPIPS_WEIGHTS,
     PROTOCOL,
     PROTOCOL_VERSION,
     Rows,
+    count_empty,
     count_perfect,
     figures,
+    methods_with,
+    not_computed,
     summarise,
 )
 from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.evaluation.weights import find_weights, weights_source
 from dpnet.tracking.run_log import read_log
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    import pyarrow as pa
 
-    from dpnet.evaluation.report import PictureRow
-    from dpnet.loading.samples import Samples
-    from dpnet.model import Generator
-
-    Array = NDArray[np.uint8]
-
-Pair = tuple[int, int]  # positions of the image and of the mask
+    from dpnet.evaluation.bench import Bench
+    from dpnet.evaluation.examples import Example
+    from dpnet.evaluation.lpips import Lpips
 
 _KEYS = {"image": "string", "mask": "string", "ratio_bin": "string", "hole_ratio": "float64"}
-_VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1")
+_VALUES = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
 _COLUMNS = {**_KEYS, "method": "string", **dict.fromkeys(_VALUES, "float64")}
-BATCH = 16  # fixed: another size can round values in another way
 
 
 def evaluate(
@@ -68,110 +66,71 @@ def evaluate(
         masks: the masks stage.
         run: the train stage.
         store: the root.
+
+    Raises:
+        ConfigError: `evaluate.lpips_weights` or `evaluate.compare` names what does not exist.
+        PipelineError: the data, the model, the weights of LPIPS or the results of another model
+            cannot be used.
     """
+    given = _Given(find_weights(settings), find_peers(settings, store))
+    compared = {f"compare/{peer.name}": peer.digest for peer in given.peers}
     request = Request(
         stage="evaluate",
         name=run.name,
         top=EVALUATIONS,
-        settings=settings.model_dump(exclude={"threads"}) | {"protocol": PROTOCOL_VERSION},
+        settings=settings.requested() | {"protocol": PROTOCOL_VERSION},
         inputs={"images": images, "masks": masks, "run": run},
+        sources={**weights_source(given.lpips_file), **compared},
     )
-    return run_stage(store, request, lambda work: _build(work, settings))
+    return run_stage(store, request, lambda work: _build(work, settings, given))
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """The data, the generator and the threads that measure pairs."""
+class _Given:
+    """What the settings name outside of the root."""
 
-    images: Samples
-    masks: Samples
-    generator: Generator
-    pool: Executor
-
-    def composites(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Array, Array, Array]]:
-        """Yield (pair, truth [H, W, 3], valid [H, W], DPNet's composite) for each of `pairs`."""
-        import numpy as np
-
-        from dpnet.inpainting.tiles import inpaint_arrays
-
-        for start in range(0, len(pairs), BATCH):
-            batch = pairs[start : start + BATCH]
-            truths = np.stack(list(self.pool.map(self.images.image, [i for i, _ in batch])))
-            valid = np.stack(list(self.pool.map(self.masks.valid, [m for _, m in batch])))
-            filled = inpaint_arrays(self.generator, truths, valid)
-            yield from zip(batch, truths, valid, filled, strict=True)
-
-    def measure(self, pairs: Sequence[Pair]) -> Iterator[Rows]:
-        """Yield rows of metrics.parquet, batch by batch."""
-        for start in range(0, len(pairs), BATCH):
-            batch = self.composites(pairs[start : start + BATCH])
-            of_pairs = self.pool.map(self._measure_pair, *zip(*batch, strict=True))
-            yield [row for rows in of_pairs for row in rows]
-
-    def _measure_pair(self, pair: Pair, truth: Array, valid: Array, filled: Array) -> Rows:
-        from dpnet.evaluation.metrics import evaluate_pair
-
-        keys = self.keys(pair)
-        return [
-            {**keys, "method": method, **evaluate_pair(composite, truth, valid)}
-            for method, composite in by_method(truth, valid, filled).items()
-        ]
-
-    def keys(self, pair: Pair) -> dict[str, Any]:
-        """Return the columns of a row that identify its pair."""
-        image, mask = pair
-        names = {"image": self.images.key(image), "mask": self.masks.key(mask)}
-        return names | {name: self.masks.value(name, mask) for name in ("ratio_bin", "hole_ratio")}
+    lpips_file: Path | None
+    peers: Sequence[Peer]
 
 
-def by_method(truth: Array, valid: Array, filled: Array) -> dict[str, Array]:
-    """Return the composite of every method. `filled` is that of DPNet."""
-    from dpnet.evaluation.baselines import mean_fill, smooth_fill, telea
-
-    return {
-        "dpnet": filled,
-        "smooth_fill": smooth_fill(truth, valid),
-        "telea": telea(truth, valid),
-        "mean_fill": mean_fill(truth, valid),
-    }
-
-
-def _build(work: Work, settings: EvaluateSettings) -> Produced:
+def _build(work: Work, settings: EvaluateSettings, given: _Given) -> Produced:
+    from dpnet.evaluation.bench import Bench
     from dpnet.evaluation.report import render_report
-    from dpnet.inpainting.tiles import on_fastest_device
-    from dpnet.loading.pairs import validation_pairs
-    from dpnet.loading.samples import Samples
+    from dpnet.inpainting.tiles import device_of, on_fastest_device
     from dpnet.model_store.weights import load_generator
 
     store, inputs = work.store, work.request.inputs
-    masks = Samples(store, inputs["masks"], "eval", columns=("width", "ratio_bin", "hole_ratio"))
-    side = masks.value("width", 0)
-    images = Samples(store, inputs["images"], settings.split, side, ("width", "height"))
-    _check_sizes(images, side)
-    digests = (inputs["images"].content_digest, inputs["masks"].content_digest)
-    pairs = validation_pairs(images, masks, digests, seed=settings.seed, count=settings.max_pairs)
+    frozen = open_pairs(store, settings, inputs["images"], inputs["masks"])
     generator = on_fastest_device(load_generator(store, inputs["run"].folder))
+    lpips, reason = _lpips(given.lpips_file, work.request, frozen.side)
+    if lpips is not None:
+        lpips.to(device_of(generator))
     with ThreadPoolExecutor(settings.threads or os.cpu_count() or 1) as pool:
-        bench = _Bench(images, masks, generator, pool)
-        rows = _measure_all(work, bench, pairs)
-        pictures = _pictures(bench, pairs, settings.pictures)
-    named = [[row["image"], row["mask"]] for row in rows[:: len(METHODS)]]
-    pairs_digest = sha256_json({"images": digests[0], "masks": digests[1], "pairs": named})
+        for peer in given.peers:
+            peer.prepare([frozen.name(pair) for pair in frozen.pairs], frozen.side, pool)
+        bench = Bench(frozen, generator, given.peers, lpips, pool)
+        methods = methods_with([peer.name for peer in given.peers])
+        table = _measure_all(work, bench, list(methods))
+        examples = _examples(bench, table, settings.pictures)
+    pairs_digest = frozen.digest()
     report = {
-        "pairs": len(pairs),
+        "pairs": len(frozen.pairs),
         "pairs_digest": pairs_digest,
         "inputs": {role: ref.content_digest for role, ref in inputs.items()},
         "settings": dict(work.request.settings),
-        "figures": figures(rows, pairs_digest),
-        "perfect": count_perfect(rows),
+        "methods": methods,
+        "compared": {peer.name: peer.digest for peer in given.peers},
+        "figures": figures(table, pairs_digest),
+        "perfect": count_perfect(table),
+        "empty_holes": count_empty(table),
         "protocol": PROTOCOL,
-        "not_computed": NOT_COMPUTED,
+        "not_computed": not_computed(reason),
     }
-    page = render_report(report, pictures, read_log(store, inputs["run"].folder), _chain(work))
+    page = render_report(report, examples, read_log(store, inputs["run"].folder), _chain(work))
     files = [
-        write_file(work, "metrics.parquet", encode_table(rows, _COLUMNS)),
+        write_file(work, "metrics.parquet", table_bytes(table)),
         write_file(work, "report.json", json.dumps(report, indent=1, ensure_ascii=False).encode()),
-        *(write_file(work, f"pictures/{row.name}.png", row.png) for row in pictures),
+        *(write_file(work, f"pictures/{each.name}.png", each.strip) for each in examples),
         # Not content, since it shows the duration of stages.
         write_file(work, "report.html", page.encode(), content=False),
     ]
@@ -181,70 +140,72 @@ def _build(work: Work, settings: EvaluateSettings) -> Produced:
     return Produced(files, summarise(report))
 
 
-def _check_sizes(images: Samples, side: int) -> None:
-    """Raise PipelineError if an image is smaller than the masks. Larger images are cropped."""
-    widths, heights = images.column("width"), images.column("height")
-    for position, (width, height) in enumerate(zip(widths, heights, strict=True)):
-        if min(width, height) < side:
-            raise PipelineError(
-                f"the image {images.key(position)} is {width} x {height} pixels but the masks"
-                f" are {side} x {side}: give images.size and masks.size the same value, and use"
-                " images.mode center-crop, short-side or tiles."
-            )
+def _lpips(file: Path | None, request: Request, side: int) -> tuple[Lpips | None, str | None]:
+    """Return the network of LPIPS, or None and the reason why there is none."""
+    if file is None:
+        return None, NO_LPIPS_WEIGHTS
+    from dpnet.evaluation.lpips import LEAST_SIDE, load_lpips
+
+    if side < LEAST_SIDE:
+        return None, f"needs images of at least {LEAST_SIDE} pixels a side, and these have {side}."
+    return load_lpips(file, request.sources["lpips"]), None
 
 
-def _measure_all(work: Work, bench: _Bench, pairs: Sequence[Pair]) -> Rows:
-    """Measure all pairs, and keep the rows of each mask shard as soon as they are complete."""
-    rows: Rows = []
-    with Progress("evaluate", len(pairs), "pairs") as progress:
-        for shard, group in groupby(pairs, key=lambda pair: bench.masks.shard_key(pair[1])):
+def _measure_all(work: Work, bench: Bench, methods: Sequence[str]) -> pa.Table:
+    """Measure all pairs, and keep the rows of each mask shard as soon as they are complete.
+
+    Returns the rows of metrics.parquet. In memory they are columns of about 130 bytes a row; only
+    the rows of one shard are Python objects at a time, and only the images of one batch.
+    """
+    import pyarrow as pa
+
+    frozen, tables = bench.frozen, []
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in _COLUMNS.items()])
+    done = 0  # pairs of the finished shards
+    with Progress("evaluate", len(frozen.pairs), "pairs") as progress:
+        for shard, group in groupby(frozen.pairs, key=lambda pair: frozen.masks.shard_key(pair[1])):
             wanted = list(group)
             key = work.key(f"parts/{PurePosixPath(shard).stem}.json")
-            part = _read_part(work.store, key, [bench.keys(pair) for pair in wanted])
+            part = _read_part(work.store, key, [frozen.keys(pair) for pair in wanted], methods)
             if part is None:
                 part = []
                 for some in bench.measure(wanted):
                     check_leases()
                     part += some
-                    progress.update((len(rows) + len(part)) // len(METHODS))
+                    progress.update(done + len(part) // len(methods))
                 body = {"sha256": sha256_json(part), "rows": part}
                 work.store.write(key, json.dumps(body).encode())
-                rows += part
             else:
-                rows += part
-                progress.update(len(rows) // len(METHODS), resumed=len(part) // len(METHODS))
-    return rows
+                progress.update(done + len(wanted), resumed=len(wanted))
+            done += len(wanted)
+            tables.append(pa.Table.from_pylist(part, schema=schema))
+    return pa.concat_tables(tables)
 
 
-def _read_part(store: Store, key: str, wanted: Rows) -> Rows | None:
+def _read_part(store: Store, key: str, wanted: Rows, methods: Sequence[str]) -> Rows | None:
     """Return the rows that an interrupted evaluation kept, if they are undamaged and as wanted."""
     try:
         body = parse_json(store.read(key))
         rows: Rows = body["rows"]
-        names = [{name: row[name] for name in _KEYS} for row in rows[:: len(METHODS)]]
+        names = [{name: row[name] for name in _KEYS} for row in rows[:: len(methods)]]
         return rows if sha256_json(rows) == body["sha256"] and names == wanted else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def _pictures(bench: _Bench, pairs: Sequence[Pair], count: int) -> list[PictureRow]:
-    """Return the first `count` pairs of each bin as rows of images."""
-    from dpnet.evaluation.metrics import hole_psnr
-    from dpnet.evaluation.report import PictureRow, strip
+def _examples(bench: Bench, table: pa.Table, count: int) -> list[Example]:
+    """Return the pairs that the report shows, `count` of each kind."""
+    from dpnet.evaluation.examples import choose_examples, draw_example
 
-    seen: dict[str, int] = {}
-    chosen = []
-    for pair in pairs:
-        name = bench.keys(pair)["ratio_bin"]
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] <= count:
-            chosen.append(pair)
+    frozen = bench.frozen
+    width = table.num_rows // len(frozen.pairs)
+    number_of = {pair: number for number, pair in enumerate(frozen.pairs)}
+    marks = choose_examples(frozen.pairs, table, count)
     made = []
-    for pair, truth, valid, filled in bench.composites(chosen):
+    for pair, truth, valid, methods in bench.fill(list(marks)):
         check_leases()
-        keys, methods = bench.keys(pair), by_method(truth, valid, filled)
-        psnr = {name: hole_psnr(image, truth, valid) or 0.0 for name, image in methods.items()}
-        made.append(PictureRow(strip(truth, valid, methods), **keys, hole_psnr=psnr))
+        own = table.slice(number_of[pair] * width, width).to_pylist()
+        made.append(draw_example(truth, valid, methods, own, marks[pair]))
     return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from data_prep.core.errors import ConfigError
@@ -17,7 +18,9 @@ from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photos
+from dpnet.evaluation.peers import check_peers
 from dpnet.evaluation.stage import evaluate
+from dpnet.evaluation.weights import check_weights_file
 from dpnet.pipeline.config import Config, resolve_root
 from dpnet.registry.stage import register, tracking_uri
 from dpnet.training.job import check_settings, check_vgg_file
@@ -70,7 +73,8 @@ def run_chain(
         return refs
     evaluation = run("evaluate", evaluate, config.evaluate, images, masks, trained)
     if wanted == "register":
-        run("register", register, config.registry, trained, evaluation)
+        registering = partial(register, measure=config.evaluate)
+        run("register", registering, config.registry, trained, evaluation)
     return refs
 
 
@@ -98,6 +102,9 @@ def check_config(config: Config, wanted: StageName = "register", root: str | Non
     if wanted not in ("images", "masks"):
         check_settings(config.train)
         check_vgg_file(config.losses)
+    if wanted in ("evaluate", "register"):
+        check_weights_file(config.evaluate)
+        check_peers(config.evaluate)
     if wanted != "masks" and config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
         check_apart(config.images.source, resolve_root(root, config))

@@ -46,6 +46,7 @@ from data_prep.core.web_guard import (
     own_host,
     refusal,
 )
+from dpnet.evaluation.report_script import POLICY
 from dpnet.pipeline.root_metrics import METRICS, MetricValue, RootReader
 
 HOST, PORT = "127.0.0.1", 9808
@@ -53,8 +54,6 @@ READ_EVERY_S = 10.0
 WAIT_S = 5.0  # how long a scrape waits for a reading; Prometheus waits 10 seconds
 STALE_AFTER_S = 60.0  # an older reading is not exported
 _REPORT = re.compile(r"/(evaluations/[0-9a-f]{12}/report\.html)")
-# A report shows its own images and styles, and loads nothing.
-_REPORT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 class RootCollector(Collector):
@@ -213,7 +212,7 @@ def _with_reports(store: Store, metrics: Any) -> Any:
                 b"The storage does not answer.",
                 "text/plain",
             )
-        start(status, [("Content-Type", kind), ("Content-Security-Policy", _REPORT_POLICY)])
+        start(status, [("Content-Type", kind), ("Content-Security-Policy", POLICY)])
         return [body]
 
     return answer

@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from data_prep.core.errors import PipelineError
@@ -26,6 +27,7 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import write_file
 from dpnet.evaluation.stage import evaluate
+from dpnet.evaluation.weights import find_weights, weights_source
 from dpnet.model_store.history import find_champion
 from dpnet.model_store.records import CHAMPION
 from dpnet.pipeline.chain import Call, call_plainly, with_photographs
@@ -81,11 +83,11 @@ def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Reques
         top=f"{RETRAINS}/{model}",
         settings={
             **training.settings,
-            "evaluate": config.evaluate.model_dump(exclude={"threads"}),
+            "evaluate": config.evaluate.requested(),
             "register": config.registry.requested(),
         },
         inputs=training.inputs,
-        sources=training.sources,
+        sources={**training.sources, **weights_source(find_weights(config.evaluate))},
     )
 
 
@@ -112,8 +114,9 @@ def _build(work: Work, config: Config, call: Call) -> Produced:
         arguments = (config.evaluate, images, masks, run, store)
         champion_evaluation = call("evaluate the champion", evaluate, *arguments)
     work.lease.check()
+    registering = partial(register, measure=config.evaluate)
     registered = call(
-        "register", register, config.registry, trained, evaluation, store, champion_evaluation
+        "register", registering, config.registry, trained, evaluation, store, champion_evaluation
     )
     summary = _summary(images, plan, champion, champion_evaluation, evaluation, registered)
     outputs = {

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,12 @@ from dpnet.evaluation import protocol
 from dpnet.pipeline.cost import hours_text
 from dpnet.tracking.mlflow_database import mlflow_database
 
-METHODS = {name: protocol.METHODS[name] for name in ("dpnet", "mean_fill", "telea")}
-METRICS = {name: protocol.METRICS[name] for name in protocol.BRIEF}
+# DPNet and the strongest simple methods. The mean fill is in the report only: anything beats it.
+METHODS = {name: protocol.METHODS[name] for name in ("dpnet", "smooth_fill", "telea")}
+METRICS = {name: protocol.METRICS[name] for name in protocol.SUMMARY}
+_WIDTH = 100  # columns of the text
+_IN_JSON = (*METRICS, "l1")
+_COLUMNS = {"dpnet": "DPNet", "smooth_fill": "smooth", "telea": "Telea"}  # short, for a terminal
 
 Summary = dict[str, Any]
 
@@ -48,24 +53,7 @@ def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float)
     by_stage = {ref.stage: ref for ref in refs}
     evaluation = by_stage["evaluate"].folder
     with _undamaged(store, evaluation) as report:
-        bins, mean_over_bins = report["figures"]["bins"], report["figures"]["mean_over_bins"]
-        figures = {
-            "pairs": report["pairs"],
-            "bins": {
-                hole: {
-                    "pairs": group["pairs"],
-                    **{
-                        m: {k: float(group["methods"][m][k]["mean"]) for k in METRICS}
-                        for m in METHODS
-                    },
-                }
-                for hole, group in bins.items()
-            },
-            "mean_over_bins": {
-                m: {k: float(mean_over_bins[m][k]) for k in METRICS} for m in METHODS
-            },
-            "smooth_fill_psnr": float(mean_over_bins["smooth_fill"]["hole_psnr"]),
-        }
+        figures = _figures(report)
     return {
         "name": name,
         "root": store.label,
@@ -74,6 +62,48 @@ def summarize(name: str, store: Store, refs: Sequence[StageRef], seconds: float)
         "report": f"{store.label}/{evaluation}/report.html",
         "registered": by_stage["register"].summary,
         "seconds": round(seconds, 1),
+    }
+
+
+def _figures(report: Mapping[str, Any]) -> Summary:
+    """Return the figures of every method, and DPNet's paired differences, by metric."""
+    found = report["figures"]
+    over_bins, paired = found["mean_over_bins"], found["paired"]
+
+    def means(group: Mapping[str, Any]) -> Summary:
+        """Return the means of a group; a metric that was not computed is None."""
+        return {
+            method: {
+                metric: float(values[metric]["mean"]) if metric in values else None
+                for metric in _IN_JSON
+            }
+            for method, values in group["methods"].items()
+        }
+
+    return {
+        "pairs": report["pairs"],
+        "bins": {
+            hole: {"pairs": group["pairs"], **means(group)} for hole, group in found["bins"].items()
+        },
+        "mean_over_bins": {
+            method: {
+                metric: float(values[metric]) if metric in values else None for metric in _IN_JSON
+            }
+            for method, values in over_bins.items()
+        },
+        "paired": {
+            method: {
+                metric: {end: float(values[metric][end]) for end in ("mean", "low", "high")}
+                for metric in METRICS
+                if metric in values
+            }
+            for method, values in paired.items()
+        },
+        "verdict": protocol.verdict(report),
+        "not_computed": {
+            str(each["metric"]): str(each["reason"]) for each in report["not_computed"]
+        },
+        "smooth_fill_psnr": float(over_bins["smooth_fill"]["hole_psnr"]),
     }
 
 
@@ -105,8 +135,10 @@ def as_text(summary: Summary, again: str) -> str:
         stages_text(summary["stages"]),
         "",
         figures_text(summary),
-        "For comparison: the smooth fill, an input of DPNet's decoder, has a hole PSNR of"
-        f" {summary['smooth_fill_psnr']:.2f} dB.",
+        "",
+        *paired_text(summary["paired"]),
+        *(part for line in _why_no_lpips(summary) for part in textwrap.wrap(line, _WIDTH)),
+        summary["verdict"],
         "",
         printable(f"report      {summary['report']}"),
         printable(f"registered  {model}: {registered['reason']}"),
@@ -156,17 +188,19 @@ def as_markdown(
         lines += ["", *(f"* {what}: {_link(where)}" for what, where in links.items())]
     if evaluation := by_stage.get("evaluate"):
         with _undamaged(store, evaluation.folder) as report:
-            lines += ["", *_figures_tables(report["figures"])]
+            figures = _figures(report)
+            lines += ["", f"**{markdown_text(figures['verdict'])}**", ""]
+            lines += [*_paired_table(figures["paired"]), "", *_figures_tables(figures)]
+            lines += [markdown_text(line) for line in _why_no_lpips(figures)]
     return "\n".join(lines)
 
 
 def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
-    """Return a table for each metric: rows are bins of hole ratio, columns are methods."""
+    """Return a table for each computed metric: rows are bins of hole ratio, columns are methods."""
     lines: list[str] = []
-    for metric, (title, digits, _) in METRICS.items():
+    for metric, (title, digits, _) in _computed(figures).items():
         rows = [
-            [hole, str(group["pairs"])]
-            + [f"{group['methods'][m][metric]['mean']:.{digits}f}" for m in METHODS]
+            [hole, str(group["pairs"]), *(f"{group[m][metric]:.{digits}f}" for m in METHODS)]
             for hole, group in figures["bins"].items()
         ]
         mean = figures["mean_over_bins"]
@@ -174,6 +208,46 @@ def _figures_tables(figures: Mapping[str, Any]) -> list[str]:
         lines += markdown_table([f"{title}, by hole", "pairs", *METHODS.values()], rows)
         lines.append("")
     return lines
+
+
+def _computed(figures: Mapping[str, Any]) -> dict[str, protocol.Metric]:
+    """Return the metrics of a summary that were computed."""
+    ours = figures["mean_over_bins"][protocol.OURS]
+    return {name: metric for name, metric in METRICS.items() if ours[name] is not None}
+
+
+def _paired_cells(paired: Mapping[str, Any], method: str) -> list[str]:
+    """Return DPNet's difference to a method in each metric of the summary that was computed."""
+    return [
+        protocol.difference_text(paired[method][name], metric.digits)
+        for name, metric in METRICS.items()
+        if name in paired[method]
+    ]
+
+
+def _paired_heading(paired: Mapping[str, Any]) -> list[str]:
+    labels = [m.label for name, m in METRICS.items() if name in paired["smooth_fill"]]
+    return ["DPNet minus", *labels]
+
+
+def _paired_table(paired: Mapping[str, Any]) -> list[str]:
+    rows = [[METHODS[m], *_paired_cells(paired, m)] for m in METHODS if m in paired]
+    return markdown_table(_paired_heading(paired), rows)
+
+
+def paired_text(paired: Mapping[str, Any]) -> list[str]:
+    """Return a table of DPNet's paired differences to the strongest simple methods."""
+    rows = [_paired_heading(paired)]
+    rows += [[METHODS[m], *_paired_cells(paired, m)] for m in METHODS if m in paired]
+    sides = "<" + ">" * (len(rows[0]) - 1)
+    note = "(mean over the bins of the differences on the same pairs, with its 95 % interval)"
+    return [*aligned_table(rows, sides), note]
+
+
+def _why_no_lpips(summary: Mapping[str, Any]) -> list[str]:
+    """Return a line that says why there is no LPIPS, if there is none."""
+    reason = summary["not_computed"].get("LPIPS")
+    return [f"LPIPS is not computed: {reason}"] if reason else []
 
 
 def _link(where: str) -> str:
@@ -224,24 +298,28 @@ def _training_hours(stages: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def figures_text(summary: Summary) -> str:
-    """Return a table of every metric and method, with one row for each bin of hole ratio."""
-    names = [*METHODS.values()]
-    widths = [max(len(name), 6) for name in names]
-    group = sum(widths) + 2 * (len(widths) - 1)
+    """Return a table of every metric and method, with one row for each bin of hole ratio.
+
+    A metric that was not computed has dashes.
+    """
+    width = max(map(len, _COLUMNS.values()))
+    group = len(METHODS) * width + 2 * (len(METHODS) - 1)
     heading = "   ".join(f"{title:^{group}}" for title, _, _ in METRICS.values())
-    columns = "   ".join(
-        "  ".join(f"{n:>{w}}" for n, w in zip(names, widths, strict=True)) for _ in METRICS
-    )
+    columns = "   ".join("  ".join(f"{_COLUMNS[m]:>{width}}" for m in METHODS) for _ in METRICS)
     lines = [f"{'':<16}   {heading}".rstrip(), f"{'hole':<9}  {'pairs':>5}   {columns}"]
     rows = [(hole, str(row["pairs"]), row) for hole, row in summary["bins"].items()]
     rows.append(("mean", "", summary["mean_over_bins"]))
     for hole, pairs, row in rows:
         cells = "   ".join(
-            "  ".join(f"{row[m][k]:>{w}.{digits}f}" for m, w in zip(METHODS, widths, strict=True))
+            "  ".join(f"{_cell(row[m][k], digits):>{width}}" for m in METHODS)
             for k, (_, digits, _) in METRICS.items()
         )
         lines.append(f"{hole:<9}  {pairs:>5}   {cells}")
     return "\n".join(lines)
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _next(summary: Summary, again: str) -> list[str]:

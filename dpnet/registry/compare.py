@@ -10,7 +10,7 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import Manifest, StageRef, load_reference, read_manifest
 from data_prep.core.paths import manifest_key, version_key
 from data_prep.core.storage.store import Store
-from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.evaluation.settings import OF_THIS_MACHINE, EvaluateSettings
 from dpnet.evaluation.stage import evaluate
 from dpnet.model_store.layout import has_model
 
@@ -22,7 +22,11 @@ _METRICS = ("hole_psnr", "ssim", "lpips")
 
 
 def champion_figures(
-    store: Store, champion: Mapping[str, Any], evaluation: StageRef, against: StageRef | None
+    store: Store,
+    champion: Mapping[str, Any],
+    evaluation: StageRef,
+    against: StageRef | None,
+    measure: EvaluateSettings | None = None,
 ) -> StageRef | str:
     """Return an evaluation of the champion that can be compared with a new version's.
 
@@ -34,6 +38,7 @@ def champion_figures(
         champion: the record of the champion.
         evaluation: the evaluation of the new version.
         against: an evaluation that may be of the champion.
+        measure: settings whose weights of metrics and threads a new evaluation uses.
 
     Returns:
         The evaluation, or a sentence that says which files of the champion are gone.
@@ -66,6 +71,8 @@ def champion_figures(
             f"{store.label}/{manifest_key(evaluation.folder)} was altered: it does not say what was"
             " evaluated. Restore it, or delete its folder and run the same command again."
         ) from None
+    if measure is not None:
+        settings = settings.model_copy(update=measure.model_dump(include=OF_THIS_MACHINE))
     ref = evaluate(settings, data[0], data[1], load_reference(store, run), store)
     if not _same_pairs(read_manifest(store, ref.folder), wanted):
         return (

@@ -30,6 +30,7 @@ from data_prep.core.paths import (
 from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
+from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.model_store.history import MLFLOW, Change, find_champion
 from dpnet.model_store.records import (
     AGAINST,
@@ -56,6 +57,8 @@ def register(
     evaluation: StageRef,
     store: Store,
     against: StageRef | None = None,
+    *,
+    measure: EvaluateSettings | None = None,
 ) -> StageRef:
     """Register `run` as a version of the model, and as the champion if it is better.
 
@@ -69,6 +72,7 @@ def register(
         evaluation: the evaluation of `run`.
         store: the root.
         against: a newer evaluation of the champion, to compare with instead of its first one.
+        measure: settings whose weights of metrics and threads an evaluation of the champion uses.
     """
     uri = tracking_uri(settings, store)
     request = Request(
@@ -82,7 +86,7 @@ def register(
             **({AGAINST: against} if against is not None else {}),
         },
     )
-    return run_stage(store, request, lambda work: _build(work, settings, uri))
+    return run_stage(store, request, lambda work: _build(work, settings, uri, measure))
 
 
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
@@ -104,13 +108,15 @@ def tracking_uri(settings: RegisterSettings, store: Store) -> str:
     )
 
 
-def _build(work: Work, settings: RegisterSettings, uri: str) -> Produced:
+def _build(
+    work: Work, settings: RegisterSettings, uri: str, measure: EvaluateSettings | None
+) -> Produced:
     from dpnet.tracking.mlflow_client import connect
 
     record = None
     while record is None:
         # An evaluation of the champion can take long, so it does not hold the model's lease.
-        rival = _find_rival(work, settings)
+        rival = _find_rival(work, settings, measure)
         lease = Lease(work.store, lease_key(work.request.top))
         with lease, connect(uri) as client:
             record = _register(work, settings, client, rival)
@@ -138,13 +144,14 @@ class _Rival(NamedTuple):
     figures: StageRef | str | None
 
 
-def _find_rival(work: Work, settings: RegisterSettings) -> _Rival:
+def _find_rival(work: Work, settings: RegisterSettings, measure: EvaluateSettings | None) -> _Rival:
     """Return the champion, with figures that the gate can compare."""
     store, inputs = work.store, work.request.inputs
     champion = find_champion(store, settings.model)
     if champion is None or settings.promote != "gate" or _own_record(work, settings.model):
         return _Rival(champion, None)
-    figures = champion_figures(store, champion, inputs["evaluation"], inputs.get(AGAINST))
+    against = inputs.get(AGAINST)
+    figures = champion_figures(store, champion, inputs["evaluation"], against, measure)
     return _Rival(champion, figures)
 
 

@@ -152,7 +152,9 @@ class LogUploader:
 def _figures(record: Mapping[str, Any], steps: int) -> dict[str, float]:
     """Return the metrics of a record. A record of training covers `steps` steps."""
     if record["kind"] == "validation":
-        return {f"validation.{name}": record[name] for name in ("hole_psnr", "mean_fill_psnr")}
+        names = ("hole_psnr", "mean_fill_psnr", "smooth_fill_psnr")
+        # Logs of earlier versions do not have the smooth fill.
+        return {f"validation.{name}": record[name] for name in names if name in record}
     seconds = record["seconds"]
     figures = flatten({name: record.get(name, {}) for name in ("losses", "gradients")})
     figures["throughput.images_per_second"] = record["images"] / max(seconds, 1e-9)

@@ -16,6 +16,7 @@ from dpnet.loading.batch import Batch, to_device
 from dpnet.loading.pairs import validation_pairs
 from dpnet.loading.samples import Samples
 from dpnet.model import Generator
+from dpnet.model.fill import pull_push
 from dpnet.model.generator import known_mean
 from dpnet.training.job import TrainJob
 
@@ -39,7 +40,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, generator: Generator, step: int, rank: int, world: int) -> dict[str, Any]:
-        """Return a log record with the mean hole PSNR in dB of the network and of mean fill.
+        """Return a log record with the mean hole PSNR in dB of network, mean fill and smooth fill.
 
         Args:
             generator: The averaged generator.
@@ -48,28 +49,32 @@ class Validation:
             world: Number of ranks. Every rank must call this.
         """
         device = next(generator.parameters()).device
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         mine = self.pairs[rank::world]
         for start in range(0, len(mine), BATCH):
             image, valid = to_device(self._batch(mine[start : start + BATCH]), device)
-            mean = known_mean(image * valid, valid).expand_as(image)
+            known = image * valid
+            mean = known_mean(known, valid)
+            smooth = pull_push(known, valid, mean)
             predicted = generator(image, valid)
             sums += torch.tensor(
                 [
                     float(hole_psnr(predicted, image, valid).sum()),
-                    float(hole_psnr(mean, image, valid).sum()),
+                    float(hole_psnr(mean.expand_as(image), image, valid).sum()),
                     len(image),
+                    float(hole_psnr(smooth, image, valid).sum()),
                 ]
             )
         if world > 1:
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
-        ours, mean_fill = (sums[:2] / sums[2]).tolist()
+        ours, mean_fill, _, smooth_fill = (sums / sums[2]).tolist()
         return {
             "kind": "validation",
             "step": step,
             "hole_psnr": round(ours, 4),
             "mean_fill_psnr": round(mean_fill, 4),
+            "smooth_fill_psnr": round(smooth_fill, 4),
             "pairs": len(self.pairs),
             "parameters": sum(p.numel() for p in generator.parameters()),
         }

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.core.manifest import StageRef
+from data_prep.core.manifest import StageRef, load_reference, read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
@@ -38,6 +38,7 @@ from dpnet.training.stage import train
 
 pytestmark = pytest.mark.integration
 ARCHIVE = Path(__file__).parents[1] / "data" / "root-0.1.0.tar.xz"
+OLD_EVALUATION = "evaluations/a64091f24cd5"
 SMALL = model_config.ModelConfig(
     widths=(4, 8, 8), blocks=1, attention_dim=4, guide=3, discriminator_widths=(4, 8, 8, 8)
 )
@@ -151,15 +152,26 @@ def test_a_flipped_byte_in_it_is_found(old: Old) -> None:
 
 def test_every_committed_stage_is_skipped_and_nothing_is_written(old: Old) -> None:
     before = bytes_of(old.store)
-    refs = [old.images(), old.masks(), old.trained(), old.evaluated()]
-    assert [ref.skipped for ref in refs] == [True] * 4
+    refs = [old.images(), old.masks(), old.trained()]
+    assert [ref.skipped for ref in refs] == [True] * 3
     assert [ref.folder.rpartition("/")[2] for ref in refs] == [
         "417e49792a85",
         "331eeb36b530",
         "old-d12e83117a70",
-        "a64091f24cd5",
     ]
     assert bytes_of(old.store) == before
+
+
+def test_a_model_is_evaluated_again_because_the_protocol_is_newer(old: Old) -> None:
+    before = bytes_of(old.store)
+    ref = old.evaluated()
+    assert not ref.skipped
+    assert ref.folder != OLD_EVALUATION
+    old_figures = read_manifest(old.store, OLD_EVALUATION).summary
+    assert ref.summary["pairs_digest"] == old_figures["pairs_digest"]
+    assert ref.summary["hole_psnr"] == pytest.approx(old_figures["hole_psnr"], abs=0.02)
+    after = bytes_of(old.store)
+    assert {key: after[key] for key in before} == before
 
 
 def test_a_broken_off_run_is_resumed_from_its_checkpoint(
@@ -205,7 +217,8 @@ def test_its_champion_fills_a_hole(old: Old) -> None:
 def test_a_model_is_registered_next_to_its_old_version(old: Old, tmp_path: Path) -> None:
     settings = RegisterSettings(model="old", tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     kept = bytes_of(old.store)
-    again = register(settings, old.trained(), old.evaluated(), old.store)
+    first = load_reference(old.store, OLD_EVALUATION)
+    again = register(settings, old.trained(), first, old.store)
     assert (again.skipped, again.summary["version"]) == (True, 1)
     other = evaluate(
         EvaluateSettings(max_pairs=6, pictures=1, threads=1, seed=1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from dpnet.cli.arguments.options import (
     Parsers,
     add_command,
@@ -72,8 +74,28 @@ def add_stage(parsers: Parsers, name: str, stage: str, what: str, example: str) 
     if stage in TRAINED:
         add_config(parser)
         add_launch(parser)
+        if stage == "evaluate":
+            _add_peers(parser)
     else:
         add_config(parser, "train=1000 or size=64", f"`{stage}`")
+
+
+def _add_peers(parser: argparse.ArgumentParser) -> None:
+    """Add the options that compare with other models."""
+    parser.add_argument(
+        "--compare",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="also judge another model on the same pairs: a folder with its picture for each pair"
+        " of --export-pairs, or models:/MODEL/VERSION of this root; may be repeated",
+    )
+    parser.add_argument(
+        "--export-pairs",
+        metavar="DIR",
+        help="only write the pairs as PNG files (truth, masked, mask, white is the hole), to run"
+        " other models on them; nothing is trained or evaluated",
+    )
 
 
 def add_notify(parsers: Parsers) -> None:

@@ -16,6 +16,7 @@ from data_prep.core.paths import PREFECT
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from data_prep.core.text import printable
 from dpnet.cli.commands.roots import Outcome, check_root, use_password_of_up, use_server_of_up
 from dpnet.pipeline.chain import check_config, run_chain
 from dpnet.pipeline.config import (
@@ -111,7 +112,7 @@ def _without_steps(
 
 def stage(args: Namespace) -> Outcome:
     """Run one stage of a config and the unfinished stages before it."""
-    given = _with_launch(args)
+    given = [*_with_launch(args), *_compared(getattr(args, "compare", []))]
     if args.stage == "masks":
         given = overrides_of("masks", given)
     config = load_config(args.config, given)
@@ -120,11 +121,40 @@ def stage(args: Namespace) -> Outcome:
             "--address names a Ray cluster, but training runs on this machine: add"
             " --launcher ray-job."
         )
-    check_config(config, args.stage, args.root)
+    pairs = getattr(args, "export_pairs", None)
+    check_config(config, "images" if pairs else args.stage, args.root)
     store = open_store(resolve_root(args.root, config))
     check_root(store)
+    if pairs:
+        return _export_pairs(config, store, Path(pairs).expanduser())
     stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
     return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
+
+
+def _export_pairs(config: Config, store: Store, folder: Path) -> Outcome:
+    """Prepare images and masks if they are not finished, and write the pairs as files."""
+    from dpnet.evaluation.export_pairs import export_pairs
+
+    (images,), (masks,) = run_chain(config, store, "images"), run_chain(config, store, "masks")
+    count = export_pairs(config.evaluate, images, masks, store, folder)
+    text = (
+        f"{count:,} pairs in {folder}. Name each result like its pair, and compare with"
+        f" `dpnet evaluate … --compare NAME=DIR`."
+    )
+    return {"ok": True, "pairs": count, "folder": str(folder)}, printable(text)
+
+
+def _compared(given: Sequence[str]) -> list[str]:
+    """Return the values of --compare as a value of --set, which replaces the config's."""
+    named: dict[str, str] = {}
+    for each in given:
+        name, equals, place = each.partition("=")
+        if not equals or name in named:
+            raise ConfigError(
+                f"--compare {each!r} is not valid: write NAME=DIR, with another NAME each time."
+            )
+        named[name] = place
+    return [f"evaluate.compare={json.dumps(named)}"] if named else []
 
 
 def _with_launch(args: Namespace) -> list[str]:

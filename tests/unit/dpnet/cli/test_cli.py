@@ -577,3 +577,46 @@ def test_deploy_shows_the_next_three_dates_of_each_schedule(
     assert cli.main(["deploy", *sets]) == 0
     shown = ", ".join(f"{date[:4]}-12-31 12:00" for date in dates)
     assert f"next dates of watch-raw-data: {shown} (Asia/Tokyo)" in capsys.readouterr().out
+
+
+def test_compare_names_folders_for_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b=c"):
+        (tmp_path / name).mkdir()
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "dpnet.cli.commands.pipeline.run_chain",
+        lambda config, store, wanted: seen.append(config.evaluate.compare) or [],
+    )
+    root = ("--root", str(tmp_path / "root"))
+    given = ["--compare", f"lama={tmp_path}/a", "--compare", f"x.2={tmp_path}/b=c"]
+    assert cli.main(["evaluate", "demo", *root, *given]) == 0
+    assert seen == [{"lama": f"{tmp_path}/a", "x.2": f"{tmp_path}/b=c"}]
+    capsys.readouterr()
+    for wrong in (["lama"], [f"lama={tmp_path}", f"lama={tmp_path}"]):
+        given = [word for each in wrong for word in ("--compare", each)]
+        assert "write NAME=DIR" in fails(capsys, "evaluate", "demo", *root, *given)
+    assert "evaluate.compare.x names" in fails(
+        capsys, "evaluate", "demo", *root, "--compare", f"x={tmp_path}/missing"
+    )
+    assert "none of the methods" in fails(
+        capsys, "evaluate", "demo", *root, "--compare", f"telea={tmp_path}"
+    )
+
+
+def test_pairs_are_exported_without_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = small_root.photographs(tmp_path / "photos")
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        f"name: small\nimages: {{source: {source}, size: 32}}\n"
+        "masks: {size: 32, train: 4, eval_per_bin: 1, recipes: {free-form: 1}}\n"
+    )
+    folder, root = tmp_path / "pairs", tmp_path / "root"
+    command = ["evaluate", str(config), "--root", str(root), "--export-pairs", str(folder)]
+    assert cli.main([*command, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer["pairs"] == len(list((folder / "masked").iterdir())) > 1
+    assert not (root / "runs").exists()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpnet.evaluation.baselines import mean_fill, smooth_fill, telea
+from dpnet.evaluation.baselines import mean_fill, navier_stokes, smooth_fill, telea
 from dpnet.evaluation.metrics import hole_psnr
 
 
@@ -23,7 +23,7 @@ def valid() -> np.ndarray:
     return valid
 
 
-@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea, navier_stokes])
 def test_known_pixels_are_untouched(fill, image, valid) -> None:
     composite = fill(image, valid)
     assert composite.dtype == np.uint8
@@ -31,14 +31,14 @@ def test_known_pixels_are_untouched(fill, image, valid) -> None:
     assert (composite[valid == 0] != image[valid == 0]).any()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea, navier_stokes])
 def test_pixels_under_the_hole_have_no_influence(fill, image, valid) -> None:
     other = image.copy()
     other[valid == 0] = 255 - other[valid == 0]
     assert (fill(other, valid) == fill(image, valid)).all()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea, navier_stokes])
 def test_inputs_stay_unchanged(fill, image, valid) -> None:
     image_before, valid_before = image.copy(), valid.copy()
     fill(image, valid)
@@ -46,12 +46,12 @@ def test_inputs_stay_unchanged(fill, image, valid) -> None:
     assert (valid == valid_before).all()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea, navier_stokes])
 def test_without_a_hole_the_result_is_the_image(fill, image) -> None:
     assert (fill(image, np.ones((32, 32), np.uint8)) == image).all()
 
 
-@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea])
+@pytest.mark.parametrize("fill", [mean_fill, smooth_fill, telea, navier_stokes])
 def test_without_known_pixels_the_fill_is_mid_grey(fill, image) -> None:
     assert (fill(image, np.zeros((32, 32), np.uint8)) == 128).all()
 
@@ -63,11 +63,22 @@ def test_mean_fill_is_the_rounded_mean_of_the_known_pixels() -> None:
     assert mean_fill(image, valid)[1].tolist() == [[12, 20, 30], [12, 20, 30]]
 
 
-def test_telea_does_not_depend_on_the_order_of_channels(image, valid) -> None:
+@pytest.mark.parametrize("fill", [telea, navier_stokes])
+def test_opencvs_methods_do_not_depend_on_the_order_of_channels(fill, image, valid) -> None:
     swapped = np.ascontiguousarray(image[..., ::-1])
-    assert (telea(swapped, valid)[..., ::-1] == telea(image, valid)).all()
+    assert (fill(swapped, valid)[..., ::-1] == fill(image, valid)).all()
 
 
-def test_telea_beats_mean_fill_on_a_smooth_image(image, valid) -> None:
-    quality = {f: hole_psnr(f(image, valid), image, valid) for f in (mean_fill, telea)}
-    assert quality[telea] > quality[mean_fill] + 5
+@pytest.mark.parametrize("fill", [telea, navier_stokes])
+def test_opencvs_methods_beat_mean_fill_on_a_smooth_image(fill, image, valid) -> None:
+    quality = {f: hole_psnr(f(image, valid), image, valid) for f in (mean_fill, fill)}
+    assert quality[fill] > quality[mean_fill] + 5
+
+
+def test_navier_stokes_is_opencvs_method_of_that_name(image, valid) -> None:
+    import cv2
+
+    emptied = np.where(valid[..., None] > 0, image, np.uint8(0))
+    theirs = cv2.inpaint(emptied, 1 - valid, 3, cv2.INPAINT_NS)
+    assert (navier_stokes(image, valid)[valid == 0] == theirs[valid == 0]).all()
+    assert (navier_stokes(image, valid) != telea(image, valid)).any()

@@ -4,8 +4,10 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import small_root
+from random_weights import random_alexnet
 from resumed_counts import record_resumed
 from small_shards import flip_byte
 
@@ -24,6 +26,13 @@ from dpnet.evaluation.protocol import METHODS, PROTOCOL_VERSION, figures
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
 from dpnet.inpainting import tiles
+
+
+@pytest.fixture(autouse=True)
+def _no_weights_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +107,9 @@ def test_a_row_holds_the_metric_of_its_pair(data, done):
 
 def test_all_methods_are_measured_on_the_same_pair(data, done):
     rows = rows_of(data[0], done)
-    for some in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
+    for some in zip(*(rows[n :: len(METHODS)] for n in range(len(METHODS))), strict=True):
         assert len({(row["image"], row["mask"]) for row in some}) == 1
-        assert len({row["hole_psnr"] for row in some}) == 4
+        assert len({row["hole_psnr"] for row in some}) == len(METHODS)
 
 
 def test_the_summary_has_the_figures_of_every_bin_and_their_mean(data, done):
@@ -117,9 +126,10 @@ def test_the_summary_has_the_figures_of_every_bin_and_their_mean(data, done):
 
 def test_intervals_enclose_their_mean_and_are_the_same_each_time(data, done):
     rows = rows_of(data[0], done)
-    found = figures(rows, "a")
-    assert found == figures(rows, "a")
-    assert found != figures(rows, "b")
+    table = pa.Table.from_pylist(rows)
+    found = figures(table, "a")
+    assert found == figures(table, "a")
+    assert found != figures(table, "b")
     for method in METHODS:
         figure = found["all"]["methods"][method]["hole_psnr"]
         assert figure["low"] < figure["mean"] < figure["high"]
@@ -164,7 +174,7 @@ def test_another_protocol_is_another_evaluation(data, done, monkeypatch):
         raise Stopped(work.folder)
 
     monkeypatch.setattr(evaluation_stage, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
-    monkeypatch.setattr(evaluation_stage, "_build", lambda work, settings: build(work))
+    monkeypatch.setattr(evaluation_stage, "_build", lambda work, *_: build(work))
     with pytest.raises(Stopped):
         evaluated(data)
 
@@ -186,7 +196,7 @@ def test_the_requested_number_of_example_images_is_written_for_each_bin(fresh, d
     data_of_strip = data[0].read(f"{done.folder}/pictures/{names[0]}")
     strip = decode_rgb(data_of_strip, Limits(MAX_PIXELS))
     assert strip.height == small_root.SIZE
-    assert strip.width > 5 * small_root.SIZE
+    assert strip.width > (len(METHODS) + 3) * small_root.SIZE  # and truth, input, error
     assert not list(fresh[0].list(f"{evaluated(fresh, pictures=0).folder}/pictures"))
 
 
@@ -220,7 +230,7 @@ def another_value(body):
 
 
 def other_pairs(body):
-    body["rows"] = body["rows"][4:] + body["rows"][:4]
+    body["rows"] = body["rows"][len(METHODS) :] + body["rows"][: len(METHODS)]
     body["sha256"] = sha256_json(body["rows"])
 
 
@@ -292,3 +302,138 @@ def test_the_page_shows_the_training_and_does_not_count_as_content(data, done):
     text = data[0].read(f"{done.folder}/report.html").decode()
     assert "Hole PSNR on validation images" in text
     assert done.request_digest[:12] in text
+
+
+@pytest.fixture
+def lpips_file(tmp_path):
+    return random_alexnet(tmp_path / "alexnet.safetensors")
+
+
+def test_with_weights_each_row_has_its_lpips_and_the_figures_its_means(
+    fresh, data, done, lpips_file
+):
+    ref = evaluated(fresh, lpips_weights=str(lpips_file))
+    rows = rows_of(fresh[0], ref)
+    assert all(row["lpips"] > 0 for row in rows)
+    report = json.loads(fresh[0].read(f"{ref.folder}/report.json"))
+    of_dpnet = [row["lpips"] for row in rows if row["method"] == "dpnet"]
+    found = report["figures"]["all"]["methods"]["dpnet"]["lpips"]
+    assert found["mean"] == pytest.approx(np.mean(of_dpnet))
+    assert found["low"] < found["mean"] < found["high"]
+    assert "LPIPS" not in {item["metric"] for item in report["not_computed"]}
+    assert ref.summary["figures"]["all"]["dpnet"]["lpips"] > 0
+    assert "<caption>LPIPS" in fresh[0].read(f"{ref.folder}/report.html").decode()
+    without = rows_of(data[0], done)
+    assert [row | {"lpips": None} for row in rows] == without
+
+
+def test_only_the_bytes_of_the_weights_are_in_the_request(fresh, done, lpips_file, tmp_path):
+    ref = evaluated(fresh, lpips_weights=str(lpips_file), threads=1)
+    assert ref.folder != done.folder
+    moved = tmp_path / "elsewhere.safetensors"
+    shutil.move(lpips_file, moved)
+    again = evaluated(fresh, lpips_weights=str(moved))
+    assert (again.skipped, again.folder) == (True, ref.folder)
+    other = random_alexnet(tmp_path / "other.safetensors", seed=1)
+    assert evaluated(fresh, lpips_weights=str(other)).folder != ref.folder
+    assert evaluated(fresh, allow_downloads=False).folder == done.folder
+
+
+def test_lpips_does_not_depend_on_interruptions_or_threads(fresh, lpips_file, monkeypatch):
+    ref = evaluated(fresh, lpips_weights=str(lpips_file), threads=1)
+    shutil.rmtree(fresh[0].path(ref.folder))
+    real, seen = tiles.inpaint_arrays, []
+
+    def stopping(generator, images, valid):
+        if len(seen) == 2:
+            raise Stopped
+        seen.append(len(images))
+        return real(generator, images, valid)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tiles, "inpaint_arrays", stopping)
+        with pytest.raises(Stopped):
+            evaluated(fresh, lpips_weights=str(lpips_file))
+    again = evaluated(fresh, lpips_weights=str(lpips_file), threads=3)
+    assert again.content_digest == ref.content_digest
+
+
+def test_masks_of_different_sizes_are_refused(fresh, monkeypatch):
+    from dpnet.loading.samples import Samples
+
+    real = Samples.column
+    monkeypatch.setattr(
+        Samples, "column", lambda own, name: real(own, name) + (np.arange(len(own)) == 3)
+    )
+    with pytest.raises(PipelineError, match=r"eval-00000003 is 33 x 33 pixels but others are 32"):
+        evaluated(fresh)
+
+
+def test_a_model_with_weights_that_are_not_finite_is_refused_in_one_sentence(fresh):
+    import torch
+
+    from data_prep.core.stage import Produced, Request, run_stage
+    from dpnet.model import build_generator
+    from dpnet.model_store.weights import save_generator
+
+    store, images, masks, _ = fresh
+
+    def build(work):
+        generator = build_generator("tiny")
+        torch.nn.init.constant_(generator.out.weight, float("nan"))
+        return Produced(save_generator(store, work.folder, generator, {}), {"steps": 1})
+
+    run = run_stage(store, Request("train", "nan", "runs", {"nan": True}), build)
+    with pytest.raises(PipelineError, match="values that are not finite") as raised:
+        evaluated((store, images, masks, run))
+    assert str(raised.value).count("\n") == 0
+
+
+class ManyPairs:
+    """A stand-in for the bench, with many pairs in many shards and the values of no image."""
+
+    def __init__(self, shards, of_shard):
+        self.frozen = self.masks = self
+        self.pairs = [(n, n) for n in range(shards * of_shard)]
+        self.shard_key = lambda position: f"eval-{position // of_shard:06d}.tar"
+
+    def keys(self, pair):
+        name = f"{pair[0]:040d}"
+        return {"image": name, "mask": name, "ratio_bin": "0.01-0.10", "hole_ratio": 0.05}
+
+    def measure(self, pairs):
+        values = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
+        for pair in pairs:
+            yield [
+                {**self.keys(pair), "method": method, **dict.fromkeys(values, pair[0] / 7.0)}
+                for method in METHODS
+            ]
+
+
+def test_the_memory_hardly_grows_with_the_number_of_pairs(tmp_path):
+    """Rows as Python objects would need 1,000 bytes each, and the images 12,000 and more."""
+    import tracemalloc
+    from types import SimpleNamespace
+
+    store = LocalStore(tmp_path)
+    peaks, arrow = [], []
+    for number, shards in enumerate((1, 2, 20)):  # the first one imports pyarrow
+        folder = f"evaluations/{number}"
+        work = SimpleNamespace(store=store, key=lambda path, at=folder: f"{at}/{path}")
+        tracemalloc.start()
+        table = evaluation_stage._measure_all(work, ManyPairs(shards, 50), list(METHODS))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        arrow.append(table.nbytes)
+        assert table.num_rows == shards * 50 * len(METHODS)
+    more = 18 * 50 * len(METHODS)
+    assert (peaks[2] - peaks[1]) / more < 250
+    assert (arrow[2] - arrow[1]) / more < 250
+
+
+def test_new_options_leave_the_requests_of_older_configs_alone():
+    """A retrain of an older version is found by these settings."""
+    older = {"split": "test", "seed": 0, "max_pairs": 12_000, "pictures": 2}
+    assert EvaluateSettings().requested() == older
+    new = EvaluateSettings(lpips_weights="a", allow_downloads=True, compare={"x": "y"}, threads=3)
+    assert new.requested() == older

@@ -30,6 +30,8 @@ def is_refused(wanted: StageName, override: str) -> bool:
     ("override", "refused"),
     [
         (VGG_FILE_MISSING, {"train", "evaluate", "register"}),
+        ("evaluate.lpips_weights=/missing.pth", {"evaluate", "register"}),
+        ("evaluate.compare={theirs: /missing}", {"evaluate", "register"}),
         (CONTRADICTION, {"train", "evaluate", "register"}),
         (SOURCE_MISSING, {"images", "train", "evaluate", "register"}),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import signal
 import socket
@@ -23,6 +25,7 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.web_guard import basic_auth
+from dpnet.evaluation.report_script import SCRIPT
 from dpnet.pipeline import exporter
 from dpnet.pipeline.exporter import serve
 from dpnet.pipeline.root_metrics import KEEP_ENDED_S, METRICS, MetricValue, RootReader
@@ -270,6 +273,12 @@ def test_the_command_refuses_a_wrong_root_in_one_line(capsys):
     assert "addresses cannot be used" in capsys.readouterr().err
 
 
+def script_hash() -> str:
+    """Return how a policy names the script of the reports."""
+    digest = hashlib.sha256(SCRIPT.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
 def test_reports_are_served_and_no_other_file_of_the_root(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.write("evaluations/0123456789ab/report.html", b"<p>a report</p>")
@@ -279,7 +288,9 @@ def test_reports_are_served_and_no_other_file_of_the_root(tmp_path: Path) -> Non
         url = f"http://127.0.0.1:{port}/evaluations"
         with urllib.request.urlopen(f"{url}/0123456789ab/report.html") as answer:
             assert answer.read() == b"<p>a report</p>"
-            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+            policy = answer.headers["Content-Security-Policy"]
+            assert "default-src 'none'" in policy
+            assert f"script-src {script_hash()}" in policy
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{url}/aaaaaaaaaaaa/report.html")
         for other in ("0123456789ab/report.json", "../evaluations/0123456789ab/report.html"):

@@ -23,7 +23,7 @@ from dpnet.evaluation.stage import evaluate
 from dpnet.model_store.records import find_record
 from dpnet.pipeline.chain import run_chain
 from dpnet.pipeline.config import Config, config_of_source
-from dpnet.pipeline.retrain import NothingToDo, retrain
+from dpnet.pipeline.retrain import NothingToDo, retrain, retrain_request
 from dpnet.pipeline.verify import verify
 from dpnet.registry.settings import RegisterSettings
 from dpnet.registry.stage import register
@@ -308,6 +308,23 @@ def test_options_that_do_not_change_the_result_do_not_change_the_request(
     retrain(config(grown), store, Stages(store, 21.0))
     same = ("train.workers=2", "train.checkpoint_every=7", "evaluate.threads=1")
     assert retrain(config(grown, *same), store, Stages(store, 21.0)).skipped
+
+
+def test_weights_of_lpips_are_in_the_request_by_their_hash(
+    store: LocalStore, grown: Path, tmp_path: Path
+) -> None:
+    images = small_root.commit(store, "images", "images/x", {"a": b"a"})
+    masks = small_root.commit(store, "masks", "masks/x", {"a": b"b"})
+    file = tmp_path / "weights.pth"
+
+    def digest() -> str:
+        named = config(grown, f"evaluate.lpips_weights={file}")
+        return retrain_request(named, images, masks).digest
+
+    file.write_bytes(b"one")
+    one = digest()
+    file.write_bytes(b"two")
+    assert len({one, digest(), retrain_request(config(grown), images, masks).digest}) == 3
 
 
 @pytest.mark.parametrize(

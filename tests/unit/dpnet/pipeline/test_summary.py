@@ -10,7 +10,8 @@ import pytest
 
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
-from dpnet.pipeline.summary import as_text, figures_text, stages_text, summarize
+from dpnet.evaluation.protocol import NO_LPIPS_WEIGHTS, verdict
+from dpnet.pipeline.summary import as_markdown, as_text, figures_text, stages_text, summarize
 
 SPLITS = {"splits": {"train": {"samples": 100_000, "shards": 9}, "val": {"samples": 7}}}
 SUMMARIES: dict[str, dict[str, Any]] = {
@@ -21,35 +22,67 @@ SUMMARIES: dict[str, dict[str, Any]] = {
     "register": {"model": "dpnet", "version": 3, "alias": "challenger", "reason": "Not better."},
 }
 FIGURES = {
-    method: {"hole_psnr": psnr, "psnr": 30.0, "ssim": 0.91234, "l1": 1.234}
+    method: {"hole_psnr": psnr, "psnr": 30.0, "ssim": 0.91234, "l1": 1.234, "lpips": 0.12345}
     for method, psnr in (
         ("dpnet", 23.456),
         ("telea", 24.0),
         ("mean_fill", 20.0),
         ("smooth_fill", 23.0),
+        ("navier_stokes", 22.0),
     )
 }
 
 
+def paired(**hole_psnr: tuple[float, float]) -> dict[str, Any]:
+    """Return paired differences with these intervals of hole PSNR; others are clearly better."""
+    ends = {m: (0.2, 0.6) for m in FIGURES if m != "dpnet"} | hole_psnr
+    same = {"mean": -0.01, "low": -0.02, "high": 0.01}
+    return {
+        method: {
+            "hole_psnr": {"mean": (low + high) / 2, "low": low, "high": high},
+            "ssim": same,
+            "lpips": same,
+        }
+        for method, (low, high) in ends.items()
+    }
+
+
 @pytest.fixture
 def summary(tmp_path: Path) -> dict[str, Any]:
-    store = LocalStore(tmp_path)
+    return summary_of(tmp_path)
+
+
+def summary_of(folder: Path, figures: dict[str, Any] = FIGURES, **hole_psnr: Any) -> Any:
+    """Return the summary of a root with a report of these figures and paired differences."""
+    store = LocalStore(folder)
+    refs = [refs_of_stage(stage) for stage in SUMMARIES]
+    store.write("evaluations/abc/report.json", json.dumps(report(figures, **hole_psnr)).encode())
+    return summarize("demo", store, refs, 125.04)
+
+
+def refs_of_stage(stage: str) -> StageRef:
+    folder = "evaluations/abc" if stage == "evaluate" else f"{stage}/abc"
+    return StageRef(stage, "x", folder, "1" * 64, "2" * 64, 754.26, False, SUMMARIES[stage])
+
+
+def report(figures: dict[str, Any] = FIGURES, **hole_psnr: Any) -> dict[str, Any]:
     bins = {
         name: {
             "pairs": 2000,
-            "methods": {m: {k: {"mean": v} for k, v in f.items()} for m, f in FIGURES.items()},
+            "methods": {m: {k: {"mean": v} for k, v in f.items()} for m, f in figures.items()},
         }
         for name in ("0.01-0.10", "0.10-0.20")
     }
-    report = {"pairs": 4000, "figures": {"bins": bins, "mean_over_bins": FIGURES}}
-    store.write("evaluations/abc/report.json", json.dumps(report).encode())
-    refs = [
-        StageRef(stage, "x", f"{stage}/abc", "1" * 64, "2" * 64, 754.26, False, SUMMARIES[stage])
-        for stage in SUMMARIES
-    ]
-    folders = [r.folder if r.stage != "evaluate" else "evaluations/abc" for r in refs]
-    refs = [StageRef(**{**r.to_json(), "folder": f}) for r, f in zip(refs, folders, strict=True)]
-    return summarize("demo", store, refs, 125.04)
+    differences = paired(**hole_psnr)
+    computed = "lpips" in figures["dpnet"]
+    if not computed:
+        for found in differences.values():
+            del found["lpips"]
+    return {
+        "pairs": 4000,
+        "figures": {"bins": bins, "mean_over_bins": figures, "paired": differences},
+        "not_computed": [] if computed else [{"metric": "LPIPS", "reason": NO_LPIPS_WEIGHTS}],
+    }
 
 
 def test_the_summary_contains_the_figures_of_each_method_by_bin_and_as_means(
@@ -58,6 +91,7 @@ def test_the_summary_contains_the_figures_of_each_method_by_bin_and_as_means(
     assert summary["bins"]["0.10-0.20"]["telea"] == {
         "hole_psnr": 24.0,
         "ssim": 0.91234,
+        "lpips": 0.12345,
         "l1": 1.234,
     }
     assert summary["mean_over_bins"]["dpnet"]["hole_psnr"] == 23.456
@@ -84,3 +118,75 @@ def test_the_tables_are_aligned_and_at_most_100_columns_wide(summary: dict[str, 
     rows = figures_text(summary).splitlines()
     assert len({len(row) for row in rows[1:]}) == 1
     assert all(len(row) <= 100 for row in (*rows, *stages_text(summary["stages"]).splitlines()))
+
+
+def test_the_text_compares_with_the_smooth_fill_and_telea_by_paired_differences(
+    summary: dict[str, Any],
+) -> None:
+    text = as_text(summary, "dpnet demo")
+    assert "Mean fill" not in text
+    lines = text.splitlines()
+    (row,) = [line for line in lines if line.startswith("Smooth fill")]
+    assert "+0.40 (+0.20 to +0.60)" in row
+    assert "-0.0100 (-0.0200 to +0.0100)" in row
+    assert any(line.startswith("Telea  ") for line in lines)
+    assert all(len(line) <= 100 for line in lines[: lines.index(summary["verdict"])][2:])
+    assert summary["paired"]["telea"]["hole_psnr"] == {"mean": 0.4, "low": 0.2, "high": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("hole_psnr", "says"),
+    [
+        ({}, "In hole PSNR, DPNet is better than every baseline."),
+        (
+            {"smooth_fill": (-0.1, 0.3)},
+            "In hole PSNR, DPNet is no better than the smooth fill: train longer.",
+        ),
+        (
+            {"smooth_fill": (-0.1, 0.3), "telea": (-0.3, 0.0)},
+            "In hole PSNR, DPNet is no better than the smooth fill and Telea: train longer.",
+        ),
+        (
+            {"smooth_fill": (-0.1, 0.3), "telea": (-0.3, -0.1), "navier_stokes": (-2, -1)},
+            "In hole PSNR, DPNet is worse than Telea and Navier-Stokes: train longer.",
+        ),
+    ],
+)
+def test_the_verdict_comes_from_the_intervals(
+    hole_psnr: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    summary = summary_of(tmp_path, **hole_psnr)
+    assert summary["verdict"] == says
+    assert f"\n{says}\n" in as_text(summary, "dpnet demo")
+    store = LocalStore(tmp_path)
+    page = as_markdown("demo", store, [refs_of_stage("evaluate")], "", {})
+    assert f"**{says}**" in page
+
+
+def test_another_model_has_no_part_in_the_verdict() -> None:
+    found = report(telea=(0.1, 0.2))
+    found["figures"]["paired"]["lama"] = {"hole_psnr": {"mean": -5, "low": -6, "high": -4}}
+    assert verdict(found).endswith("better than every baseline.")
+
+
+def test_lpips_that_was_not_computed_has_dashes_and_the_reason(tmp_path: Path) -> None:
+    without = {m: {k: v for k, v in f.items() if k != "lpips"} for m, f in FIGURES.items()}
+    summary = summary_of(tmp_path, without)
+    assert summary["mean_over_bins"]["dpnet"]["lpips"] is None
+    text = as_text(summary, "dpnet demo")
+    assert "LPIPS is not computed: needs the weights of AlexNet: name their file" in text
+    shown = text.splitlines()
+    assert all(len(line) <= 100 for line in shown[shown.index(summary["verdict"]) - 3 :][:4])
+    assert len({len(row) for row in figures_text(summary).splitlines()[1:]}) == 1
+    page = as_markdown("demo", LocalStore(tmp_path), [refs_of_stage("evaluate")], "", {})
+    assert "| LPIPS, by hole" not in page
+    assert "LPIPS is not computed" in page
+
+
+def test_the_page_of_the_run_shows_the_strongest_baselines(tmp_path: Path) -> None:
+    summary_of(tmp_path)
+    page = as_markdown("demo", LocalStore(tmp_path), [refs_of_stage("evaluate")], "", {})
+    assert "| DPNet minus | hole PSNR, dB | SSIM | LPIPS |" in page
+    assert "| Smooth fill | +0.40 (+0.20 to +0.60) |" in page
+    assert "| LPIPS, by hole | pairs | DPNet | Smooth fill | Telea |" in page
+    assert "Mean fill" not in page

@@ -14,6 +14,7 @@ import small_root
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
+from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.model_store.history import read_history
 from dpnet.model_store.records import CHALLENGER, CHAMPION, find_record
 from dpnet.pipeline.verify import verify
@@ -198,9 +199,11 @@ def test_a_champion_of_other_pairs_is_evaluated_again_on_the_new_ones(
     champion = find_run(registered(store, 20.0), store)
     calls = evaluates(monkeypatch, again)
     run, evaluation, data = on_other_pairs(store, 22.0)
-    ref = register(RegisterSettings(), run, evaluation, store)
+    measure = EvaluateSettings(split="test", seed=7, lpips_weights="alexnet.pth", threads=3)
+    ref = register(RegisterSettings(), run, evaluation, store, measure=measure)
     ((settings, *folders),) = calls
-    assert (settings.split, settings.seed) == ("val", 3)
+    assert (settings.split, settings.seed) == ("val", 3)  # as the new version's evaluation
+    assert (settings.lpips_weights, settings.threads) == ("alexnet.pth", 3)
     assert folders == [data["images"].folder, data["masks"].folder, champion]
     assert ref.summary["alias"] == alias
     assert f"{22 - again:+.2f} dB" in ref.summary["reason"]
@@ -213,7 +216,7 @@ def test_a_champion_measured_with_other_definitions_is_evaluated_again(store, mo
     registered(store, 20.0)
     run, _ = small_root.run_and_evaluation(store, 22.0)
     data = {role: small_root.commit(store, role, role, {role: b"new"}) for role in DATA}
-    options = {"inputs": {"run": run, **data}, "settings": {"protocol": 3}}
+    options = {"inputs": {"run": run, **data}, "settings": {"protocol": 99}}
     summary = {"hole_psnr": 22.0, "pairs_digest": "p" * 64, "figures": {}}
     files = {"metrics.parquet": small_root.table(22.0)}
     evaluation = small_root.commit(

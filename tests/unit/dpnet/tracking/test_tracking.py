@@ -33,7 +33,9 @@ def trained(step, hole=0.2, **more):
 
 
 def validated(step, psnr):
-    return {"kind": "validation", "step": step, "hole_psnr": psnr, "mean_fill_psnr": 9.0}
+    found = {"kind": "validation", "step": step, "hole_psnr": psnr, "mean_fill_psnr": 9.0}
+    # The first record is that of an earlier version.
+    return found | ({"smooth_fill_psnr": 11.0} if step else {})
 
 
 LOG = [
@@ -143,6 +145,7 @@ def test_every_point_is_there_once_at_its_step(store, uri):
     assert points(uri, "gradients.all") == [(25, 1.5), (50, 1.5), (75, 1.5)]
     assert points(uri, "validation.hole_psnr") == [(0, 10.0), (50, 12.0), (75, 13.0)]
     assert points(uri, "validation.mean_fill_psnr")[0] == (0, 9.0)
+    assert points(uri, "validation.smooth_fill_psnr") == [(50, 11.0), (75, 11.0)]
     assert points(uri, "gpu_memory_gb") == [(50, 7.5)]
 
 

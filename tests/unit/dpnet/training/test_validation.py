@@ -16,6 +16,7 @@ from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.shards.shards import read_index, split_shards
 from dpnet.evaluation import metrics
+from dpnet.evaluation.baselines import smooth_fill
 from dpnet.loading.batch import Batch, to_device
 from dpnet.model import Generator, build_generator
 from dpnet.training import validation
@@ -64,6 +65,16 @@ def test_whole_shards_are_measured(data: Data) -> None:
     record = validation_of(data).measure(tiny(), 0, 0, 1)
     assert record["pairs"] == 12
     assert 0 < record["mean_fill_psnr"] < metrics.PSNR_CAP
+
+
+def test_the_smooth_fill_is_that_of_the_evaluation(data: Data) -> None:
+    measured = validation_of(data)
+    values = []
+    for image, mask in measured.pairs:
+        truth, valid = measured.images.image(image), measured.masks.valid(mask)
+        values.append(metrics.hole_psnr(smooth_fill(truth, valid), truth, valid))
+    found = measured.measure(tiny(), 0, 0, 1)["smooth_fill_psnr"]
+    assert found == pytest.approx(np.mean(values), abs=1e-3)
 
 
 def test_each_rank_measures_its_share_of_the_pairs(
