@@ -21,7 +21,16 @@ from data_prep.core.lease import Lease, check_leases
 from data_prep.core.storage.local import remove_empty_folders
 from data_prep.core.storage.store import Store
 from data_prep.core.text import aligned_table, count_of, joined
-from dpnet.pipeline.garbage import KINDS, MARK, Contents, Findings, Unit, find_garbage, names
+from dpnet.pipeline.garbage import (
+    KINDS,
+    MARK,
+    PICTURES,
+    Contents,
+    Findings,
+    Unit,
+    find_garbage,
+    names,
+)
 from dpnet.pipeline.root_contents import Reader
 
 DAYS = 7.0  # age from which an unfinished stage is garbage
@@ -169,8 +178,9 @@ def _delete_batch(reader: Reader, units: Sequence[Unit], result: Collection) -> 
             gone.add(fresh.folder)
             result.gone.append(fresh)
     if (top := store.local_folder) is not None:
-        for unit in result.gone[-len(units) :]:
-            remove_empty_folders(top / unit.folder)
+        for unit in units:
+            if unit.leases or unit.kind == PICTURES:  # not the folders of single temporary files
+                remove_empty_folders(top / unit.folder)
 
 
 def _still(contents: Contents) -> Iterable[Unit]:

@@ -43,8 +43,8 @@ LEASES = (LEASE, TRAINING_LEASE, WATCH_LEASE)
 
 CHECKPOINTS, UNFINISHED, VERSIONS = "checkpoints", "unfinished stages", "dataset versions"
 PICTURES, LEFTOVERS = "pictures in MLflow", "leftovers"
-# In the order of deletion: evaluations name versions, and versions name older versions.
-KINDS = (EVALUATIONS, VERSIONS, CHECKPOINTS, UNFINISHED, LEFTOVERS, PICTURES)
+# In the order of deletion: evaluations and unfinished runs use versions, and versions older ones.
+KINDS = (EVALUATIONS, UNFINISHED, VERSIONS, CHECKPOINTS, LEFTOVERS, PICTURES)
 
 _DAY = 86_400.0  # seconds
 _STAGE = re.compile(
@@ -169,10 +169,11 @@ def find_garbage(contents: Contents) -> Findings:
         known = set(_known(contents, folder, stages[folder]))
         found.unknown += [key for key in stages[folder] if key not in known]
         stages[folder] = [key for key in stages[folder] if key in known]
-    users = _users_of_committed(contents, stages, found)
+    for folder in stages.keys() - contents.manifests.keys():
+        _judge_unfinished(contents, folder, stages[folder], found)
+    users = _find_users(contents, stages, found)
     for folder, keys in stages.items():
         if folder not in contents.manifests:
-            _judge_unfinished(contents, folder, keys, found)
             continue
         _judge_intermediate(contents, folder, keys, found)
         if folder.startswith(f"{RUNS}/"):
@@ -205,9 +206,7 @@ def names(contents: Contents, folder: str, gone: Iterable[str] = ()) -> bool:
     )
 
 
-def _users_of_committed(
-    contents: Contents, stages: Mapping[str, list[str]], found: Findings
-) -> set[str]:
+def _find_users(contents: Contents, stages: Mapping[str, list[str]], found: Findings) -> set[str]:
     """Return the committed folders that are kept, and count them by reason."""
     manifests, kept = contents.manifests, dict[str, str]()
 
@@ -237,7 +236,10 @@ def _users_of_committed(
             elif run in newest:
                 keep([folder], "of the newest run")
     keep(_newest_versions(manifests), "the newest version, or needed by it")
-    wanted = {d for run, each in contents.wanted.items() if run not in manifests for d in each}
+    going = {unit.folder for unit in found.units}  # unfinished stages
+    wanted = {
+        digest for run, each in contents.wanted.items() if run not in going for digest in each
+    }
     keep([f for f, m in manifests.items() if m.content_digest in wanted], "used by a run")
     if contents.running:  # what a running stage reads is recorded only when it ends
         keep(sorted(filter(_may_go, manifests)), "a stage is running and may need it")

@@ -162,9 +162,9 @@ class Reader:
 
 def _refuse(store: Store, where: str, problem: str) -> None:
     raise PipelineError(
-        f"nothing is deleted, because {printable(where)} {printable(problem).rstrip('.')}, so it is"
-        f" not known what is in use: run `dpnet verify {printable(store.label)}`, and restore the"
-        " file."
+        f"nothing is deleted, because it is not known what is in use ({printable(where)}:"
+        f" {printable(problem).rstrip('.')}): run `dpnet verify {printable(store.label)}`, and"
+        " restore the file."
     )
 
 

@@ -284,7 +284,7 @@ def test_a_version_that_an_unfinished_run_was_asked_to_read_is_kept(store: Local
     unfinished_run(store, images=old.content_digest)
     assert found(collect_garbage(store)) == {}
     make_old(store, RUN)
-    assert found(collect_garbage(store)) == {UNFINISHED: {RUN}}  # the version goes with the next gc
+    assert found(collect_garbage(store)) == {UNFINISHED: {RUN}, VERSIONS: {old.folder}}
 
 
 def test_the_parents_of_the_newest_version_are_kept(store: LocalStore) -> None:
@@ -350,12 +350,15 @@ def test_a_lease_of_a_killed_process_of_this_machine_is_not_held(store: LocalSto
 def test_temporary_files_of_killed_writers_are_garbage(store: LocalStore) -> None:
     version(store, 1)
     fresh, old = "images/mine/.staged-x-1-2-ab", "images/.probe-abcd"
+    empty = store.folder / "images/empty"
+    empty.mkdir()
     store.folder.joinpath(fresh).write_bytes(b"1")
     store.folder.joinpath(old).write_bytes(b"")
     os.utime(store.folder / old, (OLD, OLD))
     result = collect_garbage(store, delete=True)
     assert [unit.keys for unit in result.gone] == [(old,)]
     assert store.folder.joinpath(fresh).exists()
+    assert empty.exists()
 
 
 def test_pictures_of_runs_that_mlflow_does_not_have_are_garbage(store: LocalStore) -> None:
@@ -574,12 +577,43 @@ def test_what_came_into_use_meanwhile_is_not_deleted(
     assert store.exists(f"{whole['unused 1'].folder}/manifest.json")
 
 
+def test_an_unfinished_run_that_is_written_meanwhile_is_not_deleted(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_first(units: Any) -> Any:
+        store.write(f"{RUN}/status.json", b"{}")
+        return batches(units)
+
+    unfinished_run(store)
+    make_old(store)
+    batches = collecting._batches
+    monkeypatch.setattr(collecting, "_batches", write_first)
+    result = collect_garbage(store, delete=True)
+    assert result.skipped == [(UNFINISHED, RUN)]
+    assert store.exists(f"{RUN}/step-00000100/state.pt")
+    assert f"in use now: {RUN}" in result.as_text()
+
+
+def test_the_parent_of_a_skipped_version_is_not_deleted(
+    whole: dict[str, StageRef], store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lease of the child was held for a moment only, so the second look does not show it."""
+
+    class Refused(Lease):
+        @property
+        def held(self) -> bool:
+            return super().held and child not in self.key
+
+    child = whole["unused 2"].folder
+    monkeypatch.setattr(collecting, "Lease", Refused)
+    result = collect_garbage(store, delete=True)
+    assert result.skipped == [(VERSIONS, child), (VERSIONS, whole["unused 1"].folder)]
+    assert verify(store).ok
+
+
 def test_a_lease_that_is_renewed_meanwhile_keeps_its_folder(
     whole: dict[str, StageRef], store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Lease(store, f"{RUN}/other.json", interval=0.2):
-        pass
-
     def start_first(units: Any) -> Any:
         lease.__enter__()
         return batches(units)
