@@ -414,6 +414,15 @@ def is_claimed(store: Store, key: str) -> bool:
         return False
 
 
+def is_running(store: Store, key: str) -> bool:
+    """Return whether a lease is claimed, and not by a process of this machine that has ended."""
+    try:
+        record = _parse(store.read(key))
+    except FileNotFoundError:
+        return False
+    return not record.get("released") and not _is_dead_here(record, _owner())
+
+
 def now() -> float:
     """Return seconds of a clock that also runs while the machine sleeps."""
     if hasattr(time, "CLOCK_BOOTTIME"):

@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     pipeline.add_stages(commands)
     pipeline.add_notify(commands)
     data.add_verify(commands)
+    data.add_gc(commands)
     models.add_inpaint(commands)
     models.add_model(commands)
     models.add_export(commands)

@@ -142,10 +142,10 @@ def verify(store: Store, target: str = "", depth: Depth = EVERYTHING) -> Verific
             )
     for key in records:
         result.records += 1
-        _check_record(store, key, result)
+        check_record(store, key, result)
     models = [parsed[0] for key in records if (parsed := parse_record_key(key))]
     for model in dict.fromkeys(models):
-        _check_history(store, model, result)
+        check_model_history(store, model, result)
     check_files(store, _walk(store, folders, result), result)
     # The listing and the read may find the same problem. Problems of one file stay in order.
     result.problems = sorted(dict.fromkeys(result.problems), key=lambda p: p.where)
@@ -161,7 +161,7 @@ def _walk(store: Store, folders: list[str], result: Verification) -> dict[str, M
         where = manifest_key(folder)
         try:
             manifest = read_manifest(store, folder)
-            _check_digests(manifest, where, result)
+            check_digests(manifest, where, result)
             if unknown := _unknown_fields(store, where):
                 result.notes.append(
                     f"{where} has fields that this version does not know ({', '.join(unknown)}): a"
@@ -180,7 +180,7 @@ def _walk(store: Store, folders: list[str], result: Verification) -> dict[str, M
     return sound
 
 
-def _check_digests(manifest: Manifest, where: str, result: Verification) -> None:
+def check_digests(manifest: Manifest, where: str, result: Verification) -> None:
     """Compute both digests of a manifest again and compare them with the stated ones."""
     request = Request(
         stage=manifest.stage,
@@ -248,7 +248,7 @@ def _is_unchanged(
     return True
 
 
-def _check_history(store: Store, model: str, result: Verification) -> None:
+def check_model_history(store: Store, model: str, result: Verification) -> None:
     """Check the chain of a model's history, and that it fits the records of the versions."""
     stored = list(check_history(store, model))
     for key, entry, problem in stored:
@@ -280,7 +280,7 @@ def _check_history(store: Store, model: str, result: Verification) -> None:
         )
 
 
-def _check_record(store: Store, key: str, result: Verification) -> None:
+def check_record(store: Store, key: str, result: Verification) -> None:
     """Check that a record is the one of its registration, and that its inputs are unchanged."""
     data = store.read(key)
     try:

@@ -76,19 +76,31 @@ class LocalStore:
             path = folder / name
             if name.endswith("/"):
                 yield from self._walk(path)
-            elif not name.startswith(_TEMPORARY) and name != _LOCK:
+            elif not name.startswith((_TEMPORARY, _PROBE)) and name != _LOCK:
                 try:
                     stat = path.stat()
                 except FileNotFoundError:
                     continue
                 if not S_ISDIR(stat.st_mode):  # links to folders are not followed
                     key = path.relative_to(self.folder).as_posix()
-                    yield Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+                    mark = f"{stat.st_size}-{stat.st_mtime_ns}"
+                    yield Entry(key, stat.st_size, mark, stat.st_mtime)
 
     def folders(self, prefix: str = "") -> Iterator[str]:
         for name in _names(self.path(prefix) if prefix else self.folder):
             if name.endswith("/"):
                 yield f"{prefix}/{name}".strip("/")
+
+    def leftovers(self, before: float) -> Iterator[Entry]:
+        for folder, _, names in os.walk(self.folder):
+            for name in sorted(names):
+                if name.startswith((_TEMPORARY, _PROBE)):
+                    path = Path(folder) / name
+                    with suppress(FileNotFoundError):
+                        stat = path.lstat()
+                        if stat.st_mtime < before or _is_abandoned(name):
+                            key = path.relative_to(self.folder).as_posix()
+                            yield Entry(key, stat.st_size, "", stat.st_mtime)
 
     def write(self, key: str, data: bytes) -> None:
         with self._staged(key) as (file, path):
@@ -160,12 +172,35 @@ class LocalStore:
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        with (self.path(key).parent / _LOCK).open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with _lock(self.path(key).parent):
             yield
 
 
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold the file lock of a folder. Raises FileNotFoundError if the folder does not exist."""
+    while True:
+        with (folder / _LOCK).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # `remove_empty_folders` may have removed the file while this process waited for it.
+            if os.fstat(file.fileno()).st_nlink:
+                yield
+                return
+
+
+def remove_empty_folders(top: Path) -> None:
+    """Remove `top` and the folders below it, except those with files."""
+    for folder, _, _ in os.walk(top, topdown=False):
+        with suppress(OSError):
+            if os.listdir(folder) == [_LOCK]:
+                with _lock(Path(folder)):
+                    if os.listdir(folder) == [_LOCK]:
+                        (Path(folder) / _LOCK).unlink()
+            os.rmdir(folder)
+
+
 _TEMPORARY = ".staged-"
+_PROBE = ".probe-"  # an empty file, by which a command tests whether the root can be written
 _LOCK = ".lock"
 
 
@@ -197,14 +232,21 @@ def _boot_mark() -> str:
 
 def _sweep(folder: Path) -> None:
     """Remove temporary files of processes of this machine that were killed while writing."""
-    mark = _boot_mark()
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(_TEMPORARY)]
     for name in names:
-        written_on, pid, started = [*name.removeprefix(_TEMPORARY).split("-"), "", "", ""][:3]
-        if mark and written_on == mark and pid.isdecimal() and process_start(int(pid)) != started:
+        if _is_abandoned(name):
             with suppress(OSError):
                 (folder / name).unlink()
+
+
+def _is_abandoned(name: str) -> bool:
+    """Return whether the writer of a temporary file was a process of this machine that ended."""
+    mark = _boot_mark()
+    written_on, pid, started = [*name.removeprefix(_TEMPORARY).split("-"), "", "", ""][:3]
+    return bool(
+        mark and written_on == mark and pid.isdecimal() and process_start(int(pid)) != started
+    )
 
 
 def _publish(file: BinaryIO, staged: Path, target: Path) -> None:

@@ -123,7 +123,7 @@ class S3Store:
     def entry(self, key: str) -> Entry:
         """Return the entry that `list` has for the object. Raises FileNotFoundError."""
         head = self._head(key)
-        return Entry(key, head["ContentLength"], head["ETag"])
+        return Entry(key, head["ContentLength"], head["ETag"], _time(head))
 
     def exists(self, key: str) -> bool:
         try:
@@ -133,14 +133,24 @@ class S3Store:
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        for entry in self._objects(prefix):
+            # Other programs mark a "folder" by an object with a slash at its end.
+            name = posixpath.basename(entry.key)
+            if name and not name.startswith(_PROBE):
+                yield entry
+
+    def leftovers(self, before: float) -> Iterator[Entry]:
+        for entry in self._objects(""):
+            probe = posixpath.basename(entry.key).startswith(_PROBE)
+            if probe and entry.modified is not None and entry.modified < before:
+                yield entry
+
+    def _objects(self, prefix: str) -> Iterator[Entry]:
+        """Yield every object under the folder `prefix`, in the order of their keys."""
         start = len(self.prefix) + 1 if self.prefix else 0
         for page in self._pages(prefix):
             for item in page.get("Contents", []):  # S3 lists in key order
-                key = item["Key"][start:]
-                # Other programs mark a "folder" by an object with a slash at its end.
-                name = posixpath.basename(key)
-                if name and not name.startswith(_PROBE):
-                    yield Entry(key, item["Size"], item["ETag"])
+                yield Entry(item["Key"][start:], item["Size"], item["ETag"], _time(item))
 
     def folders(self, prefix: str = "") -> Iterator[str]:
         start = len(self.prefix) + 1 if self.prefix else 0
@@ -435,6 +445,12 @@ class S3Store:
     def _where(self, key: str) -> str:
         """Return the object's URI on one line."""
         return "".join(c if c.isprintable() else "?" for c in f"{self.uri}/{key}".rstrip("/"))
+
+
+def _time(answer: Any) -> float | None:
+    """Return when an object was written, as the server reports it."""
+    written = answer.get("LastModified")
+    return written.timestamp() if written is not None else None
 
 
 def _tag_of_parts(tags: Sequence[str]) -> str:

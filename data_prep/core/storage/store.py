@@ -8,7 +8,7 @@ manifests rely on them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
@@ -17,11 +17,16 @@ from data_prep.core.errors import StorageError
 
 @dataclass(frozen=True)
 class Entry:
-    """One object: its key, its size in bytes, and a mark that changes with each write."""
+    """One object: its key, its size in bytes, and a mark that changes with each write.
+
+    `modified` is the time of the last write in seconds since 1970, by the clock of the storage;
+    None where it is not known.
+    """
 
     key: str
     size: int
     fingerprint: str
+    modified: float | None = field(default=None, compare=False)
 
 
 class Store(Protocol):
@@ -69,6 +74,13 @@ class Store(Protocol):
         """Yield the keys of the folders directly under `prefix`, sorted.
 
         Their contents are not listed, so this takes time only for the number of folders.
+        """
+
+    def leftovers(self, before: float) -> Iterator[Entry]:
+        """Yield temporary objects of killed writers, which `list` hides.
+
+        These are all that are older than `before`, in seconds since 1970. A folder store also
+        yields newer ones if their writer was a process of this machine that has ended.
         """
 
     def write(self, key: str, data: bytes) -> None:

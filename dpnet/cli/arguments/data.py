@@ -1,4 +1,4 @@
-"""Options of the commands for prepared data: images, masks, verify."""
+"""Options of the commands for stored data: images, masks, verify, gc."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dpnet.cli.arguments.options import (
     add_group,
     add_root,
     add_set,
+    days,
     share,
 )
 from dpnet.cli.arguments.pipeline import add_stage
@@ -84,6 +85,29 @@ def _add_log(parsers: Parsers) -> None:
     )
     parser.add_argument("name", metavar="NAME", help="name of the dataset, as in images/NAME")
     add_root(parser, "where the dataset is stored")
+
+
+def add_gc(parsers: Parsers) -> None:
+    """Add `dpnet gc`."""
+    parser = add_command(
+        parsers,
+        "gc",
+        "data.gc",
+        "say what can be deleted from a root, and delete it",
+        "dpnet gc dpnet-demo\n  dpnet gc dpnet-demo --delete",
+        "What a registered version, the history of champions, a finished run or the newest version"
+        " of a dataset was made from is always kept, and so are unknown files. Without --delete"
+        " nothing is changed.",
+    )
+    parser.add_argument("root", metavar="ROOT", help="folder or s3:// URI, given before as --root")
+    parser.add_argument("--delete", action="store_true", help="delete the garbage")
+    parser.add_argument(
+        "--older-than",
+        type=days,
+        default=7.0,
+        metavar="DAYS",
+        help="age from which an unfinished stage is garbage (default: 7)",
+    )
 
 
 def _add_verify_and_inspect(parsers: Parsers, kind: str) -> None:

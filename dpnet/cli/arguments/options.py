@@ -117,6 +117,17 @@ def minutes(text: str) -> float:
     return number
 
 
+def days(text: str) -> float:
+    """Return a number of days, 0 or more."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days: give one such as 7")
+    return number
+
+
 def share(text: str) -> float:
     """Return a share above 0 and at most 1."""
     try:

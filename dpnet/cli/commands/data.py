@@ -1,4 +1,4 @@
-"""Commands for prepared data: images build, log and inspect, masks inspect, verify."""
+"""Commands for prepared data: images build, log and inspect, masks inspect, verify, gc."""
 
 from __future__ import annotations
 
@@ -107,4 +107,12 @@ def verify(args: Namespace) -> Outcome:
     root, depth = root_to_read(args), Depth(args.sample, args.index_only)
     named = find_named_set(args.kind, args.uri, root) if args.kind else None
     found = verify_store(*named, depth) if named else verify_uri(args.uri, root, depth)
+    return found.to_json(), found.as_text()
+
+
+def gc(args: Namespace) -> Outcome:
+    """Say what can be deleted from a root, and delete it."""
+    from dpnet.pipeline.collect_garbage import collect_garbage
+
+    found = collect_garbage(open_store(args.root), args.older_than, delete=args.delete)
     return found.to_json(), found.as_text()

@@ -436,8 +436,9 @@ def reader(world: World, path: Path, random: random.Random) -> list[str]:
                      ["registry", "history"], ["registry", "rollback"]],
     }  # fmt: skip
     whole = [["verify", root, *more] for more in ([], ["--index-only"], ["--sample", "0.1"])]
+    whole += [["gc", root, "--delete", "--older-than", "0"], ["gc", root]]
     command = random.choice([*commands.get(top, []), *whole])
-    if command[0] != "verify" or command[1] != root:
+    if command[0] not in ("verify", "gc") or command[1] != root:
         command = [*command, "--root", root] if "--root" not in command else command
     return command
 

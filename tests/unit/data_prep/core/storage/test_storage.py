@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import zipfile
 
 import pytest
 
 from data_prep.core.errors import StorageError
-from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage import local
+from data_prep.core.storage.local import LocalStore, remove_empty_folders
 from data_prep.core.storage.open import open_store
 
 
@@ -261,3 +264,60 @@ def test_a_full_disk_is_reported_with_advice(tmp_path):
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_listing_has_the_time_of_the_last_write(store):
+    store.write("a", b"1")
+    (entry,) = store.list()
+    assert abs(entry.modified - time.time()) < 60
+
+
+def test_leftovers_of_s3_are_old_probes(moto_root):
+    store = open_store(moto_root)
+    store.write("a/.probe-1", b"")
+    store.write("a/b", b"")
+    assert [entry.key for entry in store.leftovers(time.time() + 60)] == ["a/.probe-1"]
+    assert list(store.leftovers(time.time() - 60)) == []
+    assert [entry.key for entry in store.list()] == ["a/b"]
+
+
+def test_leftovers_are_old_temporary_files_and_those_of_ended_writers(tmp_path):
+    store = LocalStore(tmp_path / "root")
+    store.write("a/b", b"")
+    ended = local._temporary_name().replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+    names = [".staged-x-1-2-old", ".staged-x-1-2-new", ".probe-old", ended, local._temporary_name()]
+    for name in names:
+        (tmp_path / "root/a" / name).write_bytes(b"123")
+        if name.endswith("old"):
+            os.utime(tmp_path / "root/a" / name, (0, 0))
+    found = list(store.leftovers(time.time() - 60))
+    assert {entry.key for entry in found} == {f"a/{names[n]}" for n in (0, 2, 3)}
+    assert [entry.key for entry in store.list()] == ["a/b"]
+
+
+def test_empty_folders_are_removed_with_their_locks(tmp_path):
+    store = LocalStore(tmp_path / "root")
+    for key in ("a/b/c", "a/d/e"):
+        tag = store.create(key, b"1")
+        store.replace(key, b"2", tag)  # leaves a lock file
+    store.delete("a/b/c")
+    remove_empty_folders(tmp_path / "root/a")
+    assert sorted(path.name for path in (tmp_path / "root/a").iterdir()) == ["d"]
+    assert store.read("a/d/e") == b"2"
+
+
+def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path):
+    """Else two processes could hold two locks of one folder."""
+    held = []
+
+    def wait():
+        with local._lock(tmp_path):
+            held.append((tmp_path / ".lock").exists())
+
+    with local._lock(tmp_path):
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        time.sleep(0.2)
+        (tmp_path / ".lock").unlink()
+    waiter.join(10)
+    assert held == [True]
