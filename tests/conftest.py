@@ -12,6 +12,7 @@ from policy import (  # noqa: F401 - hooks of pytest
     pytest_configure,
     pytest_make_collect_report,
     pytest_runtest_makereport,
+    pytest_xdist_make_scheduler,
 )
 from servers import Server, ceph_server, moto_server
 

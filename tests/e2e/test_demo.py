@@ -20,7 +20,7 @@ from skimage import data
 
 import dpnet
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("clusters")]
+pytestmark = pytest.mark.e2e
 
 SETTINGS = ("train.steps=60", "train.checkpoint_every=10", "train.validate_every=30")
 STAGES = ["images", "masks", "train", "evaluate", "register"]

@@ -25,7 +25,6 @@ from playwright.sync_api import BrowserContext, Page, expect  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 pytestmark = [
-    pytest.mark.xdist_group("clusters"),
     pytest.mark.e2e,
     pytest.mark.slow,
     pytest.mark.skipif(

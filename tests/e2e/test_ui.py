@@ -26,7 +26,6 @@ from playwright.sync_api import Locator, Page, expect  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 pytestmark = [
-    pytest.mark.xdist_group("clusters"),
     pytest.mark.e2e,
     pytest.mark.slow,
     pytest.mark.skipif(

@@ -29,7 +29,6 @@ from platforms import ENDED, Platform, environment, platform
 from sockets import interfaces, listening
 
 pytestmark = [
-    pytest.mark.xdist_group("clusters"),
     pytest.mark.integration,
     pytest.mark.slow,
     pytest.mark.rotated(4),

@@ -27,7 +27,7 @@ from dpnet.pipeline.ray_map import ray_map
 from dpnet.pipeline.verify import verify
 from dpnet.training.ray.start import connect, prepare_start
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

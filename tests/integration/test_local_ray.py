@@ -25,7 +25,7 @@ from sockets import interfaces, listening
 
 from dpnet.training.ray.start import RayStart, prepare_start
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 IN_PROCESS = """
 import sys, time

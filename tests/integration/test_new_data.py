@@ -25,7 +25,7 @@ from data_prep.core.storage.local import LocalStore
 from dpnet.model_store.records import find_record
 from dpnet.pipeline.verify import verify
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 SETS = [
     "images.tile=32", "images.size=32", "images.max_tiles=8", "masks.size=32", "masks.train=32",

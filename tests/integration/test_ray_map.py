@@ -21,7 +21,7 @@ from data_prep.core.pool import run_tasks
 from dpnet.pipeline.ray_map import ray_map
 from dpnet.training.ray.start import RayStart, prepare_start
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 # Other processes import this file and the packages next to it.
 PYTHONPATH = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[2])))
 

@@ -28,7 +28,7 @@ from dpnet.pipeline.verify import verify
 from dpnet.training.job import plan_training
 from dpnet.training.stage import train
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("clusters")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 class Prepared(NamedTuple):

@@ -44,7 +44,6 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
     pytest.mark.rotated(4),
-    pytest.mark.xdist_group("clusters"),
 ]
 
 STEPS, EVERY, VALIDATE, BATCH = 90, 10, 30, 4

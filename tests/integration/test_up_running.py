@@ -34,7 +34,6 @@ from sockets import interfaces, listening
 from flows.local_server.up import find_running
 
 pytestmark = [
-    pytest.mark.xdist_group("clusters"),
     pytest.mark.integration,
     pytest.mark.slow,
     pytest.mark.rotated(2),

@@ -11,11 +11,18 @@ import re
 import subprocess
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 SKIPS = Path(__file__).parents[1] / "allowed_skips.txt"
+# Slow tests that start no cluster, server or browser, except an S3 server of their own.
+ALONE = (
+    "tests/e2e/test_images_killed.py", "tests/e2e/test_wheel.py",
+    "tests/integration/test_deadly_photos.py", "tests/integration/test_images_s3.py",
+    "tests/integration/test_mutants.py", "tests/integration/test_s3.py",
+)  # fmt: skip
 FAST_S, REAL_S, SLOW_S = 120, 300, 900  # on a loaded machine; a test takes a fraction of it
 
 
@@ -37,11 +44,7 @@ def allowed_skips(text: str) -> list[re.Pattern[str]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker of tests that take turns in CI.
-
-    Tests that start clusters, servers or browsers are in one group of pytest-xdist, `clusters`, so
-    that they run one after another, beside the other slow tests.
-    """
+    """Declare the marker of tests that take turns in CI."""
     config.addinivalue_line("markers", "rotated(n): in CI, one in n of the file's tests runs")
 
 
@@ -53,6 +56,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
+
+
+class Scheduler(LoadScopeScheduling):
+    """Runs the tests that start clusters, servers or browsers one after another in one process.
+
+    The others run beside them, a file at a time. pytest-xdist's own groups come from markers, which
+    it loses with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return file if file.startswith("tests/unit/") or file in ALONE else "clusters"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler | None:
+    """Choose the order for `pytest --dist loadgroup`."""
+    return Scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def not_this_time(items: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from policy import SKIPS, allowed_skips, not_this_time
+from policy import ALONE, SKIPS, allowed_skips, not_this_time
 
 SUPPORT = Path(__file__).parents[2] / "support"
 SKIPPED = "import pytest\n\n@pytest.mark.skip(reason={reason!r})\ndef test_it(): pass\n"
@@ -97,3 +97,28 @@ def test_every_line_of_the_list_gives_its_reason() -> None:
     assert allowed_skips(SKIPS.read_text("utf-8"))
     with pytest.raises(ValueError, match="gives no reason"):
         allowed_skips("no GPU\n")
+
+
+def test_tests_of_clusters_run_in_one_process_and_the_others_beside_them(tmp_path: Path) -> None:
+    text = "import os, pathlib\n"
+    for name in "abc":
+        text += f"def test_{name}():\n    path = pathlib.Path(__file__ + '.{name}')\n"
+        text += "    path.write_text(os.environ['PYTEST_XDIST_WORKER'])\n"
+    files = ["tests/integration/test_one.py", "tests/e2e/test_two.py", "tests/unit/test_other.py"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "policy", "-p", "no:cacheprovider"]
+    command += ["-n", "2", "--dist", "loadgroup", f"--rootdir={tmp_path}", "."]
+    env = {**os.environ, "PYTHONPATH": str(SUPPORT)}
+    subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True)
+    workers = [
+        {path.read_text() for path in (tmp_path / file).parent.glob("*.py.?")} for file in files
+    ]
+    assert len(workers[0]) == 1
+    assert workers[0] == workers[1] != workers[2]
+
+
+def test_the_slow_tests_that_may_run_beside_others_exist() -> None:
+    top = Path(__file__).parents[3]
+    assert [file for file in ALONE if not (top / file).is_file()] == []
