@@ -70,8 +70,10 @@ def load_generator(store: Store, folder: str) -> Generator:
     state = _state(weights, record["weights_sha256"], where, layout)
     try:
         generator = build_generator(ModelConfig.from_json(record["model"]))
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise _other_version(f"{store.label}/{folder}/{layout.config}", str(error)) from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+        # The others have words of Python and torch, which say nothing to a user.
+        reason = str(error) if isinstance(error, ValueError) else "an option of it is wrong"
+        raise _other_version(f"{store.label}/{folder}/{layout.config}", reason) from error
     if differences := _differences(generator.state_dict(), state):
         raise _other_version(where, differences)
     generator.load_state_dict(state)
