@@ -45,7 +45,7 @@ train: {{steps: {steps}, batch_size: 1, warmup_steps: 2, checkpoint_every: 5,
 evaluate: {{pictures: 1}}
 register: {{promote: always}}
 """
-STEPS = 300  # enough that a fast machine is still training when a fault happens
+STEPS = 600  # enough that a fast machine is still training when a fault happens
 KEY, BLOCK = "a-key-that-nobody-may-see", "a-block-that-nobody-may-see"
 PASSWORD = "admin:a-password-that-nobody-may-see"
 SETS = ["watch=null", "retrain=null", "secrets.DPNET_TEST_SECRET=the-block"]

@@ -70,6 +70,7 @@ class Scheduler(LoadScopeScheduling):
         return file if file.startswith("tests/unit/") or file in ALONE else "clusters"
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist can be off
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler | None:
     """Choose the order for `pytest --dist loadgroup`."""
     return Scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None

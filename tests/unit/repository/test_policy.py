@@ -22,7 +22,7 @@ def run(
     env = {**os.environ, "PYTHONPATH": str(SUPPORT), "CI": "true" if ci else ""}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "policy", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, str(folder)], env=env, cwd=folder, capture_output=True, text=True
+        [*command, *options, str(folder)], env=env, cwd=folder, capture_output=True, text=True
     )
 
 
@@ -122,3 +122,8 @@ def test_tests_of_clusters_run_in_one_process_and_the_others_beside_them(tmp_pat
 def test_the_slow_tests_that_may_run_beside_others_exist() -> None:
     top = Path(__file__).parents[3]
     assert [file for file in ALONE if not (top / file).is_file()] == []
+
+
+def test_the_rules_hold_without_xdist(tmp_path: Path) -> None:
+    text = "def test_it(): pass\n"
+    assert run(tmp_path, text, "-p", "no:xdist").returncode == 0
