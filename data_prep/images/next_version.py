@@ -25,9 +25,10 @@ from data_prep.images.versions import Version, known_members, newest_version, ve
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.layouts import IGNORED, OUTSIDE, lost_splits
 from data_prep.raw.listing import ROWS, SPLITS, Listing
+from data_prep.raw.members import CUT
 from data_prep.raw.overlap import check_apart, check_no_root
 from data_prep.raw.source import Source, open_source
-from data_prep.raw.tars import CUT, UNENDED
+from data_prep.raw.tars import UNENDED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -290,7 +291,7 @@ def _splits(
 
 
 def _check_archives(listing: Listing, source: Source) -> None:
-    """Refuse a tar that is cut off: its missing members are unknown, so nobody could report them.
+    """Refuse an archive or table that is cut off: nobody could report its missing members.
 
     Raises PipelineError.
     """

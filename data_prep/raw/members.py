@@ -76,6 +76,7 @@ def checked_name(name: str) -> str:
     return name
 
 
+CUT = "the archive is cut off within it"  # so its other members are unknown
 LEADS_OUT = "its name leads out of the archive"
 
 

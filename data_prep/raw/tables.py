@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, escape, too_large
 from data_prep.raw.listing import ROWS
-from data_prep.raw.members import LONGEST_NAMES, Member, most_members, too_many
+from data_prep.raw.members import CUT, LONGEST_NAMES, Member, most_members, too_many
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -53,6 +53,8 @@ class Table:
             self._file = pq.ParquetFile(blob.open(), **options)
             schema = self._file.schema_arrow
         except (pa.ArrowException, OSError) as error:
+            if blob.read_at(0, 4) == b"PAR1":
+                raise ItemError(CUT) from error
             raise ItemError("it is not a Parquet table, or it is cut off") from error
         facts = self._file.metadata
         counts = (facts.row_group(group).num_rows for group in range(facts.num_row_groups))

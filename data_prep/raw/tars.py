@@ -22,11 +22,10 @@ from data_prep.pictures.formats import is_picture_name
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.layouts import IGNORED
 from data_prep.raw.links import Link, Stored, linked_members
-from data_prep.raw.members import Bounds, Member, checked_name, member_of
+from data_prep.raw.members import CUT, Bounds, Member, checked_name, member_of
 from data_prep.raw.samples import images_of, stem_of
 
 _LONGEST_NAME = 1 << 20  # bytes of an extended header; a longer one is damage or an attack
-CUT = "the archive is cut off within it"
 UNENDED = "it may be cut off: its end mark is missing"
 ReadAt = Callable[[int, int], bytes]  # (offset, size) → bytes, fewer at the end
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from data_prep.core.errors import ItemError
 from data_prep.raw.files import Blob, too_large
 from data_prep.raw.links import LONGEST_TARGET, Link, Stored, linked_members
-from data_prep.raw.members import Bounds, Member, checked_name, member_of
+from data_prep.raw.members import CUT, Bounds, Member, checked_name, member_of
 
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
@@ -202,6 +202,8 @@ def _find_directory(blob: Blob, stop: int) -> tuple[int, int, int]:
     ):
         at = tail.rfind(b"PK\5\6", 0, at)
     if at < 0:
+        if blob.read_at(0, 4) == b"PK\3\4":
+            raise ItemError(CUT)
         raise ItemError("it is not a zip archive, or it is cut off")
     _, disk, first_disk, _, _, size, offset, _ = _END.unpack_from(tail, at)
     end = stop - length + at

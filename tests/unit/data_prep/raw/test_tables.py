@@ -143,7 +143,7 @@ def test_a_broken_table_is_reported_and_a_broken_page_fails_its_rows(tmp_path: P
     (tmp_path / "page.parquet").write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
     source = open_source(str(tmp_path))
     listing = source.list()
-    assert listing.problems == {"cut.parquet": "it is not a Parquet table, or it is cut off"}
+    assert listing.problems == {"cut.parquet": "the archive is cut off within it"}
     assert contents(source)["page.parquet/a"] == "its part of the table is broken"
 
 
