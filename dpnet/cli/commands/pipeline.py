@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -135,6 +136,14 @@ def _export_pairs(config: Config, store: Store, folder: Path) -> Outcome:
     """Prepare images and masks if they are not finished, and write the pairs as files."""
     from dpnet.evaluation.export_pairs import export_pairs
 
+    source, target = (os.path.realpath(each) for each in (config.images.source, folder))
+    if Path(target).is_relative_to(source):
+        raise PipelineError(
+            f"{folder} is in the photo source {source}, and the pairs would become photos: choose a"
+            " folder outside of it."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PipelineError(f"{folder} is not an empty folder: name a new folder for the pairs.")
     (images,), (masks,) = run_chain(config, store, "images"), run_chain(config, store, "masks")
     count = export_pairs(config.evaluate, images, masks, store, folder)
     text = (

@@ -620,3 +620,7 @@ def test_pairs_are_exported_without_training(
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["pairs"] == len(list((folder / "masked").iterdir())) > 1
     assert not (root / "runs").exists()
+    assert "is not an empty folder" in fails(capsys, *command)
+    inside = [*command[:-1], str(tmp_path / "photos" / "pairs")]
+    assert "the pairs would become photos" in fails(capsys, *inside)
+    assert not (tmp_path / "photos" / "pairs").exists()
