@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.manifest import read_manifest
 from data_prep.core.storage.local import LocalStore
@@ -32,10 +33,11 @@ from dpnet.export.model_card import FILES, model_card
 from dpnet.model import Generator
 from dpnet.model.generator import MULTIPLE
 from dpnet.model_store.find_model import find_model
-from dpnet.model_store.layout import EXPORTED
+from dpnet.model_store.layout import EXPORTED, RUN, TRAINING_STATE, find_layout
 from dpnet.model_store.records import find_record
 from dpnet.model_store.weights import load_generator, read_config, save_generator
 from dpnet.registry.card import card_facts, eval_results
+from dpnet.training.exported_state import read_run_state
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,9 @@ def _padded(side: int) -> int:
     return MULTIPLE * units
 
 
-def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str) -> dict[str, Any]:
+def export_model(
+    reference: str, out: Path, formats: Sequence[str], *, root: str, with_state: bool = False
+) -> dict[str, Any]:
     """Write a model to a folder for use without this package.
 
     Args:
@@ -96,6 +100,8 @@ def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str
         formats: torch-export, onnx, torchscript; they add generator.pt2, .onnx and .ts. Each graph
             is loaded again and compared with the network.
         root: where models are searched.
+        with_state: add the training state of the run's newest checkpoint, from which others can
+            continue the training.
 
     Returns:
         JSON values: the model's name, the sizes of the files in bytes, and the largest differences.
@@ -112,12 +118,23 @@ def export_model(reference: str, out: Path, formats: Sequence[str], *, root: str
     log.info("export: loads %s", used)
     generator = load_generator(store, folder)
     facts = _facts(store, folder, reference)
+    state = None
+    if with_state:
+        if find_layout(store, folder) != RUN:
+            raise PipelineError(
+                f"{used} is an exported model, so its run's checkpoints are not there: give the run"
+                " or the registered version, or leave --training-state out."
+            )
+        step, state = read_run_state(store, folder)
+        facts["training_state"] = {"step": step, "sha256": sha256_bytes(state)}
     registered = None
     if not reference or reference.startswith("models:/"):
         registered = card_facts(store, find_record(store, reference))
     new = out.parent / f".{out.name}-{secrets.token_hex(4)}"
     try:
         new.mkdir(parents=True)
+        if state is not None:
+            (new / TRAINING_STATE).write_bytes(state)
         differences = _write(new, generator, used, facts, formats, registered)
         new.rename(out)  # replaces an empty folder
     except OSError as error:

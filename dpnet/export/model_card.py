@@ -86,6 +86,13 @@ filled = dpnet.inpaint(photo, mask, ".")
 
 On the command line: `dpnet inpaint photo.png mask.png -o filled.png --model FOLDER`.
 """
+_CONTINUE = """\
+## training_state.safetensors: train on
+
+The generator and its average, the discriminator and the state of both optimisers after step {step}.
+`dpnet train CONFIG --set train.init_from=FOLDER` continues them on your photos, with the schedule
+of your config from its step 0. Without this file it starts from the generator alone.
+"""
 
 
 def model_card(
@@ -121,7 +128,10 @@ def model_card(
         _evaluation(facts) if registered is None else evaluation_section(registered),
     ]
     parts += [_contract(formats), _PREPARE, *(_USE[each] for each in formats), _SAVE]
-    parts += [_checks(differences, checked), _WEIGHTS, _LIMITS, licence_section(registered or {})]
+    parts += [_checks(differences, checked), _WEIGHTS]
+    if state := facts.get("training_state"):
+        parts.append(_CONTINUE.format(step=state["step"]))
+    parts += [_LIMITS, licence_section(registered or {})]
     return "\n".join(parts)
 
 

@@ -16,6 +16,7 @@ class Layout(NamedTuple):
 
 RUN = Layout("model/generator.safetensors", "model/model.json")
 EXPORTED = Layout("model.safetensors", "config.json")
+TRAINING_STATE = "training_state.safetensors"  # in an exported folder, if it was asked for
 
 
 def find_layout(store: Store, folder: str) -> Layout | None:

@@ -17,7 +17,7 @@ from data_prep.core.manifest import FileRecord
 from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 from dpnet.model import Generator, ModelConfig, build_generator
-from dpnet.model_store.layout import RUN, Layout, find_layout
+from dpnet.model_store.layout import EXPORTED, RUN, TRAINING_STATE, Layout, find_layout
 
 FORMAT = 1
 
@@ -109,6 +109,26 @@ def read_config(store: Store, folder: str) -> tuple[dict[str, Any], Layout]:
             f"{where} is not the config of a dpnet model: it was altered, restore it."
         )
     return record, layout
+
+
+def training_state_sha256(record: Mapping[str, Any], where: str) -> str:
+    """Return the hash of the training state that the config of an exported model names.
+
+    Args:
+        record: the config.
+        where: the folder, for messages.
+
+    Raises:
+        PipelineError: the config does not name it, so the file beside it is not checked by it.
+    """
+    entry = record.get("training_state")
+    sha256 = entry.get("sha256") if isinstance(entry, dict) else None
+    if not isinstance(sha256, str):
+        raise PipelineError(
+            f"{where} has a {TRAINING_STATE}, but its {EXPORTED.config} has no hash of it: export"
+            " the model again, or remove that file to start from the generator alone."
+        )
+    return sha256
 
 
 def _state(weights: bytes, sha256: str, where: str, layout: Layout) -> dict[str, Tensor]:

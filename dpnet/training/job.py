@@ -166,6 +166,7 @@ class Initial(NamedTuple):
     folder: str
     sha256: str  # of its weights
     run: StageRef | None  # the run that made it, if that run is in this root
+    state: str | None = None  # SHA-256 of the training state beside it, if there is one
 
 
 def find_initial(reference: str | None, store: Store) -> Initial | None:
@@ -173,15 +174,17 @@ def find_initial(reference: str | None, store: Store) -> Initial | None:
     if reference is None:
         return None
     from dpnet.model_store.find_model import find_model
-    from dpnet.model_store.layout import RUN
-    from dpnet.model_store.weights import read_config
+    from dpnet.model_store.layout import EXPORTED, RUN, TRAINING_STATE
+    from dpnet.model_store.weights import read_config, training_state_sha256
 
     place, folder, _ = find_model(reference, store.uri)
     record, layout = read_config(place, folder)
-    ref = None
+    ref = state = None
     if place.uri == store.uri and layout == RUN:
         ref = load_reference(store, folder)
-    return Initial(place.uri, folder, record["weights_sha256"], ref)
+    if layout == EXPORTED and place.exists(f"{folder}/{TRAINING_STATE}"):
+        state = training_state_sha256(record, f"{place.label}/{folder}")
+    return Initial(place.uri, folder, record["weights_sha256"], ref, state)
 
 
 def stage_request(training: TrainRequest, init: Initial | None = None) -> Request:
@@ -196,6 +199,8 @@ def stage_request(training: TrainRequest, init: Initial | None = None) -> Reques
         sources["vgg"] = sha256_file(Path(training.losses.vgg_weights).expanduser())
     if init is not None:
         sources["init"] = init.sha256
+        if init.state is not None:
+            sources["init_state"] = init.state
         if init.run is not None:
             inputs["init"] = init.run
     return Request(

@@ -33,6 +33,7 @@ from dpnet.training.checkpoints import (
     marks,
     newest,
 )
+from dpnet.training.exported_state import load_state
 from dpnet.training.job import PATIENCE_S, TrainJob, is_finished
 from dpnet.training.reporting import Meter, Reporter
 from dpnet.training.session import Session, share_from_first
@@ -167,7 +168,7 @@ def resume(job: TrainJob, session: Session, store: Store, state: TrainState) -> 
     folder = share_from_first(loaded.mark.folder if loaded else None, session)
     if folder is None:
         if job.init is not None:
-            load_initial(state, *job.init)
+            load_initial(state, *job.init, job.asked["sha256"].get("init_state"))
         return [], ""
     if loaded is None:
         run = folder.rpartition("/")[0]
@@ -196,8 +197,15 @@ def _extended(job: TrainJob, store: Store) -> Loaded | None:
         ) from None
 
 
-def load_initial(state: TrainState, uri: str, folder: str) -> None:
-    """Start from the generator in `folder` of the store at `uri`, with a new discriminator."""
+def load_initial(state: TrainState, uri: str, folder: str, sha256: str | None) -> None:
+    """Start from a model: from its training state, or from its generator alone.
+
+    Args:
+        state: The state to change.
+        uri: The store of the model.
+        folder: Key of its folder.
+        sha256: Hash of the training state beside it. With None the discriminator is new.
+    """
     store = open_store(uri)
     generator = load_generator(store, folder)
     if generator.config.to_json() != state.config.to_json():
@@ -205,6 +213,9 @@ def load_initial(state: TrainState, uri: str, folder: str) -> None:
             f"train.init_from names {store.label}/{folder}, a network that differs from this"
             " config's: set the same preset and switches in `model`, or leave train.init_from out."
         )
+    if sha256 is not None:
+        load_state(state, store, folder, sha256)
+        return
     for each in (state.generator, state.ema):
         each.load_state_dict(generator.state_dict())
 

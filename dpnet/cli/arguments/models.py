@@ -100,4 +100,10 @@ def add_export(parsers: Parsers) -> None:
         choices=["torch-export", "onnx", "torchscript"],
         help="format of the graph; may be repeated (default: torch-export)",
     )
+    parser.add_argument(
+        "--training-state",
+        action="store_true",
+        help="add the discriminator and the optimisers of the newest checkpoint, so that others can"
+        " continue the training with train.init_from",
+    )
     add_root(parser, "where models are searched")

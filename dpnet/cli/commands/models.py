@@ -62,7 +62,13 @@ def export(args: Namespace) -> Outcome:
     from dpnet.export.export import export_model
 
     formats = args.format or ["torch-export"]
-    found = export_model(args.model, Path(args.out), formats, root=root_to_read(args))
+    found = export_model(
+        args.model,
+        Path(args.out),
+        formats,
+        root=root_to_read(args),
+        with_state=args.training_state,
+    )
     lines = [f"{file}: {size:,} bytes" for file, size in found["files"].items()]
     checked = [
         f"{name} differs from the network by at most {worst:.1e}"
