@@ -12,11 +12,18 @@ OTHER = b'{"owner": "other", "host": "elsewhere"}'
 
 
 def steal(store: Store, *keys: str) -> None:
-    """Write another owner into the records of leases."""
+    """Write another owner into the records of leases.
+
+    As a real runner does it, with a compare-and-swap: a plain write can come between the two
+    halves of a renewal, which then overwrites it.
+    """
     assert keys
     for key in keys:
-        assert b'"owner": ' in store.read(key)
-        store.write(key, OTHER)
+        while True:
+            data, tag = store.read_tagged(key)
+            assert b'"owner": ' in data
+            if store.replace(key, OTHER, tag) is not None:
+                break
 
 
 def steal_and_wait(store: Store, *keys: str) -> None:
