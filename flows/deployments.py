@@ -15,6 +15,7 @@ from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.automations import AutomationCore
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from flows.champion_events import PROMOTED
 from flows.local_server.children import HEARTBEAT_S, POOL
 from flows.schedules import check_cron, next_dates
 
@@ -245,7 +246,7 @@ def _alerts(settings: DeploySettings, block: UUID) -> list[AutomationCore]:
         ),
         alert(
             "promotions",
-            _presence("dpnet.model.promoted", {"prefect.resource.id": "dpnet.model.*"}),
+            _presence(PROMOTED, {"prefect.resource.id": "dpnet.model.*"}),
             "{{ event.payload.reason }}",
         ),
     ]

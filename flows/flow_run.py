@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from uuid import UUID, uuid4
 
+import httpx
 from prefect import runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
+from prefect.events.schemas.events import Event, RelatedResource, Resource
 from prefect.logging import get_logger, get_run_logger
 from prefect.states import Completed
 
@@ -22,6 +25,7 @@ from data_prep.core.manifest import StageRef
 from data_prep.core.redact import redact
 from data_prep.core.text import printable
 from dpnet.pipeline.summary import holds
+from flows.champion_events import PROMOTED, ChampionEvent
 
 MAX_NAME = 100  # characters
 
@@ -138,6 +142,69 @@ def run_as_task(title: str, stage: Callable[..., StageRef], *arguments: Any) -> 
 
     run()
     return results[-1]
+
+
+def announce_champion(event: ChampionEvent) -> None:
+    """Send a change of a champion from a flow run. Raises PipelineError like `send_event`."""
+    send_event(PROMOTED, event.resource, event.model, event.payload, event.id)
+
+
+def send_event(
+    event: str,
+    resource: str,
+    name: str,
+    payload: Mapping[str, Any],
+    number: UUID | None = None,
+) -> None:
+    """Send an event to the Prefect API, and check that the API accepts it.
+
+    Prefect's own `emit_event` sends from a thread, which only logs a failure.
+
+    Args:
+        event: The name of the event.
+        resource: The id of the resource that the event is about.
+        name: The name of that resource.
+        payload: The JSON values of the event.
+        number: The id of the event, or None for a new one.
+
+    Raises:
+        PipelineError: The API cannot be reached or refuses the event.
+    """
+    related = []
+    if (context := FlowRunContext.get()) and context.flow_run:
+        run = context.flow_run
+        related = [
+            RelatedResource(
+                {
+                    "prefect.resource.id": f"prefect.flow-run.{run.id}",
+                    "prefect.resource.role": "flow-run",
+                    "prefect.resource.name": run.name,
+                }
+            )
+        ]
+    new = Event(
+        event=event,
+        resource=Resource({"prefect.resource.id": resource, "prefect.resource.name": name}),
+        related=related,
+        payload=dict(payload),
+        id=number or uuid4(),
+    )
+    try:
+        with get_client(sync_client=True) as client:
+            body = [new.model_dump(mode="json")]
+            client.request("POST", "/events", json=body).raise_for_status()
+    except (httpx.HTTPError, RuntimeError, ValueError) as error:  # the last of an odd answer
+        raise PipelineError(
+            f"the Prefect API did not accept the event {event}: {_cause(error)}. Check that the"
+            " server at PREFECT_API_URL is running and accepts your credentials, then run this"
+            " again."
+        ) from error
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"status {error.response.status_code}"
+    return type(error).__name__
 
 
 def job_keeps_running() -> bool:

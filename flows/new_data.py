@@ -13,17 +13,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import httpx
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
-from prefect.events.schemas.events import Event, RelatedResource, Resource
 from prefect.states import Completed
 from pydantic import NonNegativeFloat, PositiveInt
 
-from data_prep.core.errors import PipelineError
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import markdown_table, markdown_text, printable
@@ -34,18 +29,21 @@ from dpnet.pipeline.config import Config, load_config, resolve_root
 from dpnet.pipeline.retrain import NothingToDo
 from dpnet.pipeline.retrain import retrain as retrain_stage
 from dpnet.training.ray.launch import leaves_job
+from flows.champion_events import champion_events
 from flows.flow_run import (
+    announce_champion,
     job_keeps_running,
     log_to_run,
     run_as_task,
     run_name,
+    send_event,
     shorten_logged_errors,
     without_credentials,
 )
 from flows.forms import Evaluate, Images, Launch, Train, overrides_of, refuse_credentials
 from flows.run_page import RunPage
 
-CHANGED, PROMOTED = "dpnet.raw-data.changed", "dpnet.model.promoted"
+CHANGED = "dpnet.raw-data.changed"
 Outcome = dict[str, Any]
 
 log = logging.getLogger(__name__)
@@ -169,7 +167,7 @@ def check_source(
 def retrain_once(
     config: Config, store: Store, event: Mapping[str, Any] | None = None
 ) -> Outcome | State[Outcome]:
-    """Run the retrain stage, show its result on the run's page, and announce a promotion.
+    """Run the retrain stage, show its result on the run's page, and announce a new champion.
 
     Returns the summary, or the state "Skipped" with the reason if there is nothing to train.
     """
@@ -180,7 +178,8 @@ def retrain_once(
             f" {config.images.name}."
         )
     try:
-        ref = retrain_stage(config, store, run_as_task)
+        with champion_events(store, config.registry.model, announce_champion):
+            ref = retrain_stage(config, store, run_as_task)
     except NothingToDo as nothing:
         text = str(nothing)
         return _skipped(text[0].upper() + text[1:])
@@ -193,8 +192,6 @@ def retrain_once(
     if ref.skipped:
         made = f"they made version {summary['version']}"
         return _skipped(f"A model was trained on these images before: {made}.", summary)
-    if summary["promoted"]:
-        _announce_promotion(summary, store)
     log.info("retrain: %s", summary["reason"])
     return summary
 
@@ -220,65 +217,6 @@ def comparison_table(summary: Mapping[str, Any]) -> str:
             f" version {images['version']} ({counts}).",
         ]
     )
-
-
-def send_event(event: str, resource: str, name: str, payload: Mapping[str, Any]) -> None:
-    """Send an event to the Prefect API, and check that the API accepts it.
-
-    Prefect's own `emit_event` sends from a thread, which only logs a failure.
-
-    Args:
-        event: The name of the event.
-        resource: The id of the resource that the event is about.
-        name: The name of that resource.
-        payload: The JSON values of the event.
-
-    Raises:
-        PipelineError: The API cannot be reached or refuses the event.
-    """
-    related = []
-    if (context := FlowRunContext.get()) and context.flow_run:
-        run = context.flow_run
-        related = [
-            RelatedResource(
-                {
-                    "prefect.resource.id": f"prefect.flow-run.{run.id}",
-                    "prefect.resource.role": "flow-run",
-                    "prefect.resource.name": run.name,
-                }
-            )
-        ]
-    new = Event(
-        event=event,
-        resource=Resource({"prefect.resource.id": resource, "prefect.resource.name": name}),
-        related=related,
-        payload=dict(payload),
-    )
-    try:
-        with get_client(sync_client=True) as client:
-            body = [new.model_dump(mode="json")]
-            client.request("POST", "/events", json=body).raise_for_status()
-    except (httpx.HTTPError, RuntimeError, ValueError) as error:  # the last of an odd answer
-        raise PipelineError(
-            f"the Prefect API did not accept the event {event}: {_cause(error)}. Check that the"
-            " server at PREFECT_API_URL is running and accepts your credentials, then run this"
-            " again."
-        ) from error
-
-
-def _cause(error: Exception) -> str:
-    if isinstance(error, httpx.HTTPStatusError):
-        return f"status {error.response.status_code}"
-    return type(error).__name__
-
-
-def _announce_promotion(summary: Mapping[str, Any], store: Store) -> None:
-    names = ("model", "version", "hole_psnr", "champion", "reason", "images")
-    about = {**{name: summary[name] for name in names}, "root": store.label}
-    try:
-        send_event(PROMOTED, f"dpnet.model.{summary['model']}", summary["model"], about)
-    except PipelineError as error:  # the model stays the champion
-        log.warning("%s", error)
 
 
 def _skipped(reason: str, summary: Outcome | None = None) -> State[Outcome]:

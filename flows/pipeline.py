@@ -20,7 +20,9 @@ from dpnet.pipeline.chain import StageName, check_config, run_chain
 from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
 from dpnet.pipeline.summary import summarize
 from dpnet.training.ray.launch import leaves_job
+from flows.champion_events import champion_events
 from flows.flow_run import (
+    announce_champion,
     job_keeps_running,
     run_as_task,
     run_name,
@@ -221,7 +223,8 @@ def _run(wanted: StageName, resolved: Config, root: str) -> dict[str, Any]:
     leaves_job.set(job_keeps_running)
     with without_credentials(), RunPage(resolved, store) as page:
         page.show_plan()
-        refs = run_chain(resolved, store, wanted, call=run_as_task)
+        with champion_events(store, resolved.registry.model, announce_champion):
+            refs = run_chain(resolved, store, wanted, call=run_as_task)
         page.show_results(refs)
     if wanted == "register":
         return summarize(resolved.name, store, refs, time.monotonic() - start)

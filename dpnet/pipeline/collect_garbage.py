@@ -23,6 +23,7 @@ from data_prep.core.storage.store import Store
 from data_prep.core.text import aligned_table, count_of, joined
 from dpnet.pipeline.garbage import (
     KINDS,
+    LEFTOVERS,
     MARK,
     PICTURES,
     Contents,
@@ -193,9 +194,10 @@ def _delete(store: Store, unit: Unit) -> None:
     if unit.whole:
         check_leases()
         store.write(mark, json.dumps({"by": "dpnet gc", "why": unit.why}).encode())
+    delete = store.delete_leftover if unit.kind == LEFTOVERS else store.delete
     for key in unit.keys:
         check_leases()
-        store.delete(key)
+        delete(key)
     if unit.whole:
         check_leases()
         store.delete(mark)

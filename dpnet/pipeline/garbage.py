@@ -404,7 +404,7 @@ def _judge_intermediate(
 def _judge_abandoned(contents: Contents, found: Findings) -> None:
     for entry in contents.abandoned:
         folder = posixpath.dirname(entry.key)
-        why = "temporary file of a killed writer"
+        why = "temporary file or unfinished upload of a killed writer"
         found.units.append(Unit(LEFTOVERS, folder, (entry.key,), entry.size, why))
 
 

@@ -159,9 +159,13 @@ def mlflow(setup: LocalSetup, database: Path, artifacts: str, listener: socket.s
     command += [f"sqlite:///{database}", artifacts, str(listener.fileno())]
     url = address(listener.getsockname()[1])
     env = {
-        # Keep only the settings of S3, not the address of another MLflow.
-        **{k: v for k, v in setup.environ.items() if k.startswith("MLFLOW_S3_")},
-        **setup.clean_environ("MLFLOW_"),
+        # Keep only the settings of S3 and of webhooks, not the address of another MLflow.
+        **{
+            k: v
+            for k, v in setup.environ.items()
+            if k.startswith("MLFLOW_S3_") or k.lstrip("_").startswith("MLFLOW_WEBHOOK_")
+        },
+        **setup.clean_environ("MLFLOW_", "_MLFLOW_"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # nothing here submits jobs
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",

@@ -282,3 +282,26 @@ def test_a_missing_bucket_is_reported(s3_root):
     ):
         with pytest.raises(StorageError, match="bucket 'nowhere-at-all' does not exist"):
             act()
+
+
+def test_unfinished_uploads_are_leftovers_until_they_are_deleted(store, s3_root):
+    at = {"Bucket": store.bucket, "Key": f"{store.prefix}/images/x/train-000000.tar"}
+    parts = {"first": [b"a" * 6_000_000, b"b" * 1000], "second": []}
+    ids = {}
+    for name, bodies in parts.items():
+        ids[name] = store.client.create_multipart_upload(**at)["UploadId"]
+        for number, body in enumerate(bodies, 1):
+            store.client.upload_part(**at, UploadId=ids[name], PartNumber=number, Body=body)
+    beside = {**at, "Key": f"{store.prefix}-other/x"}
+    other = store.client.create_multipart_upload(**beside)["UploadId"]
+    assert list(store.leftovers(time.time() - 3600)) == []
+    found = {entry.key: entry.size for entry in store.leftovers(time.time() + 60)}
+    assert sorted(found.values()) == [0, 6_001_000]
+    assert {key.partition("?")[0] for key in found} == {"images/x/train-000000.tar"}
+    assert list(store.list()) == []
+    first = next(key for key, size in found.items() if size)
+    store.delete_leftover(first)
+    store.delete_leftover(first)
+    left = store.client.list_multipart_uploads(Bucket=store.bucket, Prefix=store.prefix)
+    assert {each["UploadId"] for each in left["Uploads"]} == {ids["second"], other}
+    store.client.abort_multipart_upload(**beside, UploadId=other)

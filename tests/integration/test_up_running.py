@@ -11,15 +11,18 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_root
 from clusters import (
     alive,
     command_of,
@@ -31,6 +34,9 @@ from clusters import (
 from platforms import Platform, environment, platform, up_command
 from sockets import interfaces, listening
 
+from data_prep.core.storage.local import LocalStore
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import register
 from flows.local_server.up import find_running
 
 pytestmark = [
@@ -45,6 +51,11 @@ USERS = {
     "PREFECT_API_URL": "http://127.0.0.1:9/api",
     "PREFECT_PROFILE": "none-such",
     "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+}
+# MLflow refuses webhooks to this machine by default.
+WEBHOOKS = {
+    "_MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+    "_MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
 }
 # A flow with a child process in another session, like a training.
 FLOW = """
@@ -91,7 +102,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     before = os.umask(0)  # nothing of it may depend on the umask
     try:
         root = tmp_path_factory.mktemp("up") / "root"
-        with started(root) as found:
+        with started(root, **WEBHOOKS) as found:
             os.umask(before)
             yield found
     finally:
@@ -112,6 +123,28 @@ def ask(url: str, password: str = "", body: Any = None, **headers: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+@contextmanager
+def receiver() -> Iterator[tuple[str, list[Any]]]:
+    """Listen for JSON on a port of this machine. Yield the address and what has come."""
+    calls: list[Any] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            calls.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/hook", calls
+        finally:
+            server.shutdown()
 
 
 def answers(url: str) -> bool:
@@ -268,6 +301,27 @@ def test_a_model_of_a_local_root_is_registered_through_the_server(
     (model,) = ask(search, up.password)["registered_models"]
     assert model["name"] == "through-up"
     assert model["aliases"] == [{"alias": "champion", "version": "1"}]
+
+
+def test_a_promotion_by_hand_is_an_event_in_prefect_and_calls_mlflows_webhook(up: Platform) -> None:
+    store = LocalStore(up.root)
+    small_root.champion(store)
+    run, evaluation = small_root.run_and_evaluation(store, 10.0)
+    register(RegisterSettings.model_validate({"promote": "never"}), run, evaluation, store)
+    with receiver() as (url, calls):
+        event = {"entity": "MODEL_VERSION_ALIAS", "action": "CREATED"}
+        hook = {"name": "promotions", "url": url, "events": [event]}
+        ask(f"{up.running.mlflow_url}/api/2.0/mlflow/webhooks", up.password, hook)
+        command = [sys.executable, "-m", "dpnet", "registry", "promote", "2"]
+        command += ["--root", str(up.root), "--why", "It looks better."]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        wait_until(lambda: calls, "MLflow has not called", 30)
+    assert (calls[0]["data"]["alias"], calls[0]["data"]["version"]) == ("champion", "2")
+    wanted = {"filter": {"event": {"name": ["dpnet.model.promoted"]}}}
+    wait_until(lambda: up.ask("/events/filter", wanted)["events"], "there is no event", 30)
+    (sent,) = up.ask("/events/filter", wanted)["events"]
+    assert (sent["payload"]["version"], sent["payload"]["why"]) == (2, "It looks better.")
 
 
 def test_a_second_up_prints_the_same_addresses_and_ends(up: Platform) -> None:

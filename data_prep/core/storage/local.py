@@ -102,6 +102,9 @@ class LocalStore:
                             key = path.relative_to(self.folder).as_posix()
                             yield Entry(key, stat.st_size, "", stat.st_mtime)
 
+    def delete_leftover(self, key: str) -> None:
+        self.delete(key)
+
     def write(self, key: str, data: bytes) -> None:
         with self._staged(key) as (file, path):
             file.write(data)

@@ -9,7 +9,7 @@ import os
 import posixpath
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ PARTS_AT_ONCE = 4  # so that an upload holds at most 64 MiB
 MOST_PARTS = 10_000  # a limit of S3
 
 _PROBE = ".probe-"
+_UPLOAD = "?uploadId="  # between the key and the id of an unfinished upload
 _WRITER = "writer"  # name of the metadata that every conditional write carries
 # For writes, AWS compares the tag in quotes, as it reports it, and Ceph only without quotes.
 _TAG_FORMS = ('"{}"', "{}")
@@ -144,6 +145,53 @@ class S3Store:
             probe = posixpath.basename(entry.key).startswith(_PROBE)
             if probe and entry.modified is not None and entry.modified < before:
                 yield entry
+        yield from self._unfinished_uploads(before)
+
+    def _unfinished_uploads(self, before: float) -> Iterator[Entry]:
+        """Yield the multipart uploads below the prefix that began before a time."""
+        top = f"{self.prefix}/" if self.prefix else ""
+        request = {"Bucket": self.bucket, "Prefix": top}
+        while True:
+            try:
+                page = self._call("", lambda: self.client.list_multipart_uploads(**request))
+            except StorageError as error:
+                # Listing them needs a right of its own, and other servers may not know it.
+                log.warning("unfinished multipart uploads are not looked for: %s", error)
+                return
+            for upload in page.get("Uploads", []):
+                begun = upload["Initiated"].timestamp()
+                if begun < before and upload["Key"].startswith(top):
+                    key = f"{upload['Key'][len(top) :]}{_UPLOAD}{upload['UploadId']}"
+                    yield Entry(key, self._uploaded(upload), "", begun)
+            if not page.get("IsTruncated"):
+                return
+            request["KeyMarker"] = page["NextKeyMarker"]
+            request["UploadIdMarker"] = page["NextUploadIdMarker"]
+
+    def _uploaded(self, upload: Mapping[str, Any]) -> int:
+        """Return the bytes of an unfinished upload, as far as its first 1,000 parts tell."""
+        at = {"Bucket": self.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        try:
+            page = self._call("", lambda: self.client.list_parts(**at))
+        except (StorageError, FileNotFoundError):  # it ended meanwhile
+            return 0
+        return sum(part["Size"] for part in page.get("Parts", []))
+
+    def delete_leftover(self, key: str) -> None:
+        name, mark, upload = key.rpartition(_UPLOAD)
+        if not mark:
+            self.delete(key)
+            return
+        at = {**self._at(name), "UploadId": upload}
+
+        def attempt() -> None:
+            try:
+                self.client.abort_multipart_upload(**at)
+            except s3_errors() as error:
+                if status_of(error) != 404:  # somebody has ended it
+                    raise
+
+        self._call(name, attempt)
 
     def _objects(self, prefix: str) -> Iterator[Entry]:
         """Yield every object under the folder `prefix`, in the order of their keys."""

@@ -80,8 +80,12 @@ class Store(Protocol):
         """Yield temporary objects of killed writers, which `list` hides.
 
         These are all that are older than `before`, in seconds since 1970. A folder store also
-        yields newer ones if their writer was a process of this machine that has ended.
+        yields newer ones if their writer was a process of this machine that has ended. An S3 store
+        also yields unfinished multipart uploads, which cost money and are no objects.
         """
+
+    def delete_leftover(self, key: str) -> None:
+        """Remove what `leftovers` yielded under this key, if it is still there."""
 
     def write(self, key: str, data: bytes) -> None:
         """Store `data` under `key`, in place of an older object."""

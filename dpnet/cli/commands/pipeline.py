@@ -9,6 +9,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from data_prep.core.errors import ConfigError, PipelineError
@@ -18,7 +19,13 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
-from dpnet.cli.commands.roots import Outcome, check_root, use_password_of_up, use_server_of_up
+from dpnet.cli.commands.roots import (
+    Outcome,
+    announced,
+    check_root,
+    use_password_of_up,
+    use_server_of_up,
+)
 from dpnet.pipeline.chain import check_config, run_chain
 from dpnet.pipeline.config import (
     CheckedConfig,
@@ -128,7 +135,9 @@ def stage(args: Namespace) -> Outcome:
     check_root(store)
     if pairs:
         return _export_pairs(config, store, Path(pairs).expanduser())
-    stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
+    register = args.stage == "register"
+    with announced(store, config.registry.model) if register else nullcontext():
+        stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
     return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
 
 

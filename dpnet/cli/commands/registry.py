@@ -10,7 +10,7 @@ from data_prep.core.digest import SHORT
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import aligned_table, joined
-from dpnet.cli.commands.roots import Outcome, root_to_read
+from dpnet.cli.commands.roots import Outcome, announced, root_to_read
 from dpnet.registry import overview
 
 
@@ -71,9 +71,9 @@ def promote(args: Namespace) -> Outcome:
     from dpnet.registry import promotion
 
     store, model = _opened(args)
-    return _changed(
-        store, model, promotion.promote(store, model, args.version, args.why), args.tracking_uri
-    )
+    with announced(store, model):
+        done = promotion.promote(store, model, args.version, args.why)
+    return _changed(store, model, done, args.tracking_uri)
 
 
 def rollback(args: Namespace) -> Outcome:
@@ -81,7 +81,9 @@ def rollback(args: Namespace) -> Outcome:
     from dpnet.registry import promotion
 
     store, model = _opened(args)
-    return _changed(store, model, promotion.rollback(store, model, args.why), args.tracking_uri)
+    with announced(store, model):
+        done = promotion.rollback(store, model, args.why)
+    return _changed(store, model, done, args.tracking_uri)
 
 
 def rebuild(args: Namespace) -> Outcome:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from data_prep.core.errors import StorageError, storage_error
@@ -67,3 +69,36 @@ def use_password_of_up(root: str) -> None:
         and (kept := stored_password(home_of(open_store(root))))
     ):
         os.environ[PASSWORD] = kept
+
+
+def use_mlflow_of_up(root: str) -> None:
+    """Set MLflow's address to the server of `dpnet up`, unless another one is configured.
+
+    MLflow's webhooks fire only for what its server is asked, not for changes in its database.
+    """
+    from flows.local_server.password import PASSWORD, stored_password
+    from flows.local_server.up import find_running, home_of
+
+    if "MLFLOW_TRACKING_URI" in os.environ or (up := find_running(root)) is None:
+        return
+    login = os.environ.get(PASSWORD) or stored_password(home_of(open_store(root))) or ""
+    user, _, password = login.partition(":")
+    os.environ |= {
+        "MLFLOW_TRACKING_URI": up.mlflow_url,
+        "MLFLOW_TRACKING_USERNAME": user,
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
+
+
+@contextmanager
+def announced(store: Store, model: str) -> Iterator[None]:
+    """Send Prefect an event for each change of the champion inside the block.
+
+    Prefect and MLflow are those of `dpnet up`, unless others are configured.
+    """
+    from flows.champion_events import champion_events, post
+
+    use_server_of_up(store.label)
+    use_mlflow_of_up(store.label)
+    with champion_events(store, model, post):
+        yield

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_root
 from prefect.client.schemas.objects import State
 
 from data_prep.core.errors import PipelineError
@@ -46,7 +47,7 @@ class FakeServer:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
     server = FakeServer()
-    monkeypatch.setattr(new_data, "send_event", server.send_event)
+    monkeypatch.setattr(flow_run, "send_event", server.send_event)
     monkeypatch.setattr(
         new_data, "create_markdown_artifact", lambda text, **about: server.pages.append(text)
     )
@@ -77,8 +78,14 @@ def run_flow(
     tmp_path: Path,
     result: StageRef | Exception,
     event: dict[str, Any] | None = None,
+    *,
+    register: bool = False,
 ) -> Any:
+    """Run the flow with a stage that returns or raises `result`, and may register a champion."""
+
     def stage(config: Config, store: LocalStore, call: object) -> StageRef:
+        if register:
+            small_root.champion(small_root.new_store(store.folder))
         if isinstance(result, Exception):
             raise result
         return result
@@ -95,15 +102,16 @@ def reference(*, skipped: bool = False, **changed: Any) -> StageRef:
     return StageRef("retrain", "dpnet", folder, digest, digest, 1.0, skipped, summary)
 
 
-def test_a_promotion_is_announced_and_shown_next_to_the_previous_champion(
+def test_a_new_champion_is_announced_and_shown_next_to_the_previous_one(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    result = run_flow(monkeypatch, tmp_path, reference())
+    result = run_flow(monkeypatch, tmp_path, reference(), register=True)
     assert result["promoted"]
-    ((name, resource, model, payload),) = server.events
+    ((name, resource, model, payload, number),) = server.events
     assert (name, resource, model) == ("dpnet.model.promoted", "dpnet.model.dpnet", "dpnet")
-    assert (payload["version"], payload["champion"]["version"]) == (2, 1)
+    assert (payload["version"], payload["how"]) == (1, "always")
     assert payload["root"] == str(tmp_path / "root")
+    assert number.version == 5
     (page,) = server.pages
     assert "| 1 | 20.00 | previous champion |" in page
     assert "| 2 | 21.50 | new, promoted to champion |" in page
@@ -118,15 +126,15 @@ def test_a_challenger_is_shown_but_not_announced(
     assert "kept as challenger" in server.pages[0]
 
 
-def test_a_promotion_that_cannot_be_announced_still_counts(
+def test_a_champion_that_cannot_be_announced_still_counts(
     server: FakeServer,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server.is_down = True
-    assert run_flow(monkeypatch, tmp_path, reference())["promoted"]
-    assert ("flows.new_data", logging.WARNING, "the server does not answer.") in (
+    assert run_flow(monkeypatch, tmp_path, reference(), register=True)["promoted"]
+    assert ("flows.champion_events", logging.WARNING, "the server does not answer.") in (
         caplog.record_tuples
     )
 
