@@ -209,6 +209,17 @@ def test_a_record_of_no_sense_is_taken_over_like_an_old_one(
         assert clock.time - begun < 4 * 3600
 
 
+def test_a_record_with_a_huge_interval_is_not_waited_for_so_long(
+    store: LocalStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "_LONGEST_INTERVAL_S", 20.0)
+    store.write(KEY, b'{"interval": 200}')
+    begun = clock.time
+    with Lease(store, KEY) as lease:
+        assert lease.held
+    assert 60 <= clock.time - begun < 120
+
+
 def test_real_heartbeats_keep_a_waiter_out_for_long(store: LocalStore) -> None:
     with Lease(store, KEY, interval=0.5) as lease:
         until = time.monotonic() + 4
