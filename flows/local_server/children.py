@@ -163,9 +163,9 @@ def mlflow(setup: LocalSetup, database: Path, artifacts: str, listener: socket.s
         **{
             k: v
             for k, v in setup.environ.items()
-            if k.startswith("MLFLOW_S3_") or k.lstrip("_").startswith("MLFLOW_WEBHOOK_")
+            if k.startswith(("MLFLOW_S3_", "MLFLOW_WEBHOOK_"))
         },
-        **setup.clean_environ("MLFLOW_", "_MLFLOW_"),
+        **setup.clean_environ("MLFLOW_"),
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # nothing here submits jobs
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",

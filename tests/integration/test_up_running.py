@@ -54,8 +54,8 @@ USERS = {
 }
 # MLflow refuses webhooks to this machine by default.
 WEBHOOKS = {
-    "_MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
-    "_MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
 }
 # A flow with a child process in another session, like a training.
 FLOW = """
