@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from json import JSONDecodeError
+from typing import Any, cast
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from pydantic import ValidationError
 
 from data_prep.core.errors import ConfigError, PipelineError
@@ -40,10 +41,12 @@ def deploy(settings: DeploySettings, *, dry_run: bool = False) -> list[str]:
     """
     _check_parameters(settings)
     dataset = _watched_dataset(settings)
-    with connected() as client:
+    without_server = dry_run and not has_server()
+    with nullcontext(_empty_server()) if without_server else connected() as client:
         changes = ServerChanges(client, dry_run)
         changes.apply_pool(settings.pool, settings.trainings)
-        changes.check_secrets(settings.secrets)
+        if not without_server:
+            changes.check_secrets(settings.secrets)
         ids = {
             each.entrypoint: changes.apply_deployment(settings, each)
             for each in deployments(settings)
@@ -85,6 +88,33 @@ def _watched_dataset(settings: DeploySettings) -> str:
             f"{error} If only the workers have this file, set parameters.images.name to the name of"
             " the watched dataset."
         ) from None
+
+
+def has_server() -> bool:
+    """Return whether a Prefect server is configured."""
+    from prefect.settings import get_current_settings
+
+    return bool(get_current_settings().api.url)
+
+
+class _EmptyServer:
+    """A client of a new server: it has nothing, so a dry run lists everything."""
+
+    def read_deployments(self, **_: Any) -> list[Any]:
+        return []
+
+    def read_automations(self, **_: Any) -> list[Any]:
+        return []
+
+    def __getattr__(self, name: str) -> Any:
+        def missing(*_: Any, **__: Any) -> None:
+            raise ObjectNotFound(LookupError(name))
+
+        return missing
+
+
+def _empty_server() -> SyncPrefectClient:
+    return cast(SyncPrefectClient, _EmptyServer())
 
 
 @contextmanager

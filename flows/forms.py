@@ -69,7 +69,7 @@ class Images(_form("Images", ImagesSettings, ("source", "name", "size", "mode", 
 
 
 class Train(_form("Train", TrainSettings, _TRAIN)):  # type: ignore[misc]
-    """How long to train, and with which options."""
+    """The length of training, and its options."""
 
 
 class Launch(_form("Launch", LaunchSettings, ("launcher", "address"))):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 from pydantic import SecretStr
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError
 from flows.deployments import (
     ALERTS,
     PREFIX,
@@ -89,7 +89,7 @@ class ServerChanges:
             try:
                 self.client.read_block_document_by_name(name, "secret", include_secrets=False)
             except ObjectNotFound:
-                raise PipelineError(
+                raise ConfigError(
                     f"secrets.{variable} cannot be used: the server has no Secret block {name!r}."
                     " Create it in the UI under Blocks, or name another block."
                 ) from None

@@ -1,7 +1,8 @@
 """Errors that a user can act on.
 
 Every message says what failed, why, and what to do. The command prints the message without a
-traceback and exits with status 1. Any other exception is a bug and is shown with its traceback.
+traceback. Its exit status is 2 for a ConfigError and 1 for the others. Any other exception is a bug
+and is shown with its traceback.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class PipelineError(_Sentence):
 
 
 class ConfigError(PipelineError):
-    """A value of the config cannot be used. The message names the option and its allowed range."""
+    """Something that the user wrote cannot be used; the same command would fail again.
+
+    It is an option of a command or of the config, an environment variable, or the name or path of
+    something that does not exist. The message names it, and says what is allowed.
+    """
 
 
 class StorageError(PipelineError):

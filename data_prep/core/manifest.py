@@ -142,7 +142,7 @@ class ManifestHead:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed stage was asked for, and what it made.
+    """The record of a committed stage: its request, and what it made.
 
     Attributes:
         folder: key of the stage's folder under the root.

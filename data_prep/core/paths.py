@@ -24,6 +24,10 @@ MANIFEST = "manifest.json"
 LEASE = "lease.json"
 TRAINING_LEASE = "lease-training.json"  # in a run's folder: of the process that trains
 
+# What the name of a dataset, a set of masks, a run or a model may hold: each is part of a path.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NAME_IN_WORDS = "letters (a-z), digits, '.', '_' and '-', beginning with a letter or a digit"
+
 DEMO_ROOT = "./dpnet-demo"
 _HISTORY_KEY = re.compile(rf"{REGISTRY}/([^/]+)/history/(\d{{6}})\.json")
 _RECORD_KEY = re.compile(rf"{REGISTRY}/([^/]+)/(?:champion|v(\d+))\.json")

@@ -6,6 +6,7 @@ Every listed item gets exactly one outcome: stored in a shard, duplicate, failed
 from __future__ import annotations
 
 import json
+import logging
 import posixpath
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from data_prep.core.pool import Map, run_apart, run_tasks
 from data_prep.core.progress import Progress
 from data_prep.core.stage import Produced, Work
 from data_prep.core.storage.store import Store
+from data_prep.core.text import count_of
 from data_prep.images.failures import (
     accepted_failures,
     check_failures,
@@ -32,7 +34,7 @@ from data_prep.images.keys import UNSURE
 from data_prep.images.next_version import NextVersion
 from data_prep.images.outcomes import Outcomes, check_every_item_counted, check_splits
 from data_prep.images.plan import Plan, PlannedShard
-from data_prep.images.resolution import Resolution, resolve
+from data_prep.images.resolution import KEPT, Resolution, resolve
 from data_prep.images.shard_task import (
     DropTask,
     ShardResult,
@@ -47,6 +49,9 @@ from data_prep.shards.shards import Folder, write_file
 if TYPE_CHECKING:
     from data_prep.images.settings import ImagesSettings
 
+log = logging.getLogger(__name__)
+
+CONFIG = "config.json"  # the settings of a version, with its source
 Files = dict[str, list[FileRecord]]  # of shards, by name
 
 
@@ -81,12 +86,14 @@ def build(work: Work, settings: ImagesSettings, following: NextVersion, run: Map
     builder.drop_duplicates(resolution, files)
     check_splits(outcomes, settings.source)
     check_every_item_counted(outcomes)
-    log_unused(outcomes)
+    log_unused(settings, outcomes)
+    if count := outcomes.count(DUPLICATE):
+        log.info("images: %s left out: %s", count_of(count, "duplicate"), KEPT)
     shards = _with_inherited(files, plan, parent)
     records = [record for shard in shards.values() for record in shard]
     records += write_tables(work, outcomes, resolution)
     options = json.dumps(settings.model_dump(mode="json"), indent=1).encode()
-    records.append(write_file(work, "config.json", options, content=False))
+    records.append(write_file(work, CONFIG, options, content=False))
     lists, figures = write_lists(work, outcomes, shards)
     summary = _summary(following, outcomes, resolution, figures)
     return Produced(records + lists, summary)

@@ -16,7 +16,8 @@ from data_prep.core.paths import images_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.stage import Request
 from data_prep.core.storage.store import Store
-from data_prep.core.text import printable
+from data_prep.core.text import count_of, printable
+from data_prep.images.failures import what_to_do
 from data_prep.images.keys import PHOTO, UNSURE, Hashes, item_kinds, key_hashes, match_keys
 from data_prep.images.parent_state import POOL_ITEMS, Hashing, compare_with_parent
 from data_prep.images.plan import ParentState, Plan, plan_items
@@ -25,6 +26,7 @@ from data_prep.images.versions import Version, known_members, newest_version, ve
 from data_prep.pictures.formats import EXTENSIONS
 from data_prep.raw.layouts import IGNORED, OUTSIDE, lost_splits
 from data_prep.raw.listing import ROWS, SPLITS, Listing
+from data_prep.raw.lists import MISSING
 from data_prep.raw.members import CUT
 from data_prep.raw.overlap import check_apart, check_no_root
 from data_prep.raw.source import Source, open_source
@@ -74,6 +76,7 @@ class NextVersion:
 
     Attributes:
         state: facts about `parent`; both are None if there is no parent.
+        newest: head of the newest version of the dataset, also one with other settings; or None.
         number: of the version, from 1.
         workers: number of worker processes; 0 for all of a cluster.
     """
@@ -82,6 +85,7 @@ class NextVersion:
     plan: Plan
     parent: Version | None
     state: ParentState | None
+    newest: ManifestHead | None
     request: Request
     number: int
     workers: int
@@ -159,7 +163,8 @@ def plan_next_version(
         sources=sources,
     )
     number = 1 + max((manifest.summary["version"] for manifest in earlier), default=0)
-    return NextVersion(source, plan, parent, state, request, number, workers)
+    newest = earlier[-1] if earlier else None
+    return NextVersion(source, plan, parent, state, newest, request, number, workers)
 
 
 def _plan(
@@ -275,11 +280,17 @@ def _splits(
     if not wanted.any():
         reasons = listing.problems.items()
         failed = sorted((k, why) for k, why in reasons if not why.startswith(IGNORED))
+        explained = [f"{key}: {why}" for key, why in failed if why.startswith(f"{MISSING}. ")]
+        if explained:  # a list whose paths all name no file
+            raise PipelineError(
+                f"none of the {count_of(len(failed), 'path')} in {settings.source} names a file;"
+                f" {printable(explained[0])}."
+            )
         if failed:
             first = "; ".join(printable(f"{key}: {why}") for key, why in failed[:2])
             raise PipelineError(
                 f"none of the {len(failed)} image files of {settings.source} can be used ({first})."
-                " Correct the source."
+                f" To use them, {what_to_do(settings, (why for _, why in failed))}."
             )
         known = ", ".join(sorted(EXTENSIONS))
         raise PipelineError(f"{settings.source} holds no image file: give photos of type {known}.")

@@ -29,7 +29,7 @@ HASHED_AT_ONCE = 256  # items in one task that only hashes
 
 @dataclass(frozen=True)
 class Hashing:
-    """How to read and hash items: from which source, and with how many workers."""
+    """The way to read and hash items: from which source, and with how many workers."""
 
     source: Source
     run: Map

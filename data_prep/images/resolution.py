@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     Rows = NDArray[np.int64]
 
 SAME, OTHER_SPLIT, NEARLY = "the same bytes", "the same bytes in another split", "nearly the same"
+# Which one of some copies stays.
+KEPT = (
+    "of identical files in several splits the one in test stays, else the one in val; in one split"
+    " the one that comes first by name"
+)
 
 
 @dataclass(frozen=True)

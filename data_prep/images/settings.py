@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from data_prep.core.paths import NAME
 from data_prep.pictures.cutting import Cutting, Format
 from data_prep.pictures.limits import MAX_PIXELS, MOST_PIXELS
 from data_prep.raw.layouts import LAYOUTS
@@ -35,7 +36,7 @@ class ImagesSettings(BaseModel):
     )
     name: str = Field(
         default="photographs",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=NAME,
         max_length=60,
         description="Name of the dataset; its versions are stored under images/NAME.",
     )
@@ -130,6 +131,18 @@ class ImagesSettings(BaseModel):
         if self.mode == "tiles":
             return max(self.min_side, min(self.tile))
         return self.min_side or (1 if self.mode == "keep" else self.size)
+
+    @property
+    def smaller_photos(self) -> str:
+        """Return what to change so that photos below `needed_side` can be used."""
+        if self.mode == "tiles" and self.min_side <= min(self.tile):
+            return "lower the smallest side in images.tile (--set tile=[N])"
+        if self.min_side:
+            return "lower images.min_side (--set min_side=N)"
+        return (
+            "lower --size (images.size), or set images.min_side (--set min_side=N) to the least"
+            " side that may be enlarged"
+        )
 
     @property
     def cutting(self) -> Cutting:

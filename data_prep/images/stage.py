@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import logging
 
+from data_prep.core.errors import ConfigError
 from data_prep.core.lease import Lease
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import images_folder, lease_key, manifest_key
 from data_prep.core.pool import Map, run_tasks
+from data_prep.core.record import parse_json
 from data_prep.core.stage import Produced, Work, run_stage
 from data_prep.core.storage.store import Store
-from data_prep.images.build import build, delete_shard_records
+from data_prep.core.storage.uri import normal_uri
+from data_prep.core.text import count_of
+from data_prep.images.build import CONFIG, build, delete_shard_records
 from data_prep.images.next_version import NextVersion, plan_next_version
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.versions import committed_folders
@@ -60,6 +64,7 @@ def prepare_images(
                 return _log_unchanged(done, following, retry_failed)
         for note in following.plan.notes:
             log.info("images: %s", note)
+        _log_difference(settings, store, following)
         reference = run_stage(
             store, following.request, lambda work: build(work, settings, following, run)
         )
@@ -75,6 +80,47 @@ def _finished(store: Store, following: NextVersion) -> StageRef | None:
     if store.exists(manifest_key(following.request.folder)):
         return run_stage(store, following.request, _never)
     return None
+
+
+def _log_difference(settings: ImagesSettings, store: Store, following: NextVersion) -> None:
+    """Log how the source differs from the last version, and warn if it is another source."""
+    plan, parent, newest = following.plan, following.parent, following.newest
+    if parent is not None:
+        log.info(
+            "images: compared with version %d: %s added, %d removed and %d changed",
+            parent.number,
+            count_of(plan.added, "item"),
+            plan.removed,
+            plan.changed,
+        )
+    before = None if newest is None else _source_of(store, newest.folder)
+    if newest is None or before is None or _same_place(before, settings.source):
+        return
+    log.warning(
+        "images: version %d of %s was made from %s, and this one will be made from %s: if these are"
+        " other photos, stop, and give them a name of their own with --name (images.name).",
+        newest.summary["version"],
+        settings.name,
+        before,
+        settings.source,
+    )
+
+
+def _source_of(store: Store, folder: str) -> str | None:
+    """Return the address that a version was made from, or None if it is not known."""
+    try:
+        source = parse_json(store.read(f"{folder}/{CONFIG}"))["source"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return source if isinstance(source, str) else None
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Return whether two addresses of sources are written for the same place."""
+    try:
+        return one == other or normal_uri(one) == normal_uri(other)
+    except ConfigError:  # an earlier version accepted it
+        return False
 
 
 def _never(work: Work) -> Produced:

@@ -37,7 +37,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether to announce, the reason in one sentence, and the state to store."""
+    """The decision to announce or not, its reason in one sentence, and the state to store."""
 
     announce: bool
     reason: str

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.storage.store import Store
 from data_prep.core.text import count_of, printable
 from data_prep.inspection.inspect import read_checked_manifest
@@ -108,7 +108,7 @@ def _some(store: Store, tar: str, number: int) -> Iterator[Image.Image]:
 def save_sheet(sheet: Callable[[], Image.Image], path: Path) -> None:
     """Write a sheet as PNG. Raise PipelineError if `path` cannot be written."""
     if not path.parent.is_dir() or path.is_dir():
-        raise PipelineError(f"{path} cannot be written. Name a PNG file in an existing folder.")
+        raise ConfigError(f"{path} cannot be written. Name a PNG file in an existing folder.")
     sheet().save(path, "PNG")
 
 

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import ManifestHead, read_head
-from data_prep.core.paths import MANIFEST
+from data_prep.core.paths import MANIFEST, NAME
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.images.versions import versions
 
 Kind = Literal["images", "masks"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(NAME)
 
 
 def find_set(kind: Kind, place: str, root: str) -> tuple[Store, str]:
@@ -40,7 +40,7 @@ def find_set(kind: Kind, place: str, root: str) -> tuple[Store, str]:
         folder = "/".join(store.uri.rsplit("/", 3)[1:])
         top = open_store(store.uri.removesuffix(f"/{folder}"))
         if not folder.startswith(f"{kind}/") or not store.exists(MANIFEST):
-            raise PipelineError(
+            raise ConfigError(
                 f"{place} is not a folder of prepared {kind}. Give a folder such as"
                 f" ROOT/{kind}/NAME/0123456789ab, or a name together with --root."
             )
@@ -70,12 +70,12 @@ def committed(store: Store, kind: Kind, name: str) -> list[ManifestHead]:
         PipelineError: there is none.
     """
     if not _NAME.fullmatch(name):
-        raise PipelineError(f"{name!r} is not a name of {kind}. Give the NAME of {kind}/NAME.")
+        raise ConfigError(f"{name!r} is not a name of {kind}. Give the NAME of {kind}/NAME.")
     found = versions(store, name) if kind == "images" else _by_date(store, f"{kind}/{name}")
     if not found:
         names = sorted({key.split("/")[1] for key in _manifests(store, kind)})
         known = f"it has {', '.join(names)}" if names else "it has none yet"
-        raise PipelineError(f"{store.label} has no {kind} named {name!r}: {known}.")
+        raise ConfigError(f"{store.label} has no {kind} named {name!r}: {known}.")
     return found
 
 

@@ -8,13 +8,17 @@ from typing import Any
 from data_prep.core.text import aligned_table, count_of, joined
 from data_prep.inspection.inspect import COUNTS
 
+# Plain words for what only the program calls so: counts of items, and settings of a request.
+_COUNTS = {"photographs": "photos", "near_duplicates": "near-duplicates"}
+_SETTINGS = {"needed_side": "least side of a photo", "format_version": "version of dpnet"}
+
 
 def images_text(found: Mapping[str, Any]) -> str:
     """Return the figures of `inspect_images` as text."""
     items = found["items"]
     version = f"version {found['version']}" if found["version"] else "version unknown"
     parent = f", child of {found['parent']}" if found["parent"] else ""
-    names = ", ".join(f"{number:,} {name.replace('_', '-')}" for name, number in items.items())
+    names = ", ".join(f"{number:,} {_COUNTS.get(name, name)}" for name, number in items.items())
     lines = [f"{found['folder']}: {version} of {found['created']}{parent}", f"items    {names}"]
     for each in found["reasons"]:
         lines.append(f"failed   {each['items']:,} x {each['reason']} (first {each['first']!r})")
@@ -66,7 +70,10 @@ def log_text(found: Sequence[Mapping[str, Any]]) -> str:
     splits = list(dict.fromkeys(split for version in found for split in version["splits"]))
     rows = [["version", "digest", "date", *COUNTS, *splits, "new shards", "kept", "parent"]]
     for v in found:
-        other = f"- (other {', '.join(v['other_settings'])})" if v["other_settings"] else "-"
+        # With `size`, the least side is usually another one too.
+        settings = [name for name in v["other_settings"] if name != "needed_side"]
+        settings = [_SETTINGS.get(name, name) for name in settings or v["other_settings"]]
+        other = f"- (other {', '.join(settings)})" if settings else "-"
         rows.append(
             [
                 str(v["version"]),

@@ -28,7 +28,7 @@ MAX_FILE_PIXELS = 89_000_000  # above, Pillow itself warns of a decompression bo
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a file becomes a mask: the mask's side, and how far holes grow, both in pixels."""
+    """The way from a file to a mask: the mask's side, and how far holes grow, both in pixels."""
 
     size: int
     dilate: int

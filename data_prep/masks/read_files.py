@@ -97,7 +97,7 @@ class MaskFile:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read mask files: from which source, into which masks, and with how many workers."""
+    """The reading of mask files: from which source, into which masks, with how many workers."""
 
     source: Source
     conversion: Conversion

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.paths import NAME
 from data_prep.masks.recipes import EXTERNAL, RECIPES, RECIPES_VERSION
 
 KNOWN = (*RECIPES, EXTERNAL)
@@ -29,7 +30,7 @@ class MasksSettings(BaseModel):
 
     name: str = Field(
         "mixed",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=NAME,
         max_length=60,
         description="Name of the mask set: its folder under masks/.",
     )

@@ -87,7 +87,7 @@ def evaluation_masks(
             " masks.max_attempts or lower masks.eval_per_bin."
         )
     short = {name: len(masks) for name, masks in filled.items() if name not in full}
-    return full, _notes(settings, short)
+    return full, evaluation_notes(settings, short)
 
 
 def _survey(
@@ -108,13 +108,13 @@ def _with_measures(candidate: Candidate | int, seed: int, files: FilePool | None
     return files.candidate(seed, candidate)
 
 
-def _notes(settings: MasksSettings, short: Mapping[str, int]) -> list[str]:
+def evaluation_notes(settings: MasksSettings, short: Mapping[str, int]) -> list[str]:
     """Explain for each bin that is not full how many masks it got, and how to fill it."""
     advice = recipes_by_bin(settings.size, settings.eval_border) if short else {}
     return [
         f"masks: no evaluation masks with {name} hole{_where(settings)}: {_recipes(settings)} drew"
         f" {number} of {settings.eval_per_bin}, then {settings.max_attempts} others in a row. To"
-        f" fill it, {_advice(advice[name])}."
+        f" fill it, {_advice(advice[name])}{_fewer(number)}."
         for name, number in short.items()
     ]
 
@@ -123,6 +123,13 @@ def _advice(recipes: Sequence[str]) -> str:
     if recipes:
         return f"give weight to {' or '.join(recipes[:3])} in masks.eval_recipes"
     return "give files with such masks as masks.external: no recipe draws them often enough"
+
+
+def _fewer(number: int) -> str:
+    """Return what else fills a bin that has some masks."""
+    if not number:
+        return ""
+    return f", raise masks.max_attempts, or lower masks.eval_per_bin to {number} for all bins"
 
 
 def _recipes(settings: MasksSettings) -> str:

@@ -88,7 +88,7 @@ def _read_mask_files(settings: MasksSettings, store: Store, top: str, run: Map) 
 
     assert settings.external is not None
     check_apart(settings.external, store.uri, "masks.external")
-    source = open_source(settings.external, "files")
+    source = open_source(settings.external, "files", "masks.external")
     conversion = Conversion(settings.size, settings.external_dilate)
     reading = Reading(source, conversion, run, settings.workers or cores())
     found = read_files(reading, _known_files(store, top))

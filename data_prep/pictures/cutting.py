@@ -17,7 +17,7 @@ LONGEST: dict[Format, int] = {"jpeg": 65_500, "png": 2**31 - 1, "webp": 16_383} 
 
 @dataclass(frozen=True)
 class Cutting:
-    """How samples are cut from a photo and stored.
+    """The way in which samples are cut from a photo and stored.
 
     Modes: `center-crop` takes the largest centred square and resizes it to `size` x `size`.
     `short-side` takes the whole photo and resizes its shorter side to `size`. `keep` stores the

@@ -8,6 +8,7 @@ from data_prep.core.errors import ItemError
 
 MAX_PIXELS = 64_000_000  # a worker process needs less than 700 MB for a photo of this size
 MOST_PIXELS = 178_000_000  # of any image, whatever the config says
+TOO_SMALL = "its shorter side needs"  # in the reason of a photo with too few pixels
 _SHARES = {"WEBP": 0.5, "JPEG2000": 0.33, "AVIF": 0.75}  # of max_pixels: these readers keep copies
 
 
@@ -43,7 +44,7 @@ class Limits:
             share_of = f"{share:.0%} of {self.option}, which is {self.max_pixels}"
             raise PhotoSizeError(f"{size}, the limit for {format} is {share_of}")
         if min(width, height) < max(self.min_side, 1):
-            raise PhotoSizeError(f"{size}, its shorter side needs {max(self.min_side, 1)}")
+            raise PhotoSizeError(f"{size}, {TOO_SMALL} {max(self.min_side, 1)}")
 
 
 STORED = Limits(MOST_PIXELS, option="the limit")  # for images that a root contains

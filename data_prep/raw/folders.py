@@ -18,7 +18,7 @@ from data_prep.raw.listing import Item, Listing, collect
 from data_prep.raw.local_files import LocalFiles
 from data_prep.raw.members import LEADS_OUT, Member, bounded, leads_out
 from data_prep.raw.s3_files import S3Files
-from data_prep.raw.tables import NoImagesError, Table
+from data_prep.raw.tables import RENAME, SEVERAL_COLUMNS, NoImagesError, Table
 from data_prep.raw.tars import Tar
 from data_prep.raw.zips import Zip
 
@@ -98,7 +98,7 @@ class Folder:
         if self.name:
             found = self.files.look(self.name)
             if found is None:
-                raise PipelineError(f"{self.uri} does not exist. Correct the path.")
+                raise ConfigError(f"{self.uri} does not exist. Correct the path.")
             waiting.append(found)
         else:
             for file in self.files.walk():
@@ -141,7 +141,8 @@ class Folder:
             reason = str(error)
         if not key and not names:
             reason = reason.removeprefix(IGNORED)
-            raise PipelineError(f"{self.uri} cannot be used: {reason}. Replace the file.")
+            advice = RENAME if reason.startswith(SEVERAL_COLUMNS) else "Replace the file"
+            raise PipelineError(f"{self.uri} cannot be used: {reason}. {advice}.")
         yield Item(key or names.add(file.key), file.size, 0, "", number), reason
 
     def _text_of(self, name: str) -> str | None:

@@ -12,7 +12,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import unquote, urlsplit
 
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
+from data_prep.pictures.formats import is_picture_name
 from data_prep.raw.files import Files, Found, escape
 from data_prep.raw.folders import Known, checked_listing, nothing_known
 from data_prep.raw.layouts import apply_layout
@@ -70,12 +71,26 @@ class ListFile:
             raise PipelineError(f"{self.uri} contains no paths. Put the paths of photos into it.")
         if len(problems) == len(listing) and set(problems.values()) == {MISSING}:
             first = min(problems)
-            problems[first] = f"{MISSING}. {why_missing(self.files, first)}".rstrip(".")
+            problems[first] = f"{MISSING}. {self._why_all_missing(problems)}".rstrip(".")
             listing = Listing(listing.table, (), problems)
         return apply_layout(listing, self.layout, self.uri, self.files.first_text)
 
+    def _why_all_missing(self, keys: Collection[str]) -> str:
+        """Return why none of the keys names a file, and what to do."""
+        if self.name.lower().endswith(".txt") and 2 * sum(map(_names_picture, keys)) < len(keys):
+            return (
+                "This text does not look like a list of photos. Give a list with the path of one"
+                " photo in each line, or give another source."
+            )
+        return why_missing(self.files, min(keys))
+
     def reader(self) -> ListReader:
         return ListReader(_Places(self.files, self.name))
+
+
+def _names_picture(line: str) -> bool:
+    """Return whether a line of a list has the name of an image in it."""
+    return any(map(is_picture_name, re.split(r"[\s,;\"']+", line)))
 
 
 class ListReader:
@@ -169,7 +184,7 @@ class _Places:
             raw = self._files.blob(self._name).open()
         except ItemError:
             where = self._files.where(self._name)
-            raise PipelineError(f"{where} does not exist. Correct the path.") from None
+            raise ConfigError(f"{where} does not exist. Correct the path.") from None
         with io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as text:
             lines = _READERS[self._name.rpartition(".")[2].lower()](_Entries(text))
             for line in lines:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.core.errors import ItemError, PipelineError
+from data_prep.core.errors import ConfigError, ItemError, PipelineError
 from data_prep.raw.files import GONE, LONGEST_TEXT, Found, escape, too_large, unescape
 from data_prep.raw.listing import fingerprint
 
@@ -57,7 +57,7 @@ class LocalFiles:
                             yield found
             except FileNotFoundError:
                 if not below:
-                    raise PipelineError(
+                    raise ConfigError(
                         f"the folder {self.uri} does not exist. Correct the path."
                     ) from None
                 # else: a folder was removed during the listing

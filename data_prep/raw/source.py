@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.storage.uri import S3Address, parse_uri
 from data_prep.raw.files import escape
 from data_prep.raw.folders import Folder, Known, empty_source, is_container, nothing_known
@@ -73,14 +73,20 @@ class Reader(Protocol):
     ) -> None: ...
 
 
-def open_source(uri: str, layout: str = "auto") -> Folder | ListFile:
-    """Return the source at a path or URI. Raises ConfigError or PipelineError."""
+def open_source(uri: str, layout: str = "auto", option: str = "the source") -> Folder | ListFile:
+    """Return the source at a path or URI. Raises ConfigError or PipelineError.
+
+    Args:
+        uri: path or URI of the source.
+        layout: of the source.
+        option: the option that names the source, for messages.
+    """
     check_layout(layout)
     files = open_files(uri)
     if isinstance(files, LocalFiles):
         if files.folder.is_dir():
             return Folder(files, "", layout)
-        _check_local(files.folder)
+        _check_local(files.folder, option)
         name = escape(local_name(files.folder).rpartition("/")[2])
         files = LocalFiles(files.folder.parent)
     else:
@@ -99,24 +105,34 @@ def open_files(uri: str) -> LocalFiles | S3Files:
     return LocalFiles(address)
 
 
-def check_source(uri: str, layout: str = "auto") -> None:
-    """Raise PipelineError unless there is something to list. This is cheap."""
-    source = open_source(uri, layout)
+def check_source(uri: str, layout: str = "auto", option: str = "the source") -> None:
+    """Check that there is something to list. This is cheap.
+
+    Args:
+        uri: path or URI of the source.
+        layout: of the source.
+        option: the option that names the source, for messages.
+
+    Raises:
+        ConfigError: there is no such source, or it is of no known type.
+        PipelineError: it is empty or cannot be read.
+    """
+    source = open_source(uri, layout, option)
     files, name = source.files, source.name
     if name:
         if files.look(name) is None:
-            raise PipelineError(f"{files.where(name)} does not exist. Correct the path.")
+            raise ConfigError(f"{option} {files.where(name)} does not exist. Correct the path.")
     elif isinstance(files, LocalFiles):
-        _check_local(files.folder)
+        _check_local(files.folder, option)
     elif next(iter(files.walk()), None) is None:
         raise empty_source(files)
 
 
-def _check_local(path: Path) -> None:
+def _check_local(path: Path, option: str) -> None:
     """Raise PipelineError unless it is a folder that is not empty, or a file of a known type."""
     if not path.exists():
-        raise PipelineError(
-            f"the source {path.absolute()} does not exist. Correct the path. A relative path starts"
+        raise ConfigError(
+            f"{option} {path.absolute()} does not exist. Correct the path. A relative path starts"
             " from the current folder."
         )
     if path.is_dir():
@@ -129,7 +145,7 @@ def _check_local(path: Path) -> None:
         if holds_none:
             raise empty_source(LocalFiles(path))
     elif not (is_container(path.name) or is_list(path.name)):
-        raise PipelineError(
-            f"{path} is not a source. Give a folder of photos, an archive (.zip, .tar, .tar.gz,"
-            " .tgz), a Parquet table or a list file (.csv, .txt, .jsonl)."
+        raise ConfigError(
+            f"{option} {path} is not a source. Give a folder of photos, an archive (.zip, .tar,"
+            " .tar.gz, .tgz), a Parquet table or a list file (.csv, .txt, .jsonl)."
         )

@@ -28,6 +28,10 @@ _IN_ROW = 1 << 20  # images
 _LARGEST_GROWTH = 100  # times that a row group may grow when it is decompressed; photos grow little
 
 
+SEVERAL_COLUMNS = "it has several columns of bytes, and none is called image"
+RENAME = "Rename the column of the images to image"
+
+
 class NoImagesError(ItemError):
     """No column of a table can contain images."""
 
@@ -288,7 +292,7 @@ def _image_column(schema: pa.Schema) -> str:
     usual = [name for each in _IMAGES for name in able if name.lower() in (each, f"{each}s")]
     if len(able) > 1 and not usual:
         names = ", ".join(map(repr, able))
-        raise ItemError(f"it has several columns of bytes, and none is called image: {names}")
+        raise ItemError(f"{SEVERAL_COLUMNS}: {names}")
     column = str((usual or able)[0])
     if len(schema.get_all_field_indices(column)) > 1:
         raise ItemError(f"it has several columns called {column!r}. Give each its own name")

@@ -36,7 +36,7 @@ Report = Callable[[str, str], None]  # takes a key under the root, and its probl
 
 @dataclass(frozen=True)
 class Depth:
-    """How much of the shards is read.
+    """The part of the shards that is read.
 
     Attributes:
         share: of every set, the share of tars that are read with their indexes, in (0, 1]. The

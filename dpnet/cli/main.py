@@ -1,6 +1,6 @@
 """The command `dpnet`: its signals, results and errors.
 
-Exit status: 0 done, 1 failed (one sentence on standard error), 2 wrong usage, 130 stopped.
+README.md says what each exit status means.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data_prep.core.temporary import temporary_folder
 from data_prep.core.text import printable
 from dpnet.cli.parser import build_parser
 
-STOPPED = 130
+DONE, FAILED, WRONG_USAGE, STOPPED = 0, 1, 2, 130  # exit status; 2 is also argparse's
 _STOPPED = "stopped; the same command resumes."
 
 
@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"the result cannot be written to standard output: {error.strerror}. Send it"
                 " elsewhere. The work itself is done."
             ) from error
-        return 0 if result["ok"] else 1
+        return DONE if result["ok"] else FAILED
     except BrokenPipeError:  # the reader, for example `head`, has ended
         _drop(sys.stdout)
-        return 1
+        return FAILED
     except BaseException as error:
         return _report(error, args)
 
@@ -76,6 +76,8 @@ def function_of(command: str) -> Any:
 def _report(error: BaseException, args: argparse.Namespace) -> int:
     """Print on standard error why the command ended, and return the exit status."""
     sentence, status = _explain(error)
+    if status == STOPPED:
+        sentence = getattr(args, "stopped", sentence)  # a command may say what has ended
     sentence = printable(redact(sentence))
     lines = [f"dpnet: {sentence}"]
     if args.debug:
@@ -104,16 +106,17 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return _STOPPED, STOPPED
     match error:
         case PipelineError():
-            return " ".join(str(error).split()), 1
+            status = WRONG_USAGE if isinstance(error, ConfigError) else FAILED
+            return " ".join(str(error).split()), status
         case OSError():
             where = f"the root or the temporary folder {temporary_folder()}"
-            return str(storage_error(error, error.filename or where)), 1
+            return str(storage_error(error, error.filename or where)), FAILED
         case Exception():
             text = " ".join(str(error).split())
             return (
                 f"internal error: {type(error).__name__}: {text};"
                 " run again with --debug for the traceback.",
-                1,
+                FAILED,
             )
     # KeyboardInterrupt, or the error that Prefect or Ray raises on SIGTERM.
     return _STOPPED, STOPPED

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from data_prep.core.redact import redact
@@ -19,7 +20,7 @@ first steps:
   dpnet inpaint photo.png mask.png -o out.png   fill the white part of the mask
   dpnet COMMAND --help                          the options of a command, with an example
 
-exit status: 0 done, 1 failed (one sentence says why), 2 wrong usage, 130 stopped
+exit status: 0 done, 1 failed, 2 wrong usage (correct the command or its config), 130 stopped
 """
 
 
@@ -29,14 +30,46 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Refuse `--option=--`, which Python's parser takes for an empty list before 3.13."""
-        for word in sys.argv[1:] if args is None else args:
+        """Parse, and refuse what is unknown with the usage of the command that it was given to.
+
+        `--option=--` is refused too, which Python's parser takes for an empty list before 3.13.
+        """
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
             if match := re.fullmatch(r"(--[\w-]+)=--|(-\w)--", word):
                 self.error(f"argument {match[1] or match[2]}: expected one argument")
-        return super().parse_known_args(args, namespace)
+        if self._subparsers is None:  # else a word may be an option of a command
+            self._refuse_unknown_options(words)
+        found, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, []
+
+    def _refuse_unknown_options(self, words: Sequence[str]) -> None:
+        """Refuse a misspelt option before an argument is missing because of it."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in itertools.takewhile(lambda each: each != "--", words):
+            name = word.partition("=")[0]
+            if re.match(r"--\w", name) and not any(each.startswith(name) for each in known):
+                self.error(f"unrecognized arguments: {name}{_nearest(name, known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = _nearest(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{near}") from None
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(printable(redact(message), newlines=True), file)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question with the known word that is most like `word`, or ""."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 class _Version(argparse.Action):

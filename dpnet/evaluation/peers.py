@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from data_prep.core.digest import content_digest, sha256_bytes, sha256_file
 from data_prep.core.errors import ConfigError, ItemError, PipelineError
 from data_prep.core.lease import check_leases
-from data_prep.core.manifest import load_reference
+from data_prep.core.manifest import StageRef, load_reference
 from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
 from data_prep.pictures.formats import is_picture_name
+from dpnet.evaluation.pairs import open_pairs
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.model_store.records import find_record
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.uint8]
 
 MODEL = "models:/"
+_MISSING = "are missing"
 _NAMED = 3  # files of a problem that its message names
 
 
@@ -57,14 +59,49 @@ class Peer(Protocol):
         """
 
 
-def check_peers(settings: EvaluateSettings) -> None:
-    """Raise ConfigError if `evaluate.compare` names a folder that does not exist."""
+def check_peers(settings: EvaluateSettings, store: Store) -> None:
+    """Check that the folders and versions in `evaluate.compare` exist.
+
+    Raises:
+        ConfigError: one of them does not.
+    """
     for name, place in settings.compare.items():
-        if not place.startswith(MODEL) and not Path(place).expanduser().is_dir():
+        if place.startswith(MODEL):
+            try:
+                find_record(store, place)
+            except ConfigError as error:
+                raise ConfigError(f"evaluate.compare.{name}: {error}") from None
+        elif not Path(place).expanduser().is_dir():
             raise ConfigError(
                 f"evaluate.compare.{name} names {place!r}, which is not a folder: give a folder"
                 f" with one picture for each pair, or {MODEL}NAME/VERSION."
             )
+
+
+def check_results(
+    settings: EvaluateSettings, images: StageRef, masks: StageRef, store: Store
+) -> None:
+    """Check that each folder in `evaluate.compare` has a picture for every pair.
+
+    The pairs are known before the training, which can take days. The pictures are not read.
+
+    Args:
+        settings: settings of the evaluation.
+        images: the images stage.
+        masks: the masks stage.
+        store: the root.
+
+    Raises:
+        PipelineError: some are missing.
+    """
+    folders = {n: place for n, place in settings.compare.items() if not place.startswith(MODEL)}
+    if not folders:
+        return
+    frozen = open_pairs(store, settings, images, masks)
+    names = [frozen.name(pair) for pair in frozen.pairs]
+    for name, place in sorted(folders.items()):
+        there = _pictures(name, place)
+        _report(name, len(names), {_MISSING: [each for each in names if each not in there]})
 
 
 def find_peers(settings: EvaluateSettings, store: Store) -> list[Peer]:
@@ -75,7 +112,7 @@ def find_peers(settings: EvaluateSettings, store: Store) -> list[Peer]:
         PipelineError: a folder cannot be read, has two pictures of one name, or there is no such
             version.
     """
-    check_peers(settings)
+    check_peers(settings, store)
     return [
         _version_of(name, place, store) if place.startswith(MODEL) else _folder_of(name, place)
         for name, place in sorted(settings.compare.items())
@@ -107,16 +144,7 @@ class FolderPeer:
             check_leases()
             if problem:
                 problems.setdefault(problem, []).append(name)
-        if not problems:
-            return
-        what = "; ".join(
-            f"{len(some)} {problem} ({', '.join(some[:_NAMED])}{', …' if some[_NAMED:] else ''})"
-            for problem, some in sorted(problems.items())
-        )
-        raise PipelineError(
-            f"the results of {self.name} do not fit the {len(names):,} pairs: {printable(what)}."
-            " Write the pairs with --export-pairs, and give each result the name of its pair."
-        )
+        _report(self.name, len(names), problems)
 
     def composites(
         self, names: Sequence[str], truths: Array, valid: Array, pool: Executor
@@ -131,7 +159,7 @@ class FolderPeer:
     def _problem(self, name: str, side: int) -> str:
         """Return what is wrong with a pair's picture, in words that follow a number; "" if fine."""
         if name not in self.files:
-            return "are missing"
+            return _MISSING
         try:
             shape = self._read(name).shape
         except (OSError, ItemError):
@@ -151,9 +179,30 @@ class FolderPeer:
         return decode_rgb(data, STORED).rgb
 
 
-def _folder_of(name: str, place: str) -> FolderPeer:
+def _report(name: str, pairs: int, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise PipelineError about the pairs whose results cannot be used, if there are any.
+
+    Args:
+        name: of the other model.
+        pairs: the number of all pairs.
+        problems: names of pairs by what is wrong with their results.
+    """
+    what = "; ".join(
+        f"{len(some)} {problem} ({', '.join(some[:_NAMED])}{', …' if some[_NAMED:] else ''})"
+        for problem, some in sorted(problems.items())
+        if some
+    )
+    if what:
+        raise PipelineError(
+            f"the results of {name} do not fit the {pairs:,} pairs: {printable(what)}."
+            " Write the pairs with --export-pairs, and give each result the name of its pair."
+        )
+
+
+def _pictures(name: str, place: str) -> dict[str, Path]:
+    """Return the pictures in a peer's folder by their names without the ending."""
     folder = Path(place).expanduser()
-    files: dict[str, _File] = {}
+    files: dict[str, Path] = {}
     try:
         for path in sorted(folder.iterdir()):
             if not is_picture_name(path.name) or path.name.startswith("."):
@@ -163,12 +212,26 @@ def _folder_of(name: str, place: str) -> FolderPeer:
                     f"evaluate.compare.{name}: {printable(str(folder))} has several pictures named"
                     f" {printable(path.stem)}: keep one of them."
                 )
-            files[path.stem] = _File(path, sha256_file(path))
+            files[path.stem] = path
     except OSError as error:
-        raise PipelineError(
-            f"evaluate.compare.{name}: {printable(str(folder))} cannot be read ({error.strerror}):"
-            " check its rights."
-        ) from error
+        raise _unreadable(name, folder, error) from error
+    return files
+
+
+def _unreadable(name: str, folder: Path, error: OSError) -> PipelineError:
+    return PipelineError(
+        f"evaluate.compare.{name}: {printable(str(folder))} cannot be read ({error.strerror}):"
+        " check its rights."
+    )
+
+
+def _folder_of(name: str, place: str) -> FolderPeer:
+    try:
+        files = {
+            stem: _File(path, sha256_file(path)) for stem, path in _pictures(name, place).items()
+        }
+    except OSError as error:
+        raise _unreadable(name, Path(place).expanduser(), error) from error
     digest = content_digest((file.path.name, file.sha256) for file in files.values())
     return FolderPeer(name, digest, files)
 

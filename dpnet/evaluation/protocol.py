@@ -31,7 +31,7 @@ METHODS = {  # that every evaluation measures
 
 
 class Metric(NamedTuple):
-    """How a metric is shown."""
+    """The way in which a metric is shown."""
 
     label: str
     digits: int  # after the point

@@ -87,7 +87,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Given:
-    """What the settings name outside of the root."""
+    """The files and models that the settings name outside of the root."""
 
     lpips_file: Path | None
     peers: Sequence[Peer]

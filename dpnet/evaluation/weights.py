@@ -13,6 +13,7 @@ from data_prep.core.digest import sha256_file
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.paths import cache_folder
 from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.model_store.weights_file import holds_weights
 
 FEATURES = "alexnet-features.safetensors"  # the convolutions alone
 TORCHVISION = "alexnet-owt-7be5be79.pth"  # its name ends with the start of its SHA-256
@@ -42,12 +43,20 @@ def weights_source(file: Path | None) -> dict[str, str]:
 
 
 def check_weights_file(settings: EvaluateSettings) -> None:
-    """Raise ConfigError if `evaluate.lpips_weights` names a missing file."""
+    """Raise ConfigError if `evaluate.lpips_weights` names a missing file, or one of other kind."""
     name = settings.lpips_weights
-    if name is not None and not Path(name).expanduser().is_file():
+    if name is None:
+        return
+    if not Path(name).expanduser().is_file():
         raise ConfigError(
             f"evaluate.lpips_weights names {name!r}, which is not a file: check the path, or leave"
             " the option out."
+        )
+    if not holds_weights(Path(name).expanduser()):
+        raise ConfigError(
+            f"evaluate.lpips_weights names {name!r}, which is not a file of weights"
+            " (.safetensors, or .pth of torch.save), or is cut short: save torchvision's AlexNet"
+            " weights again, or leave the option out."
         )
 
 

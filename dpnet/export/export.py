@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_prep.core.digest import sha256_bytes
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.manifest import read_manifest
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
@@ -113,7 +113,7 @@ def export_model(
     for name in formats:
         _check_installed(name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PipelineError(f"{out} exists already: choose a new or empty folder (-o).")
+        raise ConfigError(f"{out} exists already: choose a new or empty folder (-o).")
     store, folder, used = find_model(reference, root)
     log.info("export: loads %s", used)
     generator = load_generator(store, folder)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from data_prep.core.apart import DECODE_S, Apart, DeathError
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.progress import Progress
 from data_prep.core.text import count_of, printable
 from data_prep.pictures.formats import LOOK, is_picture_name, looks_like_photo
@@ -88,8 +88,11 @@ def inpaint_files(
         PipelineError: nothing can be done, or the only image cannot be filled.
     """
     if tile < TILE_MIN:
-        raise PipelineError(f"--tile is {tile}: give at least {TILE_MIN} pixels.")
+        raise ConfigError(f"--tile is {tile}: give at least {TILE_MIN} pixels.")
     start = time.monotonic()
+    for path in (image, mask):
+        if not _several(path) and not Path(path).exists():
+            raise ConfigError(f"{path} does not exist: check the path.")
     jobs, left_out = plan_jobs(image, mask, out)
     store, folder, used = find_model(model, root)
     log.info("inpaint: loads %s to fill %s", used, count_of(len(jobs), "image"))
@@ -143,12 +146,12 @@ def plan_jobs(image: str, mask: str, out: str) -> Plan:
     target = Path(out)
     if _several(image):
         if target.exists() and not target.is_dir():
-            raise PipelineError(f"{out} is a file: give a folder (-o) for several images.")
+            raise ConfigError(f"{out} is a file: give a folder (-o) for several images.")
         outs = [target / f"{i.stem}.png" for i in images]
     else:
         outs = [target / f"{images[0].stem}.png" if target.is_dir() else target]
         if outs[0].suffix.lower() not in _SAVE:
-            raise PipelineError(
+            raise ConfigError(
                 f"cannot write {out!r}: name it with one of the extensions {', '.join(_SAVE)}."
             )
     matched = [_mask_of(i, masks, mask) if _several(mask) else masks[0] for i in images]
@@ -167,12 +170,12 @@ def _check_outs(jobs: Sequence[Job], masks: Sequence[Path]) -> None:
     for job in jobs:
         written = realpath(job.out)
         if written in sources:
-            raise PipelineError(
+            raise ConfigError(
                 f"the results of {sources[written]} and {job.image} would both be written to"
                 f" {job.out}: rename one image, or fill them one at a time."
             )
         if written in inputs:
-            raise PipelineError(
+            raise ConfigError(
                 f"{job.out} is an image or mask that is read, and would be overwritten: choose"
                 " another place with -o."
             )
@@ -210,7 +213,7 @@ def _listed(path: str, left_out: list[Path]) -> list[Path]:
         found = sorted(Path(name) for name in glob.glob(path, recursive=True))
         found = [entry for entry in found if entry.is_file()]
     if not found:
-        raise PipelineError(f"{path} contains no image: check the path.")
+        raise ConfigError(f"{path} contains no image: check the path.")
     return found
 
 

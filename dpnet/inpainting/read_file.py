@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.pictures.limits import MOST_PIXELS, Limits, PhotoError, PhotoSizeError
 from data_prep.pictures.open_image import opened
 from data_prep.pictures.orientation import upright_image
@@ -26,7 +26,7 @@ def read_file(path: Path) -> Image.Image:
         with opened(_bytes_of(path), _LIMITS) as image:
             return upright_image(image)
     except FileNotFoundError:
-        raise PipelineError(f"{path} does not exist: check the path.") from None
+        raise ConfigError(f"{path} does not exist: check the path.") from None
     except OSError as error:
         reason = error.strerror or error
         raise PipelineError(f"{path} cannot be read: {reason}. Check the path.") from None

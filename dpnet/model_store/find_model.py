@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError
 from data_prep.core.paths import RUNS
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -34,7 +34,7 @@ def find_model(reference: str, root: str) -> tuple[Store, str, str]:
         store = open_store(top or ".")
         if find_layout(store, folder):
             return store, folder, reference
-    raise PipelineError(
+    raise ConfigError(
         f"{reference!r} holds no model: give a run's folder (ROOT/runs/NAME), the folder"
         " of an exported model, or models:/NAME@champion and the --root of its registry."
     )

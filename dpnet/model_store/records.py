@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.core.digest import SHORT
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.paths import (
     REGISTRY,
     champion_key,
@@ -44,22 +44,22 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
             versions = sorted(each for each in named if each and each[1] is not None)
             if versions:
                 model, number = versions[-1]
-                raise PipelineError(
+                raise ConfigError(
                     f"{store.label} has no champion, because no version was promoted yet: name one"
                     f" with --model models:/{model}/{number}, or promote it with `dpnet registry"
                     f" promote {number} --why TEXT`."
                 )
-            raise PipelineError(
+            raise ConfigError(
                 f"{store.label} has no champion yet: run the pipeline there first, or name the root"
                 " with --root, or a model with --model."
             )
         if len(models) > 1:
             names = ", ".join(f"models:/{model}@{CHAMPION}" for model in models)
-            raise PipelineError(f"{store.label} has several champions: choose one of {names}.")
+            raise ConfigError(f"{store.label} has several champions: choose one of {names}.")
         return read_record(store, champion_key(models[0]))
     match = _REFERENCE.fullmatch(reference)
     if match is None or match[2] not in (None, CHAMPION):
-        raise PipelineError(
+        raise ConfigError(
             f"{reference!r} is not a model reference: write models:/NAME@{CHAMPION} or"
             " models:/NAME/VERSION."
         )
@@ -68,9 +68,7 @@ def find_record(store: Store, reference: str = "") -> dict[str, Any]:
     if not store.exists(key):
         known = sorted(read_records(store, match[1]))
         there = f"its versions are {', '.join(map(str, known))}" if known else "no such model"
-        raise PipelineError(
-            f"{store.label} has no {reference}: {there}. Check --root and the name."
-        )
+        raise ConfigError(f"{store.label} has no {reference}: {there}. Check --root and the name.")
     return read_record(store, key)
 
 

@@ -14,16 +14,18 @@ from typing import Any, Literal
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import PHOTOS, cache_folder
+from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.raw.sample_photos import write_sample_photos
-from dpnet.evaluation.peers import check_peers
+from dpnet.evaluation.peers import check_peers, check_results
 from dpnet.evaluation.stage import evaluate
-from dpnet.evaluation.weights import check_weights_file
+from dpnet.evaluation.weights import find_weights
 from dpnet.pipeline.config import Config, resolve_root
-from dpnet.registry.stage import register, tracking_uri
-from dpnet.training.job import check_settings, check_vgg_file
+from dpnet.registry.stage import check_tracking_uri, register, tracking_uri
+from dpnet.training.job import check_settings, check_vgg_file, find_initial
+from dpnet.training.ray.jobs_client import cluster_address
 from dpnet.training.stage import train
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ def run_chain(
         masks = run("prepare masks", prepare_masks, config.masks)
     if wanted in ("images", "masks"):
         return refs
+    if wanted != "train":
+        check_results(config.evaluate, images, masks, store)
     training = config.training(images, masks)
     trained = run("train", train, training, config.launch, _tracking(config, store))
     if wanted == "train":
@@ -89,7 +93,8 @@ def _tracking(config: Config, store: Store) -> str | None:
 def check_config(config: Config, wanted: StageName = "register", root: str | None = None) -> None:
     """Check what the stages up to `wanted` need, before hours are spent on the first of them.
 
-    Raises PipelineError if a file or folder is missing, or if settings contradict each other.
+    Raises PipelineError if a file, a folder or a model is missing, if an address has a wrong form,
+    or if settings contradict each other.
 
     Args:
         config: Settings of all stages.
@@ -102,13 +107,20 @@ def check_config(config: Config, wanted: StageName = "register", root: str | Non
     if wanted not in ("images", "masks"):
         check_settings(config.train)
         check_vgg_file(config.losses)
+        check_tracking_uri(config.registry)
+        if config.launch.launcher != "local":
+            cluster_address(config.launch)
+        if config.train.init_from is not None:
+            find_initial(config.train.init_from, open_store(resolve_root(root, config)))
     if wanted in ("evaluate", "register"):
-        check_weights_file(config.evaluate)
-        check_peers(config.evaluate)
+        find_weights(config.evaluate)
+        if config.evaluate.compare:
+            check_peers(config.evaluate, open_store(resolve_root(root, config)))
     if wanted != "masks" and config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
         check_apart(config.images.source, resolve_root(root, config))
     if wanted != "images" and config.masks.file_splits and config.masks.external is not None:
+        check_source(config.masks.external, "files", "masks.external")
         check_apart(config.masks.external, resolve_root(root, config), "masks.external")
 
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
+from data_prep.core.paths import NAME
 from data_prep.core.storage.uri import normal_uri
 from data_prep.images.settings import ImagesSettings
 from data_prep.masks.settings import MasksSettings
@@ -40,7 +41,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        pattern=NAME,
         max_length=60,
         description="Name of the experiment. The run's folder begins with it.",
     )

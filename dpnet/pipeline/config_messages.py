@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from data_prep.core.paths import NAME, NAME_IN_WORDS
+
 
 def error_sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """Return pydantic's first error as a sentence, with the number of further errors."""
@@ -144,5 +146,7 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[str]:
                 yield f"of length {bound} at most"
             case annotated_types.MinLen(min_length=bound):
                 yield f"of length {bound} at least"
+            case _ if getattr(rule, "pattern", None) == NAME:
+                yield f"and made of {NAME_IN_WORDS}"
             case _ if getattr(rule, "pattern", None):
                 yield f"that matches {rule.pattern}"

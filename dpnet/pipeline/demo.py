@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data_prep.core import paths
-from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.errors import ConfigError, PipelineError, storage_error
 from data_prep.core.storage.local import LocalStore
 from dpnet.tracking.mlflow_database import mlflow_database
 
@@ -41,7 +41,7 @@ def claim_root(store: LocalStore) -> None:
     if paths.UP in present:  # `dpnet up` may have used the folder first
         present = [name for name in present if name not in (paths.UP, *_OF_BOTH)]
     if any(not name.startswith(temporary) for name in present):
-        raise PipelineError(
+        raise ConfigError(
             f"{store.folder} is not empty and no demo made it: choose another --root, or use it"
             f" with `dpnet pipeline run demo --root {store.folder}`."
         )
@@ -57,7 +57,7 @@ def clear_root(store: LocalStore) -> None:
     if not store.folder.exists():
         return
     if not store.exists(MARKER):
-        raise PipelineError(
+        raise ConfigError(
             f"{store.folder} was not made by `dpnet demo`, so --fresh removes nothing there:"
             " choose another --root."
         )

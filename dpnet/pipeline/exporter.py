@@ -30,7 +30,7 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from data_prep.core.environment import ALL, wrong_variable
-from data_prep.core.errors import PipelineError, StorageError
+from data_prep.core.errors import ConfigError, PipelineError, StorageError
 from data_prep.core.logs import start_logging
 from data_prep.core.standard_streams import prepare_streams
 from data_prep.core.storage.open import open_store
@@ -256,13 +256,13 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(each, lambda number, frame: ended.set())
     try:
         if wrong := wrong_variable(ALL):
-            raise PipelineError(wrong)
+            raise ConfigError(wrong)
         password = os.environ.pop(REPORTS_PASSWORD, "")
         given = None if args.listener is None else socket.socket(fileno=args.listener)
         server, port = serve(open_store(args.root), args.port, args.host, password, given)
     except PipelineError as error:
         print(f"dpnet: {error}", file=sys.stderr, flush=True)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     print(f"http://{args.host}:{port}/metrics", flush=True)
     ended.wait()
     server.shutdown()

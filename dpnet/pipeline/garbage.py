@@ -78,7 +78,7 @@ _DIGEST = re.compile(r"(?:.*-)?[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Contents:
-    """What a root holds.
+    """The contents of a root.
 
     Attributes:
         files: every object of the root, by key.

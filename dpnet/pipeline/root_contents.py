@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import is_running
 from data_prep.core.manifest import Manifest, read_manifest
 from data_prep.core.paths import (
@@ -71,7 +71,7 @@ class Reader:
         _refuse_links(store)
         files = {entry.key: entry for entry in store.list()}
         if not any(stage_folder(key) for key in files):
-            raise PipelineError(
+            raise ConfigError(
                 f"{store.label} contains no stage: name a root, the folder or s3:// URI that was"
                 " given as --root."
             )
@@ -175,7 +175,7 @@ def _refuse_links(store: Store) -> None:
         return
     if not top.is_dir():
         what = "is a file" if top.exists() else "does not exist"
-        raise PipelineError(f"{top} {what}: name a root.")
+        raise ConfigError(f"{top} {what}: name a root.")
     for name in TOPS:
         links = [top / name] if (top / name).is_symlink() else []
         for folder, folders, _ in os.walk(top / name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -28,6 +29,7 @@ from data_prep.core.text import (
     printable,
 )
 from dpnet.evaluation import protocol
+from dpnet.model_store.records import CHAMPION
 from dpnet.pipeline.cost import hours_text
 from dpnet.tracking.mlflow_database import mlflow_database
 
@@ -325,7 +327,6 @@ def _cell(value: float | None, digits: int) -> str:
 def _next(summary: Summary, again: str) -> list[str]:
     """Return the commands that people may type next, with paths that work here."""
     root = _short_path(summary["root"])
-    at = "" if shutil.which("dpnet") else f"{_short_path(str(Path(sys.executable).parent))}/"
     steps = next(s["summary"]["steps"] for s in summary["stages"] if s["stage"] == "train")
     commands = [
         (f"dpnet inpaint PHOTO MASK -o out.png --root {root}", "fill the white part of MASK"),
@@ -335,7 +336,37 @@ def _next(summary: Summary, again: str) -> list[str]:
     if database := mlflow_database(open_store(summary["root"])):
         uri = mlflow_uri(_short_path(str(database.parent)))
         commands.append((f"mlflow ui --backend-store-uri {uri}", "show the registry"))
+    return next_text(commands)
+
+
+def next_text(commands: Iterable[tuple[str, str]]) -> list[str]:
+    """Return lines with commands that people may type next, each with what it does."""
+    at = "" if shutil.which("dpnet") else f"{_short_path(str(Path(sys.executable).parent))}/"
     return ["next:", *(printable(f"  {at}{command}  # {what}") for command, what in commands)]
+
+
+def registered_text(summary: Mapping[str, Any], root: str) -> list[str]:
+    """Return lines about a registration: champion or challenger, why, and what to do next.
+
+    Args:
+        summary: of the register stage.
+        root: path or URI of the root.
+    """
+    model, version = str(summary["model"]), int(summary["version"])
+    at = f"--root {shlex.quote(_short_path(root))}"
+    if summary["alias"] == CHAMPION:
+        became = "became champion"
+        step = (f"dpnet inpaint PHOTO MASK -o out.png {at}", "fill the white part of MASK")
+    else:
+        became = "became challenger, not champion"
+        promote = f"dpnet registry promote {version} --model {model} --why TEXT {at}"
+        step = (promote, "make it champion all the same")
+    show = f"dpnet registry show {version} --model {model} {at}"
+    return [
+        printable(f"{model} version {version} {became}. {summary['reason']}"),
+        "",
+        *next_text([step, (show, "show what it was made from")]),
+    ]
 
 
 def _short_path(path: str) -> str:

@@ -21,7 +21,7 @@ class Problem:
 
 @dataclass
 class Verification:
-    """What was checked, and the problems that were found.
+    """The result of a check: what was read, and the problems that were found.
 
     Attributes:
         root: URI of the root.
@@ -63,11 +63,20 @@ class Verification:
         self.problems.append(Problem(where, problem))
 
     def as_text(self) -> str:
-        """Return notes and problems, one a line, and a last line that sums them up."""
-        lines = [*self.notes, *(f"{each.where}: {each.problem}" for each in self.problems)]
-        number = len(self.problems)
-        found = count_of(number, "problem") if number else "no problems"
-        return joined([*lines, f"{self._covered()}: {found}"])
+        """Return notes, a line for each file with problems, and a last line that sums them up.
+
+        One altered byte can show in several ways, so the line has the first problem of the file and
+        the number of the others. `to_json` has all of them.
+        """
+        by_file: dict[str, list[str]] = {}
+        for each in self.problems:
+            by_file.setdefault(each.where, []).append(each.problem)
+        lines = [
+            f"{where}: {first}" + (f" ({len(more)} more about it with --json)" if more else "")
+            for where, (first, *more) in by_file.items()
+        ]
+        found = f"problems in {count_of(len(by_file), 'file')}" if by_file else "no problems"
+        return joined([*self.notes, *lines, f"{self._covered()}: {found}"])
 
     def _covered(self) -> str:
         """Return in words what was read and what was not."""

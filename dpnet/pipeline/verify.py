@@ -12,7 +12,7 @@ import posixpath
 
 from data_prep.core import digest
 from data_prep.core.digest import sha256_bytes
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.manifest import (
     FileRecord,
     InputRef,
@@ -62,7 +62,7 @@ def verify_uri(uri: str, root: str = "", depth: Depth = EVERYTHING) -> Verificat
     top = store.local_folder
     if top is not None and not top.is_dir():
         what = "is a file" if top.exists() else "does not exist"
-        raise PipelineError(f"{top} {what}: name a root, a folder in it or models:/NAME@champion.")
+        raise ConfigError(f"{top} {what}: name a root, a folder in it or models:/NAME@champion.")
     try:
         folder = str(parse_json(store.read(MANIFEST))["folder"])
     except (FileNotFoundError, NotADirectoryError):
@@ -103,7 +103,7 @@ def _place_in_root(store: Store) -> str:
         elif here.endswith(f"/{said}"):
             above = here.removesuffix(f"/{said}")
     if above and not below:
-        raise PipelineError(
+        raise ConfigError(
             f"{store.label} is not a root, but it contains one. Name that root:"
             f" {store.label}/{above}."
         )
@@ -136,7 +136,7 @@ def verify(store: Store, target: str = "", depth: Depth = EVERYTHING) -> Verific
         if not folders and target:
             read_manifest(store, target)  # raises: the stage was never finished
         if not folders:
-            raise PipelineError(
+            raise ConfigError(
                 f"{store.label} contains no finished stage: name a root (the folder given as"
                 " --root), a folder in it, or models:/NAME@champion."
             )

@@ -22,7 +22,7 @@ _INDICES = 1_000_000  # of one batch of resamples, to bound the memory
 
 
 class Judged(NamedTuple):
-    """How the gate judges and shows a metric.
+    """The way in which the gate judges and shows a metric.
 
     Attributes:
         label: name and, after the value, unit.
@@ -88,7 +88,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the new model is better, why, and the differences that decided.
+    """The decision about a new model, why, and the differences that decided.
 
     Attributes:
         better: whether it passed the gate.

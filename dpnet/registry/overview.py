@@ -1,11 +1,11 @@
-"""What a registry holds, from storage alone: its models, their versions, and who was champion."""
+"""Show a registry from storage alone: its models, their versions, and who was champion."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.paths import REGISTRY, champion_key, parse_record_key, version_key
 from data_prep.core.storage.store import Store
 from dpnet.model_store.history import Entry, find_champion, made_from, whole_history
@@ -24,7 +24,7 @@ def models(store: Store) -> list[str]:
     """Return the names of the registered models. Raises PipelineError if there is none."""
     found = {parsed[0] for each in store.list(REGISTRY) if (parsed := parse_record_key(each.key))}
     if not found:
-        raise PipelineError(
+        raise ConfigError(
             f"{store.label} has no registered model: run the pipeline there first, or name the root"
             " with --root."
         )
@@ -35,11 +35,9 @@ def the_model(store: Store, name: str | None) -> str:
     """Return the model that a command means: `name`, or the only one of the root."""
     known = models(store)
     if name is not None and name not in known:
-        raise PipelineError(
-            f"{store.label} has no model {name!r}: choose one of {', '.join(known)}."
-        )
+        raise ConfigError(f"{store.label} has no model {name!r}: choose one of {', '.join(known)}.")
     if name is None and len(known) > 1:
-        raise PipelineError(
+        raise ConfigError(
             f"{store.label} has several models: name one of {', '.join(known)} with --model."
         )
     return name or known[0]
@@ -74,13 +72,13 @@ def show_version(store: Store, model: str, version: int | None) -> Facts:
     if version is None:
         champion = find_champion(store, model)
         if champion is None:
-            raise PipelineError(
+            raise ConfigError(
                 f"{model} has no champion, because no version was promoted yet: name a version."
             )
         version = champion["version"]
     known = [each["version"] for each in list_versions(store, model)]
     if version not in known:
-        raise PipelineError(
+        raise ConfigError(
             f"{store.label} has no version {version} of {model}: its versions are"
             f" {', '.join(map(str, known)) or 'none'}. Choose one of them."
         )

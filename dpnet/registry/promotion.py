@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease, confirm_leases
 from data_prep.core.paths import (
     champion_key,
@@ -164,7 +164,7 @@ def _check_version(store: Store, model: str, version: int) -> None:
     records = read_records(store, model)
     if version not in records:
         known = ", ".join(map(str, sorted(records))) or "none"
-        raise PipelineError(
+        raise ConfigError(
             f"{store.label} has no version {version} of {model}: its versions are {known}. Choose"
             " one of them."
         )

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_prep.core.paths import NAME
+
 
 class RegisterSettings(BaseModel):
     """The name and the address under which a model is registered."""
@@ -14,9 +16,9 @@ class RegisterSettings(BaseModel):
 
     model: str = Field(
         "dpnet",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        pattern=NAME,
         max_length=80,
-        description="Name in the registry: letters, digits, '_', '.' and '-'.",
+        description="Name in the registry.",
     )
     promote: Literal["gate", "always", "never"] = Field(
         "gate",

@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from data_prep.core.environment import MLFLOW_ADDRESS, is_mlflow_address
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.lease import Lease, confirm_leases
 from data_prep.core.manifest import StageRef, read_manifest
@@ -89,12 +90,22 @@ def register(
     return run_stage(store, request, lambda work: _build(work, settings, uri, measure))
 
 
+def check_tracking_uri(settings: RegisterSettings) -> None:
+    """Raise ConfigError if `register.tracking_uri` has the form of no MLflow address."""
+    if settings.tracking_uri and not is_mlflow_address(settings.tracking_uri):
+        raise ConfigError(
+            f"register.tracking_uri is {settings.tracking_uri!r}: it must be {MLFLOW_ADDRESS}."
+        )
+
+
 def tracking_uri(settings: RegisterSettings, store: Store) -> str:
     """Return MLflow's address.
 
     Raises:
-        ConfigError: none is set and the root is on S3, or its database is on a network disk.
+        ConfigError: it has a wrong form, none is set and the root is on S3, or its database is on a
+            network disk.
     """
+    check_tracking_uri(settings)
     if given := settings.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         advice = "Set register.tracking_uri to a server or to a file on a disk of this machine"
         refuse_network_disk(given, "MLflow's database", advice)

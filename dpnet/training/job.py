@@ -1,4 +1,4 @@
-"""What a training is asked to do, and what its workers receive."""
+"""Describe a training: its request, and the job that its workers receive."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from data_prep.core.record import known_fields
 from data_prep.core.stage import Request
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from dpnet.model_store.weights_file import holds_weights
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 
 # These settings do not change the trained weights, so they are not part of the request. (The
@@ -228,11 +229,19 @@ def requested(request: Request) -> dict[str, Any]:
 
 
 def check_vgg_file(losses: LossSettings) -> None:
-    """Raise ConfigError if `losses.vgg_weights` names a missing file."""
+    """Raise ConfigError if `losses.vgg_weights` names a missing file, or one of another kind."""
     name = losses.vgg_weights
-    if name is not None and not Path(name).expanduser().is_file():
+    if name is None:
+        return
+    if not Path(name).expanduser().is_file():
         raise ConfigError(
             f"losses.vgg_weights names {name!r}, which does not exist: make the file with"
+            f" `{vgg_command(losses.vgg, name)}`, or leave the option out."
+        )
+    if not holds_weights(Path(name).expanduser()):
+        raise ConfigError(
+            f"losses.vgg_weights names {name!r}, which is not a file of weights (.safetensors, or"
+            " .pth of torch.save), or is cut short: make it with"
             f" `{vgg_command(losses.vgg, name)}`, or leave the option out."
         )
 

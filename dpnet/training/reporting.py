@@ -1,4 +1,4 @@
-"""What is measured and published about the steps: log records, status, validation images."""
+"""Measure and publish the steps: log records, status, validation images."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ class TrainSettings(BaseModel):
 
 
 class LaunchSettings(BaseModel):
-    """Where training runs."""
+    """The place where training runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

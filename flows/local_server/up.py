@@ -35,6 +35,7 @@ from flows.local_server import process_tree
 LOCK, STATE = "lock", "up.json"
 STOP_S = 35.0  # the supervisor needs less
 PREFECT_PORT = 4200
+_START_S = 60.0  # for a `dpnet up` that a command needs
 _WAIT_S = 240.0  # for another `dpnet up` that starts or stops
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,33 @@ def find_running(root: str) -> Running | None:
     damaged = not all(isinstance(each, str) for each in [*urls, *paths])
     damaged = damaged or not all(url.isprintable() for url in urls)
     return None if damaged or type(running.pid) is not int else running
+
+
+def wait_for_running(root: str, longest_s: float = _START_S) -> Running | None:
+    """Return the `dpnet up` of `root`, and wait for one that is starting; None if there is none.
+
+    Args:
+        root: path or URI of the root.
+        longest_s: how long to wait, in seconds.
+
+    Raises:
+        PipelineError: it has not started by then.
+    """
+    home, waiting = home_of(open_store(root)), False
+    deadline = time.monotonic() + longest_s
+    while not (found := find_running(root)):
+        if _is_unlocked(home):
+            return None
+        if time.monotonic() >= deadline:
+            raise PipelineError(
+                f"`dpnet up` of {root} has been starting or stopping for {longest_s:.0f} s: wait"
+                " until it prints its addresses or ends, then run the same command again."
+            )
+        if not waiting:
+            waiting = True
+            log.info("the `dpnet up` of this root is starting or stopping: waiting for it")
+        time.sleep(0.5)
+    return found
 
 
 def home_of(store: Store) -> Path:

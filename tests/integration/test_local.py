@@ -128,7 +128,7 @@ def test_a_secret_in_an_option_or_the_environment_reaches_no_page_log_or_file(
     root = tmp_path / "root"
     command = [sys.executable, "-m", "dpnet", "pipeline", "run", "broken.yaml"]
     command += ["--root", str(root), "--json", "--debug"]
-    for option in ("register.tracking_uri", "launch.address", "train.init_from"):
+    for option in ("register.tracking_uri", "launch.address"):
         command += ["--set", f"{option}=http://me:{SECRET}@127.0.0.1:9/x?token={SECRET}"]
     secrets = {
         "AWS_SECRET_ACCESS_KEY": SECRET,

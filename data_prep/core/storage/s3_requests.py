@@ -7,6 +7,7 @@ threads, and hide whether a conditional write was sent twice.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import secrets
 import threading
@@ -149,6 +150,11 @@ def new_client(timeout: float | None = None) -> Any:
     """
     if wrong := wrong_variable(S3):
         raise StorageError(wrong)
+    bundle = os.environ.get("AWS_CA_BUNDLE")
+    if bundle and not os.path.exists(bundle):
+        raise StorageError(
+            f"AWS_CA_BUNDLE names {bundle}, which does not exist: correct the path, or unset it."
+        )
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -165,9 +171,11 @@ def new_client(timeout: float | None = None) -> Any:
     )
     try:
         return boto3.session.Session().client("s3", config=config)
-    except (BotoCoreError, ValueError) as error:  # ValueError: a malformed address
-        reason = type(error).__name__
+    except BotoCoreError as error:
+        reason = f"({type(error).__name__})"
+    except ValueError:
+        reason = "because the address of the server is malformed"
     raise StorageError(
-        f"the AWS settings cannot be used ({reason}). Check AWS_ENDPOINT_URL (http://host:port),"
+        f"the AWS settings cannot be used {reason}. Check AWS_ENDPOINT_URL (http://HOST:PORT),"
         " AWS_PROFILE, the credentials and ~/.aws."
     )

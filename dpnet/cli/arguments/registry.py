@@ -46,7 +46,8 @@ def add_registry(parsers: Parsers) -> None:
         "rebuild",
         "make an empty or incomplete MLflow whole again",
         "dpnet registry rebuild --root ./dpnet-demo",
-        "Versions, tags, aliases and runs are restored from the root.",
+        "Versions, tags, aliases and runs are restored from the root, and so are model cards that"
+        " are missing in it.",
     )
     for parser in (promote, rollback, rebuild):
         parser.add_argument(

@@ -43,6 +43,11 @@ def add_up(parsers: Parsers) -> None:
         " PREFECT_API_AUTH_STRING=user:password is set in the environment, Prefect asks for that"
         " password.",
     )
+    parser.set_defaults(
+        stopped="stopped everything that `dpnet up` had started: Prefect, its worker with the runs"
+        " in it, MLflow, the exporter and, with --ray, Ray. Nothing stored is lost. The same"
+        " command starts them again, and Retry in Prefect's UI resumes a run."
+    )
     add_root(parser, "folder or s3:// URI where everything is stored")
     parser.add_argument(
         "--port",

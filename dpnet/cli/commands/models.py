@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.errors import ConfigError
 from data_prep.core.text import joined
 from dpnet.cli.commands.roots import Outcome, root_to_read
 
@@ -53,7 +53,7 @@ def describe(args: Namespace) -> Outcome:
     try:
         found = describe(preset(settings.pop("preset"), **settings), args.size)
     except ValueError as error:
-        raise PipelineError(str(error)) from error
+        raise ConfigError(str(error)) from error
     return {"ok": True, "preset": args.preset, **found}, description_text(found)
 
 

@@ -8,9 +8,10 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.network_disk import database_cache, local_top
@@ -19,6 +20,7 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
+from dpnet.cli.arguments.pipeline import TRAINED
 from dpnet.cli.commands.roots import (
     Outcome,
     announced,
@@ -34,7 +36,7 @@ from dpnet.pipeline.config import (
     overrides_of,
     resolve_root,
 )
-from dpnet.pipeline.summary import as_text, stages_text
+from dpnet.pipeline.summary import as_text, next_text, registered_text, stages_text
 
 _LONGEST_EVENT = 16 << 20  # bytes; a message of SQS has at most one MiB
 
@@ -51,7 +53,7 @@ def demo(args: Namespace) -> Outcome:
     check_config(resolved, root=args.root)
     root = open_store(resolve_root(args.root, resolved))
     if root.local_folder is None:
-        raise PipelineError(
+        raise ConfigError(
             f"the demo needs a local folder, but --root is {root.label}: use"
             f" `dpnet pipeline run demo --root {root.label}`."
         )
@@ -138,7 +140,37 @@ def stage(args: Namespace) -> Outcome:
     register = args.stage == "register"
     with announced(store, config.registry.model) if register else nullcontext():
         stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
-    return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
+    lines = [stages_text(stages), "", *_after(args, given, stages, store.label)]
+    return {"ok": True, "root": store.uri, "stages": stages}, "\n".join(lines).rstrip()
+
+
+_FOLLOWING = {"train": "evaluate", "evaluate": "register"}
+
+
+def _after(
+    args: Namespace, given: Sequence[str], stages: Sequence[Mapping[str, Any]], root: str
+) -> list[str]:
+    """Return lines about the result of the last stage, and the command to type next.
+
+    Args:
+        args: the arguments of the command.
+        given: OPTION=VALUE strings for the config.
+        stages: the stages that ran or were skipped, as JSON values.
+        root: path or URI of the root.
+    """
+    if not stages or args.stage == "masks":
+        return []
+    last = stages[-1]
+    if args.stage == "register":
+        return registered_text(last["summary"], root)
+    following = _FOLLOWING[args.stage]
+    words = ["dpnet", following, args.config, *(["--root", args.root] if args.root else [])]
+    words += [word for each in given for word in ("--set", each)]
+    report = [f"report  {root}/{last['folder']}/report.html", ""]
+    return [
+        *(map(printable, report) if args.stage == "evaluate" else []),
+        *next_text([(shlex.join(words), TRAINED[following])]),
+    ]
 
 
 def _export_pairs(config: Config, store: Store, folder: Path) -> Outcome:
@@ -147,12 +179,12 @@ def _export_pairs(config: Config, store: Store, folder: Path) -> Outcome:
 
     source, target = (os.path.realpath(each) for each in (config.images.source, folder))
     if Path(target).is_relative_to(source):
-        raise PipelineError(
+        raise ConfigError(
             f"{folder} is in the photo source {source}, and the pairs would become photos: choose a"
             " folder outside of it."
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PipelineError(f"{folder} is not an empty folder: name a new folder for the pairs.")
+        raise ConfigError(f"{folder} is not an empty folder: name a new folder for the pairs.")
     (images,), (masks,) = run_chain(config, store, "images"), run_chain(config, store, "masks")
     count = export_pairs(config.evaluate, images, masks, store, folder)
     text = (
@@ -214,7 +246,7 @@ def _read_event(file: str) -> bytes:
             with Path(file).expanduser().open("rb") as opened:
                 data = opened.read(_LONGEST_EVENT + 1)
     except OSError as error:
-        raise PipelineError(
+        raise ConfigError(
             f"--event {file} cannot be read: {error.strerror}. Check the path."
         ) from None
     if len(data) > _LONGEST_EVENT:

@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.core.digest import SHORT
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
-from data_prep.core.text import aligned_table, joined
+from data_prep.core.text import aligned_table, count_of, joined
 from dpnet.cli.commands.roots import Outcome, announced, root_to_read
 from dpnet.registry import overview
 
@@ -95,11 +95,13 @@ def rebuild(args: Namespace) -> Outcome:
         overview.models(store) if args.model is None else [overview.the_model(store, args.model)]
     )
     found = [restore(store, name, args.tracking_uri) for name in names]
-    lines = [
-        f"{each['model']}: {len(each['versions'])} versions in MLflow at {each['tracking_uri']},"
-        f" champion {each['champion'] or 'none'}"
-        for each in found
-    ]
+    lines = []
+    for each in found:
+        lines += [
+            f"{each['model']}: {count_of(len(each['versions']), 'version')} in MLflow at"
+            f" {each['tracking_uri']}, champion {each['champion'] or 'none'}",
+            *(f"  written again: {store.label}/{key}" for key in each["restored"]),
+        ]
     return {"ok": True, "root": store.uri, "models": found}, joined(lines)
 
 

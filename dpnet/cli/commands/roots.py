@@ -46,10 +46,13 @@ def use_server_of_up(root: str) -> None:
     """Set PREFECT_API_URL to the server of `dpnet up`, unless another server is configured.
 
     Call it before Prefect is imported, because Prefect reads the variable at its import.
-    """
-    from flows.local_server.up import find_running
 
-    if "PREFECT_API_URL" not in os.environ and (up := find_running(root)):
+    Raises:
+        PipelineError: a `dpnet up` of this root is starting, and is not ready in a minute.
+    """
+    from flows.local_server.up import wait_for_running
+
+    if "PREFECT_API_URL" not in os.environ and (up := wait_for_running(root)):
         os.environ["PREFECT_API_URL"] = up.api_url
     use_password_of_up(root)
 

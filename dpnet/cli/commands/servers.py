@@ -12,6 +12,8 @@ from typing import Any
 from data_prep.core.storage.open import open_store
 from dpnet.cli.commands.roots import Outcome, check_root, root_to_read, use_server_of_up
 
+_NO_SERVER = "no Prefect server is configured or running for this root; on a new one this "
+
 
 def deploy(args: Namespace) -> Outcome:
     """Create or update the deployments, schedules and alerts on the Prefect server."""
@@ -19,6 +21,7 @@ def deploy(args: Namespace) -> Outcome:
 
     use_server_of_up(root_to_read(args))
     from flows.deploy import deploy as put
+    from flows.deploy import has_server
     from flows.deployments import DeploySettings, scheduled
     from flows.schedules import dates_text
 
@@ -26,16 +29,23 @@ def deploy(args: Namespace) -> Outcome:
     settings = load_settings(DeploySettings, file, args.set)
     lines = put(settings, dry_run=args.dry_run)
     dates = scheduled(settings)
+    against = "" if has_server() else _NO_SERVER
     if not lines:
         text = "nothing to do: everything is deployed and up to date"
     else:
-        text = "\n".join(["would change:", *lines] if args.dry_run else lines)
+        text = "\n".join([f"{against}would change:", *lines] if args.dry_run else lines)
     text += "".join(
         f"\nnext dates of {name}: {dates_text(next_ones)} ({settings.timezone})"
         for name, next_ones in dates.items()
     )
     shown = {name: [each.isoformat() for each in next_ones] for name, next_ones in dates.items()}
-    return {"ok": True, "dry_run": args.dry_run, "changes": lines, "next_dates": shown}, text
+    return {
+        "ok": True,
+        "dry_run": args.dry_run,
+        "server": has_server(),
+        "changes": lines,
+        "next_dates": shown,
+    }, text
 
 
 def up(args: Namespace) -> Outcome:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_prep.core.environment import WEB_ADDRESS, is_web_address
 from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.training.settings import LaunchSettings
 
@@ -23,8 +24,13 @@ def cluster_address(launch: LaunchSettings) -> str:
     # RAY_ADDRESS may also name the control service, which takes no jobs.
     given = [launch.address, *(os.environ.get(name, "") for name in ADDRESSES)]
     for address in given:
-        if address and (address == launch.address or address.startswith("http")):
+        if address and is_web_address(address):
             return address
+        if address and address == launch.address:
+            raise ConfigError(
+                f"launch.address is {address!r}: it must be {WEB_ADDRESS}, such as"
+                " http://head:8265, the dashboard of a Ray cluster."
+            )
     raise ConfigError(
         "launch.address is missing: the launcher ray-job needs the address of a Ray cluster's"
         " dashboard, such as --address http://head:8265."
@@ -49,6 +55,8 @@ def connect_client(address: str) -> Any:
             f"the Ray cluster at {address} requires its token ({reason_of(error)}): set"
             f" RAY_AUTH_TOKEN, or write it to {own} or to the file that RAY_AUTH_TOKEN_PATH names."
         ) from error
+    except ConfigError:
+        raise
     except Exception as error:
         raise PipelineError(
             f"cannot reach a Ray cluster at {address} ({reason_of(error)}): give the address of"
@@ -60,7 +68,13 @@ def _token() -> str:
     """Return the token that the user has set for the cluster, or ""."""
     given = os.environ.get("RAY_AUTH_TOKEN", "")
     if not given and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
-        given = _token_in(Path(path).expanduser())
+        try:
+            given = _token_in(Path(path).expanduser())
+        except OSError as error:
+            raise ConfigError(
+                f"RAY_AUTH_TOKEN_PATH names {path}, which cannot be read ({error.strerror}):"
+                " correct the path, or unset it."
+            ) from None
     return given
 
 

@@ -1,4 +1,4 @@
-"""What a launcher does, and the choice of the launcher."""
+"""Choose the launcher; the methods that each launcher has."""
 
 from __future__ import annotations
 

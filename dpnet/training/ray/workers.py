@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs, and its session."""
+"""Run the training in each Ray Train worker; its session."""
 
 from __future__ import annotations
 

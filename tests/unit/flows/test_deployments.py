@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from data_prep.core.errors import ConfigError
+from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.pipeline.config import load_settings
 from flows.deploy import deploy
 from flows.deployments import (
@@ -133,3 +133,27 @@ def test_a_webhook_becomes_an_apprise_url(url: str, expected: str) -> None:
     assert apprise_url(url) == expected
     known: Any = Apprise()
     assert known.add(expected)
+
+
+def test_a_dry_run_without_a_server_lists_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.deploy.has_server", lambda: False)
+    monkeypatch.setenv("DPNET_ALERT_URL", "https://example.org/hook")
+    lines = deploy(settings("secrets.AWS_SECRET_ACCESS_KEY=the-block"), dry_run=True)
+    assert lines[:2] == [
+        "create work pool dpnet (process)",
+        "create limit of 2 on work queue dpnet/training",
+    ]
+    names = {each.flow().name for each in deployments(DeploySettings())}
+    assert {f"create deployment {name}/{name}" for name in names} <= set(lines)
+    assert "create notification block dpnet-alerts" in lines
+    assert sum(line.startswith("create automation ") for line in lines) == 7
+
+
+def test_a_deploy_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoServer:
+        class api:
+            url = None
+
+    monkeypatch.setattr("prefect.settings.get_current_settings", NoServer)
+    with pytest.raises(PipelineError, match="no Prefect server is configured"):
+        deploy(settings())

@@ -147,11 +147,11 @@ def test_up_refuses_a_database_on_a_network_disk_before_it_starts(
     mount: Mount, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     far = mount("home", "nfs4")
-    assert cli.main(["up", "--root", str(far / "root")]) == 1
+    assert cli.main(["up", "--root", str(far / "root")]) == 2
     assert "the folder of Prefect's database cannot be" in capsys.readouterr().err
     monkeypatch.setenv(DATABASE, "")  # so that the test undoes what the command sets
     words = ["--database", f"sqlite+aiosqlite:///{far}/x.db"]
-    assert cli.main(["up", "--root", str(far / "root"), *words]) == 1
+    assert cli.main(["up", "--root", str(far / "root"), *words]) == 2
     err = capsys.readouterr().err
     assert f"Prefect's database cannot be {far}/x.db: this is on a network disk (nfs4)" in err
     assert "Give --database a PostgreSQL URL" in err

@@ -462,3 +462,49 @@ def test_a_build_that_stops_because_of_broken_files_lists_all_of_them(
     keys = {json.loads(line)["key"] for line in listed.read_text().splitlines()}
     assert len(keys) > 1
     assert keys <= {f"broken {number}.jpg" for number in range(9)}
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        ({"size": 512}, "lower --size (images.size), or set images.min_side (--set min_side=N)"),
+        ({"size": 32, "min_side": 512}, "lower images.min_side (--set min_side=N)"),
+        ({"mode": "tiles", "tile": [512]}, "lower the smallest side in images.tile"),
+    ],
+)
+def test_the_advice_about_small_photos_names_the_options_that_refuse_them(
+    folder: Path,
+    store: LocalStore,
+    options: dict[str, object],
+    advice: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    with pytest.raises(PipelineError) as caught:
+        prepare_images(crops(folder, **options), store)
+    assert f"To use them, {advice}" in str(caught.value)
+    for seed, split in enumerate(SPLITS):
+        photograph(folder / "more" / split / "large.png", seed, 600, 600)
+    photograph(folder / "more" / "train" / "small.png", 9)
+    prepare_images(crops(folder / "more", max_failure_ratio=1, **options), store)
+    assert f"its shorter side needs 512. To use them, {advice}" in caplog.text
+
+
+def test_the_advice_about_a_table_of_several_columns_names_them_and_the_name_to_give(
+    folder: Path, store: LocalStore
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"before": [b"1"], "after": [b"2"]})
+    pq.write_table(table, folder / "two.parquet")
+    sentences = []
+    for source in (folder / "two.parquet", folder):
+        for photo in folder.rglob("*.png") if source == folder else ():
+            photo.unlink()
+        with pytest.raises(PipelineError) as caught:
+            prepare_images(crops(source), store)
+        sentences.append(str(caught.value))
+    for sentence in sentences:
+        assert "none is called image: 'before', 'after'" in sentence
+        assert "ename the column of the images to image" in sentence

@@ -816,3 +816,51 @@ def test_a_version_is_not_built_on_a_missing_shard(folder: Path, store: LocalSto
     again = prepare_images(small(folder), store, repack=True)
     assert again.summary["version"] == 2
     assert not again.skipped
+
+
+def test_a_build_says_how_its_source_differs_from_the_last_version(
+    folder: Path, store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    prepare_images(small(folder), store)
+    assert "compared with version" not in caplog.text
+    for path in sorted(folder.rglob("*.png"))[:2]:
+        path.unlink()
+    photograph(folder / "new.png", 99)
+    prepare_images(small(folder), store)
+    assert "compared with version 1: 1 item added, 2 removed and 0 changed" in caplog.text
+    assert "was made from" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"quality": 80}])
+def test_another_source_under_the_name_of_a_dataset_is_a_warning(
+    folder: Path,
+    store: LocalStore,
+    tmp_path: Path,
+    options: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prepare_images(small(f"{folder}/"), store)
+    prepare_images(small(folder, **options), store)  # the same place, written in another way
+    assert "was made from" not in caplog.text
+    other = photographs(tmp_path / "other", 12)
+    photograph(other / "more.png", 99)
+    prepare_images(small(other, **options), store)
+    (warning,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+    assert f"was made from {folder}" in warning
+    assert f"this one will be made from {other}: if these are other photos" in warning
+    assert "--name (images.name)" in warning
+
+
+def test_the_log_says_which_of_two_duplicates_stays(
+    folder: Path, store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    first = min(folder.rglob("*.png"))
+    shutil.copy(first, folder / "zz.png")
+    ref = prepare_images(small(folder), store)
+    assert ref.summary["duplicates"] == 1
+    assert (
+        "1 duplicate left out: of identical files in several splits the one in test stays, else the"
+        " one in val; in one split the one that comes first by name"
+    ) in caplog.text

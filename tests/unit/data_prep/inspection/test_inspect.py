@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from data_prep.images.stage import prepare_images
 from data_prep.inspection import inspect as inspection
 from data_prep.inspection.contact_sheet import PER_SPLIT, image_sheet, tars_for
 from data_prep.inspection.find_set import committed, find_set
-from data_prep.inspection.inspect import inspect_images, inspect_masks, log_images
+from data_prep.inspection.inspect import COUNTS, inspect_images, inspect_masks, log_images
 from data_prep.inspection.text import images_text, log_text, masks_text
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
@@ -98,7 +99,7 @@ def test_bytes_of_inherited_shards_are_counted(store: LocalStore, folders: list[
 def test_the_text_of_a_version_fits_a_terminal(store: LocalStore, folders: list[str]) -> None:
     text = images_text(inspect_images(store, folders[0]))
     assert max(map(len, text.splitlines())) <= 100
-    assert "45 listed, 41 photographs, 2 failed, 1 ignored, 1 duplicates" in text
+    assert "45 listed, 41 photos, 2 failed, 1 ignored, 1 duplicates" in text
     assert "40 PNG, 1 JPEG" in text
     assert "32-63          40 ####" in text
     assert "(first 'broken.png')" in text
@@ -234,6 +235,24 @@ def test_the_log_is_a_table_with_a_line_for_each_version(
     assert len(lines) == 3
     assert lines[1].endswith(folders[0].rpartition("/")[2])
     assert "(other " in lines[2]
+    assert "_side" not in "".join(lines)
+
+
+@pytest.mark.parametrize("options", [{"min_side": 40}, {"mode": "tiles"}, {"mode": "keep"}])
+def test_the_log_names_settings_as_the_user_writes_them_or_in_words(
+    options: dict[str, Any],
+) -> None:
+    requested = ImagesSettings(source="x", near_duplicates="drop", **options).request_settings()
+    row = {"version": 1, "digest": "0", "created": "2026", "splits": {}, "parent": None}
+    row |= {"shards_written": 1, "shards_inherited": 0, **dict.fromkeys(COUNTS, 1)}
+    for name in requested:
+        line = log_text([{**row, "other_settings": [name]}]).splitlines()[1]
+        shown = line.partition("(other ")[2].rstrip(")")
+        if name in ImagesSettings.model_fields:
+            assert shown == name
+        else:
+            assert shown.count(" ") >= 2  # words
+    assert log_text([{**row, "other_settings": ["needed_side", "size"]}]).endswith("(other size)")
 
 
 def test_an_unknown_name_is_refused_with_the_known_names(store: LocalStore, tmp_path: Path) -> None:

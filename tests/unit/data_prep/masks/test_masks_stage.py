@@ -26,6 +26,7 @@ from data_prep.masks.plan import (
 )
 from data_prep.masks.recipes import RECIPES, draw
 from data_prep.masks.settings import MasksSettings
+from data_prep.masks.shard_task import evaluation_notes
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import iterate_shard, read_index, split_shards
 
@@ -274,3 +275,11 @@ def test_importing_the_stage_is_cheap() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_the_note_about_a_bin_with_few_masks_says_what_to_change() -> None:
+    few, none = evaluation_notes(SMALL, {"0.50-0.60": 3, "0.40-0.50": 0})
+    assert "give weight to" in few
+    assert "masks.eval_recipes, raise masks.max_attempts, or lower masks.eval_per_bin to 3" in few
+    assert "give weight to" in none
+    assert "eval_per_bin" not in none

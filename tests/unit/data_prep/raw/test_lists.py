@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import small_root
 from image_sets import crops
 from raw_places import LIMIT, Place, contents, open_and_list, place
 
@@ -222,8 +223,45 @@ def test_a_list_without_any_file_says_why(
     (tmp_path / "l.txt").write_bytes(written if isinstance(written, bytes) else written.encode())
     (problem,) = open_and_list(str(tmp_path / "l.txt")).problems.values()
     assert re.search(rf"^missing: .*{reason}", problem), problem
-    with pytest.raises(PipelineError, match=rf"none of the 1 image files .*{reason}"):
+    with pytest.raises(PipelineError, match=rf"^none of the 1 path in .*{reason}") as caught:
         prepare_images(crops(tmp_path / "l.txt"), LocalStore(tmp_path / "root"))
+    sentence = str(caught.value)
+    assert sentence.endswith(".")
+    assert len(re.findall(r"Correct|Write|Save|Copy|Give", sentence)) == 1  # one advice
+
+
+@pytest.mark.parametrize(
+    ("text", "is_list"),
+    [
+        ("Dear all,\nthese are my notes\nabout the holidays.\n", False),
+        ("width=3\nheight=4\nphoto.jpg\n", False),
+        ("a.jpg\nb.png\nnotes\n", True),
+        ("a.jpg 1\nb.jpg 2\n", True),
+    ],
+)
+def test_a_text_that_is_no_list_of_photos_is_called_so(
+    tmp_path: Path, text: str, is_list: bool
+) -> None:
+    file = tmp_path / "some.txt"
+    file.write_text(text)
+    with pytest.raises(PipelineError) as caught:
+        prepare_images(crops(file), LocalStore(tmp_path / "root"))
+    assert ("does not look like a list of photos" in str(caught.value)) == (not is_list)
+    (tmp_path / "some.csv").write_text("path\na\nb\n")  # its column says that they are paths
+    with pytest.raises(PipelineError, match="Relative paths start at"):
+        prepare_images(crops(tmp_path / "some.csv"), LocalStore(tmp_path / "root"))
+
+
+def test_of_a_list_with_some_missing_files_one_advice_is_about_the_list(tmp_path: Path) -> None:
+    photos = small_root.photographs(tmp_path / "photos")
+    names = [path.name for path in sorted(photos.iterdir())]
+    (photos / "l.txt").write_text("\n".join([*names, "gone.png", "lost.png"]))
+    with pytest.raises(PipelineError) as caught:
+        prepare_images(crops(photos / "l.txt"), LocalStore(tmp_path / "root"))
+    sentence = str(caught.value)
+    assert "gone.png: missing" in sentence
+    assert sentence.count("correct their paths in the list; relative ones start at its folder") == 1
+    assert "complete photos" not in sentence
 
 
 def test_the_reason_for_missing_files_is_found_on_s3_too(moto_root: str) -> None:

@@ -833,8 +833,8 @@ def problem(status: object, out: str, err: str) -> str:
     if found := NOT_PLAIN.search(err) or NOT_PLAIN.search(out):
         return f"it says {found[0]!r}"
     lines = err.splitlines()
-    if status == 2:
-        return "" if any("usage: dpnet" in line for line in lines) else "it shows no usage"
+    if status == 2 and any("usage: dpnet" in line for line in lines):
+        return ""
     ours = [line for line in lines if line.startswith("dpnet: ")]
     if status == 0 or (not ours and out.strip()):  # a result that is not ok
         return "it shows an error and ends with 0" if ours and status == 0 else ""

@@ -22,6 +22,7 @@ import small_root
 
 import dpnet
 from data_prep.core.errors import PipelineError
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from dpnet.cli import main as cli
 from dpnet.cli.commands import data, pipeline
@@ -50,9 +51,9 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
                 yield from parsers(child)
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+def fails(capsys: pytest.CaptureFixture[str], *argv: str, status: int = 2) -> str:
     """Run a command that fails, and return its one sentence."""
-    assert cli.main(argv) == 1
+    assert cli.main(argv) == status
     out, err = capsys.readouterr()
     assert out == ""
     line = err.strip().splitlines()[-1]
@@ -132,6 +133,125 @@ def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]
         cli.main(argv)
     assert caught.value.code == 2
     assert "usage: dpnet" in capsys.readouterr().err
+
+
+COMMANDS = {
+    parser.prog.removeprefix("dpnet "): parser
+    for parser in parsers(build_parser())
+    if parser.get_default("command")
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_misspelt_option_of_any_command_shows_its_usage_and_the_nearest_option(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in COMMANDS[command]._option_string_actions:
+        if option.startswith("--"):
+            with pytest.raises(SystemExit) as caught:
+                cli.main([*command.split(), f"{option[:3]}{option[2:]}"])
+            assert caught.value.code == 2
+            err = capsys.readouterr().err
+            assert f"usage: dpnet {command} " in err
+            assert err.rstrip().endswith(f": did you mean {option}?")
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [(["imges"], "images"), (["images", "bild"], "build"), (["export", "--format=onx"], "onnx")],
+)
+def test_a_misspelt_command_or_choice_is_reported_with_the_nearest_one(
+    argv: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert f": did you mean {nearest}?" in capsys.readouterr().err
+
+
+# A wrong value, and a wrong name or path, of every command.
+MISUSED = {
+    "demo": ["--set train.stepz=1", "--set train.steps", "--photos none", "--root held"],
+    "pipeline run": ["none", "demo --set train.steps=-1", "demo --set images.source=none"],
+    "images build": ["none", "demo --size 7", "photos --set mode=x", "photos --name a/b"],
+    "images verify": ["none", "none/x"],
+    "images inspect": ["none", "none/x", "small -o none/sheet.png --root prepared"],
+    "images log": ["none", "a/b"],
+    "masks build": ["none", "demo --set size=x", "photos", "demo --set recipes.x=1"],
+    "masks verify": ["none"],
+    "masks inspect": ["none"],
+    "train": ["none", "demo --set x", "demo --address x", "demo --set train.init_from=none"],
+    "evaluate": [
+        "none", "demo --compare x", "demo --compare x=none", "demo --compare x=models:/none/1",
+        "demo --set evaluate.lpips_weights=none", "demo --export-pairs photos",
+    ],
+    "register": ["none", "demo --set register.model=/", "demo --set register.tracking_uri=a:1"],
+    "notify": ["none", "demo --event none"],
+    "verify": ["none", "models:/none/1", "models:/"],
+    "gc": ["none", "photos"],
+    "inpaint": [
+        "none none -o out.png", "photos/00.png photos/00.png -o out.doc",
+        "photos/00.png photos/00.png -o out.png --tile 1",
+        "photos/00.png photos/00.png -o out.png --model none",
+    ],
+    "model describe": ["--preset x", "--size 1", "--set x=1"],
+    "export": ["none -o out", "models:/none/1 -o out", "-o photos"],
+    "registry list": ["", "--model none --root registered"],
+    "registry show": ["champion", "7 --root registered", "1 --model none --root registered"],
+    "registry history": ["", "--model none --root registered"],
+    "registry promote": ["1 --why x", "7 --why x --root registered"],
+    "registry rollback": ["", "--model none --root registered"],
+    "registry rebuild": ["", "--model none --root registered"],
+    "deploy": ["none", "--set x=1", "--set watch=daily --dry-run"],
+    "up": ["--database mysql://host"],
+}  # fmt: skip
+
+
+def test_the_wrong_uses_are_of_all_commands() -> None:
+    assert list(MISUSED) == list(COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [(name, words) for name, some in MISUSED.items() for words in some]
+)
+def test_what_the_user_must_correct_ends_with_2_and_one_sentence_and_changes_nothing(
+    command: str,
+    words: str,
+    prepared: LocalStore,
+    registered: LocalStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DPNET_ROOT", "root")
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "")  # `up --database` sets it
+    small_root.photographs(tmp_path / "photos")
+    LocalStore(tmp_path / "held").write("thesis.tex", b"years of work")
+    (tmp_path / "prepared").symlink_to(prepared.folder)
+    (tmp_path / "registered").symlink_to(registered.folder)
+
+    def held() -> set[Path]:
+        return {path for path in tmp_path.rglob("*") if ".probe" not in path.name}
+
+    before = held()
+    try:
+        status = cli.main([*command.split(), *words.split()])
+    except SystemExit as ended:  # of the parser
+        status = ended.code
+    out, err = capsys.readouterr()
+    assert status == 2, err
+    assert out == ""
+    assert err.strip().splitlines()[-1].startswith("dpnet")
+    assert held() - before <= {tmp_path / "root"}
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory) -> LocalStore:
+    """Return a root with one registered version of the model dpnet."""
+    store = small_root.new_store(tmp_path_factory.mktemp("registered"))
+    small_root.champion(store)
+    return store
 
 
 @pytest.mark.parametrize(
@@ -266,9 +386,14 @@ def test_verify_lists_problems_and_exits_with_1(
     assert cli.main(["verify", str(tmp_path / "copy")]) == 1
     lines = capsys.readouterr().out.splitlines()
     name = tar.relative_to(tmp_path / "copy").as_posix()
+    assert [line for line in lines if name in line] == [
+        f"{name}: was altered: another sha256 (2 more about it with --json)"
+    ]
+    assert lines[-1].endswith(": problems in 1 file")
+    status, found = answer(capsys, "verify", str(tmp_path / "copy"))
     sample = "sample eval-00000000: eval-00000000.png has another sha256 than its index says"
-    assert f"{name}: {sample}" in lines
-    assert lines[-1].endswith(": 3 problems")
+    assert {"where": name, "problem": sample} in found["problems"]
+    assert (status, len(found["problems"])) == (1, 3)
 
 
 @pytest.mark.parametrize("kind", ["images", "masks"])
@@ -346,7 +471,7 @@ def test_a_misspelt_option_is_reported_with_the_nearest_one(
 
 
 def test_with_json_an_error_is_also_an_object(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "no-such-config", "--json"]) == 1
+    assert cli.main(["train", "no-such-config", "--json"]) == 2
     out, err = capsys.readouterr()
     answer = json.loads(out.strip().splitlines()[-1])
     assert answer["ok"] is False
@@ -357,7 +482,7 @@ def test_a_root_that_is_a_file_is_reported_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    sentence = fails(capsys, "masks", "build", "demo", "--root", str(tmp_path / "file"))
+    sentence = fails(capsys, "masks", "build", "demo", "--root", str(tmp_path / "file"), status=1)
     assert str(tmp_path / "file") in sentence
     assert "there is a file where a folder is needed" in sentence
     assert (tmp_path / "file").read_text() == "mine"
@@ -365,7 +490,7 @@ def test_a_root_that_is_a_file_is_reported_before_any_work(
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_a_root_that_cannot_be_created_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "cannot be created" in fails(capsys, "demo", "--root", "/proc/dpnet")
+    assert "cannot be created" in fails(capsys, "demo", "--root", "/proc/dpnet", status=1)
 
 
 def test_without_a_root_the_error_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +512,7 @@ def test_an_operating_system_error_is_one_sentence(
         raise OSError(28, "No space left on device", "/data/x")
 
     monkeypatch.setattr(pipeline, "stage", full)
-    sentence = fails(capsys, "train", "demo")
+    sentence = fails(capsys, "train", "demo", status=1)
     assert "cannot use /data/x: the disk is full" in sentence
 
 
@@ -398,7 +523,7 @@ def test_an_internal_error_is_named_and_debug_shows_the_traceback(
         raise ValueError("an unexpected\nvalue")
 
     monkeypatch.setattr(pipeline, "stage", broken)
-    sentence = fails(capsys, "train", "demo")
+    sentence = fails(capsys, "train", "demo", status=1)
     assert "internal error: ValueError: an unexpected value" in sentence
     assert cli.main(["train", "demo", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
@@ -624,3 +749,33 @@ def test_pairs_are_exported_without_training(
     inside = [*command[:-1], str(tmp_path / "photos" / "pairs")]
     assert "the pairs would become photos" in fails(capsys, *inside)
     assert not (tmp_path / "photos" / "pairs").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "summary", "expected"),
+    [
+        ("train", {"steps": 5, "resumed_from": 0}, ["dpnet evaluate demo --root ROOT --set a=b"]),
+        ("evaluate", {"pairs": 5}, ["report  ROOT/folder/report.html", "dpnet register demo --"]),
+        (
+            "register",
+            {"model": "dpnet", "version": 2, "alias": "challenger", "reason": "It is worse."},
+            ["dpnet version 2 became challenger, not champion. It is worse.", "registry promote 2"],
+        ),
+    ],
+)
+def test_a_stage_of_a_model_says_what_it_gave_and_what_to_do_next(
+    stage: str,
+    summary: dict[str, Any],
+    expected: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ref = StageRef(stage, "demo", "folder", "0" * 64, "1" * 64, 1.0, summary=summary, skipped=False)
+    monkeypatch.setattr(pipeline, "run_chain", lambda *_: [ref])
+    root = str(tmp_path / "root")
+    given = ["--root", root, "--set", "train.seed=3"]
+    assert cli.main([stage, "demo", *given]) == 0
+    text = capsys.readouterr().out
+    for words in expected:
+        assert words.replace("ROOT", root).replace("a=b", "train.seed=3") in text

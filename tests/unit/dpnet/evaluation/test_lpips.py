@@ -183,8 +183,8 @@ def test_the_named_file_comes_first_then_our_folder_then_torchvisions_cache(
     assert find_weights(EvaluateSettings()) == cached
     own = touch(home / ".cache/dpnet/weights/alexnet-features.safetensors")
     assert find_weights(EvaluateSettings()) == own
-    named = touch(home / "named.pth")
-    assert find_weights(EvaluateSettings(lpips_weights="~/named.pth")) == named
+    named = random_alexnet(home / "named.safetensors")
+    assert find_weights(EvaluateSettings(lpips_weights="~/named.safetensors")) == named
 
 
 def test_torchvisions_cache_may_be_elsewhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

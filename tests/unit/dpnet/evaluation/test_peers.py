@@ -248,4 +248,4 @@ def test_a_name_that_is_taken_or_odd_is_refused(name: str) -> None:
 def test_a_missing_folder_is_refused_before_the_stages_run(tmp_path: Path) -> None:
     settings = EvaluateSettings(compare={"theirs": str(tmp_path / "missing")})
     with pytest.raises(ConfigError, match=r"evaluate\.compare\.theirs names .* not a folder"):
-        check_peers(settings)
+        check_peers(settings, LocalStore(tmp_path))

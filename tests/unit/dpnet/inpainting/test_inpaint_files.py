@@ -274,7 +274,7 @@ def test_an_existing_file_with_glob_signs_in_its_name_is_a_file(files):
 def test_two_results_with_the_same_file_are_refused_before_any_work(folders, run):
     Image.fromarray(photo()).save(folders / "photos/a.png")
     status, result, _ = run("photos", "mask.png", "-o", "out")
-    assert status == 1
+    assert status == 2
     assert "a.jpg and photos/a.png would both be written to out/a.png" in result["error"]
     assert not (folders / "out").exists()
 
@@ -291,14 +291,14 @@ def test_two_results_with_the_same_file_are_refused_before_any_work(folders, run
 def test_no_image_or_mask_is_overwritten(folders, run, words):
     before = {path: path.read_bytes() for path in folders.rglob("*.*")}
     status, result, _ = run(*(word.format(here=folders.name) for word in words))
-    assert status == 1
+    assert status == 2
     assert "would be overwritten" in result["error"]
     assert {path: path.read_bytes() for path in folders.rglob("*.*")} == before
 
 
 def test_several_images_need_a_folder(folders, run):
     status, result, _ = run("photos", "masks", "-o", "mask.png")
-    assert (status, "give a folder (-o) for several images" in result["error"]) == (1, True)
+    assert (status, "give a folder (-o) for several images" in result["error"]) == (2, True)
 
 
 @pytest.mark.parametrize("where", ["empty", "photos/*.gif"])
@@ -306,7 +306,7 @@ def test_a_folder_or_glob_without_images_is_reported(folders, run, where):
     (folders / "empty").mkdir()
     for words in ((where, "mask.png"), ("photos", where)):
         status, result, _ = run(*words, "-o", "out")
-        assert (status, f"{where} contains no image" in result["error"]) == (1, True)
+        assert (status, f"{where} contains no image" in result["error"]) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["valid", "known_03", "photo-inverted", "KEEP", "a.keep"])
@@ -324,7 +324,7 @@ def test_other_names_of_masks_are_not_reported(files, caplog, name):
 
 def test_a_missing_file_is_reported(files, run):
     status, result, _ = run("gone.png", "mask.png", "-o", "out.png")
-    assert (status, result["error"]) == (1, "gone.png does not exist: check the path.")
+    assert (status, result["error"]) == (2, "gone.png does not exist: check the path.")
 
 
 def test_a_file_that_is_not_an_image_is_reported(files, run):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.paths import NAME, NAME_IN_WORDS
 from dpnet.pipeline.config import (
     Config,
     config_of_source,
@@ -106,7 +107,7 @@ def test_an_option_unlike_any_lists_those_of_its_section() -> None:
         ("model.preset=huge", 'model.preset is "huge": it must be one of tiny, base, large'),
         ("train.gpus=maybe", 'train.gpus is "maybe": it must be true or false'),
         ("train=5", "train is 5: it must be a section with the options steps, "),
-        ("name=a/b", "it must be text of length 60 at most that matches"),
+        ("name=a/b", "it must be text of length 60 at most and made of letters (a-z)"),
         ("masks.recipes={circles: 1}", "'circles' is not a mask recipe: choose from free-form"),
     ],
 )
@@ -114,6 +115,25 @@ def test_the_error_for_a_value_out_of_range_names_option_and_range(
     override: str, expected: str
 ) -> None:
     assert expected in message("demo", override)
+
+
+@pytest.mark.parametrize("option", ["name", "images.name", "masks.name", "register.model"])
+def test_the_error_about_a_name_says_in_words_what_a_name_may_hold(option: str) -> None:
+    text = message("demo", f"{option}='my photos'")
+    assert f'{option} is "my photos": it must be text of length' in text
+    assert text.endswith(f"made of {NAME_IN_WORDS}.")
+
+
+def test_no_error_of_the_config_shows_a_pattern_of_a_program() -> None:
+    patterns = {
+        rule.pattern
+        for model in (Config, *(f.annotation for f in Config.model_fields.values()))
+        if hasattr(model, "model_fields")
+        for field in model.model_fields.values()
+        for rule in field.metadata
+        if getattr(rule, "pattern", None)
+    }
+    assert patterns == {NAME}  # which has words
 
 
 def test_several_mistakes_give_the_first_one_and_a_count() -> None:

@@ -269,7 +269,7 @@ def test_the_command_serves_on_a_socket_that_it_inherits(store):
 
 
 def test_the_command_refuses_a_wrong_root_in_one_line(capsys):
-    assert exporter.main(["ftp://here"]) == 1
+    assert exporter.main(["ftp://here"]) == 2
     assert "addresses cannot be used" in capsys.readouterr().err
 
 

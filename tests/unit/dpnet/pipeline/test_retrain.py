@@ -321,9 +321,9 @@ def test_weights_of_lpips_are_in_the_request_by_their_hash(
         named = config(grown, f"evaluate.lpips_weights={file}")
         return retrain_request(named, images, masks).digest
 
-    file.write_bytes(b"one")
+    file.write_bytes(b"\x80\x02one")
     one = digest()
-    file.write_bytes(b"two")
+    file.write_bytes(b"\x80\x02two")
     assert len({one, digest(), retrain_request(config(grown), images, masks).digest}) == 3
 
 

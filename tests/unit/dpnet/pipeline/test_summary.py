@@ -11,7 +11,14 @@ import pytest
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from dpnet.evaluation.protocol import NO_LPIPS_WEIGHTS, verdict
-from dpnet.pipeline.summary import as_markdown, as_text, figures_text, stages_text, summarize
+from dpnet.pipeline.summary import (
+    as_markdown,
+    as_text,
+    figures_text,
+    registered_text,
+    stages_text,
+    summarize,
+)
 
 SPLITS = {"splits": {"train": {"samples": 100_000, "shards": 9}, "val": {"samples": 7}}}
 SUMMARIES: dict[str, dict[str, Any]] = {
@@ -190,3 +197,28 @@ def test_the_page_of_the_run_shows_the_strongest_baselines(tmp_path: Path) -> No
     assert "| Smooth fill | +0.40 (+0.20 to +0.60) |" in page
     assert "| LPIPS, by hole | pairs | DPNet | Smooth fill | Telea |" in page
     assert "Mean fill" not in page
+
+
+@pytest.mark.parametrize(
+    ("alias", "became", "step"),
+    [
+        (
+            "champion",
+            "became champion. Why.",
+            "dpnet inpaint PHOTO MASK -o out.png --root 's3://b/",
+        ),
+        (
+            "challenger",
+            "became challenger, not champion. Why.",
+            "dpnet registry promote 3 --model dpnet --why TEXT --root 's3://b/",
+        ),
+    ],
+)
+def test_a_registration_says_what_the_version_became_why_and_what_to_do_next(
+    alias: str, became: str, step: str
+) -> None:
+    registered = {"model": "dpnet", "version": 3, "alias": alias, "reason": "Why."}
+    text = "\n".join(registered_text(registered, "s3://b/my root"))
+    assert text.startswith(f"dpnet version 3 {became}\n")
+    assert step in text
+    assert "dpnet registry show 3 --model dpnet --root 's3://b/my root'" in text

@@ -22,11 +22,12 @@ from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
 from dpnet.cli.main import main
 from dpnet.model_store.history import find_champion, read_history, whole_history
-from dpnet.model_store.records import find_record
+from dpnet.model_store.records import find_record, read_records, registration_folder
 from dpnet.pipeline.verify import verify
 from dpnet.registry import promotion
 from dpnet.registry.compare import champion_figures
 from dpnet.registry.promotion import promote, rollback
+from dpnet.registry.rebuild import rebuild
 from dpnet.registry.settings import RegisterSettings
 from dpnet.registry.stage import register
 from dpnet.tracking import mlflow_client
@@ -529,6 +530,30 @@ def test_rebuild_makes_an_empty_mlflow_whole_again(
         assert client.get_model_version(MODEL, "2").tags == version.tags
 
 
+@pytest.mark.parametrize("name", ["README.md", "record.json"])
+def test_rebuild_writes_a_missing_file_of_a_registration_again(
+    store: LocalStore, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = registration_folder(read_records(store, MODEL)[2])
+    before = store.read(f"{folder}/{name}")
+    store.delete(f"{folder}/{name}")
+    assert f"  written again: {store.label}/{folder}/{name}\n" in text(capsys, store, "rebuild")
+    assert store.read(f"{folder}/{name}") == before
+    is_sound(store)
+    assert answer(capsys, store, "rebuild")[1]["models"][0]["restored"] == []
+
+
+def test_rebuild_does_not_write_a_model_card_with_other_words(
+    store: LocalStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = registration_folder(read_records(store, MODEL)[2])
+    store.delete(f"{folder}/README.md")
+    monkeypatch.setattr("dpnet.registry.rebuild.version_card", lambda facts: "other words")
+    assert rebuild(store, MODEL, None)["restored"] == []
+    assert not store.exists(f"{folder}/README.md")
+    assert f"{folder}/README.md is missing, and cannot be made as it was" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -542,7 +567,7 @@ def test_a_name_that_does_not_exist_is_one_sentence(
     store: LocalStore, capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str
 ) -> None:
     status, found = answer(capsys, store, *argv)
-    assert status == 1
+    assert status == 2
     assert sentence in found["error"]
 
 
@@ -551,7 +576,7 @@ def test_a_root_without_models_is_one_sentence(
 ) -> None:
     for argv in (["list"], ["history"], ["rollback"], ["rebuild"]):
         status, found = answer(capsys, LocalStore(tmp_path / "none"), *argv)
-        assert (status, "has no registered model: run" in found["error"]) == (1, True)
+        assert (status, "has no registered model: run" in found["error"]) == (2, True)
 
 
 def test_a_root_without_champion_has_an_empty_history(
@@ -561,7 +586,7 @@ def test_a_root_without_champion_has_an_empty_history(
     registered(store, 5.0)
     assert text(capsys, store, "history") == "dpnet has had no champion yet.\n"
     status, found = answer(capsys, store, "show", "champion")
-    assert (status, "no version was promoted yet" in found["error"]) == (1, True)
+    assert (status, "no version was promoted yet" in found["error"]) == (2, True)
     assert answer(capsys, store, "rollback")[0] == 1
     assert answer(capsys, store, "promote", "1", "--why", "x")[1]["version"] == 1
     is_sound(store)

@@ -551,7 +551,7 @@ def test_the_error_for_a_missing_vgg_file_has_the_command_that_makes_it(prepared
 
 
 def test_workers_get_the_absolute_path_of_the_vgg_file(prepared, tmp_path, monkeypatch):
-    (tmp_path / "vgg.pth").write_bytes(b"weights")
+    (tmp_path / "vgg.pth").write_bytes(b"\x80\x02weights")
     monkeypatch.chdir(tmp_path)
     jobs = []
     monkeypatch.setattr(training, "run_stage", lambda store, request, build, **_: build(None))

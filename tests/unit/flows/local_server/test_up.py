@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,14 @@ from flows.local_server import children, process_tree
 from flows.local_server.children import Child, LocalSetup
 from flows.local_server.server_log import explain_failure, public_database
 from flows.local_server.supervisor import MAX_DEATHS, STABLE_S, Supervised, Supervisor
-from flows.local_server.up import Running, find_running, free_port, home_of, listen
+from flows.local_server.up import (
+    Running,
+    find_running,
+    free_port,
+    home_of,
+    listen,
+    wait_for_running,
+)
 
 DATABASE = "postgresql+asyncpg://me:hunter2@db:5432/prefect?password=hunter2"
 USERS = {
@@ -185,7 +193,7 @@ def test_a_database_of_another_kind_is_refused_without_its_password(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(children.DATABASE, "")  # so that its old value is restored
-    assert cli.main(["up", "--root", str(tmp_path), "--database", url]) == 1
+    assert cli.main(["up", "--root", str(tmp_path), "--database", url]) == 2
     out, err = capsys.readouterr()
     assert "--database postgresql+asyncpg://USER:PASSWORD@HOST" in err
     assert "hunter2" not in out + err
@@ -243,6 +251,39 @@ def test_up_is_running_only_while_its_lock_is_held(tmp_path: Path) -> None:
     with (tmp_path / "up" / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert find_running(str(tmp_path)) == written
+
+
+def test_a_command_waits_for_an_up_that_is_starting_and_says_so_if_it_takes_too_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert wait_for_running(str(tmp_path), 0) is None
+    written = write_state(tmp_path)
+    state = tmp_path / "up" / "up.json"
+    text = state.read_text()
+    state.unlink()
+    with (tmp_path / "up" / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(PipelineError, match="starting or stopping for 0 s: wait until it"):
+            wait_for_running(str(tmp_path), 0)
+        timer = threading.Timer(0.2, state.write_text, [text])
+        timer.start()
+        assert wait_for_running(str(tmp_path), 30) == written
+        timer.join()
+    assert "is starting or stopping: waiting for it" in caplog.text
+
+
+def test_ctrl_c_says_what_was_stopped_and_how_to_start_it_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.local_server.up.up", stopped)
+    assert cli.main(["up", "--root", str(tmp_path)]) == 130
+    sentence = capsys.readouterr().err
+    for word in ("Prefect", "worker", "MLflow", "exporter", "Ray", "The same command starts"):
+        assert word in sentence
 
 
 def test_a_demo_accepts_a_root_that_only_up_has_used(tmp_path: Path) -> None:

@@ -310,8 +310,15 @@ def test_missing_credentials_are_reported(proxy, monkeypatch, missing):
 def test_unusable_aws_settings_are_reported(proxy, monkeypatch, setting, value):
     monkeypatch.setenv(setting, value)
     text = message(lambda: open_store("s3://b/x").read("a"))
-    assert "the AWS settings cannot be used" in text
+    assert "cannot be used" in text
     assert setting in text
+    assert "ValueError" not in text
+
+
+def test_a_bundle_of_certificates_that_does_not_exist_is_reported(proxy, monkeypatch):
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/bundle.pem")
+    text = message(lambda: open_store("s3://b/x").read("a"))
+    assert text.startswith("AWS_CA_BUNDLE names /no/such/bundle.pem, which does not exist")
 
 
 def test_an_impossible_bucket_name_is_reported(proxy):

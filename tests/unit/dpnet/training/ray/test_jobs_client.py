@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import AuthenticationError
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.training.ray import jobs_client
 from dpnet.training.ray.jobs_client import connect_client
 
@@ -70,3 +70,12 @@ def test_a_token_file_that_is_not_text_or_never_ends_is_read_as_far_as_a_token_g
         with pytest.raises(PipelineError, match="requires its token"):
             connect_client("http://head:8265")
     assert [len(token) for token in asked] == [7, 10_000]
+
+
+def test_a_file_of_the_token_that_cannot_be_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH names .*none, which cannot be"):
+        connect_client("http://head:8265")
