@@ -128,7 +128,12 @@ def stage(args: Namespace) -> Outcome:
     check_root(store)
     if pairs:
         return _export_pairs(config, store, Path(pairs).expanduser())
-    stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
+    place = None
+    if getattr(args, "ray", None):
+        from dpnet.pipeline.ray_data import ray_data
+
+        place = ray_data(args.ray)
+    stages = [ref.to_json() for ref in run_chain(config, store, args.stage, place=place)]
     return {"ok": True, "root": store.uri, "stages": stages}, stages_text(stages)
 
 

@@ -21,7 +21,9 @@ from data_prep.pictures.limits import MAX_PIXELS, Limits
 from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
 from dpnet.evaluation import stage as evaluation_stage
 from dpnet.evaluation.baselines import mean_fill
+from dpnet.evaluation.bench import Measured
 from dpnet.evaluation.metrics import hole_psnr
+from dpnet.evaluation.parts import PartStore
 from dpnet.evaluation.protocol import METHODS, PROTOCOL_VERSION, figures
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
@@ -204,7 +206,7 @@ def test_an_interrupted_evaluation_resumes_at_the_next_shard(fresh, done, monkey
     real, seen = tiles.inpaint_arrays, []
 
     def stopping(generator, images, valid):
-        if len(seen) == 2:
+        if len(seen) == 6:
             raise Stopped
         seen.append(len(images))
         return real(generator, images, valid)
@@ -220,7 +222,7 @@ def test_an_interrupted_evaluation_resumes_at_the_next_shard(fresh, done, monkey
     resumed = record_resumed(monkeypatch)
     ref = evaluated(fresh)
     assert resumed["evaluate"] == 6
-    assert seen == [3, 3, 12]  # the two remaining shards, then the examples
+    assert seen == [1] * 18  # the two remaining shards, then the examples; each image by itself
     assert ref.content_digest == done.content_digest
     assert not list(fresh[0].list(f"{ref.folder}/parts"))
 
@@ -244,7 +246,7 @@ def test_altered_rows_of_an_interrupted_evaluation_are_measured_again(
 
     def stopping(generator, images, valid):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise Stopped
         return real(generator, images, valid)
 
@@ -253,6 +255,7 @@ def test_altered_rows_of_an_interrupted_evaluation_are_measured_again(
         with pytest.raises(Stopped):
             evaluated(fresh)
     (part,) = store.list(f"{done.folder}/parts")
+    assert part.key.endswith("parts/eval-000000-000000.json")
     body = json.loads(store.read(part.key))
     damage(body)
     store.write(part.key, json.dumps(body).encode())
@@ -345,7 +348,7 @@ def test_lpips_does_not_depend_on_interruptions_or_threads(fresh, lpips_file, mo
     real, seen = tiles.inpaint_arrays, []
 
     def stopping(generator, images, valid):
-        if len(seen) == 2:
+        if len(seen) == 6:
             raise Stopped
         seen.append(len(images))
         return real(generator, images, valid)
@@ -390,10 +393,10 @@ def test_a_model_with_weights_that_are_not_finite_is_refused_in_one_sentence(fre
 
 
 class ManyPairs:
-    """A stand-in for the bench, with many pairs in many shards and the values of no image."""
+    """A stand-in for the pairs and the workers: many shards, and the values of no image."""
 
     def __init__(self, shards, of_shard):
-        self.frozen = self.masks = self
+        self.masks = self
         self.pairs = [(n, n) for n in range(shards * of_shard)]
         self.shard_key = lambda position: f"eval-{position // of_shard:06d}.tar"
 
@@ -401,27 +404,29 @@ class ManyPairs:
         name = f"{pair[0]:040d}"
         return {"image": name, "mask": name, "ratio_bin": "0.01-0.10", "hole_ratio": 0.05}
 
-    def measure(self, pairs):
+    def run(self, tasks, tick):
         values = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
-        for pair in pairs:
-            yield [
+        for number, task in enumerate(tasks):
+            rows = [
                 {**self.keys(pair), "method": method, **dict.fromkeys(values, pair[0] / 7.0)}
+                for pair in task.part.pairs
                 for method in METHODS
             ]
+            tick(task.size)
+            yield number, Measured(rows, None)
 
 
 def test_the_memory_hardly_grows_with_the_number_of_pairs(tmp_path):
     """Rows as Python objects would need 1,000 bytes each, and the images 12,000 and more."""
     import tracemalloc
-    from types import SimpleNamespace
 
     store = LocalStore(tmp_path)
     peaks, arrow = [], []
     for number, shards in enumerate((1, 2, 20)):  # the first one imports pyarrow
-        folder = f"evaluations/{number}"
-        work = SimpleNamespace(store=store, key=lambda path, at=folder: f"{at}/{path}")
+        pairs = ManyPairs(shards, 50)
+        parts = PartStore(store, f"evaluations/{number}/parts", pairs, list(METHODS), False)
         tracemalloc.start()
-        table = evaluation_stage._measure_all(work, ManyPairs(shards, 50), list(METHODS))
+        table, _ = evaluation_stage._measure_all(parts, pairs.run)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         arrow.append(table.nbytes)

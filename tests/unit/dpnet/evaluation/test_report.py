@@ -16,7 +16,13 @@ from data_prep.core.manifest import Manifest
 from data_prep.pictures.decoding import decode_rgb
 from data_prep.pictures.limits import MAX_PIXELS, Limits
 from dpnet.evaluation.examples import choose_examples, draw_example, draw_strip, error_map
-from dpnet.evaluation.protocol import METHODS, NO_LPIPS_WEIGHTS, PROTOCOL, not_computed
+from dpnet.evaluation.protocol import (
+    METHODS,
+    NO_INCEPTION,
+    NO_LPIPS_WEIGHTS,
+    PROTOCOL,
+    not_computed,
+)
 from dpnet.evaluation.report import render_report, training_curves
 from dpnet.evaluation.report_script import POLICY
 
@@ -88,7 +94,7 @@ def report(psnr=PSNR, lpips=True, **changes):
         },
         "perfect": dict.fromkeys(METHODS, 0),
         "protocol": PROTOCOL,
-        "not_computed": not_computed(None if lpips else NO_LPIPS_WEIGHTS),
+        "not_computed": not_computed(None if lpips else NO_LPIPS_WEIGHTS, NO_INCEPTION),
     } | changes
 
 
@@ -321,7 +327,7 @@ def test_an_error_map_goes_from_black_over_red_and_yellow_to_white():
 
 def test_metrics_that_were_not_computed_are_listed_with_a_reason():
     text = text_of(render(report(lpips=False)))
-    for item in not_computed(NO_LPIPS_WEIGHTS):
+    for item in not_computed(NO_LPIPS_WEIGHTS, NO_INCEPTION):
         assert item["metric"] in text
         assert item["reason"] in text
 
