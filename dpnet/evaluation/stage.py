@@ -201,7 +201,6 @@ def _measure_all(parts: PartStore, run_tasks: RunTasks) -> tuple[pa.Table, dict[
         progress.update(done)
         for number, measured in run_tasks(missing, tick):
             part = missing[number].part
-            check_leases()
             parts.write(part, measured)
             tables[part.name] = pa.Table.from_pylist(measured.rows, schema=schema)
     table = pa.concat_tables([tables[part.name] for part in wanted])

@@ -18,14 +18,13 @@ from typing import Any, NamedTuple
 import pytest
 import small_root
 from clusters import command_of, family
-from random_weights import random_alexnet, random_inception
+from random_weights import random_alexnet, random_inception, shrink_inception
 from resumed_counts import record_resumed
 
 from data_prep.core.errors import LeaseLostError, PipelineError
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
-from dpnet.evaluation import inception
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
 from dpnet.evaluation.workers import Place
@@ -35,13 +34,6 @@ from dpnet.pipeline.verify import verify
 from dpnet.training.ray.start import connect, prepare_start
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-
-SMALL = 75  # pixels: the least side of Inception, in place of 299, so that a test takes seconds
-
-
-def shrink_inception() -> None:
-    """Run in each worker process as it starts."""
-    inception.SIDE = SMALL
 
 
 class Data(NamedTuple):
@@ -72,7 +64,7 @@ def cluster() -> Iterator[Any]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "SIDE", SMALL)
+        shrink_inception(patch.setattr)
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         with prepare_start("test-") as start, start.in_this_process():
             options = start.init_options(2)
@@ -178,9 +170,9 @@ from pathlib import Path
 sys.path[:0] = {tests!r}
 from data_prep.core.manifest import load_reference
 from test_evaluation_ray import Data, EvaluateSettings, LocalStore, evaluated
-from test_evaluation_ray import SMALL, inception, ray_data, shrink_inception
+from test_evaluation_ray import ray_data, shrink_inception
 from dpnet.training.ray.start import connect
-inception.SIDE = SMALL
+shrink_inception()
 connect(address={address!r}, runtime_env={{"worker_process_setup_hook": shrink_inception}})
 store = LocalStore(Path({root!r}))
 inputs = tuple(load_reference(store, folder) for folder in {folders!r})

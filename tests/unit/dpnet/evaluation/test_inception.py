@@ -127,3 +127,13 @@ def test_the_weights_are_a_named_file_only(
     assert found.sources == {"inception": sha256_file(file)}
     with pytest.raises(ConfigError, match=r"evaluate\.inception_weights names .* not a file"):
         weights_of(EvaluateSettings(inception_weights=str(tmp_path / "missing.pth")))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_features_of_a_cpu_each_time(file: Path, network: Inception) -> None:
+    pictures = [picture(64, 64), picture(65, 65)[:64, :64]]
+    on_gpu = loaded(file).to("cuda")
+    found = on_gpu.features(pictures)
+    assert np.array_equal(found, on_gpu.features(pictures))
+    assert np.abs(found - network.features(pictures)).max() < 1e-2
