@@ -198,7 +198,7 @@ def test_a_driver_that_is_killed_at_random_moments_resumes_to_the_same_bytes(
     )
     monkeypatch.setattr(place_module, "CORES", 1)
     for _ in range(2):
-        target, later = chance.randint(0, 3), chance.uniform(0, 1)
+        target, later = chance.randint(1, 3), chance.uniform(0, 1)
         print(f"killed after {target} parts and {later:.2f} s")
         with subprocess.Popen([sys.executable, "-c", code]) as driver:
             deadline = time.monotonic() + 240
