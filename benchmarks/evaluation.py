@@ -104,7 +104,7 @@ def prepare(folder: Path, preset: str, size: int, pairs: int) -> tuple[Any, Any]
             folder / f"photos/{number}.jpg", quality=95
         )
     photos = {"source": str(folder / "photos"), "name": "bench", "size": size}
-    images = prepare_images(ImagesSettings(**photos, val=0.1, test=0.5), store)
+    images = prepare_images(ImagesSettings(**photos, val=0.1, test=0.4), store)
     drawn = MasksSettings(
         name="bench", size=size, train=1, eval_per_bin=-(-pairs // 6), shard_samples=8
     )

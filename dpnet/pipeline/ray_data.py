@@ -137,7 +137,7 @@ def _results(plan: Plan, tasks: Sequence[Task[R]]) -> Iterator[tuple[int, R]]:
     try:
         while (item := _next(found)) is not None:
             if isinstance(item, BaseException):
-                raise _told(item) from item
+                raise _told(item)
             result, error = pickle.loads(item["outcome"])
             if error is not None:
                 raise error
@@ -206,13 +206,13 @@ def team(nodes: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
 
 
 def _told(error: BaseException) -> BaseException:
-    """Return an error of Ray in our words; another one as it is."""
+    """Return an error of Ray in our words, with Ray's own as its cause; another one as it is."""
     from ray.exceptions import RayError
 
-    if isinstance(error, PipelineError):
-        return error
     reason = death_reason(error)
-    if reason is None and not isinstance(error, RayError):
+    if isinstance(error, PipelineError) or (reason is None and not isinstance(error, RayError)):
         return error
     reason = reason or str(error).strip().split("\n")[0].rstrip(".")
-    return PipelineError(f"the cluster stopped the evaluation ({reason}): {_AGAIN}")
+    told = PipelineError(f"the cluster stopped the evaluation ({reason}): {_AGAIN}")
+    told.__cause__ = error
+    return told

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpnet.pipeline.ray_data import team
+from data_prep.core.errors import PipelineError
+from dpnet.pipeline.ray_data import _told, team
 
 
 def node(*, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -32,3 +33,18 @@ def test_a_worker_has_a_gpu_or_some_cores(
     nodes: list[dict[str, Any]], expected: tuple[int, int, int]
 ) -> None:
     assert team(nodes) == expected
+
+
+def test_a_death_is_one_sentence_and_other_errors_stay_as_they_are() -> None:
+    from ray.exceptions import NodeDiedError
+
+    death = NodeDiedError("a long text of Ray\nwith lines")
+    told = _told(death)
+    assert isinstance(told, PipelineError)
+    assert str(told) == (
+        "the cluster stopped the evaluation (a machine died): run the same command again, it"
+        " resumes."
+    )
+    assert told.__cause__ is death
+    for error in (PipelineError("ours"), KeyError("a bug")):
+        assert _told(error) is error
