@@ -4,8 +4,8 @@
 
 Part one runs each step of an evaluation by itself, on the same pairs and in one thread: reading a
 sample's bytes and checking their hash, decoding, the model, each method without learning, each
-metric, and writing a part. The figures are milliseconds of a pair, all methods of the pair
-together. Weights are random: they change no speed.
+metric, and writing a part. The figures are milliseconds of processor time for a pair, all methods
+of the pair together. Weights are random: they change no speed.
 
 Part two runs whole evaluations with LPIPS and FID's features on the threads of this machine, and
 with --ray also with Ray Data on a cluster of this machine. The speed of Ray Data includes the start
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from compare import Row, report, take_turns
@@ -54,8 +54,8 @@ def main() -> None:
             for what, unit in (("measuring", "pairs/s"), ("everything else", "s"))
         ]
     title = (
-        f"{args.pairs} pairs of {args.size} x {args.size} pixels, {args.preset}; steps: one thread,"
-        " ms a pair, all methods"
+        f"{args.pairs} pairs of {args.size} x {args.size} pixels, {args.preset}; steps: ms of"
+        " processor time for a pair, all methods"
     )
     report(title, rows, {}, as_json=args.json)
 
@@ -127,7 +127,7 @@ def prepare(folder: Path, preset: str, size: int, pairs: int) -> tuple[Any, Any]
 
 
 def time_steps(store: Any, plan: Any) -> dict[str, float]:
-    """Return milliseconds a pair of each step, in one thread."""
+    """Return milliseconds of processor time for a pair in each step, in one thread."""
     from dpnet.evaluation import baselines, metrics
     from dpnet.evaluation.bench import Measured
     from dpnet.evaluation.parts import PartStore, split_into_parts
@@ -179,17 +179,17 @@ def time_steps(store: Any, plan: Any) -> dict[str, float]:
         found = {}
         for name, (items, step) in steps.items():
             step(items[0])  # the first call makes buffers
-            start = perf_counter()
+            start = process_time()
             for each in items:
                 step(each)
-            found[name] = 1000 * (perf_counter() - start) / len(items)
+            found[name] = 1000 * (process_time() - start) / len(items)
         found["decode"] = found.pop("read, check and decode") - found["read and check"]
         rows, features = zip(*bench.measure(pairs), strict=True)
         parts = PartStore(store, "parts", frozen, list(filled[0].methods), True)
         part = split_into_parts(frozen)[0]
-        start = perf_counter()
+        start = process_time()
         parts.write(part, Measured(rows[0], features[0]))
-        found["write a part"] = 1000 * (perf_counter() - start) / features[0].shape[1]
+        found["write a part"] = 1000 * (process_time() - start) / features[0].shape[1]
         parts.clear()
     return found
 

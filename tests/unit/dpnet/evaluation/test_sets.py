@@ -103,11 +103,12 @@ def test_each_method_is_compared_with_the_truths() -> None:
 
 
 def test_the_machine_sees_evenly_spread_pairs_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sets, "SVM_PAIRS", 20)
-    real, fake = features(0, 60), features(1, 60, 1.0, 0.2)
-    found = measure_sets(parts_of(real, fake), 60, ["fake"])
-    assert found["svm_pairs"] == 20
+    monkeypatch.setattr(sets, "SVM_PAIRS", 60)
+    real, fake = features(0, 180), features(1, 180, 1.0, 0.1)
+    found = measure_sets(parts_of(real, fake), 180, ["fake"])
+    assert found["svm_pairs"] == 60
     ids = discriminate(real[::3], fake[::3])
+    assert ids != discriminate(real[:60], fake[:60])
     assert {name: found["methods"]["fake"][name] for name in ids._fields} == ids._asdict()
     assert found["methods"]["fake"]["fid"] == pytest.approx(by_scipy(real, fake), rel=1e-6)
 
@@ -116,14 +117,14 @@ def test_memory_does_not_grow_with_the_pairs(monkeypatch: pytest.MonkeyPatch) ->
     import tracemalloc
 
     monkeypatch.setattr(sets, "SVM_PAIRS", 50)
-    some = np.stack([features(0, 50), features(1, 50)])
+    some = np.stack([features(0, 500), features(1, 500)])
     peaks = []
     for count in (1, 1, 40):  # the first one imports scikit-learn
         tracemalloc.start()
-        measure_sets((some.copy() for _ in range(count)), 50 * count, ["fake"])
+        measure_sets((some.copy() for _ in range(count)), 500 * count, ["fake"])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < 1.2 * peaks[1]
+    assert peaks[2] - peaks[1] < 5 * some.nbytes
 
 
 def test_linear_algebra_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
