@@ -8,11 +8,9 @@ downloads AlexNet's weights by itself, so the network is built here. A test comp
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data_prep.core.digest import sha256_bytes
 from data_prep.core.errors import PipelineError
+from dpnet.evaluation.exact import exact_convolutions
+from dpnet.evaluation.tensor_file import read_tensors
+from dpnet.evaluation.weights import WeightsFile
 
 LEAST_SIDE = 31  # pixels; AlexNet's second pooling needs 3 x 3 features
 EPSILON = 1e-8  # under the root of a length, as in torchmetrics
@@ -88,62 +88,25 @@ class Lpips(nn.Module):
         """
         pixels = torch.from_numpy(np.stack([truth, *others])).to(self.shift.device)
         images = pixels.permute(0, 3, 1, 2).float() / 255
-        # TF32 would round the factors of a GPU's convolutions to 10 bits.
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with exact_convolutions(self.shift.device):
             found: list[float] = self(images).tolist()
         return found
 
 
-def load_lpips(file: Path, sha256: str) -> Lpips:
+def load_lpips(file: WeightsFile) -> Lpips:
     """Read AlexNet's weights from a .safetensors or .pth file, and the heads of torchmetrics.
-
-    Args:
-        file: the file.
-        sha256: the digest of the file when the evaluation was requested.
 
     Raises:
         PipelineError: the file was changed, is cut short, or holds anything else.
     """
-    where = f"the LPIPS weights {str(file)!r}"
-    weights = _read_weights(file, sha256, where)
+    found = read_tensors(file, "LPIPS", "torchvision's AlexNet", _ADVICE)
+    weights = {}
     for number, (width_in, width_out), kernel, *_ in _LAYERS:
         shapes = {"weight": (width_out, width_in, kernel, kernel), "bias": (width_out,)}
         for name, shape in shapes.items():
-            tensor = weights.get(f"features.{number}.{name}")
-            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-                found = tuple(tensor.shape) if isinstance(tensor, Tensor) else "missing"
-                raise PipelineError(
-                    f"{where} are not those of torchvision's AlexNet (features.{number}.{name} is"
-                    f" {found}, not {shape}): {_ADVICE}"
-                )
-            if not torch.isfinite(tensor.float()).all():
-                raise PipelineError(
-                    f"{where} have values that are not finite in features.{number}.{name}:"
-                    f" {_ADVICE}"
-                )
-    return Lpips({name: w.float() for name, w in weights.items()}, _heads()).eval()
-
-
-def _read_weights(file: Path, sha256: str, where: str) -> dict[str, Any]:
-    try:
-        data = file.read_bytes()
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load
-
-            found: Any = load(data)
-        else:
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")[:200]
-        raise PipelineError(
-            f"{where} cannot be read ({reason}): the file is cut short or of another kind. To mend"
-            f" it, {_ADVICE}"
-        ) from error
-    if sha256_bytes(data) != sha256:
-        raise PipelineError(f"{where} were changed during the evaluation: run it again.")
-    if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
-        raise PipelineError(f"{where} are no named tensors: {_ADVICE}")
-    return found
+            whole = f"features.{number}.{name}"
+            weights[whole] = found.take(whole, shape)
+    return Lpips(weights, _heads()).eval()
 
 
 def _heads() -> list[Tensor]:

@@ -43,8 +43,11 @@ class Peer(Protocol):
     name: str
     digest: str  # of its results or of its weights
 
-    def prepare(self, names: Sequence[str], side: int, pool: Executor) -> None:
+    def check(self, names: Sequence[str], side: int, pool: Executor) -> None:
         """Check before the work that the peer has a result for every pair."""
+
+    def load(self) -> None:
+        """Load what a worker needs."""
 
     def composites(
         self, names: Sequence[str], truths: Array, valid: Array, pool: Executor
@@ -132,7 +135,7 @@ class FolderPeer:
     digest: str
     files: Mapping[str, _File]
 
-    def prepare(self, names: Sequence[str], side: int, pool: Executor) -> None:
+    def check(self, names: Sequence[str], side: int, pool: Executor) -> None:
         """Decode every picture once.
 
         Raises:
@@ -145,6 +148,9 @@ class FolderPeer:
             if problem:
                 problems.setdefault(problem, []).append(name)
         _report(self.name, len(names), problems)
+
+    def load(self) -> None:
+        """Load nothing: pictures are read when they are needed."""
 
     def composites(
         self, names: Sequence[str], truths: Array, valid: Array, pool: Executor
@@ -171,7 +177,13 @@ class FolderPeer:
         from data_prep.pictures.limits import STORED
 
         path, sha256 = self.files[name]
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise PipelineError(
+                f"{printable(str(path))} was removed during the evaluation, or this machine of the"
+                " cluster does not have it: put it on a disk that all machines share."
+            ) from None
         if sha256_bytes(data) != sha256:
             raise PipelineError(
                 f"{printable(str(path))} was changed during the evaluation: run it again."
@@ -201,7 +213,7 @@ def _report(name: str, pairs: int, problems: Mapping[str, Sequence[str]]) -> Non
 
 def _pictures(name: str, place: str) -> dict[str, Path]:
     """Return the pictures in a peer's folder by their names without the ending."""
-    folder = Path(place).expanduser()
+    folder = Path(place).expanduser().absolute()
     files: dict[str, Path] = {}
     try:
         for path in sorted(folder.iterdir()):
@@ -246,7 +258,10 @@ class VersionPeer:
     folder: str
     generator: Generator | None = None
 
-    def prepare(self, names: Sequence[str], side: int, pool: Executor) -> None:
+    def check(self, names: Sequence[str], side: int, pool: Executor) -> None:
+        """Check nothing: the version fills the holes of any pair."""
+
+    def load(self) -> None:
         """Load the weights. Raises PipelineError if they cannot be used."""
         from dpnet.inpainting.tiles import on_fastest_device
         from dpnet.model_store.weights import load_generator
@@ -257,10 +272,10 @@ class VersionPeer:
         self, names: Sequence[str], truths: Array, valid: Array, pool: Executor
     ) -> Array:
         """Return the version's composites of a batch."""
-        from dpnet.inpainting.tiles import inpaint_arrays
+        from dpnet.evaluation.exact import fill_batch
 
-        assert self.generator is not None, "prepare() comes first"
-        return inpaint_arrays(self.generator, truths, valid)
+        assert self.generator is not None, "load() comes first"
+        return fill_batch(self.generator, truths, valid, pool)
 
 
 def _version_of(name: str, reference: str, store: Store) -> VersionPeer:

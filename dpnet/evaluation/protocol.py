@@ -48,6 +48,8 @@ METRICS = {  # with a mean and an interval in the figures
 BRIEF = ("hole_psnr", "ssim", "l1")  # the metrics of model cards
 SUMMARY = ("hole_psnr", "ssim", "lpips")  # those of a run's summary
 
+FULL_RANK = 2048  # pairs; with fewer, the covariance of the features has not its full rank
+
 PROTOCOL_VERSION = 3  # increase it with a definition below: then all is measured again
 PROTOCOL = {
     "Pairs": "Each mask of the evaluation set (or of as many as asked for, spread over the bins) is"
@@ -75,9 +77,25 @@ PROTOCOL = {
     " OpenCV's inpainting by fast marching and by fluid dynamics, radius 3. Other models are judged"
     " in the same way, on the pixels of their results that are in the hole.",
 }
-_NO_INCEPTION = (
-    "needs the official Inception weights, which do not come with the package; no substitute is"
-    " taken."
+SET_METRICS = {  # of all pairs together, from the features of Inception
+    "fid": Metric("FID", 2, False),
+    "p_ids": Metric("P-IDS, %", 2, True),
+    "u_ids": Metric("U-IDS, %", 2, True),
+}
+# Their definitions, for the reports that have them.
+SET_PROTOCOL = {
+    "FID": "Squared Fréchet distance (Heusel et al., NeurIPS 2017) between Gaussians of the"
+    " Inception features (2015-12-05, 2,048 values, images scaled to 299 pixels as TensorFlow 1"
+    " does) of all composites and of their truths, in float64; lower is better. It has a bias that"
+    " falls with the number of pairs, so compare only figures of the same pairs.",
+    "P-IDS, U-IDS": "Zhao et al. (ICLR 2021): scikit-learn's linear support vector machine learns"
+    " to tell the same features of composites and truths apart. U-IDS is the share that it gets"
+    " wrong, P-IDS the share of pairs whose composite looks more real to it than the truth; both in"
+    " percent, 50 is perfect. Of more than 20,000 pairs it sees 20,000, evenly spread.",
+}
+NO_INCEPTION = (
+    "needs the official Inception weights, which do not come with the package: name their file"
+    " (pt_inception-2015-12-05-6726825d.pth) in evaluate.inception_weights; no substitute is taken."
 )
 NO_LPIPS_WEIGHTS = (
     "needs the weights of AlexNet: name their file in evaluate.lpips_weights, or set"
@@ -90,15 +108,15 @@ def methods_with(peers: Sequence[str]) -> dict[str, str]:
     return {OURS: METHODS[OURS], **{name: name for name in peers}, **METHODS}
 
 
-def not_computed(lpips: str | None) -> list[dict[str, str]]:
+def not_computed(lpips: str | None, inception: str | None) -> list[dict[str, str]]:
     """Return the metrics that were not computed, each with the reason.
 
     Args:
         lpips: why LPIPS was not computed, or None if it was.
+        inception: the same of FID, P-IDS and U-IDS.
     """
-    missing = [{"metric": "LPIPS", "reason": lpips}] if lpips else []
-    others = ("FID", "P-IDS, U-IDS")
-    return [*missing, *({"metric": name, "reason": _NO_INCEPTION} for name in others)]
+    reasons = {"LPIPS": lpips, "FID": inception, "P-IDS, U-IDS": inception}
+    return [{"metric": name, "reason": reason} for name, reason in reasons.items() if reason]
 
 
 Figure = dict[str, float]  # a mean with its interval: mean, low, high
@@ -272,6 +290,8 @@ def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
         method: {metric: round(value, 4) for metric, value in values.items()}
         for method, values in over_bins.items()
     }
+    for method, values in set_figures(report).items():
+        means["all"][method] |= {metric: round(value, 4) for metric, value in values.items()}
     return {
         "pairs": report["pairs"],
         "pairs_digest": report["pairs_digest"],
@@ -279,6 +299,31 @@ def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
         "figures": means,
         "report": "report.html",
     }
+
+
+def set_figures(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Return FID, P-IDS and U-IDS by method; nothing if they were not computed."""
+    found = report.get("sets")  # reports of earlier versions have none
+    return {} if found is None else {m: dict(own) for m, own in found["methods"].items()}
+
+
+def set_notes(report: Mapping[str, Any]) -> list[str]:
+    """Return sentences about the use of FID, P-IDS and U-IDS that readers have to know."""
+    found = report.get("sets")
+    if found is None:
+        return []
+    notes = []
+    if not found["official"]:
+        notes.append(
+            "The Inception weights are not the published file, so compare these figures only with"
+            f" others of the same file (SHA-256 {found['inception']})."
+        )
+    if found["pairs"] < FULL_RANK:
+        notes.append(
+            f"{found['pairs']:,} pairs are fewer than the {FULL_RANK:,} features, so the FID is"
+            " much too uncertain to be compared with published ones."
+        )
+    return notes
 
 
 def label_in_sentence(label: str) -> str:

@@ -15,7 +15,16 @@ from dpnet.evaluation.charts import (
     losses_chart,
     validation_chart,
 )
-from dpnet.evaluation.protocol import METRICS, OURS, Metric, difference_text, verdict
+from dpnet.evaluation.protocol import (
+    METRICS,
+    OURS,
+    SET_METRICS,
+    Metric,
+    difference_text,
+    set_figures,
+    set_notes,
+    verdict,
+)
 from dpnet.evaluation.report_examples import render_examples
 from dpnet.evaluation.report_script import POLICY, SCRIPT
 from dpnet.evaluation.report_style import CSS
@@ -50,6 +59,7 @@ def render_report(
         _headline(report),
         _section("DPNet against each method", _paired_section(report)),
         _section("By size of the hole", _bins_section(report)),
+        *_sets_section(report),
         _section("Pairs", render_examples(examples, report["methods"])),
         _section("Training", _training(log)),
         _section("How it was measured", _protocol(report)),
@@ -174,6 +184,42 @@ def _bins_section(report: Mapping[str, Any]) -> str:
     )
 
 
+def _sets_section(report: Mapping[str, Any]) -> list[str]:
+    """Return a table of FID, P-IDS and U-IDS, if they were computed."""
+    found, methods = set_figures(report), report["methods"]
+    if not found:
+        return []
+    best = {
+        name: (max if metric.higher_is_better else min)(
+            round(own[name], metric.digits) for own in found.values()
+        )
+        for name, metric in SET_METRICS.items()
+    }
+    rows = "".join(
+        f'<tr><th scope="row">{html_text(methods[method])}</th>'
+        + "".join(
+            _best_cell(own[name], metric.digits, best[name]) for name, metric in SET_METRICS.items()
+        )
+        + "</tr>"
+        for method, own in found.items()
+    )
+    heads = "".join(f'<th scope="col">{m.label}</th>' for m in SET_METRICS.values())
+    notes = "".join(f'<p class="note">{html_text(note)}</p>\n' for note in set_notes(report))
+    body = (
+        '<div class="wide"><table class="sets"><thead><tr><th scope="col">Method</th>'
+        f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>\n"
+        '<p class="note">The composites of all pairs together against their truths. A lower FID is'
+        " better, and higher P-IDS and U-IDS are. The best value of a column is bold.</p>\n"
+        f"{notes}"
+    )
+    return [_section("All pairs together: FID, P-IDS and U-IDS", body)]
+
+
+def _best_cell(value: float, digits: int, best: float) -> str:
+    text = f"{value:.{digits}f}"
+    return f"<td><b>{text}</b></td>" if round(value, digits) == best else f"<td>{text}</td>"
+
+
 def _percent(name: str) -> str:
     """Return a ratio bin's name in percent: "0.10-0.20" becomes "10–20 %"."""
     low, high = (f"{100 * float(end):.0f}" for end in name.split("-"))
@@ -239,7 +285,8 @@ def _protocol(report: Mapping[str, Any]) -> str:
         f"<dt>{html_text(item['metric'])}</dt><dd>{html_text(item['reason'])}</dd>"
         for item in report["not_computed"]
     )
-    return f"<dl>{definitions}</dl>\n<h3>Not computed</h3>\n<dl>{missing}</dl>"
+    others = f"\n<h3>Not computed</h3>\n<dl>{missing}</dl>" if missing else ""
+    return f"<dl>{definitions}</dl>{others}"
 
 
 _SHOWN = ("settings", "sources", "summary")  # of a stage's manifest

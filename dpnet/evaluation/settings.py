@@ -11,7 +11,7 @@ from dpnet.evaluation.protocol import METHODS
 
 _PEER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,29}")
 # Options that say where files are or how fast to work. The hash of a file is in the request.
-OF_THIS_MACHINE = {"threads", "lpips_weights", "allow_downloads"}
+OF_THIS_MACHINE = {"threads", "lpips_weights", "inception_weights", "allow_downloads"}
 _NOT_REQUESTED = {*OF_THIS_MACHINE, "compare"}
 
 
@@ -40,6 +40,13 @@ class EvaluateSettings(BaseModel):
         description="File with AlexNet's ImageNet weights under torchvision's names (.safetensors"
         " or .pth), for LPIPS. By default a file in ~/.cache/dpnet/weights, else torchvision's own"
         " copy, if one of them is there.",
+    )
+    inception_weights: str | None = Field(
+        None,
+        min_length=1,
+        description="File with the Inception weights of FID (pt_inception-2015-12-05-6726825d.pth,"
+        " or its tensors as .safetensors), for FID, P-IDS and U-IDS. It is never downloaded."
+        " Without it these are not computed.",
     )
     allow_downloads: bool = Field(
         False,

@@ -1,4 +1,6 @@
-"""Find the weights of LPIPS's network: a named file, a cached file, or a download.
+"""Find the weights of the networks of LPIPS and FID.
+
+Those of LPIPS are a named file, a cached file, or a download. Those of FID are a named file only.
 
 This file needs no torch, because a finished evaluation is skipped without it.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.core.digest import sha256_file
 from data_prep.core.errors import ConfigError, PipelineError
@@ -19,13 +22,56 @@ FEATURES = "alexnet-features.safetensors"  # the convolutions alone
 TORCHVISION = "alexnet-owt-7be5be79.pth"  # its name ends with the start of its SHA-256
 URL = f"https://download.pytorch.org/models/{TORCHVISION}"
 HASH_PREFIX = "7be5be79"
+# The start of the SHA-256 of pt_inception-2015-12-05-6726825d.pth, which defines FID.
+INCEPTION_PREFIX = "6726825d"
+
+
+class WeightsFile(NamedTuple):
+    """A file of weights, with its digest when the evaluation was requested."""
+
+    path: Path
+    sha256: str
+
+
+class Weights(NamedTuple):
+    """The files of weights that an evaluation uses; None: the metric is not computed."""
+
+    lpips: WeightsFile | None
+    inception: WeightsFile | None
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Return the sources of a request that uses the files: their hashes by role."""
+        return {role: file.sha256 for role, file in self._asdict().items() if file}
+
+
+def weights_of(settings: EvaluateSettings) -> Weights:
+    """Return the files that the settings name or allow, with their hashes.
+
+    Raises:
+        ConfigError: an option names a missing file.
+        PipelineError: a download is allowed and fails.
+    """
+    lpips = find_weights(settings)
+    named = settings.inception_weights
+    inception = None if named is None else Path(named).expanduser()
+    return Weights(_hashed(lpips), _hashed(inception))
+
+
+def _hashed(path: Path | None) -> WeightsFile | None:
+    return None if path is None else WeightsFile(path.absolute(), sha256_file(path))
+
+
+def is_official(inception_sha256: str) -> bool:
+    """Return whether the hash is that of the published Inception weights."""
+    return inception_sha256.startswith(INCEPTION_PREFIX)
 
 
 def find_weights(settings: EvaluateSettings) -> Path | None:
     """Return the file with AlexNet's weights, or None if there is none.
 
     Raises:
-        ConfigError: `evaluate.lpips_weights` names a missing file.
+        ConfigError: an option names a missing file.
         PipelineError: a download is allowed and fails.
     """
     check_weights_file(settings)
@@ -37,27 +83,23 @@ def find_weights(settings: EvaluateSettings) -> Path | None:
     return found
 
 
-def weights_source(file: Path | None) -> dict[str, str]:
-    """Return the source of a request that uses the file: its hash by the name `lpips`."""
-    return {"lpips": sha256_file(file)} if file else {}
-
-
 def check_weights_file(settings: EvaluateSettings) -> None:
-    """Raise ConfigError if `evaluate.lpips_weights` names a missing file, or one of other kind."""
-    name = settings.lpips_weights
-    if name is None:
-        return
-    if not Path(name).expanduser().is_file():
-        raise ConfigError(
-            f"evaluate.lpips_weights names {name!r}, which is not a file: check the path, or leave"
-            " the option out."
-        )
-    if not holds_weights(Path(name).expanduser()):
-        raise ConfigError(
-            f"evaluate.lpips_weights names {name!r}, which is not a file of weights"
-            " (.safetensors, or .pth of torch.save), or is cut short: save torchvision's AlexNet"
-            " weights again, or leave the option out."
-        )
+    """Raise ConfigError if an option names a missing file, or one of another kind."""
+    for option, network in (("lpips_weights", "AlexNet"), ("inception_weights", "Inception")):
+        name = getattr(settings, option)
+        if name is None:
+            continue
+        if not Path(name).expanduser().is_file():
+            raise ConfigError(
+                f"evaluate.{option} names {name!r}, which is not a file: check the path, or leave"
+                " the option out."
+            )
+        if not holds_weights(Path(name).expanduser()):
+            raise ConfigError(
+                f"evaluate.{option} names {name!r}, which is not a file of weights"
+                f" (.safetensors, or .pth of torch.save), or is cut short: save the {network}"
+                " weights again, or leave the option out."
+            )
 
 
 def weights_folder() -> Path:

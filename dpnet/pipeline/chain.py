@@ -22,6 +22,7 @@ from data_prep.raw.sample_photos import write_sample_photos
 from dpnet.evaluation.peers import check_peers, check_results
 from dpnet.evaluation.stage import evaluate
 from dpnet.evaluation.weights import find_weights
+from dpnet.evaluation.workers import Place
 from dpnet.pipeline.config import Config, resolve_root
 from dpnet.registry.stage import check_tracking_uri, register, tracking_uri
 from dpnet.training.job import check_settings, check_vgg_file, find_initial
@@ -42,7 +43,11 @@ def call_plainly(title: str, stage: Callable[..., StageRef], *arguments: Any) ->
 
 
 def run_chain(
-    config: Config, store: Store, wanted: StageName = "register", call: Call = call_plainly
+    config: Config,
+    store: Store,
+    wanted: StageName = "register",
+    call: Call = call_plainly,
+    place: Place | None = None,
 ) -> list[StageRef]:
     """Run `wanted` and the stages before it. Return their references in that order.
 
@@ -51,6 +56,7 @@ def run_chain(
         store: The root.
         wanted: The last stage to run.
         call: Runs one stage: `call(title, stage, *arguments)`.
+        place: Where the evaluation measures; by default on this machine.
     """
     refs: list[StageRef] = []
 
@@ -75,7 +81,8 @@ def run_chain(
     trained = run("train", train, training, config.launch, _tracking(config, store))
     if wanted == "train":
         return refs
-    evaluation = run("evaluate", evaluate, config.evaluate, images, masks, trained)
+    evaluating = partial(evaluate, place=place) if place else evaluate
+    evaluation = run("evaluate", evaluating, config.evaluate, images, masks, trained)
     if wanted == "register":
         registering = partial(register, measure=config.evaluate)
         run("register", registering, config.registry, trained, evaluation)

@@ -58,7 +58,8 @@ _ALWAYS = rf"{re.escape(MANIFEST)}|{re.escape(LEASE)}|{re.escape(MARK)}"
 _OWN = {
     RUNS: rf"{_STEP.pattern}|{re.escape(TRAINING_LEASE)}|status\.json|log\.jsonl|log/\d+\.jsonl"
     r"|pictures/[^/]+|model/(?:generator\.safetensors|model\.json)|resolved-config\.yaml",
-    EVALUATIONS: r"metrics\.parquet|report\.(?:json|html)|pictures/[^/]+\.png|parts/[^/]+\.json",
+    EVALUATIONS: r"metrics\.parquet|report\.(?:json|html)|pictures/[^/]+\.png"
+    r"|parts/[^/]+\.(?:json|npy)",
     IMAGES: r"(?:train|val|test)(?:-\d{6,}\.(?:tar|parquet)|\.urls)|config\.json|work/[^/]+"
     r"|(?:failures|duplicates|near_duplicates|sources)\.parquet",
     MASKS: r"(?:train|eval)(?:-\d{6,}\.(?:tar|parquet)|\.urls)|sources\.parquet",

@@ -54,7 +54,7 @@ def ray_map(address: str = "auto") -> Map:
     def run_on_ray(
         function: Callable[[T], R], tasks: Iterable[T], workers: int, /
     ) -> Generator[R, None, None]:
-        with _connected(address, workers) as ray:
+        with connected(address, workers) as ray:
             yield from _run(ray, function, tasks, workers)
 
     return run_on_ray
@@ -150,7 +150,7 @@ def _find(address: str) -> None:
 
 
 @contextmanager
-def _connected(address: str, workers: int) -> Iterator[Any]:
+def connected(address: str, workers: int) -> Iterator[Any]:
     """Connect this process to the cluster at `address` while in the block."""
     # By default Ray retries a task that wants more memory than there is without end.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))

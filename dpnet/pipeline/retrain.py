@@ -27,7 +27,7 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.shards import write_file
 from dpnet.evaluation.stage import evaluate
-from dpnet.evaluation.weights import find_weights, weights_source
+from dpnet.evaluation.weights import weights_of
 from dpnet.model_store.history import find_champion
 from dpnet.model_store.records import CHAMPION
 from dpnet.pipeline.chain import Call, call_plainly, with_photographs
@@ -87,7 +87,7 @@ def retrain_request(config: Config, images: StageRef, masks: StageRef) -> Reques
             "register": config.registry.requested(),
         },
         inputs=training.inputs,
-        sources={**training.sources, **weights_source(find_weights(config.evaluate))},
+        sources={**training.sources, **weights_of(config.evaluate).sources},
     )
 
 

@@ -101,6 +101,8 @@ def _figures(report: Mapping[str, Any]) -> Summary:
             }
             for method, values in paired.items()
         },
+        "sets": protocol.set_figures(report),
+        "set_notes": protocol.set_notes(report),
         "verdict": protocol.verdict(report),
         "not_computed": {
             str(each["metric"]): str(each["reason"]) for each in report["not_computed"]
@@ -139,7 +141,12 @@ def as_text(summary: Summary, again: str) -> str:
         figures_text(summary),
         "",
         *paired_text(summary["paired"]),
-        *(part for line in _why_no_lpips(summary) for part in textwrap.wrap(line, _WIDTH)),
+        *sets_text(summary),
+        *(
+            part
+            for line in (*summary["set_notes"], *_why_no_lpips(summary))
+            for part in textwrap.wrap(line, _WIDTH)
+        ),
         summary["verdict"],
         "",
         printable(f"report      {summary['report']}"),
@@ -193,7 +200,10 @@ def as_markdown(
             figures = _figures(report)
             lines += ["", f"**{markdown_text(figures['verdict'])}**", ""]
             lines += [*_paired_table(figures["paired"]), "", *_figures_tables(figures)]
-            lines += [markdown_text(line) for line in _why_no_lpips(figures)]
+            lines += _sets_table(figures["sets"])
+            lines += [
+                markdown_text(line) for line in (*figures["set_notes"], *_why_no_lpips(figures))
+            ]
     return "\n".join(lines)
 
 
@@ -246,6 +256,29 @@ def paired_text(paired: Mapping[str, Any]) -> list[str]:
     return [*aligned_table(rows, sides), note]
 
 
+def _sets_rows(sets: Mapping[str, Any]) -> list[list[str]]:
+    """Return FID, P-IDS and U-IDS of DPNet and the strongest simple methods."""
+    return [
+        [METHODS[m], *(f"{sets[m][k]:.{o.digits}f}" for k, o in protocol.SET_METRICS.items())]
+        for m in METHODS
+        if m in sets
+    ]
+
+
+_SETS_HEADING = ["all pairs together", *(m.label for m in protocol.SET_METRICS.values())]
+
+
+def sets_text(summary: Summary) -> list[str]:
+    """Return a table of FID, P-IDS and U-IDS, if they were computed."""
+    if not summary["sets"]:
+        return []
+    return ["", *aligned_table([_SETS_HEADING, *_sets_rows(summary["sets"])], "<>>>")]
+
+
+def _sets_table(sets: Mapping[str, Any]) -> list[str]:
+    return [*markdown_table(_SETS_HEADING, _sets_rows(sets)), ""] if sets else []
+
+
 def _why_no_lpips(summary: Mapping[str, Any]) -> list[str]:
     """Return a line that says why there is no LPIPS, if there is none."""
     reason = summary["not_computed"].get("LPIPS")
@@ -286,7 +319,8 @@ def holds(stage: str, summary: Mapping[str, Any]) -> str:
             resumed = summary["resumed_from"]
             return f"{summary['steps']} steps" + (f", resumed at {resumed}" if resumed else "")
         case "evaluate":
-            return f"{summary['pairs']} pairs"
+            speed = summary.get("pairs_per_second")  # of older versions there is none
+            return f"{summary['pairs']} pairs" + (f", {speed:.3g}/s" if speed else "")
         case _:
             return f"version {summary['version']}"
 

@@ -15,7 +15,7 @@ from data_prep.core.manifest import read_manifest
 from data_prep.core.record import parse_json
 from data_prep.core.storage.store import Store
 from data_prep.core.text import markdown_code, markdown_table, markdown_text
-from dpnet.evaluation.protocol import METHODS, METRICS
+from dpnet.evaluation.protocol import METHODS, METRICS, SET_METRICS, set_figures, set_notes
 
 Facts = dict[str, Any]
 
@@ -79,6 +79,7 @@ def _evaluation(store: Store, record: Mapping[str, Any]) -> Facts:
             name: {"pairs": int(group["pairs"]), "methods": dict(group["methods"])}
             for name, group in groups.items()
         }
+        found["sets"], found["set_notes"] = set_figures(report), set_notes(report)
     except (OSError, PipelineError, ValueError, KeyError, TypeError, AttributeError):
         found.pop("groups", None)
     return found
@@ -160,6 +161,7 @@ def evaluation_section(facts: Mapping[str, Any]) -> str:
             if name != "dpnet"
         ]
         lines += markdown_table(["method", *(_label(m) for m in metrics)], others)
+        lines += _sets_table(evaluation)
         lines.append(
             "\nIn brackets: 95 % intervals. Digest of the pairs of images and masks:"
             f" {evaluation['pairs_digest']}"
@@ -167,6 +169,19 @@ def evaluation_section(facts: Mapping[str, Any]) -> str:
     if facts.get("reason"):
         lines.append(f"\nWhen it was registered: {markdown_text(str(facts['reason']))}")
     return "\n".join(lines) + "\n"
+
+
+def _sets_table(evaluation: Facts) -> list[str]:
+    """Return a table of FID, P-IDS and U-IDS over all pairs, if they were computed."""
+    if not evaluation.get("sets"):
+        return []
+    rows = [
+        [METHODS.get(method, method), *(f"{own[m]:.{_digits(m)}f}" for m in SET_METRICS)]
+        for method, own in evaluation["sets"].items()
+    ]
+    head = ["method", *(_label(m) for m in SET_METRICS)]
+    notes = [f"\n{note}" for note in evaluation["set_notes"]]
+    return ["", "All pairs together:\n", *markdown_table(head, rows), *notes]
 
 
 def licence_section(facts: Mapping[str, Any]) -> str:
@@ -200,20 +215,28 @@ def eval_results(facts: Mapping[str, Any]) -> str:
     entries = []
     for metric in _metrics(groups):
         value = groups["all"]["methods"]["dpnet"][metric]
-        entries.append(
-            {
-                "dataset": {
-                    "id": str(facts.get("images", {}).get("name", "not-recorded")),
-                    "task_id": f"inpainting-{metric.replace('_', '-')}",
-                    "revision": str(facts.get("images", {}).get("content_digest", "")),
-                },
-                "value": round(float(value["mean"]), _digits(metric)),
-                "date": evaluation["date"],
-                "notes": f"{_label(metric)}, mean of {evaluation['pairs']} frozen pairs"
-                f" {str(evaluation['pairs_digest'])[:SHORT]}{_interval_note(value, metric)}",
-            }
-        )
+        entries.append(_entry(facts, metric, value["mean"], _interval_note(value, metric)))
+    for metric, number in evaluation.get("sets", {}).get("dpnet", {}).items():
+        notes = "".join(f" {note}" for note in evaluation["set_notes"])
+        entries.append(_entry(facts, metric, number, f".{notes}" if notes else ""))
     return str(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=1000))
+
+
+def _entry(facts: Mapping[str, Any], metric: str, value: float, note: str) -> Facts:
+    """Return one figure as Hugging Face has it."""
+    evaluation, images = facts["evaluation"], facts.get("images", {})
+    kind = "over" if metric in SET_METRICS else "mean of"
+    what = f"{_label(metric)}, {kind} {evaluation['pairs']} frozen pairs"
+    return {
+        "dataset": {
+            "id": str(images.get("name", "not-recorded")),
+            "task_id": f"inpainting-{metric.replace('_', '-')}",
+            "revision": str(images.get("content_digest", "")),
+        },
+        "value": round(float(value), _digits(metric)),
+        "date": evaluation["date"],
+        "notes": f"{what} {str(evaluation['pairs_digest'])[:SHORT]}{note}",
+    }
 
 
 def _metrics(groups: Mapping[str, Any]) -> list[str]:
@@ -251,8 +274,10 @@ def _interval_note(value: Mapping[str, Any], metric: str) -> str:
 
 
 def _label(metric: str) -> str:
-    return METRICS[metric].label if metric in METRICS else metric.upper()
+    known = METRICS | SET_METRICS
+    return known[metric].label if metric in known else metric.upper()
 
 
 def _digits(metric: str) -> int:
-    return METRICS[metric].digits if metric in METRICS else 4
+    known = METRICS | SET_METRICS
+    return known[metric].digits if metric in known else 4

@@ -6,6 +6,7 @@ from dpnet.cli.arguments.options import (
     Parsers,
     add_command,
     add_group,
+    add_ray,
     add_root,
     add_set,
     days,
@@ -67,11 +68,7 @@ def _add_build(parsers: Parsers) -> None:
         action="store_true",
         help="write all shards again instead of adding to the last version",
     )
-    parser.add_argument(
-        "--ray",
-        metavar="ADDRESS",
-        help="use this Ray cluster (auto, local or HOST:PORT) instead of this machine's cores",
-    )
+    add_ray(parser, "use", "cores")
     add_set(parser, "mode=keep or layout=places2", "`images`")
 
 

@@ -95,6 +95,22 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ray(parser: argparse.ArgumentParser, what: str, instead: str) -> None:
+    """Add the option --ray, which says that a Ray cluster does the work of this command.
+
+    Args:
+        parser: the command's parser.
+        what: what happens with the cluster, a verb and its object.
+        instead: what of this machine would be used.
+    """
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help=f"{what} this Ray cluster (auto, local or HOST:PORT) instead of this machine's"
+        f" {instead}",
+    )
+
+
 def count(text: str) -> int:
     """Return a number of photos, 0 or more."""
     if not text.isdecimal():

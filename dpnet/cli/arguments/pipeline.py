@@ -10,6 +10,7 @@ from dpnet.cli.arguments.options import (
     add_config,
     add_group,
     add_launch,
+    add_ray,
     add_root,
     add_set,
     count,
@@ -76,6 +77,7 @@ def add_stage(parsers: Parsers, name: str, stage: str, what: str, example: str) 
         add_launch(parser)
         if stage == "evaluate":
             _add_peers(parser)
+            add_ray(parser, "measure the pairs on", "threads")
     else:
         add_config(parser, "train=1000 or size=64", f"`{stage}`")
 

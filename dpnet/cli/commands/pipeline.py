@@ -137,9 +137,14 @@ def stage(args: Namespace) -> Outcome:
     check_root(store)
     if pairs:
         return _export_pairs(config, store, Path(pairs).expanduser())
+    place = None
+    if getattr(args, "ray", None):
+        from dpnet.pipeline.ray_data import ray_data
+
+        place = ray_data(args.ray)
     register = args.stage == "register"
     with announced(store, config.registry.model) if register else nullcontext():
-        stages = [ref.to_json() for ref in run_chain(config, store, args.stage)]
+        stages = [ref.to_json() for ref in run_chain(config, store, args.stage, place=place)]
     lines = [stages_text(stages), "", *_after(args, given, stages, store.label)]
     return {"ok": True, "root": store.uri, "stages": stages}, "\n".join(lines).rstrip()
 

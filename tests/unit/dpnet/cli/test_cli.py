@@ -712,7 +712,7 @@ def test_compare_names_folders_for_the_evaluation(
     seen: list[Any] = []
     monkeypatch.setattr(
         "dpnet.cli.commands.pipeline.run_chain",
-        lambda config, store, wanted: seen.append(config.evaluate.compare) or [],
+        lambda config, store, wanted, place: seen.append(config.evaluate.compare) or [],
     )
     root = ("--root", str(tmp_path / "root"))
     given = ["--compare", f"lama={tmp_path}/a", "--compare", f"x.2={tmp_path}/b=c"]
@@ -728,6 +728,20 @@ def test_compare_names_folders_for_the_evaluation(
     assert "none of the methods" in fails(
         capsys, "evaluate", "demo", *root, "--compare", f"telea={tmp_path}"
     )
+
+
+@pytest.mark.parametrize("given", [[], ["--ray", "10.0.0.5:6379"]])
+def test_the_evaluation_runs_on_a_cluster_if_one_is_named(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        "dpnet.cli.commands.pipeline.run_chain",
+        lambda config, store, wanted, place: seen.append((wanted, place)) or [],
+    )
+    monkeypatch.setattr("dpnet.pipeline.ray_data.ray_data", lambda address: f"at {address}")
+    assert cli.main(["evaluate", "demo", "--root", str(tmp_path / "root"), *given]) == 0
+    assert seen == [("evaluate", "at 10.0.0.5:6379" if given else None)]
 
 
 def test_pairs_are_exported_without_training(

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import small_root
-from random_weights import random_alexnet
+from random_weights import random_alexnet, random_inception, shrink_inception
 from resumed_counts import record_resumed
 from small_shards import flip_byte
 
@@ -21,7 +21,9 @@ from data_prep.pictures.limits import MAX_PIXELS, Limits
 from data_prep.shards.shards import decode_table, iterate_shard, read_index, split_shards
 from dpnet.evaluation import stage as evaluation_stage
 from dpnet.evaluation.baselines import mean_fill
+from dpnet.evaluation.bench import Measured
 from dpnet.evaluation.metrics import hole_psnr
+from dpnet.evaluation.parts import PartStore
 from dpnet.evaluation.protocol import METHODS, PROTOCOL_VERSION, figures
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
@@ -204,7 +206,7 @@ def test_an_interrupted_evaluation_resumes_at_the_next_shard(fresh, done, monkey
     real, seen = tiles.inpaint_arrays, []
 
     def stopping(generator, images, valid):
-        if len(seen) == 2:
+        if len(seen) == 6:
             raise Stopped
         seen.append(len(images))
         return real(generator, images, valid)
@@ -220,7 +222,7 @@ def test_an_interrupted_evaluation_resumes_at_the_next_shard(fresh, done, monkey
     resumed = record_resumed(monkeypatch)
     ref = evaluated(fresh)
     assert resumed["evaluate"] == 6
-    assert seen == [3, 3, 12]  # the two remaining shards, then the examples
+    assert seen == [1] * 18  # the two remaining shards, then the examples; each image by itself
     assert ref.content_digest == done.content_digest
     assert not list(fresh[0].list(f"{ref.folder}/parts"))
 
@@ -244,7 +246,7 @@ def test_altered_rows_of_an_interrupted_evaluation_are_measured_again(
 
     def stopping(generator, images, valid):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 4:
             raise Stopped
         return real(generator, images, valid)
 
@@ -253,6 +255,7 @@ def test_altered_rows_of_an_interrupted_evaluation_are_measured_again(
         with pytest.raises(Stopped):
             evaluated(fresh)
     (part,) = store.list(f"{done.folder}/parts")
+    assert part.key.endswith("parts/eval-000000-000000.json")
     body = json.loads(store.read(part.key))
     damage(body)
     store.write(part.key, json.dumps(body).encode())
@@ -345,7 +348,7 @@ def test_lpips_does_not_depend_on_interruptions_or_threads(fresh, lpips_file, mo
     real, seen = tiles.inpaint_arrays, []
 
     def stopping(generator, images, valid):
-        if len(seen) == 2:
+        if len(seen) == 6:
             raise Stopped
         seen.append(len(images))
         return real(generator, images, valid)
@@ -390,10 +393,10 @@ def test_a_model_with_weights_that_are_not_finite_is_refused_in_one_sentence(fre
 
 
 class ManyPairs:
-    """A stand-in for the bench, with many pairs in many shards and the values of no image."""
+    """A stand-in for the pairs and the workers: many shards, and the values of no image."""
 
     def __init__(self, shards, of_shard):
-        self.frozen = self.masks = self
+        self.masks = self
         self.pairs = [(n, n) for n in range(shards * of_shard)]
         self.shard_key = lambda position: f"eval-{position // of_shard:06d}.tar"
 
@@ -401,27 +404,29 @@ class ManyPairs:
         name = f"{pair[0]:040d}"
         return {"image": name, "mask": name, "ratio_bin": "0.01-0.10", "hole_ratio": 0.05}
 
-    def measure(self, pairs):
+    def run(self, tasks, tick):
         values = ("psnr", "hole_psnr", "ssim", "hole_ssim", "l1", "hole_l1", "lpips")
-        for pair in pairs:
-            yield [
+        for number, task in enumerate(tasks):
+            rows = [
                 {**self.keys(pair), "method": method, **dict.fromkeys(values, pair[0] / 7.0)}
+                for pair in task.part.pairs
                 for method in METHODS
             ]
+            tick(task.size)
+            yield number, Measured(rows, None)
 
 
 def test_the_memory_hardly_grows_with_the_number_of_pairs(tmp_path):
     """Rows as Python objects would need 1,000 bytes each, and the images 12,000 and more."""
     import tracemalloc
-    from types import SimpleNamespace
 
     store = LocalStore(tmp_path)
     peaks, arrow = [], []
     for number, shards in enumerate((1, 2, 20)):  # the first one imports pyarrow
-        folder = f"evaluations/{number}"
-        work = SimpleNamespace(store=store, key=lambda path, at=folder: f"{at}/{path}")
+        pairs = ManyPairs(shards, 50)
+        parts = PartStore(store, f"evaluations/{number}/parts", pairs, list(METHODS), False)
         tracemalloc.start()
-        table = evaluation_stage._measure_all(work, ManyPairs(shards, 50), list(METHODS))
+        table, _ = evaluation_stage._measure_all(parts, pairs.run)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         arrow.append(table.nbytes)
@@ -437,3 +442,115 @@ def test_new_options_leave_the_requests_of_older_configs_alone():
     assert EvaluateSettings().requested() == older
     new = EvaluateSettings(lpips_weights="a", allow_downloads=True, compare={"x": "y"}, threads=3)
     assert new.requested() == older
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    return random_inception(tmp_path_factory.mktemp("weights") / "inception.safetensors")
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    shrink_inception(monkeypatch.setattr)
+
+
+@pytest.mark.usefixtures("small_inception")
+def test_with_inception_weights_the_sets_are_compared(fresh, data, done, inception_file):
+    ref = evaluated(fresh, inception_weights=str(inception_file))
+    store = fresh[0]
+    report = json.loads(store.read(f"{ref.folder}/report.json"))
+    sets = report["sets"]
+    assert list(sets["methods"]) == list(METHODS)
+    assert all(own["fid"] > 0 for own in sets["methods"].values())
+    assert (sets["pairs"], sets["official"]) == (12, False)
+    assert {item["metric"] for item in report["not_computed"]} == {"LPIPS"}
+    assert "FID" in report["protocol"]
+    shown = ref.summary["figures"]["all"]["dpnet"]
+    assert shown["fid"] == round(sets["methods"]["dpnet"]["fid"], 4)
+    page = store.read(f"{ref.folder}/report.html").decode()
+    assert "All pairs together: FID, P-IDS and U-IDS" in page
+    assert "not the published file" in page
+    assert "12 pairs are fewer than the 2,048 features" in page
+    assert rows_of(store, ref) == rows_of(data[0], done)
+    assert not list(store.list(f"{ref.folder}/parts"))
+
+
+@pytest.mark.usefixtures("small_inception")
+def test_the_features_of_an_interrupted_evaluation_are_checked_and_kept(
+    fresh, inception_file, monkeypatch
+):
+    from dpnet.evaluation.parts import PartStore
+
+    real, written = PartStore.write, []
+
+    def stopping(own, part, measured):
+        if len(written) == 3:
+            raise Stopped
+        real(own, part, measured)
+        written.append(part.name)
+
+    whole = evaluated(fresh, inception_weights=str(inception_file), threads=3)
+    store = fresh[0]
+    shutil.rmtree(store.path(whole.folder))
+    with monkeypatch.context() as patched:
+        patched.setattr(PartStore, "write", stopping)
+        with pytest.raises(Stopped):
+            evaluated(fresh, inception_weights=str(inception_file))
+    first, second, _ = sorted(store.path(f"{whole.folder}/parts").glob("*.npy"))
+    flip_byte(first, first.stat().st_size - 9)
+    second.unlink()
+    resumed = record_resumed(monkeypatch)
+    again = evaluated(fresh, inception_weights=str(inception_file))
+    assert resumed["evaluate"] == 3
+    assert again.content_digest == whole.content_digest
+
+
+def test_large_shards_have_several_parts_with_whole_batches():
+    from dpnet.evaluation.bench import BATCH
+    from dpnet.evaluation.parts import PART_PAIRS, split_into_parts
+
+    parts = split_into_parts(ManyPairs(2, PART_PAIRS + 3))
+    assert [part.name for part in parts] == [
+        "eval-000000-000000", "eval-000000-000256", "eval-000001-000000", "eval-000001-000256",
+    ]  # fmt: skip
+    assert [len(part.pairs) for part in parts] == [256, 3, 256, 3]
+    assert [pair for part in parts for pair in part.pairs] == ManyPairs(2, PART_PAIRS + 3).pairs
+    assert PART_PAIRS % BATCH == 0
+
+
+def test_on_a_cpu_each_call_of_a_network_has_one_thread_and_one_image(fresh, done, monkeypatch):
+    """torch splits sums by its number of threads: tiny at 256 pixels had other bytes with two."""
+    import torch
+
+    real, seen = tiles.inpaint_arrays, set()
+
+    def noting(generator, images, valid):
+        seen.add((torch.get_num_threads(), len(images)))
+        return real(generator, images, valid)
+
+    monkeypatch.setattr(tiles, "inpaint_arrays", noting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ref = evaluated(fresh, threads=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {(1, 1)}
+    assert ref.content_digest == done.content_digest
+
+
+def test_parts_are_kept_until_the_commit(fresh, monkeypatch):
+    """A kill before the commit costs no measurement."""
+    seen = []
+    real = LocalStore.create
+
+    def noting(own, key, data):
+        if key.endswith("manifest.json"):
+            seen.extend(entry.key for entry in own.list(f"{key.rpartition('/')[0]}/parts"))
+        return real(own, key, data)
+
+    monkeypatch.setattr(LocalStore, "create", noting)
+    ref = evaluated(fresh)
+    assert len(seen) == 4
+    assert not list(fresh[0].list(f"{ref.folder}/parts"))

@@ -18,7 +18,7 @@ from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.evaluation import weights
 from dpnet.evaluation.lpips import LEAST_SIDE, Lpips, load_lpips
 from dpnet.evaluation.settings import EvaluateSettings
-from dpnet.evaluation.weights import check_weights_file, find_weights
+from dpnet.evaluation.weights import WeightsFile, check_weights_file, find_weights
 
 SHARED = Path(__file__).parents[5] / "shared"
 ALEXNET = SHARED / "weights/alexnet-features.safetensors"
@@ -26,7 +26,7 @@ EXAMPLES = SHARED / "data/lpips"
 
 
 def loaded(file: Path) -> Lpips:
-    return load_lpips(file, sha256_file(file))
+    return load_lpips(WeightsFile(file, sha256_file(file)))
 
 
 def picture(seed: int, side: int = 64) -> Any:
@@ -158,7 +158,7 @@ def test_a_file_that_changes_after_the_request_is_refused(tmp_path: Path) -> Non
     before = sha256_file(file)
     random_alexnet(file, seed=1)
     with pytest.raises(PipelineError, match="were changed during the evaluation"):
-        load_lpips(file, before)
+        load_lpips(WeightsFile(file, before))
 
 
 @pytest.fixture

@@ -210,11 +210,11 @@ def test_two_pictures_of_one_name_are_refused(data: Data, results: Path) -> None
 def test_results_that_change_during_the_evaluation_are_refused(
     data: Data, results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def prepare(own: FolderPeer, *given: Any) -> None:
+    def check(own: FolderPeer, *given: Any) -> None:
         for path in results.iterdir():
             Image.new("RGB", (32, 32)).save(path)
 
-    monkeypatch.setattr(FolderPeer, "prepare", prepare)
+    monkeypatch.setattr(FolderPeer, "check", check)
     with pytest.raises(PipelineError, match="was changed during the evaluation: run it again"):
         evaluated(data, results, max_pairs=11)
 

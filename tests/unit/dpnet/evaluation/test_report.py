@@ -16,7 +16,13 @@ from data_prep.core.manifest import Manifest
 from data_prep.pictures.decoding import decode_rgb
 from data_prep.pictures.limits import MAX_PIXELS, Limits
 from dpnet.evaluation.examples import choose_examples, draw_example, draw_strip, error_map
-from dpnet.evaluation.protocol import METHODS, NO_LPIPS_WEIGHTS, PROTOCOL, not_computed
+from dpnet.evaluation.protocol import (
+    METHODS,
+    NO_INCEPTION,
+    NO_LPIPS_WEIGHTS,
+    PROTOCOL,
+    not_computed,
+)
 from dpnet.evaluation.report import render_report, training_curves
 from dpnet.evaluation.report_script import POLICY
 
@@ -88,7 +94,7 @@ def report(psnr=PSNR, lpips=True, **changes):
         },
         "perfect": dict.fromkeys(METHODS, 0),
         "protocol": PROTOCOL,
-        "not_computed": not_computed(None if lpips else NO_LPIPS_WEIGHTS),
+        "not_computed": not_computed(None if lpips else NO_LPIPS_WEIGHTS, NO_INCEPTION),
     } | changes
 
 
@@ -321,7 +327,7 @@ def test_an_error_map_goes_from_black_over_red_and_yellow_to_white():
 
 def test_metrics_that_were_not_computed_are_listed_with_a_reason():
     text = text_of(render(report(lpips=False)))
-    for item in not_computed(NO_LPIPS_WEIGHTS):
+    for item in not_computed(NO_LPIPS_WEIGHTS, NO_INCEPTION):
         assert item["metric"] in text
         assert item["reason"] in text
 
@@ -408,3 +414,32 @@ def test_the_cost_of_training_is_shown_if_it_is_known():
         render(chain=[trained, stage()])
     )
     assert "Training took" not in text_of(render())
+
+
+def sets(**changes):
+    methods = {
+        method: {"fid": value, "p_ids": 10 + value / 10, "u_ids": 20 + value / 10}
+        for method, value in PSNR.items()
+    }
+    return {"pairs": 4000, "methods": methods, "official": True, "inception": "6726825d"} | changes
+
+
+def test_fid_and_ids_are_a_table_of_all_pairs_with_the_best_in_bold():
+    assert "P-IDS" not in render().partition("How it was measured")[0]
+    page = render(report(sets=sets()))
+    (table,) = re.findall(r'<table class="sets">.*?</table>', page, re.S)
+    assert '<th scope="col">FID</th>' in table
+    assert re.findall(r"<b>(.*?)</b>", table) == ["11.95", "21.95", "16.00"]
+    assert "are not the published file" not in page
+    assert "are fewer than" not in page
+    assert Reader(page).open == []
+
+
+def test_figures_of_other_weights_or_few_pairs_say_so():
+    page = text_of(render(report(sets=sets(official=False, inception="a" * 64, pairs=2047))))
+    assert f"compare these figures only with others of the same file (SHA-256 {'a' * 64})" in page
+    assert "2,047 pairs are fewer than the 2,048 features" in page
+
+
+def test_without_a_missing_metric_there_is_no_such_list():
+    assert "Not computed" not in render(report(not_computed=[]))

@@ -31,9 +31,9 @@ from data_prep.images.watch import watch
 from data_prep.masks import shard_task as mask_shards
 from data_prep.masks.settings import MasksSettings
 from data_prep.masks.stage import prepare_masks
+from dpnet.evaluation import bench
 from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.stage import evaluate
-from dpnet.inpainting import tiles
 from dpnet.registry import mlflow_versions, promotion
 from dpnet.registry import stage as registry
 from dpnet.registry.settings import RegisterSettings
@@ -119,9 +119,10 @@ def test_an_evaluation_stops(store: LocalStore, monkeypatch: pytest.MonkeyPatch)
     def lose() -> None:
         steal_and_wait(store, *leases(store, "evaluations"))
 
-    calls = lose_at_first(monkeypatch, tiles, "inpaint_arrays", lose)
+    monkeypatch.setattr(bench, "BATCH", 1)
+    calls = lose_at_first(monkeypatch, bench, "fill_batch", lose)
     with pytest.raises(LeaseLostError, match="was taken over by another runner"):
-        evaluate(EvaluateSettings(), images, masks, run, store)
+        evaluate(EvaluateSettings(threads=1), images, masks, run, store)
     assert len(calls) == 1
     assert manifests(store) == before
 

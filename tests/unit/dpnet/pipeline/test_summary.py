@@ -222,3 +222,22 @@ def test_a_registration_says_what_the_version_became_why_and_what_to_do_next(
     assert text.startswith(f"dpnet version 3 {became}\n")
     assert step in text
     assert "dpnet registry show 3 --model dpnet --root 's3://b/my root'" in text
+
+
+def test_fid_and_ids_are_a_table_of_their_own(tmp_path: Path) -> None:
+    found = report()
+    methods = {m: {"fid": 12.375, "p_ids": 10.0, "u_ids": 20.0} for m in FIGURES}
+    found["sets"] = {"pairs": 400, "methods": methods, "official": True, "inception": "6726825d"}
+    store = LocalStore(tmp_path)
+    store.write("evaluations/abc/report.json", json.dumps(found).encode())
+    summary = summarize("demo", store, [refs_of_stage(stage) for stage in SUMMARIES], 1.0)
+    assert summary["sets"]["dpnet"] == {"fid": 12.375, "p_ids": 10.0, "u_ids": 20.0}
+    text = as_text(summary, "dpnet demo")
+    (row,) = [line for line in text.splitlines() if line.startswith("DPNet  ")]
+    assert row.split() == ["DPNet", "12.38", "10.00", "20.00"]
+    assert "400 pairs are fewer than the 2,048 features" in text
+    page = as_markdown("demo", store, [refs_of_stage("evaluate")], "", {})
+    assert "| all pairs together | FID | P-IDS, % | U-IDS, % |" in page
+    assert "| Telea | 12.38 | 10.00 | 20.00 |" in page
+    assert "400 pairs are fewer" in page
+    assert "all pairs together" not in as_text(summary_of(tmp_path), "dpnet demo")

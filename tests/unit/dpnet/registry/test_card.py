@@ -153,3 +153,23 @@ def test_a_name_cannot_change_the_layout_of_the_card() -> None:
     card = version_card(facts)
     assert "\n# y" not in card
     assert "\\<b>" in card
+
+
+def test_fid_and_ids_are_on_the_card_and_on_the_hub(
+    registered: tuple[LocalStore, StageRef],
+) -> None:
+    facts = card_facts(registered[0], find_record(registered[0]))
+    assert "FID" not in version_card(facts)
+    evaluation = facts["evaluation"] | {
+        "sets": {"dpnet": {"fid": 12.5, "p_ids": 10.0, "u_ids": 20.0}},
+        "set_notes": ["The weights are others."],
+    }
+    card = version_card(facts | {"evaluation": evaluation})
+    assert "| method | FID | P-IDS, % | U-IDS, % |" in card
+    assert "| DPNet | 12.50 | 10.00 | 20.00 |" in card
+    assert "\nThe weights are others." in card
+    entries = yaml.safe_load(eval_results(facts | {"evaluation": evaluation}))
+    (fid,) = [each for each in entries if each["dataset"]["task_id"] == "inpainting-fid"]
+    assert fid["value"] == 12.5
+    assert fid["notes"].startswith("FID, over 12 frozen pairs ")
+    assert fid["notes"].endswith(". The weights are others.")
