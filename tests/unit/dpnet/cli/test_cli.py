@@ -786,7 +786,7 @@ def test_a_stage_of_a_model_says_what_it_gave_and_what_to_do_next(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ref = StageRef(stage, "demo", "folder", "0" * 64, "1" * 64, 1.0, summary=summary, skipped=False)
-    monkeypatch.setattr(pipeline, "run_chain", lambda *_: [ref])
+    monkeypatch.setattr(pipeline, "run_chain", lambda *_, **__: [ref])
     root = str(tmp_path / "root")
     given = ["--root", root, "--set", "train.seed=3"]
     assert cli.main([stage, "demo", *given]) == 0
