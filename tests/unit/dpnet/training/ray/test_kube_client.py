@@ -1,0 +1,99 @@
+"""The credentials for Kubernetes, and the errors of an API server that is not there."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_prep.core.errors import ConfigError
+from dpnet.training.ray import kube_client
+from dpnet.training.ray.kube_client import Kube, KubeError
+
+
+def write(file: Path, user: dict[str, Any], server: str = "https://127.0.0.1:9") -> Path:
+    text = yaml.safe_dump(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "users": [{"name": "u", "user": user}],
+            "contexts": [
+                {"name": "here", "context": {"cluster": "c", "user": "u", "namespace": "train"}},
+                {"name": "there", "context": {"cluster": "c", "user": "u"}},
+            ],
+        }
+    )
+    file.write_text(text)
+    return file
+
+
+@pytest.fixture
+def kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    return write(tmp_path / "config", {"token": "t"})
+
+
+def test_the_namespace_is_that_of_the_context_unless_another_is_given(kubeconfig: Path) -> None:
+    assert Kube(None, None).namespace == "train"
+    assert Kube("there", None).namespace == "default"
+    assert Kube("there", "own").namespace == "own"
+
+
+def test_in_a_pod_the_service_account_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kubernetes.config import incluster_config
+
+    for name, text in (("namespace", "train\n"), ("token", "t1"), ("ca.crt", "certificate")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    monkeypatch.setattr(kube_client, "_IN_POD", tmp_path)
+    monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    kube = Kube(None, None)
+    assert kube.namespace == "train"
+    assert kube._api.configuration.host == "https://10.0.0.1:443"
+
+
+@pytest.mark.parametrize("program", ["no-such-program", "./no-such-program"])
+def test_a_missing_program_of_the_kubeconfig_is_named(kubeconfig: Path, program: str) -> None:
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": program}
+    write(kubeconfig, {"exec": {**plugin, "installHint": "get it there"}})
+    with pytest.raises(ConfigError, match=r"from the program '\S*no-such-program', which is not"):
+        Kube(None, None)
+    with pytest.raises(ConfigError, match=r"install it \(get it there\)"):
+        Kube(None, None)
+
+
+def test_a_program_next_to_the_kubeconfig_is_found(kubeconfig: Path) -> None:
+    program = kubeconfig.with_name("login")
+    status = '{"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential",'
+    program.write_text(f'#!/bin/sh\necho \'{status} "status": {{"token": "t"}}}}\'\n')
+    program.chmod(0o755)
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": "./login"}
+    write(kubeconfig, {"exec": plugin})
+    assert Kube(None, None)._api.configuration.api_key["BearerToken"] == "Bearer t"
+
+
+@pytest.mark.parametrize("text", [None, "{", "a: 1"])
+def test_a_kubeconfig_that_cannot_be_read_is_an_error_of_the_config(
+    kubeconfig: Path, text: str | None
+) -> None:
+    kubeconfig.unlink() if text is None else kubeconfig.write_text(text)
+    with pytest.raises(ConfigError, match="credentials for Kubernetes cannot be read"):
+        Kube(None, None)
+
+
+def test_no_answer_is_an_error_that_passes_and_comes_at_once(kubeconfig: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(KubeError, match="Connection refused") as found:
+        Kube(None, None).jobs()
+    assert time.monotonic() - began < 5  # the library would try again by itself
+    assert (found.value.status, found.value.passes) == (0, True)
