@@ -73,10 +73,15 @@ class Script:
 
 
 class RealRay:
-    """A head and a node for each worker pod, as processes of this machine."""
+    """A head and a node for each worker pod, as processes of this machine.
 
-    def __init__(self, namespace: Namespace, python: str = sys.executable) -> None:
-        self._namespace, self._python = namespace, python
+    Args:
+        namespace: Where the Secrets of the pods are.
+        token_file: Gets the cluster's token, as a Secret would give it to who may read the log.
+    """
+
+    def __init__(self, namespace: Namespace, token_file: Path) -> None:
+        self._namespace, self._token_file = namespace, token_file
         self._stack = ExitStack()
         self._cluster: Cluster | None = None
         self._client: Any = None
@@ -89,9 +94,10 @@ class RealRay:
             environment = {
                 **self._environment(workers["template"]["spec"]["containers"][0]),
                 # The image's `python`.
-                "PATH": f"{Path(self._python).parent}:{os.environ['PATH']}",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             }
             self._cluster = self._stack.enter_context(ray_cluster(workers["replicas"], environment))
+            self._token_file.write_text(self._cluster.token)
         return self._cluster.dashboard.removeprefix("http://")
 
     def state(self, job: dict[str, Any]) -> tuple[str, str]:

@@ -84,7 +84,10 @@ def render_rayjob(
     cluster.setdefault("rayVersion", ray_version)
     for place, pod in (("headGroupSpec", _pod(head)), ("workerGroupSpecs[0]", _pod(workers))):
         _fill_pod(pod, place, launch)
-    _fill_workers(cluster, workers, train)
+    _fill_workers(workers, train)
+    if workers["minReplicas"] < workers["maxReplicas"]:  # Ray asks for the others
+        cluster["enableInTreeAutoscaling"] = True
+        _pod(head)["automountServiceAccountToken"] = True  # KubeRay's autoscaler runs in the head
     old = job.get("metadata") or {}
     labels = dict(old.get("labels") or {})
     if launch.queue:
@@ -188,7 +191,7 @@ def _containers(pod: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     yield from pod.get("initContainers") or []
 
 
-def _fill_workers(cluster: dict[str, Any], group: dict[str, Any], train: TrainSettings) -> None:
+def _fill_workers(group: dict[str, Any], train: TrainSettings) -> None:
     """Set the number of worker pods, and a GPU for each if the template has none."""
     parameters = group.setdefault("rayStartParams", {})
     if train.gpus:
@@ -198,8 +201,6 @@ def _fill_workers(cluster: dict[str, Any], group: dict[str, Any], train: TrainSe
     least = math.ceil((train.min_workers or train.workers) / each)
     most = math.ceil(train.workers / each)
     group.update(replicas=least, minReplicas=least, maxReplicas=most)
-    if least < most:  # Ray asks for the others
-        cluster["enableInTreeAutoscaling"] = True
 
 
 def _gpus(container: dict[str, Any]) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from kubernetes.client.exceptions import ApiException
 
 from data_prep.core.errors import ConfigError
 from dpnet.training.ray import kube_client
@@ -89,6 +91,73 @@ def test_a_kubeconfig_that_cannot_be_read_is_an_error_of_the_config(
     kubeconfig.unlink() if text is None else kubeconfig.write_text(text)
     with pytest.raises(ConfigError, match="credentials for Kubernetes cannot be read"):
         Kube(None, None)
+
+
+def status(code: int, message: str, **details: Any) -> tuple[int, str]:
+    body = {"kind": "Status", "code": code, "message": message, "details": details}
+    return code, json.dumps(body)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told", "advice"),
+    [
+        (status(401, "Unauthorized"), "refuses the credentials of this user", ""),
+        (
+            status(403, "rayjobs is forbidden"),
+            "may not create rayjobs",
+            "the verb create on rayjobs",
+        ),
+        (status(403, "forbidden: exceeded quota: a, requested: 1"), "exceeded quota: a", ""),
+        (
+            status(403, "forbidden", causes=[{"reason": "NamespaceTerminating"}]),
+            "the namespace train is being deleted",
+            "wait until it is gone",
+        ),
+        (status(404, "no namespace", kind="namespaces"), "there is no namespace train", "make it"),
+        ((404, "404 page not found\n"), "knows no rayjobs", "install KubeRay"),
+        (status(404, 'rayjobs "a" not found', kind="rayjobs"), "not found", ""),
+        (status(409, "already exists"), "already exists", ""),
+        (status(410, "too old"), "too old", ""),
+        (status(422, "spec.a is invalid"), "spec.a is invalid", "correct launch.template"),
+        (status(400, "unknown field"), "unknown field", "correct launch.template"),
+        ((429, "Too many requests, please try again later.\n"), "Too many requests", ""),
+        ((503, "upstream connect error"), "upstream connect error", ""),
+        (status(500, "etcdserver: request timed out"), "timed out", ""),
+        (status(415, "no such media type"), "no such media type", "ask who runs the cluster"),
+    ],
+)
+def test_every_answer_of_the_api_server_has_a_sentence_and_says_whether_it_can_pass(
+    kubeconfig: Path, answer: tuple[int, str], told: str, advice: str
+) -> None:
+    error = ApiException(status=answer[0], reason="r")
+    error.body, error.headers = answer[1], {"Retry-After": "7"}
+    found = Kube(None, None)._explained(error, "create", "rayjobs")
+    assert told in str(found)
+    assert found.passes is (advice == "")
+    assert advice in found.advice
+    if answer[0] in (429, 503):
+        assert found.wait == 7
+
+
+def test_no_server_can_make_the_launcher_wait_for_hours(kubeconfig: Path) -> None:
+    error = ApiException(status=429, reason="r")
+    error.headers = {"Retry-After": "86400"}
+    assert Kube(None, None)._explained(error, "list", "rayjobs").wait == 60
+
+
+def test_refused_credentials_are_read_again_once(kubeconfig: Path) -> None:
+    kube = Kube(None, None)
+    asked: list[str] = []
+
+    def ask() -> str:
+        asked.append(kube._api.configuration.api_key["BearerToken"])
+        write(kubeconfig, {"token": "new"})
+        if asked[-1] == "Bearer t":
+            raise ApiException(status=401, reason="Unauthorized")
+        return "answer"
+
+    assert kube._request("list", "rayjobs", ask) == "answer"
+    assert asked == ["Bearer t", "Bearer new"]
 
 
 def test_no_answer_is_an_error_that_passes_and_comes_at_once(kubeconfig: Path) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -316,6 +317,15 @@ def test_the_server_says_how_long_to_wait(kube: MockKube, make: Make) -> None:
     assert 0.4 < time.monotonic() - began < 5
 
 
+def test_a_follower_waits_as_long_as_the_server_says(kube: MockKube, make: Make) -> None:
+    launcher = running(kube, make())
+    kube.errors = {each: [KubeError(429, "busy", wait=0.5)] for each in ("list", "watch")}
+    until(launcher, lambda: launcher._follower and launcher._follower.error)
+    asked = len(kube.asked)
+    time.sleep(0.3)
+    assert len(kube.asked) == asked
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refusal_at_the_start_ends_at_once(kube: MockKube, make: Make, status: int) -> None:
     advice = "give it" if status == 403 else ""
@@ -389,7 +399,7 @@ def test_a_driver_of_another_version_refuses_with_both_versions(
     launcher = make()
     launcher.start()
     assert SPEC in [entry.key.rpartition("/")[2] for entry in LocalStore(tmp_path).list("runs/a")]
-    mine = dpnet.__version__
+    mine = re.escape(dpnet.__version__)
     monkeypatch.setattr(job_driver.dpnet, "__version__", "0.0.9", raising=False)
     with pytest.raises(
         PipelineError, match=rf"has dpnet {mine}, and the cluster's head has 0\.0\.9"

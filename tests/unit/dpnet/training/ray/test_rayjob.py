@@ -113,6 +113,9 @@ def test_there_are_as_many_worker_pods_as_the_workers_need(
     assert found["replicas"] == replicas[0]
     scaled = job["spec"]["rayClusterSpec"].get("enableInTreeAutoscaling", False)
     assert scaled is (replicas[0] < replicas[1])
+    head, worker = pods(job)
+    assert head["automountServiceAccountToken"] is scaled
+    assert worker["automountServiceAccountToken"] is False
 
 
 def test_gpus_are_asked_for_only_where_training_uses_them() -> None:
