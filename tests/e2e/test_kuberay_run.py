@@ -28,7 +28,7 @@ from servers import Server
 from data_prep.core.storage.open import open_store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-STEPS, EVERY = 120, 10
+STEPS, EVERY = 60, 10
 WAIT_S = 400.0  # far longer than needed on an idle machine
 
 
@@ -62,9 +62,13 @@ class Run:
         return {each["stage"]: each for each in stages}
 
 
-def start(root: str, config: Path, environment: Mapping[str, str], *options: str) -> Run:
+def start(
+    root: str, config: Path, environment: Mapping[str, str], *options: str, whole: bool = True
+) -> Run:
+    """Start the whole pipeline, or only the stages up to training."""
     log = config.with_name(f"{len(list(config.parent.glob('*.log')))}.log")
-    command = [sys.executable, "-m", "dpnet", "pipeline", "run", str(config), "--json"]
+    words = ["pipeline", "run"] if whole else ["train"]
+    command = [sys.executable, "-m", "dpnet", *words, str(config), "--json"]
     command += ["--root", root, *options]
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DPNET_", "PREFECT_"))
@@ -143,7 +147,7 @@ def test_a_launcher_that_is_killed_and_started_again_ends_with_the_bytes_of_an_u
     first.wait_for_step(2 * EVERY)
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
-    (name,) = namespace.objects()  # it goes on training
+    ((name, job),) = namespace.objects().items()  # it goes on training
     killed_at = first.status()["step"]
     second = start(s3_root, config, environment, *options)
     stages = second.finish()
@@ -156,14 +160,12 @@ def test_a_launcher_that_is_killed_and_started_again_ends_with_the_bytes_of_an_u
         lambda: not namespace.objects() and not namespace.objects("rayclusters"),
         "something is left",
     )
-    alone = start(Server.fresh_root(), config, ceph.environment())
-    undisturbed = alone.finish()
-    for stage in ("images", "masks", "train", "evaluate"):
-        assert stages[stage]["content_digest"] == undisturbed[stage]["content_digest"], stage
-    # Nobody who may look at the RayJob sees a credential.
-    audit = (namespace.server.folder / "audit.log").read_text()
-    assert "Metadata" in audit
+    assert ceph.secret_key not in json.dumps(job)
     assert ceph.secret_key not in first.log.read_text() + second.log.read_text()
+    alone = start(Server.fresh_root(), config, ceph.environment(), whole=False)
+    undisturbed = alone.finish()
+    for stage in ("images", "masks", "train"):
+        assert stages[stage]["content_digest"] == undisturbed[stage]["content_digest"], stage
 
 
 CLUSTER = ("DPNET_TEST_CONTEXT", "DPNET_TEST_IMAGE", "DPNET_TEST_ROOT")
@@ -189,5 +191,5 @@ def test_the_same_on_a_real_cluster(config: Path) -> None:
     second = start(first.root, config, environment, *options)
     stages = second.finish()
     assert "attached to the RayJob" in second.log.read_text()
-    alone = start(f"{root}/alone-{os.getpid()}", config, environment, *options)
+    alone = start(f"{root}/alone-{os.getpid()}", config, environment, *options, whole=False)
     assert alone.finish()["train"]["content_digest"] == stages["train"]["content_digest"]

@@ -202,7 +202,10 @@ def test_the_api_server_may_be_away_and_the_end_of_the_job_is_still_seen(
     assert caplog.text.count("does not do as asked") == 1
 
 
-def test_an_api_server_that_stays_away_is_waited_for_until_the_deadline(place: Place) -> None:
+def test_an_api_server_that_stays_away_is_waited_for_until_the_deadline(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_kuberay, "STOP_S", 1.0)
     launcher = place.running(deadline_s=2)
     with place.proxy.outage():
         assert re.match(r"Kubernetes has not answered for 2 s \(.+\): the same", fails(launcher))
@@ -346,7 +349,7 @@ def test_pods_that_do_not_start_end_at_the_deadline_with_the_clusters_reason(
     place: Place, status: Any, event: str | None, told: str
 ) -> None:
     place.operator.make = unready
-    launcher = place.started(pending_s=3)
+    launcher = place.started(pending_s=2)
     name = f"{launcher.name}-1"
     place.script()
     (cluster,) = place.namespace.objects("rayclusters")
@@ -356,7 +359,7 @@ def test_pods_that_do_not_start_end_at_the_deadline_with_the_clusters_reason(
         place.namespace.event(cluster, "FailedToCreateHeadPod", event)
     error = fails(launcher)
     assert re.search(
-        rf"{name} did not start in 3 s, because it waits for its pods.*{told}|{told}", error
+        rf"{name} did not start in 2 s, because it waits for its pods.*{told}|{told}", error
     )
     assert "raise launch.pending_s; the same command resumes." in error
     wait_until(place.is_clean, "something is left")
@@ -402,6 +405,32 @@ def test_an_error_that_another_attempt_cannot_fix_ends_training(
     assert re.search(told, fails(launcher))
     wait_until(place.is_clean, "something is left")
     assert len(place.operator.rays) == 1
+
+
+@pytest.mark.parametrize(
+    ("deployment", "reason", "told"),
+    [
+        ("ValidationFailed", "ValidationFailed", r"was refused by KubeRay \(as told\): correct"),
+        ("Failed", "DeadlineExceeded", "has run for its activeDeadlineSeconds: raise them"),
+        ("Failed", "PreRunningDeadlineExceeded", "did not start before its preRunningDeadline"),
+        ("Failed", "SubmissionFailed", None),
+        ("Failed", "AppFailed", None),
+        ("Failed", "JobStatusCheckTimeoutExceeded", None),
+        ("Failed", "JobDeploymentStatusTransitionGracePeriodExceeded", None),
+    ],
+)
+def test_a_failure_that_kuberay_reports_is_final_or_followed_by_another_attempt(
+    place: Place, deployment: str, reason: str, told: str | None
+) -> None:
+    launcher = place.running()
+    status = {"jobDeploymentStatus": deployment, "reason": reason, "message": "as told."}
+    place.operator.forced[f"{launcher.name}-1"] = status
+    if told:
+        assert re.search(told, fails(launcher))
+        wait_until(place.is_clean, "something is left")
+    else:
+        until(launcher, lambda: launcher.attempt.startswith(f"{launcher.name}-2-"))
+        until(launcher, lambda: launcher._kind == "running")
 
 
 def test_the_pods_of_a_failed_job_stay_if_asked(

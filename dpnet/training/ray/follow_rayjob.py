@@ -84,6 +84,7 @@ class Follower:
             if error.status != 410:
                 raise
             self._since = ""  # too old to continue from: list again
+            self._ended.wait(FIRST_WAIT_S)
         self._answer()
 
     def _take(self, job: dict[str, Any] | None) -> None:

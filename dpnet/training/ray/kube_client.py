@@ -257,7 +257,11 @@ class Kube:
                 " cluster with launch.context.",
             )
         if status in (400, 422):
-            return KubeError(status, message, advice="correct launch.template.")
+            return KubeError(
+                status,
+                message,
+                advice="correct launch.template; its fields are those of KubeRay 1.7.",
+            )
         if status in (404, 409, 410) or status == 429 or status >= 500 or status == 0:
             return KubeError(status, message, wait=_wait_in(error.headers))
         return KubeError(status, message, advice="ask who runs the cluster.")

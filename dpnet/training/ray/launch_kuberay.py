@@ -75,8 +75,9 @@ class KubeRayLauncher:
                 self._try_to_start()
             return True
         self._check_answers(follower)
+        gone = follower.gone  # read first: its last state is there before
         outcome = outcome_of(follower.job)
-        if follower.gone and outcome.kind != "succeeded":
+        if gone and outcome.kind != "succeeded":
             outcome = deleted()
         if outcome.kind != self._kind:
             self._kind, self._clock, self._asked = outcome.kind, _Clock(), time.monotonic()
@@ -91,6 +92,8 @@ class KubeRayLauncher:
             raise PipelineError(self._final(outcome))
         if outcome.kind == "passing":
             self._restart(outcome)
+        elif follower.error is not None:  # nothing is known about the present
+            pass
         elif outcome.kind == "waiting":
             self._check_start(outcome)
         else:
@@ -112,22 +115,27 @@ class KubeRayLauncher:
                 self._rayjob,
             )
             return
-        try:
-            deadline = time.monotonic() + STOP_S
-            while names := [each["metadata"]["name"] for each in self._ours()]:
+        deadline, problem = time.monotonic() + STOP_S, ""
+        while time.monotonic() < deadline:
+            try:
+                names = [each["metadata"]["name"] for each in self._ours()]
+                if not names:
+                    return
                 for name in names:
                     self._kube.delete(name)
-                if time.monotonic() > deadline:
-                    raise TimeoutError("they are still being deleted")
-                time.sleep(0.5)
-        except (KubeError, TimeoutError) as error:
-            log.warning(
-                "train: RayJobs may still run (%s): kubectl -n %s delete rayjob -l %s=%s",
-                error,
-                self._kube.namespace,
-                RUN,
-                self.name,
-            )
+                problem = "they are still being deleted"
+            except KubeError as error:
+                problem = str(error)
+                if not error.passes:
+                    break
+            time.sleep(0.5)
+        log.warning(
+            "train: RayJobs may still run (%s): kubectl -n %s delete rayjob -l %s=%s",
+            problem,
+            self._kube.namespace,
+            RUN,
+            self.name,
+        )
 
     def print_stacks(self) -> None:
         """Log what every worker is doing. A separate job reads it on the cluster's machines."""

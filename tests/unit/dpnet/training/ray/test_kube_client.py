@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -164,5 +166,29 @@ def test_no_answer_is_an_error_that_passes_and_comes_at_once(kubeconfig: Path) -
     began = time.monotonic()
     with pytest.raises(KubeError, match="Connection refused") as found:
         Kube(None, None).jobs()
-    assert time.monotonic() - began < 5  # the library would try again by itself
+    assert time.monotonic() - began < 5
     assert (found.value.status, found.value.passes) == (0, True)
+
+
+def test_a_busy_server_is_not_asked_again_by_the_library(kubeconfig: Path) -> None:
+    asked: list[str] = []
+
+    class Busy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(429)
+            self.send_header("Retry-After", "1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        write(kubeconfig, {"token": "t"}, f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(KubeError) as found:
+            Kube(None, None).jobs()
+        server.shutdown()
+    assert (found.value.status, found.value.wait) == (429, 1)
+    assert len(asked) == 1

@@ -252,6 +252,17 @@ def test_cancelling_deletes_every_attempt_and_nothing_else(kube: MockKube, make:
     assert list(kube.found) == ["other"]
 
 
+def test_cancelling_goes_on_while_the_server_is_busy(
+    kube: MockKube, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_kuberay, "STOP_S", 10.0)
+    launcher = running(kube, make())
+    kube.errors["delete"] = [KubeError(429, "busy")]
+    threading.Timer(0.2, kube.errors.clear).start()
+    launcher.cancel()
+    assert not kube.found
+
+
 def test_a_failed_rayjob_stays_only_if_asked(kube: MockKube, make: Make) -> None:
     launcher = running(kube, make(ttl_s=60))
     launcher.cancel()  # by a person: nothing stays
@@ -283,6 +294,8 @@ def test_another_rayjob_under_the_same_name_is_not_followed(kube: MockKube, make
 def test_a_watch_that_begins_too_late_lists_again(kube: MockKube, make: Make) -> None:
     launcher = running(kube, make())
     kube.oldest = 10**6  # no watch can begin: every change is seen in a list
+    watches = kube.asked.count("watch")
+    until(launcher, lambda: kube.asked.count("watch") > watches + 1)
     kube.move(1, "Complete", "SUCCEEDED")
     ends(launcher)
 
