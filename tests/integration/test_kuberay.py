@@ -368,7 +368,7 @@ def test_pods_that_do_not_start_end_at_the_deadline_with_the_clusters_reason(
 def test_a_rayjob_that_no_operator_takes_up_says_so(place: Place) -> None:
     place.operator.running = False
     error = fails(place.started(pending_s=1))
-    assert "is not taken up by KubeRay's operator (is it running, and does it watch" in error
+    assert "is not seen by KubeRay's operator (is it running, and does it watch" in error
     assert place.is_clean()
 
 

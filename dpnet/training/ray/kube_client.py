@@ -309,7 +309,7 @@ def _load_kubeconfig(context: str | None, configuration: Any) -> str:
 def _check_program(files: str, user: str) -> None:
     """Raise ConfigError if the credentials of a user come from a program that is missing.
 
-    The Kubernetes client would log this, and go on without credentials.
+    The Kubernetes client would log this and continue without credentials.
     """
     for file in filter(None, files.split(os.pathsep)):
         path = Path(file).expanduser()

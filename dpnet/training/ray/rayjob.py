@@ -6,6 +6,7 @@ removes the pods at the end.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ DIGEST, ROOT, FOLDER = (f"{MANAGER}/{each}" for each in ("digest", "root", "fold
 _MANAGED_BY = "app.kubernetes.io/managed-by"
 _QUEUE = "kueue.x-k8s.io/queue-name"
 _GPU = "nvidia.com/gpu"
+# What restricted pods must say of each container.
+_RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 # KubeRay ends a job whose pods do not start, if no launcher does it.
 _LATER_S = 120
 
@@ -87,7 +90,10 @@ def render_rayjob(
     _fill_workers(workers, train)
     if workers["minReplicas"] < workers["maxReplicas"]:  # Ray asks for the others
         cluster["enableInTreeAutoscaling"] = True
-        _pod(head)["automountServiceAccountToken"] = True  # KubeRay's autoscaler runs in the head
+        # KubeRay's autoscaler is a container of the head, and asks Kubernetes for pods.
+        _pod(head)["automountServiceAccountToken"] = True
+        options = cluster.setdefault("autoscalerOptions", {})
+        options.setdefault("securityContext", copy.deepcopy(_RESTRICTED))
     old = job.get("metadata") or {}
     labels = dict(old.get("labels") or {})
     if launch.queue:

@@ -38,7 +38,7 @@ class Outcome:
 
 
 _WAITING = {
-    "": "is not taken up by KubeRay's operator (is it running, and does it watch the namespace?)",
+    "": "is not seen by KubeRay's operator (is it running, and does it watch the namespace?)",
     "Initializing": "waits for its pods",
     "Waiting": "waits for a job to be submitted by hand",
     "Suspending": "is being suspended",
@@ -136,7 +136,7 @@ def _failed_app(message: str, job: Mapping[str, Any]) -> Outcome:
 def reason_of_pods(
     pods: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]], names: Iterable[str]
 ) -> str:
-    """Return why pods do not run, or "" if nothing tells.
+    """Return why pods do not run, or "" if no reason is known.
 
     Args:
         pods: The pods of the Ray cluster.

@@ -115,6 +115,9 @@ def test_there_are_as_many_worker_pods_as_the_workers_need(
     assert scaled is (replicas[0] < replicas[1])
     head, worker = pods(job)
     assert head["automountServiceAccountToken"] is scaled
+    restricted = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    options = job["spec"]["rayClusterSpec"].get("autoscalerOptions", {})
+    assert options.get("securityContext") == (restricted if scaled else None)
     assert worker["automountServiceAccountToken"] is False
 
 

@@ -23,7 +23,7 @@ def job(deployment: str = "", state: str = "", **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("deployment", "state", "more", "kind", "reason"),
     [
-        ("", "", {}, "waiting", "is not taken up by KubeRay's operator"),
+        ("", "", {}, "waiting", "is not seen by KubeRay's operator"),
         ("Initializing", "", {}, "waiting", "waits for its pods"),
         ("Waiting", "", {}, "waiting", "waits for a job to be submitted by hand"),
         ("Suspending", "", {}, "waiting", "is being suspended"),
