@@ -64,7 +64,6 @@ class KubeRayLauncher:
     def start(self) -> None:
         """Create a RayJob, or attach to the running one."""
         self._kube = Kube(self.launch.context, self.launch.namespace)
-        write_spec(self.job, self.launch, self.work)
         self._try_to_start(first=True)
 
     def is_running(self) -> bool:
@@ -198,9 +197,12 @@ class KubeRayLauncher:
             if number == newest and self._is_alive(job):
                 self._attach(job, "attached to")
                 return
-            log.info("train: attempt %d %s", number, _told(outcome_of(job)))
+            if not self._tried:  # those of earlier commands; the reasons of this one are shown
+                log.info("train: attempt %d %s", number, _result(outcome_of(job)))
         attempt = self._attempt(newest + 1)
         job = self._render(attempt)
+        # Not when attaching: a head that restarts reads it again, perhaps with an older version.
+        write_spec(self.job, self.launch, self.work)
         self._tried = True
         try:
             created = self._kube.create(job)
@@ -365,7 +367,7 @@ class _Clock:
             raise PipelineError(sentence)
 
 
-def _told(outcome: Outcome) -> str:
+def _result(outcome: Outcome) -> str:
     """Return what became of an earlier attempt."""
     return outcome.reason or f"has ended: {outcome.advice}"
 

@@ -173,12 +173,16 @@ def fails(launcher: KubeRayLauncher) -> str:
     return str(found.value)
 
 
-def test_the_same_command_attaches_to_the_running_rayjob(kube: MockKube, make: Make) -> None:
+def test_the_same_command_attaches_to_the_running_rayjob(
+    kube: MockKube, make: Make, tmp_path: Path
+) -> None:
     first = running(kube, make())
+    LocalStore(tmp_path).write(f"runs/a/{SPEC}", b"of the first")
     again = make()
     again.start()
     assert again.attempt == first.attempt
     assert kube.asked.count("create") == 1
+    assert LocalStore(tmp_path).read(f"runs/a/{SPEC}") == b"of the first"
 
 
 def test_a_rayjob_made_at_the_same_moment_is_attached_to(
