@@ -86,8 +86,9 @@ def start(
     return Run(root, process, log)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tmp_path = tmp_path_factory.mktemp("pods")
     photos = tmp_path / "photos"
     photos.mkdir()
     random = np.random.default_rng(0)
@@ -116,6 +117,12 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "pods.yaml"
 
 
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, ceph: Server) -> dict[str, dict[str, Any]]:
+    """Return the stages of a run on this machine, up to training."""
+    return start(ceph.fresh_root(), config, ceph.environment(), whole=False).finish()
+
+
 @pytest.fixture
 def namespace(kubernetes_api: KubeServer, ceph: Server) -> Namespace:
     """A namespace with a Secret for the storage."""
@@ -126,23 +133,34 @@ def namespace(kubernetes_api: KubeServer, ceph: Server) -> Namespace:
 
 
 @pytest.fixture
-def operator(namespace: Namespace, tmp_path: Path) -> Iterator[Operator]:
-    operator = Operator(namespace, lambda: RealRay(namespace, tmp_path / "token"))
+def operator(namespace: Namespace, config: Path) -> Iterator[Operator]:
+    operator = Operator(namespace, lambda: RealRay(namespace, config.with_name("token")))
     yield operator
     operator.close()
 
 
-def test_a_launcher_that_is_killed_and_started_again_ends_with_the_bytes_of_an_undisturbed_run(
-    config: Path, s3_root: str, ceph: Server, namespace: Namespace, operator: Operator
-) -> None:
-    kubeconfig = namespace.kubeconfig(config.with_name("kubeconfig"))
+@pytest.fixture
+def pods(namespace: Namespace, config: Path, ceph: Server) -> tuple[dict[str, str], list[str]]:
+    """Return the environment and the options of a command that trains in pods."""
     environment = {
         **ceph.environment(),
-        "KUBECONFIG": str(kubeconfig),
+        "KUBECONFIG": str(namespace.kubeconfig(config.with_name("kubeconfig"))),
         "RAY_AUTH_TOKEN_PATH": str(config.with_name("token")),
     }
     options = ["--launcher", "kuberay", "--set", "launch.image=registry/dpnet:test"]
-    options += ["--set", "launch.secrets=[storage]"]
+    return environment, [*options, "--set", "launch.secrets=[storage]"]
+
+
+def test_a_launcher_that_is_killed_and_started_again_ends_with_the_bytes_of_an_undisturbed_run(
+    config: Path,
+    s3_root: str,
+    ceph: Server,
+    namespace: Namespace,
+    operator: Operator,
+    pods: tuple[dict[str, str], list[str]],
+    undisturbed: dict[str, dict[str, Any]],
+) -> None:
+    environment, options = pods
     first = start(s3_root, config, environment, *options)
     first.wait_for_step(2 * EVERY)
     os.kill(first.process.pid, signal.SIGKILL)
@@ -156,16 +174,41 @@ def test_a_launcher_that_is_killed_and_started_again_ends_with_the_bytes_of_an_u
     assert list(operator.rays) == [name]
     # Its log came through Ray's dashboard.
     assert f"{name}-" in first.log.read_text() + second.log.read_text()
-    wait_until(
-        lambda: not namespace.objects() and not namespace.objects("rayclusters"),
-        "something is left",
-    )
+    wait_until(lambda: is_clean(namespace), "something is left")
     assert ceph.secret_key not in json.dumps(job)
     assert ceph.secret_key not in first.log.read_text() + second.log.read_text()
-    alone = start(Server.fresh_root(), config, ceph.environment(), whole=False)
-    undisturbed = alone.finish()
-    for stage in ("images", "masks", "train"):
-        assert stages[stage]["content_digest"] == undisturbed[stage]["content_digest"], stage
+    assert digests(stages) == digests(undisturbed)
+
+
+def test_a_head_that_is_lost_is_followed_by_another_attempt_that_resumes(
+    config: Path,
+    s3_root: str,
+    namespace: Namespace,
+    operator: Operator,
+    pods: tuple[dict[str, str], list[str]],
+    undisturbed: dict[str, dict[str, Any]],
+) -> None:
+    environment, options = pods
+    training = start(s3_root, config, environment, *options, whole=False)
+    training.wait_for_step(2 * EVERY)
+    ((name, ray),) = operator.rays.items()
+    ray.cluster.kill()
+    stages = training.finish()
+    assert stages["train"]["summary"]["resumed_from"] >= EVERY
+    said = training.log.read_text()
+    assert f"{name} lost the head of its Ray cluster, which did not answer" in said
+    assert [each.rpartition("-")[2] for each in operator.rays] == ["1", "2"]
+    wait_until(lambda: is_clean(namespace), "something is left")
+    assert digests(stages) == digests(undisturbed)
+
+
+def is_clean(namespace: Namespace) -> bool:
+    return not namespace.objects() and not namespace.objects("rayclusters")
+
+
+def digests(stages: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Return the content digests of the data and of the trained weights."""
+    return {each: stages[each]["content_digest"] for each in ("images", "masks", "train")}
 
 
 CLUSTER = ("DPNET_TEST_CONTEXT", "DPNET_TEST_IMAGE", "DPNET_TEST_ROOT")

@@ -9,6 +9,7 @@ what belongs to a deleted RayJob, as Kubernetes' garbage collector does.
 from __future__ import annotations
 
 import base64
+import calendar
 import os
 import secrets
 import sys
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 from clusters import Cluster, ray_cluster
 from kube_server import Namespace
 
+CHECK_TIMEOUT_S = 15.0  # KubeRay's own is five minutes
 FINALIZER = "ray.io/rayjob-finalizer"
 MESSAGE = "Job entrypoint command failed with exit code {}, last available logs (truncated to" \
     " 20,000 chars):\n{}"  # fmt: skip
@@ -197,6 +199,7 @@ class Operator:
             self._clean(job)
             return
         new = {**status, **self._next(job, status), **self.forced.get(name, {})}
+        new = {field: value for field, value in new.items() if value is not None}
         if new != status:
             job["status"] = new
             self.namespace.custom.replace_namespaced_custom_object_status(
@@ -233,8 +236,15 @@ class Operator:
             case "Running":
                 if spec.get("suspend"):
                     return {"jobDeploymentStatus": "Suspending"}
-                state, message = ray.state({**job, "status": status})
-                changes = {"jobStatus": state, "message": message}
+                try:
+                    state, message = ray.state({**job, "status": status})
+                except Exception as error:  # its head does not answer
+                    return self._unanswered(status, error)
+                changes = {
+                    "jobStatus": state,
+                    "message": message,
+                    "jobStatusCheckFailureStartTime": None,
+                }
                 if state in ("SUCCEEDED", "STOPPED"):
                     changes |= {"jobDeploymentStatus": "Complete", "endTime": _now()}
                 if state == "FAILED":
@@ -260,10 +270,21 @@ class Operator:
                     self._end(name, status.get("rayClusterName", ""))
         return {}
 
+    def _unanswered(self, status: dict[str, Any], error: Exception) -> dict[str, Any]:
+        since = status.get("jobStatusCheckFailureStartTime")
+        if not since:
+            return {"jobStatusCheckFailureStartTime": _now()}
+        if _age(since) < CHECK_TIMEOUT_S:
+            return {}
+        return {
+            "jobDeploymentStatus": "Failed",
+            "reason": "JobStatusCheckTimeoutExceeded",
+            "message": f"Job status checks have been failing since {since}: {error}"[:300],
+            "endTime": _now(),
+        }
+
     def _late(self, spec: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
-        begun = time.mktime(time.strptime(status["startTime"], "%Y-%m-%dT%H:%M:%SZ"))
-        age = time.mktime(time.gmtime()) - begun
-        if age < spec.get("preRunningDeadlineSeconds", 1e9):
+        if _age(status["startTime"]) < spec.get("preRunningDeadlineSeconds", 1e9):
             return {}
         return {
             "jobDeploymentStatus": "Failed",
@@ -315,6 +336,10 @@ class Operator:
         self.namespace.custom.patch_namespaced_custom_object(
             *self.namespace.kinds(), name, {"metadata": {"finalizers": finalizers}}
         )
+
+
+def _age(when: str) -> float:
+    return time.time() - calendar.timegm(time.strptime(when, "%Y-%m-%dT%H:%M:%SZ"))
 
 
 def _now() -> str:
