@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from examples import use_profile
+from kube_server import KubeServer, kube_server
 from policy import (  # noqa: F401 - hooks of pytest
     pytest_collection_modifyitems,
     pytest_configure,
@@ -39,6 +40,13 @@ def ceph() -> Iterator[Server]:
     """Start a real Ceph with an empty bucket, or skip the test. For tests marked `slow`."""
     with ceph_server() as server:
         server.make_bucket()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kubernetes_api() -> Iterator[KubeServer]:
+    """Start a real Kubernetes API server, or skip the test. For tests marked `slow`."""
+    with kube_server() as server:
         yield server
 
 

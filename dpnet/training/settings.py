@@ -234,10 +234,10 @@ class LaunchSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    launcher: Literal["local", "ray-job"] = Field(
+    launcher: Literal["local", "ray-job", "kuberay"] = Field(
         "local",
-        description="Where training runs: with Ray on this machine (local), or in a job on a Ray"
-        " cluster (ray-job).",
+        description="Where training runs: with Ray on this machine (local), in a job on a Ray"
+        " cluster (ray-job), or in a RayJob on Kubernetes (kuberay).",
     )
     address: str | None = Field(
         None,
@@ -248,7 +248,8 @@ class LaunchSettings(BaseModel):
     python: str = Field(
         "python",
         min_length=1,
-        description="Python interpreter on the cluster's head that has dpnet installed.",
+        description="Python interpreter on the cluster's head, or in the image, that has dpnet"
+        " installed.",
     )
     deadline_s: int = Field(
         1800,
@@ -256,4 +257,46 @@ class LaunchSettings(BaseModel):
         le=604_800,
         description="Seconds without progress, for example while no workers are free, after which"
         " training is given up.",
+    )
+    image: str | None = Field(
+        None,
+        description="Container image with dpnet and Ray, for kuberay; null: the one in template."
+        " Its version of dpnet must be that of the command.",
+    )
+    template: str | None = Field(
+        None,
+        description="YAML file with the RayJob to start from, for kuberay: resources, node"
+        " selectors, tolerations, service account, volumes; null: the packaged rayjob.yaml.",
+    )
+    namespace: str | None = Field(
+        None,
+        description="Kubernetes namespace for kuberay; null: that of the context, or of the pod in"
+        " which the command runs.",
+    )
+    context: str | None = Field(
+        None,
+        description="Context of the kubeconfig for kuberay; null: the current one, or the service"
+        " account of the pod in which the command runs.",
+    )
+    secrets: tuple[str, ...] = Field(
+        (),
+        description="Names of Kubernetes Secrets whose keys become environment variables of the"
+        " training pods, for kuberay, such as one with AWS_SECRET_ACCESS_KEY.",
+    )
+    queue: str | None = Field(
+        None, description="Queue of Kueue in which a kuberay job waits for its turn; null: none."
+    )
+    pending_s: int = Field(
+        1800,
+        ge=1,
+        le=2_592_000,
+        description="Seconds that a kuberay job may wait for its pods or in its queue before it is"
+        " given up.",
+    )
+    ttl_s: int = Field(
+        0,
+        ge=0,
+        le=604_800,
+        description="Seconds for which the pods of a failed kuberay job stay, so that they can be"
+        " looked at.",
     )

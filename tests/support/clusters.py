@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,9 +158,15 @@ def _starts(log: Path) -> int:
 
 
 @contextmanager
-def ray_cluster(nodes: int) -> Iterator[Cluster]:
-    """Start a cluster: a head with a dashboard that takes jobs, and `nodes` nodes of one core."""
+def ray_cluster(nodes: int, more: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """Start a cluster: a head with a dashboard that takes jobs, and `nodes` nodes of one core.
+
+    Args:
+        nodes: Number of nodes.
+        more: More variables of the environment of all its processes.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_"))}
+    environment |= more or {}
     with prepare_start("test-") as ray:
         # Ray accepts further nodes only if it is not on loopback alone.
         cluster = Cluster(ray, environment | ray.credentials)

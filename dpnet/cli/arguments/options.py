@@ -83,10 +83,10 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where training runs."""
     parser.add_argument(
         "--launcher",
-        choices=["local", "ray-job"],
-        help="where training runs: with Ray on this machine, or as a job on a Ray cluster. The job"
-        " continues if this command is killed; the same command finds it again (default: the"
-        " config's launcher, else local)",
+        choices=["local", "ray-job", "kuberay"],
+        help="where training runs: with Ray on this machine, as a job on a Ray cluster, or as a"
+        " RayJob on Kubernetes. A job continues if this command is killed; the same command finds"
+        " it again (default: the config's launcher, else local)",
     )
     parser.add_argument(
         "--address",

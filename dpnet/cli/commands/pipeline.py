@@ -126,10 +126,10 @@ def stage(args: Namespace) -> Outcome:
     if args.stage == "masks":
         given = overrides_of("masks", given)
     config = load_config(args.config, given)
-    if getattr(args, "address", None) and config.launch.launcher == "local":
+    if getattr(args, "address", None) and config.launch.launcher != "ray-job":
+        place = "on this machine" if config.launch.launcher == "local" else "in pods of its own"
         raise ConfigError(
-            "--address names a Ray cluster, but training runs on this machine: add"
-            " --launcher ray-job."
+            f"--address names a Ray cluster, but training runs {place}: add --launcher ray-job."
         )
     pairs = getattr(args, "export_pairs", None)
     check_config(config, "images" if pairs else args.stage, args.root)

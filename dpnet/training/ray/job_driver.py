@@ -20,6 +20,7 @@ import threading
 import time
 from contextlib import ExitStack
 
+import dpnet
 from data_prep.core.errors import PipelineError
 from data_prep.core.lease import check_leases
 from data_prep.core.logs import start_logging
@@ -55,6 +56,7 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
             f"the cluster's head cannot find {root}/{folder}, which the launcher has just written:"
             " choose a root that all machines share, S3 or a shared disk."
         ) from None
+    _check_version(spec.get("version"))
     forbid_other_starts()
     job = TrainJob.from_json(spec["job"])
     with ExitStack() as stack:
@@ -78,3 +80,19 @@ def _train(attempt: str, root: str, folder: str, *, only_stacks: bool) -> None:
                 time.sleep(0.3)
         finally:
             training.stop(shared=True)
+
+
+def _check_version(asked: str | None) -> None:
+    """Raise PipelineError if another version of dpnet has described the training.
+
+    It may mean another training by the same settings.
+
+    Args:
+        asked: Version of the command that started the job; None: one that did not say.
+    """
+    if asked is not None and asked != dpnet.__version__:
+        raise PipelineError(
+            f"the command that started this training has dpnet {asked}, and the cluster's head has"
+            f" {dpnet.__version__}: install the same version in both places. On Kubernetes, set"
+            f" launch.image to an image with {asked}."
+        )

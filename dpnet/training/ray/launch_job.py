@@ -7,7 +7,6 @@ gets the next number and resumes from the last checkpoint.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import re
@@ -17,10 +16,12 @@ import threading
 import time
 from typing import Any
 
+import dpnet
 from data_prep.core.digest import SHORT, sha256_bytes
 from data_prep.core.errors import PipelineError
 from data_prep.core.stage import Work
 from dpnet.training.job import TrainJob
+from dpnet.training.ray.job_log import log_stacks, show_log, wait_for_end
 from dpnet.training.ray.jobs_client import connect_client, reason_of
 from dpnet.training.settings import LaunchSettings
 
@@ -30,9 +31,7 @@ SPEC = "job.json"
 EXPLAINED = 3  # exit status of a driver with the reason for its end in its last line
 ASK_S = 1.0  # between two requests for the job's state
 STOP_S = 25.0  # how long to wait for a cancelled job to end
-STACKS_S = 30.0  # how long to wait for the workers' stacks
-_NO_PROGRAM = (126, 127)  # exit statuses of a shell
-_RECORD = re.compile(r"\S+Z (DEBUG|INFO|WARNING|ERROR|CRITICAL) [\w.]+: (.*)")  # core/logs.py
+NO_PROGRAM = (126, 127)  # exit statuses of a shell
 
 
 class RayJobLauncher:
@@ -53,8 +52,7 @@ class RayJobLauncher:
     def start(self) -> None:
         """Submit a job, or attach to the running one."""
         self._client = connect_client(self.address)
-        spec = {"job": self.job.to_json(), "deadline": self.launch.deadline_s}
-        self.work.store.write(self.work.key(SPEC), json.dumps(spec, indent=1).encode())
+        write_spec(self.job, self.launch, self.work)
         self._submit_or_attach()
 
     def is_running(self) -> bool:
@@ -90,7 +88,7 @@ class RayJobLauncher:
         last = lines[-1][:1000] if lines else "without output"
         if job.driver_exit_code == EXPLAINED:
             raise PipelineError(last)
-        if job.driver_exit_code in _NO_PROGRAM or "No module named" in last:
+        if job.driver_exit_code in NO_PROGRAM or "No module named" in last:
             raise PipelineError(
                 f"the head of the Ray cluster at {self.address} has no dpnet ({last}): set"
                 " launch.python to the interpreter there that has it."
@@ -130,28 +128,14 @@ class RayJobLauncher:
             return
         try:
             self._client.stop_job(self.attempt)
-            self._wait_for_end(self.attempt, STOP_S, "it does not end")
+            wait_for_end(self._client, self.attempt, STOP_S, "it does not end")
         except Exception as error:
             log.warning("train: the job %s may still run (%s)", self.attempt, reason_of(error))
 
     def print_stacks(self) -> None:
         """Log what every worker is doing. A separate job reads it on the cluster's machines."""
         name = f"{self.name}-stacks-{secrets.token_hex(3)}"
-        try:
-            self._client.submit_job(
-                entrypoint=self._entrypoint("--stacks", self.attempt), submission_id=name
-            )
-            self._wait_for_end(name, STACKS_S, "they do not arrive")
-            log.info("%s", self._client.get_job_logs(name))
-        except Exception as error:
-            log.warning("train: the workers' stacks are not available (%s)", reason_of(error))
-
-    def _wait_for_end(self, job: str, seconds: float, problem: str) -> None:
-        deadline = time.monotonic() + seconds
-        while not self._client.get_job_status(job).is_terminal():
-            if time.monotonic() > deadline:
-                raise TimeoutError(problem)
-            time.sleep(0.5)
+        log_stacks(self._client, name, self._entrypoint("--stacks", self.attempt))
 
     def _submit_or_attach(self) -> None:
         pattern = re.compile(rf"{re.escape(self.name)}-(\d+)")
@@ -180,26 +164,19 @@ class RayJobLauncher:
         threading.Thread(target=self._show_log, args=(self.attempt,), daemon=True).start()
 
     def _entrypoint(self, *arguments: str) -> str:
-        words = [self.launch.python, "-m", "dpnet.ray_driver", *arguments]
-        return shlex.join([*words, self.work.store.uri, self.work.folder])
+        return driver_command(self.launch, self.work, *arguments)
 
     def _show_log(self, job: str) -> None:
-        """Log the lines of the job's log as they arrive."""
-
-        async def show() -> None:
-            async for lines in self._client.tail_job_logs(job):
-                for line in lines.splitlines():
-                    level, text = _level_and_text(line)
-                    log.log(level, "%s: %s", job, text)
-
-        try:
-            asyncio.run(show())
-        except Exception as error:  # training does not depend on its log
-            log.debug("the log of %s cannot be followed: %s", job, error)
+        show_log(self._client, job)
 
 
-def _level_and_text(line: str) -> tuple[int, str]:
-    """Return level and text of a line of a job's log, without time and module."""
-    if match := _RECORD.fullmatch(line):
-        return logging.getLevelNamesMapping()[match[1]], match[2]
-    return logging.INFO, line
+def driver_command(launch: LaunchSettings, work: Work, *arguments: str) -> str:
+    """Return the command of a job that trains a run on a cluster's head."""
+    words = [launch.python, "-m", "dpnet.ray_driver", *arguments]
+    return shlex.join([*words, work.store.uri, work.folder])
+
+
+def write_spec(job: TrainJob, launch: LaunchSettings, work: Work) -> None:
+    """Write what the job's driver reads: the training, its deadline and the version of dpnet."""
+    spec = {"job": job.to_json(), "deadline": launch.deadline_s, "version": dpnet.__version__}
+    work.store.write(work.key(SPEC), json.dumps(spec, indent=1).encode())

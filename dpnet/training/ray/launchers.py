@@ -35,6 +35,10 @@ def choose_launcher(job: Any, launch: LaunchSettings, work: Work) -> Launcher:
         from dpnet.training.ray.launch_local import LocalLauncher
 
         return LocalLauncher(job, launch)
+    if launch.launcher == "kuberay":
+        from dpnet.training.ray.launch_kuberay import KubeRayLauncher
+
+        return KubeRayLauncher(job, launch, work)
     from dpnet.training.ray.jobs_client import cluster_address
     from dpnet.training.ray.launch_job import RayJobLauncher
 

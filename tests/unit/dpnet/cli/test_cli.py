@@ -502,6 +502,7 @@ def test_an_address_needs_the_launcher_ray_job(
 ) -> None:
     words = ["train", "demo", "--root", str(tmp_path), "--address", "http://head:8265"]
     assert "add --launcher ray-job" in fails(capsys, *words)
+    assert "runs in pods of its own: add" in fails(capsys, *words, "--launcher", "kuberay")
     assert not list(tmp_path.iterdir())
 
 

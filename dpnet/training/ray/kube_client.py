@@ -1,0 +1,390 @@
+"""The Kubernetes API of one namespace: the few requests that the launcher `kuberay` makes.
+
+Credentials come from the pod's service account or from the kubeconfig, never from our config. A
+refused credential is read again once, because tokens rotate. Nothing here waits and tries again:
+the launcher does that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from data_prep.core.errors import ConfigError, PipelineError
+from dpnet.training.ray.rayjob import GROUP, MANAGER, PLURAL, VERSION
+
+T = TypeVar("T")
+
+# Everything that the launcher asks of Kubernetes: group, resource, verbs. All in one namespace.
+ACCESS = (
+    (GROUP, PLURAL, ("create", "get", "list", "watch", "delete")),
+    ("", "pods", ("list",)),
+    ("", "events", ("list",)),
+)
+ANSWER_S = 20.0  # how long to wait for the answer to a request
+WATCH_S = 30  # after which the server ends a watch, and the next one begins
+_QUIET_S = WATCH_S + 30.0  # without a byte, after which a watch counts as dead
+_LONGEST_WAIT_S = 60.0  # that a server may ask for
+_IN_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+
+
+class KubeError(Exception):
+    """A request that did not succeed; the text says why, in words that can stand in brackets.
+
+    Attributes:
+        status: HTTP status; 0 if there was no answer.
+        verb: What was asked for, such as watch.
+        wait: Seconds that the server asks to wait, or None.
+        passes: Whether the same request can succeed later without a change.
+        advice: What to do, for an error that does not pass.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        text: str,
+        *,
+        advice: str = "",
+        wait: float | None = None,
+        verb: str = "",
+    ) -> None:
+        super().__init__(text)
+        self.status, self.wait, self.advice, self.verb = status, wait, advice, verb
+        self.passes = not advice
+
+
+def role(namespace: str, name: str = MANAGER) -> dict[str, Any]:
+    """Return the Role with exactly the rights in ACCESS."""
+    rules = [
+        {"apiGroups": [group], "resources": [resource], "verbs": list(verbs)}
+        for group, resource, verbs in ACCESS
+    ]
+    return {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "Role",
+        "metadata": {"name": name, "namespace": namespace},
+        "rules": rules,
+    }
+
+
+class Kube:
+    """A client for the RayJobs, pods and events of one namespace.
+
+    Args:
+        context: Context of the kubeconfig; None: its current one, or the pod's service account.
+        namespace: The namespace; None: that of the context or of the pod.
+
+    Raises:
+        ConfigError: There are no credentials here, or they cannot be read.
+    """
+
+    def __init__(self, context: str | None, namespace: str | None) -> None:
+        self._context = context
+        self._api: Any = None
+        found = self._connect()
+        self.namespace = namespace or found
+
+    def create(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Create a RayJob. Fields that Kubernetes does not know are refused."""
+        return self._on_jobs(
+            "create", "create_namespaced_custom_object", dict(job), field_validation="Strict"
+        )
+
+    def get(self, name: str) -> dict[str, Any]:
+        """Return a RayJob. Raises KubeError 404 if there is none."""
+        return self._on_jobs("get", "get_namespaced_custom_object", name)
+
+    def jobs(self, labels: str = "", name: str = "") -> tuple[list[dict[str, Any]], str]:
+        """Return the RayJobs with these labels or this name, and the version of the list."""
+        found = self._on_jobs("list", "list_namespaced_custom_object", **_selectors(labels, name))
+        return found["items"], found["metadata"]["resourceVersion"]
+
+    def watch(self, name: str, since: str) -> Iterator[dict[str, Any]]:
+        """Yield the changes of a RayJob after a version, until the server ends the watch.
+
+        Each is a dictionary with `type` (ADDED, MODIFIED, DELETED, BOOKMARK) and `object`. Raises
+        KubeError 410 if the version is too old: list again.
+        """
+        from kubernetes import client, watch
+
+        def stream() -> Iterator[dict[str, Any]]:
+            custom = client.CustomObjectsApi(self._api)
+            return watch.Watch().stream(  # type: ignore[no-any-return]
+                custom.list_namespaced_custom_object,
+                *self._kind,
+                **_selectors("", name),
+                resource_version=since,
+                allow_watch_bookmarks=True,
+                timeout_seconds=WATCH_S,
+                _request_timeout=(ANSWER_S, _QUIET_S),
+            )
+
+        events = self._request("watch", f"{PLURAL}.{GROUP}", stream)
+        while True:
+            try:
+                event = self._request("watch", f"{PLURAL}.{GROUP}", lambda: next(events, None))
+            except (KeyError, TypeError, ValueError) as error:  # half an event
+                raise KubeError(0, f"an event of the watch cannot be read ({error})") from error
+            if event is None:
+                return
+            yield event
+
+    def delete(self, name: str) -> None:
+        """Delete a RayJob; the cluster then deletes what belongs to it. A missing one is fine."""
+        try:
+            self._on_jobs(
+                "delete", "delete_namespaced_custom_object", name, propagation_policy="Background"
+            )
+        except KubeError as error:
+            if error.status != 404:
+                raise
+
+    def pods(self, labels: str) -> list[dict[str, Any]]:
+        """Return the pods with these labels."""
+        return self._core("pods", "list_namespaced_pod", label_selector=labels)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the warnings of the namespace."""
+        return self._core("events", "list_namespaced_event", field_selector="type=Warning")
+
+    @property
+    def _kind(self) -> tuple[str, str, str, str]:
+        return GROUP, VERSION, self.namespace, PLURAL
+
+    def _on_jobs(self, verb: str, function: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+        from kubernetes import client
+
+        def ask() -> dict[str, Any]:
+            custom = client.CustomObjectsApi(self._api)
+            found: dict[str, Any] = getattr(custom, function)(
+                *self._kind, *arguments, **options, _request_timeout=ANSWER_S
+            )
+            return found
+
+        return self._request(verb, f"{PLURAL}.{GROUP}", ask)
+
+    def _core(self, resource: str, function: str, **options: Any) -> list[dict[str, Any]]:
+        from kubernetes import client
+
+        def ask() -> list[dict[str, Any]]:
+            answer = getattr(client.CoreV1Api(self._api), function)(
+                self.namespace, **options, _request_timeout=ANSWER_S
+            )
+            found: list[dict[str, Any]] = self._api.sanitize_for_serialization(answer)["items"]
+            return found
+
+        return self._request("list", resource, ask)
+
+    def _request(self, verb: str, resource: str, ask: Callable[[], T]) -> T:
+        """Ask, with credentials that are read again once if they are refused."""
+        import urllib3
+        from kubernetes.client.exceptions import ApiException
+
+        for again in (False, True):
+            try:
+                return ask()
+            except ApiException as error:
+                if error.status == 401 and not again:
+                    self._connect()
+                    continue
+                raise self._explained(error, verb, resource) from error
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    raise self._untrusted(error) from error
+                raise KubeError(0, _short(error)) from error
+            except AttributeError as error:  # the client fails on its own error of TLS
+                cause = error.__context__
+                if not isinstance(cause, ApiException):
+                    raise
+                if "CERTIFICATE_VERIFY_FAILED" in str(cause):
+                    raise self._untrusted(cause) from error
+                raise KubeError(0, _short(cause)) from error
+        raise AssertionError
+
+    def _untrusted(self, error: Exception) -> KubeError:
+        reason = str(error).partition("certificate verify failed: ")[2].partition(" (_ssl")[0]
+        return KubeError(
+            0,
+            f"the certificate of {self._api.configuration.host} is not trusted:"
+            f" {reason or _short(error)}",
+            advice="check the certificate-authority in the kubeconfig, and the clock of this"
+            " machine.",
+        )
+
+    def _explained(self, error: Any, verb: str, resource: str) -> KubeError:
+        """Return the error for an answer of the API server, or of a proxy before it."""
+        status = int(error.status or 0)
+        body = _status_in(error.body)
+        message = body.get("message") or _short(error.body or error.reason or "")
+        causes = [each.get("reason") for each in (body.get("details") or {}).get("causes") or []]
+        if status == 401:
+            return KubeError(401, "the API server refuses the credentials of this user")
+        if status == 403 and "NamespaceTerminating" in causes:
+            return KubeError(
+                403,
+                f"the namespace {self.namespace} is being deleted",
+                advice="wait until it is gone and make it again, or set launch.namespace to"
+                " another one.",
+            )
+        if status == 403 and "exceeded quota" in message:
+            return KubeError(403, message)
+        if status == 403:
+            return KubeError(
+                403,
+                f"this user may not {verb} {resource} in the namespace {self.namespace}: {message}",
+                advice=f"give it the verb {verb} on {resource} there"
+                " (docs/training.md#on-kubernetes has the Role).",
+                verb=verb,
+            )
+        if status == 404 and (body.get("details") or {}).get("kind") == "namespaces":
+            return KubeError(
+                404,
+                f"there is no namespace {self.namespace}",
+                advice=f"make it with `kubectl create namespace {self.namespace}`, or set"
+                " launch.namespace.",
+            )
+        if status == 404 and not body:
+            return KubeError(
+                404,
+                f"the cluster at {self._api.configuration.host} knows no {resource}",
+                advice="install KubeRay there (helm install kuberay-operator), or choose another"
+                " cluster with launch.context.",
+            )
+        if status in (400, 422):
+            return KubeError(
+                status,
+                message,
+                advice="correct launch.template; its fields are those of KubeRay 1.7.",
+            )
+        if status in (404, 409, 410) or status == 429 or status >= 500 or status == 0:
+            return KubeError(status, message, wait=_wait_in(error.headers))
+        return KubeError(status, message, advice="ask who runs the cluster.")
+
+    def _connect(self) -> str:
+        """Read the credentials, and return the namespace that they come with."""
+        from kubernetes import client, config
+
+        configuration = client.Configuration()
+        configuration.retries = False  # urllib3 would wait as long as any server asks it to
+        try:
+            if self._context is None and "KUBECONFIG" not in os.environ and _IN_POD.exists():
+                config.load_incluster_config(client_configuration=configuration)
+                found = (_IN_POD / "namespace").read_text().strip()
+            else:
+                found = _load_kubeconfig(self._context, configuration)
+        except (config.ConfigException, OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"the credentials for Kubernetes cannot be read ({_short(error)}): check KUBECONFIG"
+                " and launch.context with `kubectl config get-contexts`."
+            ) from error
+        self._api = client.ApiClient(configuration)
+        return found
+
+
+def _load_kubeconfig(context: str | None, configuration: Any) -> str:
+    """Load a context of the kubeconfig, and return its namespace."""
+    from kubernetes import config
+
+    files = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the library reads it when imported
+    contexts, current = config.list_kube_config_contexts(files)
+    if context is not None:
+        named = [each for each in contexts if each["name"] == context]
+        if not named:
+            known = ", ".join(each["name"] for each in contexts)
+            raise ConfigError(
+                f"launch.context is {context!r}, but the kubeconfig has: {known}. Choose one."
+            )
+        current = named[0]
+    _check_program(files, str(current["context"].get("user", "")))
+    config.load_kube_config(files, context, client_configuration=configuration)
+    return str(current["context"].get("namespace") or "default")
+
+
+def _check_program(files: str, user: str) -> None:
+    """Raise ConfigError if the credentials of a user come from a program that is missing.
+
+    The Kubernetes client would log this and continue without credentials.
+    """
+    for file in filter(None, files.split(os.pathsep)):
+        path = Path(file).expanduser()
+        if not path.exists():
+            continue
+        for each in (yaml.safe_load(path.read_text("utf-8")) or {}).get("users") or []:
+            plugin = (each.get("user") or {}).get("exec") if each.get("name") == user else None
+            if not plugin:
+                continue
+            program = str(plugin.get("command", ""))
+            place = path.parent / program if os.sep in program else program
+            if shutil.which(place) is None:
+                hint = plugin.get("installHint")
+                raise ConfigError(
+                    f"the kubeconfig {path} takes the credentials of {user} from the program"
+                    f" {program!r}, which is not installed: install it"
+                    f"{f' ({_short(hint)})' if hint else ''}, or choose another context with"
+                    " launch.context."
+                )
+
+
+def read_template(path: str | None) -> dict[str, Any]:
+    """Return the RayJob in a YAML file, by default the packaged one.
+
+    Raises:
+        ConfigError: The file cannot be read, or is not one RayJob.
+    """
+    file = Path(path).expanduser() if path else Path(__file__).with_name("rayjob.yaml")
+    try:
+        template = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"launch.template is {path!r}, which cannot be read as YAML ({_short(error)}): name a"
+            " file with one RayJob."
+        ) from error
+    if not isinstance(template, dict) or template.get("kind") != "RayJob":
+        raise ConfigError(
+            f"launch.template is {path!r}, which is not a RayJob: name a file of one."
+        )
+    return template
+
+
+def fatal(error: KubeError, what: str) -> PipelineError:
+    """Return the error to raise for a request that cannot succeed later."""
+    return PipelineError(f"{what} ({error}): {error.advice or 'the same command resumes.'}")
+
+
+def _selectors(labels: str, name: str) -> dict[str, str]:
+    found = {"label_selector": labels} if labels else {}
+    return {**found, "field_selector": f"metadata.name={name}"} if name else found
+
+
+def _status_in(body: Any) -> dict[str, Any]:
+    """Return the Status object in an answer, {} if the answer is text."""
+    try:
+        found = json.loads(body)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _wait_in(headers: Any) -> float | None:
+    """Return the seconds that an answer asks to wait, within reason."""
+    text = (headers or {}).get("Retry-After") or ""
+    return min(float(text), _LONGEST_WAIT_S) if text.isdecimal() else None
+
+
+def _short(error: object) -> str:
+    text = " ".join(str(error).split())
+    for plain in (
+        "Connection refused",
+        "Connection reset",
+        "timed out",
+        "Name or service not known",
+    ):
+        if plain in text:
+            return plain
+    return text[:300].rstrip(".:")
