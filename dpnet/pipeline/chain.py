@@ -27,6 +27,8 @@ from dpnet.pipeline.config import Config, resolve_root
 from dpnet.registry.stage import check_tracking_uri, register, tracking_uri
 from dpnet.training.job import check_settings, check_vgg_file, find_initial
 from dpnet.training.ray.jobs_client import cluster_address
+from dpnet.training.ray.kube_client import read_template
+from dpnet.training.ray.rayjob import check_rayjob
 from dpnet.training.stage import train
 
 log = logging.getLogger(__name__)
@@ -115,8 +117,10 @@ def check_config(config: Config, wanted: StageName = "register", root: str | Non
         check_settings(config.train)
         check_vgg_file(config.losses)
         check_tracking_uri(config.registry)
-        if config.launch.launcher != "local":
+        if config.launch.launcher == "ray-job":
             cluster_address(config.launch)
+        if config.launch.launcher == "kuberay":
+            check_rayjob(read_template(config.launch.template), config.launch, config.train)
         if config.train.init_from is not None:
             find_initial(config.train.init_from, open_store(resolve_root(root, config)))
     if wanted in ("evaluate", "register"):

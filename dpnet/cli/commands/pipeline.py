@@ -127,9 +127,9 @@ def stage(args: Namespace) -> Outcome:
         given = overrides_of("masks", given)
     config = load_config(args.config, given)
     if getattr(args, "address", None) and config.launch.launcher != "ray-job":
-        place = "on this machine" if config.launch.launcher == "local" else "in pods of its own"
+        where = "on this machine" if config.launch.launcher == "local" else "in pods of its own"
         raise ConfigError(
-            f"--address names a Ray cluster, but training runs {place}: add --launcher ray-job."
+            f"--address names a Ray cluster, but training runs {where}: add --launcher ray-job."
         )
     pairs = getattr(args, "export_pairs", None)
     check_config(config, "images" if pairs else args.stage, args.root)

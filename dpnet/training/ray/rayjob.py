@@ -126,6 +126,11 @@ def render_rayjob(
     }
 
 
+def check_rayjob(template: Mapping[str, Any], launch: LaunchSettings, train: TrainSettings) -> None:
+    """Raise ConfigError if no training can be made from a template and the settings."""
+    render_rayjob(template, Attempt("", 0, "", "", "", ""), launch, train, "", "")
+
+
 def is_of(job: Mapping[str, Any], attempt: Attempt) -> bool:
     """Return whether a RayJob belongs to the training of an attempt."""
     found = job["metadata"].get("annotations") or {}

@@ -86,6 +86,11 @@ MASK_FILES_MISSING = ("masks.external=/no/such/masks", "masks.recipes.external=1
         (["register.tracking_uri=htp://mlflow"], "register.tracking_uri is 'htp://mlflow'"),
         (["launch.launcher=ray-job", "launch.address=head:8265"], "launch.address is 'head:8265'"),
         (["launch.launcher=ray-job"], "launch.address is missing"),
+        (["launch.launcher=kuberay"], "launch.image is missing"),
+        (
+            ["launch.launcher=kuberay", "launch.template=none.yaml"],
+            "launch.template is 'none.yaml'",
+        ),
         (MASK_FILES_MISSING, "masks.external /no/such/masks does not exist"),
     ],
 )
