@@ -22,7 +22,6 @@ from dpnet.pipeline.summary import summarize
 from dpnet.training.ray.launch import leaves_job
 from flows.flow_run import (
     job_keeps_running,
-    run_as_task,
     run_name,
     shorten_logged_errors,
     without_credentials,
@@ -221,7 +220,7 @@ def _run(wanted: StageName, resolved: Config, root: str) -> dict[str, Any]:
     leaves_job.set(job_keeps_running)
     with without_credentials(), RunPage(resolved, store) as page:
         page.show_plan()
-        refs = run_chain(resolved, store, wanted, call=run_as_task)
+        refs = run_chain(resolved, store, wanted, call=page.run_stage)
         page.show_results(refs)
     if wanted == "register":
         return summarize(resolved.name, store, refs, time.monotonic() - start)
