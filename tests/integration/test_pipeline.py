@@ -185,7 +185,8 @@ def test_a_plan_without_a_root_has_the_samples_shards_bytes_and_steps_of_the_sta
 
 def test_the_page_of_a_run_has_the_plan_before_training(pipeline: Pipeline) -> None:
     plans = [
-        json.loads(data) for data in pipeline.rows("select data from artifact where key='plan'")
+        json.loads(data)
+        for data in pipeline.rows("select data from artifact where key = 'plan' order by created")
     ]
     assert "their number is unknown" in plans[0]
     assert "4 steps of 4 samples" in plans[1]
