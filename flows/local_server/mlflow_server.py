@@ -64,6 +64,9 @@ def _serve(database: str, artifacts: str, listener: socket.socket, names: Collec
         "_MLFLOW_IN_JOB_EXECUTOR": "false",
         "MLFLOW_ENABLE_WORKSPACES": "false",
     }
+    if names:
+        # The guard checks the host. MLflow's own check knows no names of a cluster's services.
+        os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = "*"
     import uvicorn
     from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores

@@ -62,7 +62,8 @@ def launched(overlay: str) -> Manifest:
     attempt = Attempt("run-0123456789ab", 1, "word", "0" * 64, "s3://dpnet/root", "runs/a")
     image = f"registry.example.com/dpnet:0.2.0-{'cpu' if overlay == 'local' else 'cuda'}"
     launch = LaunchSettings(launcher="kuberay", image=image, secrets=("dpnet-storage",))
-    train = TrainSettings(workers=4, gpus=overlay != "local")
+    fewest = 2 if overlay == "spot" else None
+    train = TrainSettings(workers=4, min_workers=fewest, gpus=overlay != "local")
     return render_rayjob(template, attempt, launch, train, "2.60.0", "python -m dpnet.ray_driver")
 
 
@@ -90,6 +91,7 @@ def test_the_server_refuses_an_unknown_field_of_a_rayjob(server: Any) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_the_launcher_adds_keeps_the_pods_of_the_template(overlay: str) -> None:
     cluster = launched(overlay)["spec"]["rayClusterSpec"]
+    assert cluster.get("enableInTreeAutoscaling", False) == (overlay == "spot")
     template = ray_job(overlay)["spec"]["rayClusterSpec"]
     for group in ("headGroupSpec", "workerGroupSpecs"):
         made, given = cluster[group], template[group]

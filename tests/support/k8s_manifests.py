@@ -67,7 +67,7 @@ def named(overlay: str, kind: str, name: str) -> Manifest:
 
 
 def ray_job(overlay: str) -> Manifest:
-    """Return the RayJob template of an overlay, with what every launcher must fill in."""
+    """Return a new copy of an overlay's RayJob, with what every launcher must fill in."""
     text = named(overlay, "ConfigMap", "dpnet-files")["data"]["rayjob.yaml"]
     job: Manifest = yaml.safe_load(text)
     job["metadata"] = {**job.get("metadata", {}), "name": "run-1", "namespace": "dpnet"}
@@ -79,6 +79,7 @@ def ray_job(overlay: str) -> Manifest:
     return job
 
 
+@functools.cache
 def flow_job(overlay: str) -> Manifest:
     """Return the Job of a flow run, as Prefect's worker makes it from the pool's template."""
     from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
@@ -127,8 +128,13 @@ def ray_templates(cluster: Mapping[str, Any]) -> list[Manifest]:
     return [group["template"] for group in groups]
 
 
-def pod_specs(overlay: str) -> Iterator[PodSpec]:
-    """Yield every pod that the overlay can start: servers, jobs, Ray nodes, flow runs."""
+@functools.cache
+def pod_specs(overlay: str) -> list[PodSpec]:
+    """Return every pod that the overlay can start: servers, jobs, Ray nodes, flow runs."""
+    return list(_pod_specs(overlay))
+
+
+def _pod_specs(overlay: str) -> Iterator[PodSpec]:
     everything = [*rendered(overlay), ray_job(overlay), flow_job(overlay)]
     for each in everything:
         name = f"{each['kind']} {each['metadata'].get('name', 'flow-run')}"

@@ -163,10 +163,18 @@ def test_every_container_reserves_and_limits_what_it_uses(overlay: str) -> None:
             resources = container["resources"]
             assert {"cpu", "memory"} <= resources["requests"].keys(), pod.name
             assert "memory" in resources["limits"], pod.name
-    for cluster in of_kind(overlay, "RayCluster"):
-        autoscaler = cluster["spec"]["autoscalerOptions"]
+    # Where trainings are elastic, the head has the operator's autoscaler as a second container.
+    clusters = [each["spec"] for each in of_kind(overlay, "RayCluster")]
+    clusters += [ray_job(overlay)["spec"]["rayClusterSpec"]] if overlay == "spot" else []
+    for cluster in clusters:
+        autoscaler = cluster["autoscalerOptions"]
         assert "memory" in autoscaler["resources"]["limits"]
-        assert autoscaler["securityContext"]["readOnlyRootFilesystem"] is True
+        assert autoscaler["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        }
+        assert {"name": "tmp", "mountPath": "/tmp"} in autoscaler["volumeMounts"]
 
 
 @overlays
