@@ -192,9 +192,14 @@ def connects(overlay: str, start: Mapping[str, str], end: Mapping[str, str], por
         port: The TCP port.
     """
     policies = of_kind(overlay, "NetworkPolicy")
-    return _allowed(policies, "egress", "to", start, end, port) and _allowed(
-        policies, "ingress", "from", end, start, port
-    )
+    may_send = _allowed(policies, "egress", "to", start, end, port)
+    return may_send and admits(overlay, end, start, port)
+
+
+def admits(overlay: str, end: Mapping[str, str], start: Mapping[str, str], port: int) -> bool:
+    """Return whether the pod that listens admits the other one, whatever that one may send."""
+    policies = of_kind(overlay, "NetworkPolicy")
+    return _allowed(policies, "ingress", "from", end, start, port)
 
 
 def _allowed(

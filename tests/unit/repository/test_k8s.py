@@ -19,6 +19,7 @@ from k8s_manifests import (
     REPOSITORY,
     Manifest,
     PodSpec,
+    admits,
     connects,
     crd_schema,
     flow_job,
@@ -409,6 +410,20 @@ def test_the_network_policies_allow_the_connections_that_are_needed_and_no_other
         ("prefect-server", 4200), ("mlflow", 5000),
         ("training", 8265), ("training", 10001), ("ray-cpu", 8265), ("ray-cpu", 10001),
     }  # fmt: skip
+
+
+@overlays
+def test_each_server_admits_only_its_clients_whatever_others_may_send(overlay: str) -> None:
+    pods = labels_of(overlay)
+    admitted = {
+        end: {start for start in pods if admits(overlay, pods[end], pods[start], port)}
+        for end, port in (("postgres", 5432), ("prefect-server", 4200), ("exporter", 9808))
+    }
+    assert admitted == {
+        "postgres": {"prefect-server", "prefect-migrate", "mlflow", "mlflow-upgrade"},
+        "prefect-server": {"flow-run", "prefect-worker", "dpnet-deploy"},
+        "exporter": set(),  # Prometheus is in another namespace
+    }
 
 
 @overlays
