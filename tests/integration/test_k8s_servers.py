@@ -18,12 +18,14 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from clusters import end_with_parent, free_port, wait_until
 from k8s_manifests import Manifest, named
 from postgres_server import postgres
+
+from dpnet.training.settings import LaunchSettings
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -185,6 +187,21 @@ def test_the_pool_of_the_worker_has_our_template(servers: Servers, tmp_path: Pat
         made = json.load(answer)
     assert made["type"] == "kubernetes"
     assert made["base_job_template"] == json.loads(template.read_text())
+
+
+def test_the_job_of_an_install_makes_the_deployments(servers: Servers, tmp_path: Path) -> None:
+    if "kuberay" not in get_args(LaunchSettings.model_fields["launcher"].annotation):
+        pytest.skip("the launcher kuberay is not there")
+    job = named(OVERLAY, "Job", "dpnet-deploy")["spec"]["template"]["spec"]
+    (deploy,) = job["containers"]
+    file = tmp_path / "deploy.yaml"
+    file.write_text(named(OVERLAY, "ConfigMap", "dpnet-files")["data"]["deploy.yaml"])
+    words = [word.replace("/etc/dpnet/deploy.yaml", str(file)) for word in deploy["command"]]
+    for _ in range(2):
+        status = servers.start({**deploy, "command": words}).wait(240)
+        assert status == 0, (servers.top / "job.log").read_text()
+    path = "/api/deployments/name/dpnet-pipeline/dpnet-pipeline"
+    assert servers.status("prefect-server", path, PASSWORD) == 200
 
 
 def test_mlflow_makes_its_tables_and_answers_under_the_names_of_its_service_only(

@@ -159,7 +159,9 @@ def crd_schema(plural: str) -> Manifest:
     file = CRDS / f"ray.io_{plural}.yaml"
     if not file.is_file():
         pytest.skip(f"no KubeRay schemas at {CRDS}: name a folder in DPNET_KUBERAY_CRDS")
-    versions = yaml.safe_load(file.read_text("utf-8"))["spec"]["versions"]
+    # The loader in C takes one second of ten.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    versions = yaml.load(file.read_text("utf-8"), loader)["spec"]["versions"]
     (schema,) = [v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"]
     schema["properties"]["metadata"] = {"type": "object"}
     return dict(_strict(schema))

@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import kubernetes_validate
@@ -35,6 +35,7 @@ from k8s_manifests import (
 )
 
 from dpnet.pipeline.config import load_config, load_settings
+from dpnet.training.settings import LaunchSettings
 from flows.deployments import DeploySettings
 
 KUBERNETES = "1.34"  # of the schemas
@@ -313,6 +314,13 @@ def test_every_config_map_that_a_pod_uses_exists(overlay: str) -> None:
         assert used <= existing, pod.name
 
 
+def known_overrides(settings: DeploySettings) -> list[str]:
+    """All overrides, as soon as there is the launcher that they name."""
+    if "kuberay" in get_args(LaunchSettings.model_fields["launcher"].annotation):
+        return settings.overrides
+    return [each for each in settings.overrides if not each.startswith("launch.")]
+
+
 @overlays
 def test_the_deployments_of_an_overlay_have_a_config_that_can_be_loaded(
     overlay: str, tmp_path: Path
@@ -320,8 +328,7 @@ def test_the_deployments_of_an_overlay_have_a_config_that_can_be_loaded(
     files = named(overlay, "ConfigMap", "dpnet-files")["data"]
     (tmp_path / "deploy.yaml").write_text(files["deploy.yaml"])
     settings = load_settings(DeploySettings, tmp_path / "deploy.yaml")
-    known = [each for each in settings.overrides if not each.startswith("launch.")]
-    config = load_config(settings.config, known)
+    config = load_config(settings.config, known_overrides(settings))
     assert config.train.gpus == (overlay != "local")
     options = dict(each.split("=", 1) for each in settings.overrides)
     assert options["launch.launcher"] == "kuberay"
