@@ -32,7 +32,8 @@ from dpnet.pipeline.plan_parts import (
     DataSize,
     Machines,
     Requests,
-    building_requests,
+    image_requests,
+    mask_requests,
     training_requests,
 )
 
@@ -208,8 +209,8 @@ def make_plan(
         lost = _interruption(config, machines, rates)
     pairs = masks.splits["eval"].samples
     requests = {
-        "images": building_requests(images, config.images.source.startswith("s3://")),
-        "masks": building_requests(masks),
+        "images": image_requests(images, from_s3=config.images.source.startswith("s3://")),
+        "masks": mask_requests(masks),
         "train": training_requests(config, images, masks, machines, steps, epochs, hours or 0.0),
         "evaluate": Requests(2 * min(config.evaluate.max_pairs, pairs), TABLES),
     }

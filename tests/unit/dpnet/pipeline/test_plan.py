@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from servers import moto_server
 from small_root import SIZE, photographs, real_data
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
+from data_prep.core.storage.open import open_store
 from data_prep.core.storage.s3 import PART as STORE_PART
+from data_prep.images.stage import prepare_images
+from data_prep.masks.stage import prepare_masks
 from data_prep.shards.split_size import SplitSize
 from dpnet.cli.main import main
 from dpnet.model.config import preset
@@ -25,7 +32,7 @@ from dpnet.pipeline.cost import cost_text
 from dpnet.pipeline.plan import Plan, make_plan
 from dpnet.pipeline.plan_facts import Given, plan_config, plan_here
 from dpnet.pipeline.plan_figures import BENCHMARKS, PUBLISHED, STATE_BYTES, Speed
-from dpnet.pipeline.plan_parts import PART, DataSize, Machines, puts
+from dpnet.pipeline.plan_parts import PART, DataSize, Machines, Requests, puts
 from dpnet.pipeline.plan_text import WIDTH, plan_markdown, plan_text
 from dpnet.training.checkpoints import FORMAT
 from dpnet.training.job import plan_training, requested
@@ -137,6 +144,38 @@ def test_without_a_speed_there_are_no_hours_and_the_plan_says_what_to_give() -> 
 def test_the_parts_of_an_upload_are_those_of_the_store() -> None:
     assert PART == STORE_PART
     assert [puts(size) for size in (1, PART, PART + 1, 4 * PART)] == [1, 1, 4, 6]
+
+
+def test_the_requests_of_a_build_are_those_that_a_server_receives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: received.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("werkzeug")
+    folder = photographs(tmp_path / "photos", 40)
+    with moto_server() as server:
+        server.use(monkeypatch)
+        server.make_bucket()
+        root = server.fresh_root()
+        store = open_store(root)
+        config = small(
+            f"images.source={folder}", "images.mode=center-crop", "images.shard_samples=5",
+            "masks.train=40", "masks.eval_per_bin=2", "masks.shard_samples=10",
+        )  # fmt: skip
+        plan = plan_config(config, store, Given())
+        monkeypatch.setattr(log, "handlers", [handler])
+        monkeypatch.setattr(log, "propagate", False)
+        for stage, build in (
+            ("images", lambda: prepare_images(config.images, store)),
+            ("masks", lambda: prepare_masks(config.masks, store)),
+        ):
+            received.clear()
+            build()
+            methods = Counter(re.findall(r'"(?:\x1b\[\d+m)*([A-Z]+) /', "\n".join(received)))
+            writes = methods["PUT"] + methods["POST"]
+            reads = methods["GET"] + methods["HEAD"]
+            assert plan.requests[stage] == Requests(reads, writes), stage
 
 
 def test_every_epoch_reads_each_shard_and_its_index_once() -> None:
