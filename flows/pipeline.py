@@ -24,7 +24,6 @@ from flows.champion_events import champion_events
 from flows.flow_run import (
     announce_champion,
     job_keeps_running,
-    run_as_task,
     run_name,
     shorten_logged_errors,
     without_credentials,
@@ -224,7 +223,7 @@ def _run(wanted: StageName, resolved: Config, root: str) -> dict[str, Any]:
     with without_credentials(), RunPage(resolved, store) as page:
         page.show_plan()
         with champion_events(store, resolved.registry.model, announce_champion):
-            refs = run_chain(resolved, store, wanted, call=run_as_task)
+            refs = run_chain(resolved, store, wanted, call=page.run_stage)
         page.show_results(refs)
     if wanted == "register":
         return summarize(resolved.name, store, refs, time.monotonic() - start)

@@ -15,9 +15,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact
@@ -27,6 +28,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
 
 from data_prep.core import progress
+from data_prep.core.errors import PipelineError
 from data_prep.core.logs import start_logging
 from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
@@ -38,8 +40,10 @@ from data_prep.pictures.open_image import opened
 from dpnet.evaluation.report import STRIP_WORDS
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown
+from dpnet.training.job import TrainRequest
+from dpnet.training.stage import train
 from flows.deployments import PROGRESS, TAG
-from flows.flow_run import log_to_run
+from flows.flow_run import log_to_run, run_as_task
 from flows.local_server.process_tree import survive_closed_output
 
 SEND_EVERY_S = 2.0
@@ -97,19 +101,32 @@ class RunPage:
         self._ended.set()
         self._thread.join(LAST_SEND_S)
 
-    def show_plan(self) -> None:
-        """Show the config, the root, and the estimated cost of training."""
-        from dpnet.pipeline.cost import cost_text, estimated
+    def show_plan(self, images: StageRef | None = None, masks: StageRef | None = None) -> None:
+        """Show the config, the root, and what the run takes, as far as it is known.
 
-        cost = estimated(self.config, self.store)
+        Args:
+            images: The image shards, if they are made.
+            masks: The mask shards, if they are made. With both, finished steps do not count.
+        """
+        from dpnet.pipeline.plan_facts import plan_here
+        from dpnet.pipeline.plan_text import plan_markdown
+
         lines = [f"**{markdown_text(self.config.name)}** in {markdown_code(self.store.label)}", ""]
-        if cost is None:
-            lines.append(
-                "Cost of training: unknown until a model of this kind has been trained here."
-            )
+        try:
+            plan = plan_here(self.config, self.store, images, masks)
+        except PipelineError as error:  # the stage itself fails with it, or nothing is wrong
+            lines.append(markdown_text(f"There is no plan: {error}"))
         else:
-            lines.append(f"Cost of training, from the speed of earlier runs: {cost_text(cost)}.")
+            unknown = ["The plan follows when the images are prepared: their number is unknown."]
+            lines += unknown if plan is None else plan_markdown(plan)
         _publish("\n".join(lines), "plan", "The plan of this run")
+
+    def run_stage(self, title: str, stage: Callable[..., StageRef], *arguments: Any) -> StageRef:
+        """Run a stage as a Prefect task. Show the plan again before a training."""
+        if stage is train:
+            request: TrainRequest = arguments[0]
+            self.show_plan(request.images, request.masks)
+        return run_as_task(title, stage, *arguments)
 
     def show_results(self, refs: Sequence[StageRef]) -> None:
         """Show a table of the stages, the figures, the links and the result images."""

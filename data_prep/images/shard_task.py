@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from data_prep.shards.shards import (
 if TYPE_CHECKING:
     from data_prep.raw.source import Reader, Source
 
-    Preparer = Callable[[bytes, Cutting, str], Prepared]
+Preparer = Callable[[bytes, Cutting, str], Prepared]
 
 _ITEM = ("key", "size", "fingerprint", "offset", "block")  # the fields that a task's digest covers
 
@@ -194,7 +194,7 @@ def _samples(
     task: ShardTask, reader: Reader, preparing: Preparer, findings: list[Finding]
 ) -> Iterator[ShardSample]:
     """Yield the shard's samples in order, and append a finding for each prepared item."""
-    prepared = _prepare_items(task, reader, preparing, findings)
+    prepared = prepare_items(task, reader, preparing, findings)
     if not task.reuse:
         for _, samples in prepared:
             yield from samples
@@ -242,9 +242,9 @@ class _OldSamples:
         assert not self._next, f"{self._name}: samples of {self._next[0][0]} are out of order"
 
 
-def _prepare_items(
+def prepare_items(
     task: ShardTask, reader: Reader, preparing: Preparer, findings: list[Finding]
-) -> Iterator[tuple[Item, list[ShardSample]]]:
+) -> Generator[tuple[Item, list[ShardSample]], None, None]:
     """Yield every item with its samples; a failed or ignored item has none."""
     with closing(read_items(reader, task.items, task.max_bytes, task.unsure)) as read:
         for item, get_bytes in read:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from data_prep.core.pool import Map
 from data_prep.masks.codec import encode_png
 from data_prep.masks.external import FileMask, FilePool
 from data_prep.masks.plan import (
+    BINS,
     Candidate,
     fill_bins,
     measured,
@@ -27,6 +29,7 @@ from data_prep.masks.plan import (
 )
 from data_prep.masks.recipes import EXTERNAL, draw
 from data_prep.shards.shards import Folder, ShardSample, finished_shard, shard_name, write_shard
+from data_prep.shards.split_size import SplitSize, sample_bytes, tar_bytes
 
 if TYPE_CHECKING:
     from data_prep.masks.settings import MasksSettings
@@ -210,3 +213,30 @@ def _samples(settings: MasksSettings, shard: Shard) -> Iterator[ShardSample]:
             columns["file"] = file  # key of the mask file; empty for a drawn mask
         sidecar = json.dumps({"key": key, **columns}).encode()
         yield key, {"png": encode_png(mask), "json": sidecar}, columns
+
+
+def planned_sizes(settings: MasksSettings, most: int) -> dict[str, SplitSize]:
+    """Return the size of each split before it is made, from a few masks that are drawn for it.
+
+    The training masks are the first of the set itself, so a set of `most` masks or fewer has the
+    true size. Evaluation masks are taken to be as large, and every ratio bin to be full.
+
+    Args:
+        settings: of the mask set.
+        most: most masks to draw, 1 or more.
+    """
+    counts = {"train": settings.train, "eval": len(BINS) * settings.eval_per_bin}
+    number = min(most, settings.train)
+    drawn = _samples(_without_files(settings), Shard("train", 0, range(number)))
+    each = sum(sample_bytes(files) for _, files, _ in drawn) / number
+    shards = {split: math.ceil(count / settings.shard_samples) for split, count in counts.items()}
+    return {
+        split: SplitSize(count, shards[split], tar_bytes(each * count, shards[split]))
+        for split, count in counts.items()
+    }
+
+
+def _without_files(settings: MasksSettings) -> MasksSettings:
+    """Return settings that draw every training mask, for a size that is near that of files."""
+    drawn = {name: weight for name, weight in settings.recipes.items() if name != EXTERNAL}
+    return settings.model_copy(update={"recipes": drawn or {"free-form": 1.0}})

@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     pipeline.add_pipeline(commands)
     data.add_images(commands)
     data.add_masks(commands)
+    pipeline.add_plan(commands)
     pipeline.add_stages(commands)
     pipeline.add_notify(commands)
     data.add_verify(commands)

@@ -1,6 +1,7 @@
-"""The cost of training in hours and money: estimated before it starts, measured afterwards.
+"""The cost of training in hours and money, and the speed of earlier runs.
 
-Prices come from the config. They do not change any result, so no digest contains them.
+`plan.py` estimates the cost before training starts. Prices come from the config. They do not change
+any result, so no digest contains them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from data_prep.core.manifest import StageRef
 from data_prep.core.paths import RUNS, manifest_key
 from data_prep.core.storage.store import Store
+from dpnet.pipeline.settings import CostSettings
 from dpnet.pipeline.yaml_text import read_yaml
-from dpnet.tracking.run_log import read_log, read_status
+from dpnet.tracking.run_log import hours_worked, read_log, read_status
 
 if TYPE_CHECKING:  # the config is composed of this module's settings
     from dpnet.pipeline.config import Config
-from dpnet.pipeline.settings import CostSettings
-from dpnet.tracking.run_log import hours_worked
 
 
 @dataclass(frozen=True)
@@ -42,33 +42,6 @@ def measured(store: Store, folder: str, prices: CostSettings) -> Cost:
     counts once.
     """
     return Cost(*hours_worked(_log(store, folder)), prices)
-
-
-def estimated(
-    config: Config, store: Store, images: StageRef | None = None, masks: StageRef | None = None
-) -> Cost | None:
-    """Estimate the cost of training from the speed of an earlier run.
-
-    The estimate uses the newest run of the root with the same network, image size and kind of
-    device.
-
-    Args:
-        config: The config to train.
-        store: The root.
-        images: The image shards, if known. With both kinds of shards, finished steps do not count.
-        masks: The mask shards, if known.
-
-    Returns:
-        The cost, or None without such a run.
-    """
-    speed = _known_speed(store, config)
-    if speed is None:
-        return None
-    steps = config.train.steps
-    if images is not None and masks is not None:
-        steps -= _finished_steps(config, store, images, masks)
-    hours = steps * config.train.batch_size / speed / 3600
-    return Cost(hours, 0.0, config.cost) if config.train.gpus else Cost(0.0, hours, config.cost)
 
 
 def cost_text(cost: Cost) -> str:
@@ -99,19 +72,31 @@ def _number(hours: float) -> str:
     return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
 
 
-def _known_speed(store: Store, config: Config) -> float | None:
-    """Return images per second and worker, with validation and checkpoints in the time."""
+def known_speed(store: Store, config: Config, gpus: bool) -> tuple[float, int, str] | None:
+    """Return the speed of the newest run with the same network, image size and kind of device.
+
+    Args:
+        store: The root.
+        config: The config to train.
+        gpus: Whether each worker will have a GPU.
+
+    Returns:
+        Images per second and worker, with validation and checkpoints in the time; the number of
+        workers; and the run's folder. None without such a run.
+    """
     alike = []
     for folder in store.folders(RUNS):
         status = read_status(store, folder)
-        if (status.get("size"), status.get("gpus")) == (config.masks.size, config.train.gpus):
+        if (status.get("size"), status.get("gpus")) == (config.masks.size, gpus):
             alike.append((status.get("time", 0.0), folder))
     for _, folder in sorted(alike, reverse=True):
         if _network(store, folder) == config.model.model_dump():
             log = [r for r in _log(store, folder) if r.get("kind") == "train"]
             worker_hours = sum(hours_worked(log))
             if worker_hours > 0:
-                return float(sum(record["images"] for record in log) / worker_hours / 3600)
+                images = sum(record["images"] for record in log)
+                workers = max(record.get("workers", 1) for record in log)
+                return float(images / worker_hours / 3600), int(workers), folder
     return None
 
 
@@ -131,7 +116,7 @@ def _log(store: Store, folder: str) -> list[dict[str, Any]]:
         return []
 
 
-def _finished_steps(config: Config, store: Store, images: StageRef, masks: StageRef) -> int:
+def finished_steps(config: Config, store: Store, images: StageRef, masks: StageRef) -> int:
     """Return how many steps training will not repeat, because a checkpoint has them."""
     from dpnet.training.job import plan_training
 

@@ -6,7 +6,8 @@ The metrics describe trainings, datasets and champions. The server reads the roo
 asks, at most every 10 seconds. `dpnet_storage_up` is 0 while the root cannot be read.
 
 Requests that the pages of other sites make are refused. With DPNET_REPORTS_PASSWORD=user:password
-in the environment, every request needs that password (HTTP basic authentication).
+in the environment, every request needs that password (HTTP basic authentication). Only `/health`
+needs none: it says that the server runs, and reads nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from dpnet.evaluation.report_script import POLICY
 from dpnet.pipeline.root_metrics import METRICS, MetricValue, RootReader
 
 HOST, PORT = "127.0.0.1", 9808
+HEALTH = "/health"  # for the probes of Kubernetes
 READ_EVERY_S = 10.0
 WAIT_S = 5.0  # how long a scrape waits for a reading; Prometheus waits 10 seconds
 STALE_AFTER_S = 60.0  # an older reading is not exported
@@ -178,6 +180,9 @@ def _guarded(app: Any, is_own: Callable[[str], bool], password: str) -> Any:
             if name.startswith("HTTP_")
         }
         reason, status, ask = refusal(environ["REQUEST_METHOD"], headers, is_own), "403", []
+        if reason is None and environ.get("PATH_INFO") == HEALTH:
+            start("200 OK", [("Content-Type", "text/plain; charset=utf-8"), *PROTECTIVE])
+            return [b"running\n"]
         if reason is None and password and not has_password(headers, password):
             reason, status, ask = WRONG_PASSWORD, "401", [ASK_PASSWORD]
         if reason is not None:

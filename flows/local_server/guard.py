@@ -57,6 +57,7 @@ class Guard:
         password: str | None = None,
         unguarded: Collection[str] = (),
         login_page: bool = False,
+        names: Collection[str] = (),
     ) -> None:
         """Guard `app`.
 
@@ -68,9 +69,10 @@ class Guard:
             unguarded: Paths that need no password, such as a health check.
             login_page: Serve `LOGIN`, a page that puts the key after `#` where Prefect's pages
                 look for their password.
+            names: Names of this server, if other machines reach it; see `own_host`.
         """
         self._app, self._password, self._unguarded = app, password, frozenset(unguarded)
-        self._is_own = own_host(port)
+        self._is_own = own_host(port, names)
         self._login_page = login_page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

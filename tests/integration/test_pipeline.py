@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.core.manifest import load_reference
 from data_prep.core.storage.local import LocalStore
+from dpnet.loading.shard_files import find_shards
 from dpnet.pipeline.config import load_config
-from dpnet.pipeline.cost import estimated, measured
+from dpnet.pipeline.cost import measured
+from dpnet.pipeline.plan_facts import Given, plan_config, plan_here
 from dpnet.pipeline.root_metrics import RootReader
 from dpnet.pipeline.settings import CostSettings
 from dpnet.tracking.run_log import read_log
@@ -156,9 +159,38 @@ def test_the_cost_of_training_is_measured_and_the_cost_of_more_steps_estimated(
     cost = measured(store, train["folder"], CostSettings())
     assert cost.cpu_hours == pytest.approx(train["summary"]["cpu_hours"], abs=1e-6)
     assert cost.cpu_hours > 0
-    longer = estimated(load_config(pipeline.config, ["train.steps=400"]), store)
+    longer = plan_here(load_config(pipeline.config, ["train.steps=400"]), store)
     assert longer is not None
-    assert longer.cpu_hours == pytest.approx(100 * cost.cpu_hours)
+    assert longer.cost is not None
+    assert longer.cost.cpu_hours == pytest.approx(100 * cost.cpu_hours)
+
+
+def test_a_plan_without_a_root_has_the_samples_shards_bytes_and_steps_of_the_stages(
+    pipeline: Pipeline,
+) -> None:
+    store, stages = LocalStore(pipeline.root), pipeline.first.result["stages"]
+    plan = plan_config(load_config(pipeline.config), None, Given())
+    for made, planned in zip(stages[:2], (plan.images, plan.masks), strict=True):
+        for split, size in planned.splits.items():
+            shards = find_shards(store, load_reference(store, made["folder"]), split)
+            tars = sum(shard.size for shard in shards.shards)
+            assert (size.samples, size.shards) == (shards.samples, len(shards.shards))
+            # Evaluation masks are taken to be as large as training masks.
+            assert size.bytes == (pytest.approx(tars, rel=0.25) if split == "eval" else tars)
+    log = read_log(store, stages[2]["folder"])
+    assert plan.steps == max(record["step"] for record in log) == 4
+    trained = sum(record["images"] for record in log if record["kind"] == "train")
+    assert plan.epochs * plan.images.splits["train"].samples == pytest.approx(trained)
+
+
+def test_the_page_of_a_run_has_the_plan_before_training(pipeline: Pipeline) -> None:
+    plans = [
+        json.loads(data)
+        for data in pipeline.rows("select data from artifact where key = 'plan' order by created")
+    ]
+    assert "their number is unknown" in plans[0]
+    assert "4 steps of 4 samples" in plans[1]
+    assert "0 steps of 4 samples" in plans[-1]  # the second run found everything done
 
 
 def test_the_exporter_has_metrics_of_the_training_the_dataset_and_the_champion(

@@ -120,6 +120,24 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Return a whole number from 1 to 10^12."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 10**12):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 10^12")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """Return a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0: give one such as 100")
+    return number
+
+
 def minutes(text: str) -> float:
     """Return a number of minutes, 0 or more."""
     try:

@@ -15,6 +15,9 @@ from dpnet.cli.arguments.options import (
     add_set,
     count,
     minutes,
+    positive,
+    share,
+    whole,
 )
 
 TRAINED = {
@@ -97,6 +100,65 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="only write the pairs as PNG files (truth, masked, mask, white is the hole), to run"
         " other models on them; nothing is trained or evaluated",
+    )
+
+
+def add_plan(parsers: Parsers) -> None:
+    """Add `dpnet plan`."""
+    parser = add_command(
+        parsers,
+        "plan",
+        "pipeline.plan",
+        "say how much data, time and money a config takes, before anything starts",
+        "dpnet plan places2 --gpus 8 --set cost.gpu_hour=2.50\n"
+        "  dpnet plan mine.yaml --root s3://bucket/dpnet",
+        "Nothing is written under the root. The source is listed and some of its photos are"
+        " prepared. Without a source, a published dataset has its published size. The speed is"
+        " that of an earlier run of the root, else the one that was measured for the benchmarks."
+        " The result says what was assumed.",
+    )
+    add_config(parser)
+    parser.add_argument(
+        "--images", type=whole, metavar="N", help="plan for N photos (default: those of the source)"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=whole,
+        metavar="N",
+        help="plan for N workers with a GPU each (default: the config's workers)",
+    )
+    parser.add_argument(
+        "--images-per-second",
+        type=positive,
+        metavar="X",
+        help="speed of one worker in training (default: measured, see above)",
+    )
+    parser.add_argument(
+        "--cores",
+        type=positive,
+        default=8.0,
+        metavar="N",
+        help="cores that each GPU has for decoding (default: 8)",
+    )
+    parser.add_argument(
+        "--storage-mb",
+        type=positive,
+        default=500.0,
+        metavar="X",
+        help="MB a second that the storage gives to all workers together (default: 500)",
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=share,
+        default=0.9,
+        metavar="SHARE",
+        help="speed of each of many workers, as a share of the measured one (default: 0.9)",
+    )
+    parser.add_argument(
+        "--restart-seconds",
+        type=positive,
+        metavar="S",
+        help="seconds from the loss of a machine to the next step (default: measured)",
     )
 
 

@@ -1,4 +1,7 @@
-"""Commands that run stages: demo, pipeline run, train, evaluate, register, masks build, notify."""
+"""Commands of the pipeline: demo, pipeline run, plan, train, evaluate, register, notify.
+
+`dpnet masks build` is here too.
+"""
 
 from __future__ import annotations
 
@@ -217,6 +220,27 @@ def _with_launch(args: Namespace) -> list[str]:
     own = {"launcher": getattr(args, "launcher", None), "address": getattr(args, "address", None)}
     given = [f"launch.{name}={json.dumps(value)}" for name, value in own.items() if value]
     return [*args.set, *given]
+
+
+def plan(args: Namespace) -> Outcome:
+    """Say how much data, time and money a config takes. Nothing is written."""
+    from dpnet.pipeline.plan_facts import Given, plan_config
+    from dpnet.pipeline.plan_parts import Machines
+    from dpnet.pipeline.plan_text import plan_text
+
+    config = load_config(args.config, args.set)
+    try:
+        root = resolve_root(args.root, config)
+    except ConfigError:  # a plan needs no root
+        root = None
+    machines = Machines(
+        1, False, args.cores, args.storage_mb, args.efficiency, args.restart_seconds
+    )
+    given = Given(args.images, args.gpus, args.images_per_second)
+    store = None if root is None else open_store(root)
+    found = plan_config(config, store, given, machines)
+    label = None if store is None else store.label
+    return {"ok": True, "root": label, **found.to_json()}, plan_text(found)
 
 
 def notify(args: Namespace) -> Outcome:

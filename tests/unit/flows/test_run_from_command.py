@@ -38,7 +38,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return []
 
     class Page:
-        show_plan = show_results = staticmethod(lambda *given: None)
+        show_plan = show_results = run_stage = staticmethod(lambda *given: None)
 
     monkeypatch.setattr(pipeline, "flow", flow)
     monkeypatch.setattr(pipeline, "run_chain", run_chain)

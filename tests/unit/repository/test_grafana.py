@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,33 @@ def test_there_are_alerts_for_stuck_trainings_lost_storage_and_failed_items() ->
     assert {"TrainingStuck", "StorageDown", "FailedSamples"} <= named.keys()
     for rule in ALERTS:
         assert rule["annotations"].keys() == {"summary", "description"}
+
+
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        pytest.skip("promtool is not installed")
+    return found
+
+
+def test_each_alert_fires_when_it_should_and_only_then(promtool: str) -> None:
+    file = FOLDER.parents[1] / "tests" / "data" / "alerts.test.yml"
+    cases = [
+        case for test in yaml.safe_load(file.read_text("utf-8"))["tests"]
+        for case in test["alert_rule_test"]
+    ]  # fmt: skip
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == {
+        rule["alert"] for rule in ALERTS
+    }
+    done = subprocess.run([promtool, "test", "rules", str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_promtool_accepts_the_scrape_configuration(promtool: str) -> None:
+    command = [promtool, "check", "config", "prometheus.yml"]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_prometheus_scrapes_the_default_address_of_the_exporter() -> None:

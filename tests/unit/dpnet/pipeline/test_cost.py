@@ -1,4 +1,4 @@
-"""The cost of training: measured from its log, estimated from an earlier run."""
+"""The cost of training, measured from its log; test_plan.py has the estimate."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import Config, load_config
-from dpnet.pipeline.cost import Cost, cost_text, estimated, hours_text, measured
+from dpnet.pipeline.cost import Cost, cost_text, hours_text, measured
 from dpnet.pipeline.settings import CostSettings
-from dpnet.training.checkpoints import FORMAT
-from dpnet.training.job import plan_training, requested
+from dpnet.training.job import plan_training
 
 PRICES = CostSettings(gpu_hour=2.5, cpu_hour=0.1, currency="EUR")
 
@@ -42,12 +41,6 @@ def ran(
 
 def config_of(*overrides: str) -> Config:
     return load_config("demo", ["train.steps=300", "train.batch_size=10", *overrides])
-
-
-def has_checkpoint(store: LocalStore, folder: str, step: int, wanted: dict[str, Any]) -> None:
-    mark = {"format": FORMAT, "step": step, "score": None, "asked": wanted, "finished": ""}
-    mark["files"] = {"state.pt": {}, "log.jsonl": {}}
-    store.write(f"{folder}/step-{step:08d}/checkpoint.json", json.dumps(mark).encode())
 
 
 @pytest.fixture
@@ -85,64 +78,6 @@ def test_a_run_without_a_readable_log_costs_nothing(store: LocalStore, log: byte
     if log:
         store.write("runs/a-1/log.jsonl", log)
     assert measured(store, "runs/a-1", PRICES) == Cost(0.0, 0.0, PRICES)
-
-
-def test_the_estimate_uses_the_newest_run_with_the_same_network_size_and_device(
-    store: LocalStore,
-) -> None:
-    config = config_of("cost={cpu_hour: 0.1, currency: EUR}")
-    slow = [record(10, images=1)]
-    ran(store, "runs/old-1", config, slow, time=5.0)
-    ran(store, "runs/good-1", config, [record(10), record(20)], time=6.0)
-    ran(store, "runs/larger-1", config_of("images.size=128", "masks.size=128"), slow, time=7.0)
-    ran(store, "runs/other-1", config_of("model.preset=base"), slow, time=8.0)
-    ran(store, "runs/gpu-1", config_of("train.gpus=true"), slow, time=9.0)
-    ran(store, "runs/begun-1", config, [], time=10.0)
-    cost = estimated(config, store)
-    assert cost is not None
-    assert cost.cpu_hours == pytest.approx(300 * 10 / 100 * 120 / 3600)
-    assert cost_text(cost) == "1.0 worker-hours, 0.10 EUR (at 0.10 an hour)"
-
-
-def test_without_such_a_run_there_is_no_estimate(store: LocalStore) -> None:
-    assert estimated(config_of(), store) is None
-    ran(store, "runs/a-1", config_of(), [record(10)])
-    store.write("runs/a-1/resolved-config.yaml", b"model: [")
-    assert estimated(config_of(), store) is None
-
-
-def test_hours_on_gpus_are_estimated_from_runs_on_gpus(store: LocalStore) -> None:
-    config = config_of("train.gpus=true", "cost.gpu_hour=2.5")
-    ran(store, "runs/a-1", config, [record(10, gpu_memory_gb=1.0)])
-    cost = estimated(config, store)
-    assert cost is not None
-    assert cost_text(cost) == "1.0 GPU-hours, 2.50 USD (at 2.50 an hour)"
-
-
-def test_a_resumed_run_costs_only_the_remaining_steps_and_a_finished_one_nothing(
-    store: LocalStore, data: tuple[StageRef, StageRef]
-) -> None:
-    config = config_of()
-    ran(store, "runs/a-1", config, [record(10)])
-    request, _ = plan_training(config.training(*data), store)
-    has_checkpoint(store, request.folder, 225, requested(request))
-    cost = estimated(config, store, *data)
-    assert cost is not None
-    assert cost.cpu_hours == pytest.approx(0.25)
-    store.write(f"{request.folder}/manifest.json", b"{}")
-    assert estimated(config, store, *data) == Cost(0.0, 0.0, config.cost)
-
-
-def test_a_run_that_extends_another_costs_only_the_additional_steps(
-    store: LocalStore, data: tuple[StageRef, StageRef]
-) -> None:
-    config, shorter = config_of("train.steps=500"), config_of()
-    ran(store, "runs/a-1", config, [record(10)])
-    request, _ = plan_training(shorter.training(*data), store)
-    has_checkpoint(store, request.folder, 200, requested(request))
-    cost = estimated(config, store, *data)
-    assert cost is not None
-    assert cost.cpu_hours == pytest.approx((500 - 200) * 10 / 100 * 120 / 3600)
 
 
 @pytest.mark.parametrize(

@@ -349,6 +349,14 @@ def test_with_a_password_every_request_needs_it(store):
     server.shutdown()
 
 
+def test_the_health_check_needs_no_password_but_an_own_address(store):
+    server, port = serve(store, password="dpnet:secret")
+    assert answer_of(port, "/health") == (200, "running\n")
+    assert answer_of(port, "/health", Host="rebound.example.com")[0] == 403
+    assert answer_of(port, "/healthy")[0] == 401
+    server.shutdown()
+
+
 def test_a_link_that_leaves_the_root_or_the_reports_is_not_followed(store, tmp_path):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "report.html").write_text("a secret")

@@ -1,0 +1,149 @@
+"""Every command of docs/operations.md is run by a test, or is marked as needing a cluster."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from k8s_manifests import K8S, REPOSITORY, kustomize, rendered
+from small_root import new_store, real_data, run_and_evaluation
+
+from dpnet.cli.main import main
+from dpnet.registry.settings import RegisterSettings
+from dpnet.registry.stage import register
+
+PAGE = (REPOSITORY / "docs/operations.md").read_text("utf-8")
+MARK = "# needs a cluster"
+# Commands that serve until they are stopped, or need a server: the tests that run them.
+ELSEWHERE = {
+    "dpnet up": "tests/integration/test_up_running.py",
+    "dpnet deploy": "tests/e2e/test_ui.py",
+    "prefect worker start": "tests/e2e/test_ui.py",
+    "python -m dpnet.exporter": "tests/unit/dpnet/pipeline/test_exporter.py",
+    "export ": "",
+}
+
+
+def blocks() -> Iterator[list[str]]:
+    """Yield the commands of each block; a line that ends with a backslash goes on."""
+    for found in re.finditer(r"(?:^ {4,}\S.*\n(?:\n(?= {4,}\S))?)+", PAGE, re.MULTILINE):
+        text = found[0].replace("\\\n", " ")
+        yield [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+COMMANDS = [line for block in blocks() if block[0] != MARK for line in block]
+CLUSTER = [line for block in blocks() if block[0] == MARK for line in block[1:]]
+
+
+def test_there_are_commands_of_both_kinds() -> None:
+    assert len(COMMANDS) > 12
+    assert len(CLUSTER) > 30
+    assert not any(MARK in line for line in COMMANDS), "the mark is the first line of a block"
+
+
+def test_every_command_that_needs_a_cluster_uses_one() -> None:
+    programs = ("kubectl ", "docker ", "prefect ", "export PREFECT_API_URL")
+    assert [line for line in CLUSTER if not line.startswith(programs)] == []
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with two registered versions, made of files that only a registration reads."""
+    store = new_store(tmp_path / "root")
+    for psnr in (20.0, 21.0):
+        run, evaluation = run_and_evaluation(store, psnr)
+        register(RegisterSettings(promote="always"), run, evaluation, store)
+    return tmp_path / "root"
+
+
+def commands_of(*starts: str) -> list[str]:
+    found = [line.partition("  #")[0] for line in COMMANDS if line.startswith(starts)]
+    assert found, starts
+    return list(dict.fromkeys(found))
+
+
+def test_the_commands_of_the_registry_work_in_the_order_of_the_page(root: Path) -> None:
+    for line in commands_of("dpnet registry"):
+        words = shlex.split(line.replace("/data/dpnet", str(root)))
+        words = ["1" if word == "3" else word for word in words[1:]]
+        assert main(words) == 0, line
+
+
+def test_the_commands_that_check_and_clean_a_root_work(tmp_path: Path) -> None:
+    store = new_store(tmp_path / "root")
+    real_data(store)
+    for line in commands_of("dpnet verify", "dpnet gc"):
+        words = shlex.split(line.replace("/data/dpnet", str(tmp_path / "root")))[1:]
+        assert main(words) == 0, line
+
+
+def test_the_commands_of_planning_and_rendering_work() -> None:
+    for line in commands_of("dpnet plan"):
+        assert main(shlex.split(line)[1:]) == 0, line
+    for line in commands_of("kubectl kustomize"):
+        assert "kind: Deployment" in kustomize(REPOSITORY / line.split()[-1])
+
+
+def test_the_command_that_names_a_registry_names_it_everywhere(tmp_path: Path) -> None:
+    (line,) = commands_of("grep -rl registry.example.com")
+    shutil.copytree(K8S, tmp_path / "infra/k8s")
+    text = line.replace("REGISTRY", "ghcr.io/team")
+    subprocess.run(["bash", "-c", text], cwd=tmp_path, check=True)
+    for overlay in ("gpu", "local", "spot"):
+        made = kustomize(tmp_path / "infra/k8s/overlays" / overlay)
+        assert "registry.example.com" not in made
+        images = set(re.findall(r"image: \S*/(?:dpnet|team)\S*", made))
+        assert {each.rpartition(":")[0] for each in images} == {"image: ghcr.io/team/dpnet"}
+
+
+def test_promtool_accepts_the_rules() -> None:
+    (line,) = commands_of("promtool")
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed")
+    done = subprocess.run(shlex.split(line), cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 rules found" in done.stdout
+
+
+def test_every_other_command_is_run_by_a_test_that_names_it() -> None:
+    run_here = ("dpnet registry", "dpnet verify", "dpnet gc", "dpnet plan", "kubectl kustomize",
+                "grep -rl", "promtool")  # fmt: skip
+    for line in COMMANDS:
+        if line.startswith(run_here):
+            continue
+        found = [start for start in ELSEWHERE if line.startswith(start)]
+        assert found, f"no test runs {line!r}: run it, or begin its block with {MARK!r}"
+        for start in found:
+            if file := ELSEWHERE[start]:
+                word = start.split()[-1].removeprefix("dpnet.")
+                assert word in (REPOSITORY / file).read_text("utf-8"), f"{file} runs no {start}"
+
+
+def test_the_objects_that_the_commands_name_are_in_the_manifests() -> None:
+    existing = {(each["kind"].lower(), each["metadata"]["name"]) for each in rendered("gpu")}
+    named = {
+        (kind, name)
+        for line in CLUSTER
+        for kind, name in re.findall(r"\b(deployment|statefulset|service|job)/([a-z][\w-]*)", line)
+    }
+    assert len(named) > 6
+    assert named <= existing
+    for line in CLUSTER:
+        if line.startswith("kubectl -n dpnet delete job "):
+            jobs = line.partition("delete job ")[2].split(" --")[0].split()
+            assert {("job", name) for name in jobs} <= existing
+        for path in re.findall(r"(?:-k|-f) (infra/\S+)", line):
+            assert (REPOSITORY / path).exists(), path
+
+
+def test_every_alert_has_a_line_that_says_what_to_do() -> None:
+    rules = yaml.safe_load((REPOSITORY / "infra/grafana/alerts.yml").read_text("utf-8"))
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    section = PAGE.split("### What each alert means")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(Dpnet\w+)` \|", section, re.MULTILINE)) == alerts
