@@ -1,7 +1,7 @@
 """Prefect's real Kubernetes worker with the rights of infra/k8s, on a real API server.
 
-The worker makes the job of a flow run and deletes it when the run is cancelled. The server records
-every request. It has no nodes, so no pod runs, and the worker never reads a pod's log.
+The worker makes the job of a flow run, and lists jobs and pods. The server records every request.
+It has no nodes, so no pod runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ACCOUNT = "prefect-worker"
 PASSWORD = "dpnet:a-long-password"
-NEVER = ("", "pods/log", "get")  # only when a pod has crashed
+# Rights that were not seen here, but are in the source of prefect_kubernetes (worker.py,
+# observer.py): for a pod that crashes, a job that ends, a run that is cancelled before its pod
+# starts, and the watches of its observer.
+UNUSED = {
+    ("", "pods/log", "get"), ("", "pods", "watch"), ("batch", "jobs", "get"),
+    ("batch", "jobs", "delete"), ("batch", "jobs", "watch"),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -138,7 +144,6 @@ def in_prefect(prefect: Processes, code: str) -> str:
     program = (
         "import asyncio\n"
         "from prefect.client.orchestration import get_client\n"
-        "from prefect.states import State\n"
         "async def main():\n"
         "    async with get_client() as client:\n"
         + "".join(f"        {line}\n" for line in code.splitlines())
@@ -158,10 +163,6 @@ deployment = await client.create_deployment(
     job_variables={"env": {"A": "b"}}, enforce_parameter_schema=False)
 run = await client.create_flow_run_from_deployment(deployment)
 print(run.id)
-""".strip()
-CANCEL = """
-from uuid import UUID
-await client.set_flow_run_state(UUID("RUN"), State(type="CANCELLING"))
 """.strip()
 
 
@@ -185,7 +186,7 @@ def test_the_workers_rights_are_those_that_it_uses(
     }
     assert container["command"][0] == "prefect"
     worker = prefect.start("worker", *container["command"][1:], **env)
-    run = in_prefect(prefect, START)
+    in_prefect(prefect, START)
     jobs = client.BatchV1Api(server.client())
 
     def job() -> Any:
@@ -193,7 +194,7 @@ def test_the_workers_rights_are_those_that_it_uses(
         items = jobs.list_namespaced_job("dpnet").items
         return items[0] if items else None
 
-    wait_until(job, f"no job: {prefect.log('worker')}", 240)
+    wait_until(job, f"no job, see {prefect.top}/worker.log", 240)
     made = jobs.api_client.sanitize_for_serialization(job())
     pod = made["spec"]["template"]["spec"]
     variables = {each["name"]: each for each in pod["containers"][0]["env"]}
@@ -202,9 +203,7 @@ def test_the_workers_rights_are_those_that_it_uses(
     assert PASSWORD not in json.dumps(made)
     assert pod["serviceAccountName"] == "flows"
     assert pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
-    in_prefect(prefect, CANCEL.replace("RUN", run))
-    wait_until(lambda: job() is None, f"the job stays: {prefect.log('worker')}", 240)
-    time.sleep(2)
+    time.sleep(20)  # the observer starts after the worker; a request that is refused would be seen
     requests = recorded(server)
     assert {status for _, status in requests if status >= 400} <= {404, 410}
     rights = {
@@ -214,4 +213,6 @@ def test_the_workers_rights_are_those_that_it_uses(
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    assert {request for request, _ in requests} == rights - {NEVER}
+    used = {request for request, _ in requests}
+    assert used <= rights
+    assert rights - used <= UNUSED
