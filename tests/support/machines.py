@@ -209,6 +209,15 @@ def forwarded(address: str, port: int) -> Iterator[int]:
     try:
         yield int(listener.getsockname()[1])
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(_end, loop)
         thread.join()
+        loop.close()
         listener.close()
+
+
+def _end(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel everything that runs, and then stop."""
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: loop.stop())
