@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import kube_server as kube
 import pytest
 from k8s_manifests import OVERLAYS, Manifest, flow_job, named, of_kind, ray_job, rendered
 
-kube = pytest.importorskip("kube_server", reason="the launcher kuberay is not there")
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 UNKNOWN = {"PodDisruptionBudget"}  # to this server

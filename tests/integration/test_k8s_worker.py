@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kube_server as kube
 import pytest
 import yaml
 from clusters import end_with_parent, free_port, wait_until
 from k8s_manifests import named
 
-kube = pytest.importorskip("kube_server", reason="the launcher kuberay is not there")
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ACCOUNT = "prefect-worker"

@@ -30,7 +30,7 @@ from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from dpnet.tracking.run_log import read_status
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.rotated(2)]
 
 STEPS, EVERY, PHOTOS = 60, 10, 120
 WAIT_S = 400.0  # far less on an idle machine

@@ -17,10 +17,12 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 SKIPS = Path(__file__).parents[1] / "allowed_skips.txt"
-# Slow tests that start no cluster, server or browser, except an S3 server of their own.
+# Slow tests that start no Ray, no `dpnet up` and no browser.
 ALONE = (
-    "tests/e2e/test_images_killed.py", "tests/e2e/test_wheel.py",
+    "tests/e2e/test_image_steps.py", "tests/e2e/test_images_killed.py", "tests/e2e/test_wheel.py",
     "tests/integration/test_deadly_photos.py", "tests/integration/test_images_s3.py",
+    "tests/integration/test_k8s_apply.py", "tests/integration/test_k8s_servers.py",
+    "tests/integration/test_k8s_worker.py", "tests/integration/test_kuberay.py",
     "tests/integration/test_mutants.py", "tests/integration/test_s3.py",
 )  # fmt: skip
 FAST_S, REAL_S, SLOW_S = 120, 300, 900  # on a loaded machine; a test takes a fraction of it
