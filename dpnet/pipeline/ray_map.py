@@ -154,6 +154,8 @@ def connected(address: str, workers: int) -> Iterator[Any]:
     """Connect this process to the cluster at `address` while in the block."""
     # By default Ray retries a task that wants more memory than there is without end.
     os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray does not send the token
     import ray
 
     if ray.is_initialized():
