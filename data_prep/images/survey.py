@@ -54,7 +54,7 @@ class Survey:
 
 @dataclass
 class _Looked:
-    """What was found in the photos of one split."""
+    """The findings about the photos of one split."""
 
     photos: int = 0
     failed: int = 0

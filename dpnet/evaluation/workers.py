@@ -35,7 +35,7 @@ Tick = Callable[[int], None]  # takes the number of pairs that were measured sin
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker needs to measure pairs, on any machine: it can be pickled."""
+    """Everything that a worker needs to measure pairs, on any machine: it can be pickled."""
 
     store: Store
     settings: EvaluateSettings

@@ -110,7 +110,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a config takes. Times are in hours; None where no speed is known.
+    """Data, time and money that a config takes. Times are in hours; None where no speed is known.
 
     Attributes:
         steps: optimiser steps that are still to be made.

@@ -1,4 +1,4 @@
-"""What a plan is made of: sizes of data, machines, and requests to S3."""
+"""The parts of a plan: sizes of data, machines, and requests to S3."""
 
 from __future__ import annotations
 

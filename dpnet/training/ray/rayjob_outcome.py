@@ -1,4 +1,4 @@
-"""What the status of a RayJob means for the training, in one sentence each. Pure functions.
+"""The meaning of a RayJob's status for the training, in one sentence each. Pure functions.
 
 The states are those of KubeRay 1.7. A state that a later KubeRay adds counts as waiting, so the
 deadline for jobs that do not start covers it.
@@ -21,7 +21,7 @@ _LONGEST = 500  # characters of a reason
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a RayJob goes.
+    """The state of a RayJob.
 
     Attributes:
         kind: waiting: it does not train yet. running, succeeded. stopped: a person stopped it.

@@ -17,6 +17,7 @@ PRINTING = {
     "dpnet/cli/commands/servers.py": {"announce"},
     "dpnet/pipeline/exporter.py": {"main"},
     "dpnet/training/ray/job_driver.py": {"main"},
+    "flows/local_server/mlflow_server.py": {"main"},
     "flows/local_server/supervisor.py": {"_answer"},
 }
 

@@ -1,4 +1,4 @@
-"""The process group of the workers: its store is on loopback where Ray is on loopback."""
+"""The process group of the workers: in the network in which Ray is, loopback or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from clusters import free_port
 from ray.train.torch.config import _TorchBackend
 
 from dpnet.training.ray import process_group
-from dpnet.training.ray.process_group import ProcessGroup, keep_store_on_loopback
+from dpnet.training.ray.process_group import (
+    ProcessGroup,
+    interface_of,
+    keep_store_on_loopback,
+    use_network_of_ray,
+)
 
 RANK = """
 import importlib, os, torch
@@ -78,4 +83,21 @@ def test_every_worker_gets_the_store_before_the_process_group(
     monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: calls.append("process group"))
     config = ProcessGroup()
     config.backend_cls().on_start(Workers(), config)
-    assert calls == [process_group.keep_store_on_loopback, "process group"]
+    own = [process_group.keep_store_on_loopback, process_group.use_network_of_ray]
+    assert calls == [*own, "process group"]
+
+
+@pytest.mark.parametrize(("user", "used"), [(None, "lo"), ("eth7", "eth7")])
+def test_a_rank_listens_where_ray_reaches_its_machine_unless_the_user_says_otherwise(
+    user: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(os, "environ", {"GLOO_SOCKET_IFNAME": user} if user else {})
+    use_network_of_ray()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == used
+
+
+def test_an_address_of_another_machine_has_no_interface() -> None:
+    assert interface_of("192.0.2.1") is None
