@@ -94,6 +94,8 @@ class Network:
         run("ip", "-n", name, "addr", "add", f"{machine.address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             run("ip", "-n", name, "link", "set", device, "up")
+        # Ray finds its own address by the route to the internet, without sending anything.
+        run("ip", "-n", name, "route", "add", "default", "via", self.here)
         return machine
 
     def command_on(self, machine: Machine, words: Sequence[str]) -> list[str]:
