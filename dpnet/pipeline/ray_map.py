@@ -10,8 +10,9 @@ import logging
 import os
 import socket
 import tempfile
+import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 RETRIES = 3  # of a task after its worker or node died
+SILENCE_S = 60.0  # after the loss of a node, for the tasks that it may have run
 
 
 class _WorkerDiedError(Exception):
@@ -66,6 +68,13 @@ def _run(
     # No retry after an error of the function: it would fail again.
     remote = ray.remote(num_cpus=1, max_retries=RETRIES, retry_exceptions=False)(_call)
     once = remote.options(max_retries=0)
+
+    def start(task: T) -> Any:
+        # A task with a careful form runs once as it is. Repeating it would take as long.
+        submit = remote if after_death(task) is None else once
+        return submit.remote(function, task)
+
+    lost = _LostNodes(ray)
     rest = iter(tasks)
     window: deque[tuple[Any, T]] = deque()  # in order, with results that wait for their turn
     running: list[Any] = []
@@ -76,9 +85,7 @@ def _run(
             most = workers or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
             room = min(most - len(running), 2 * most - len(window))
             for task in islice(rest, max(0, room)):
-                # A task with a careful form runs once as it is. Repeating it would take as long.
-                submit = remote if after_death(task) is None else once
-                reference = submit.remote(function, task)
+                reference = start(task)
                 window.append((reference, task))
                 running.append(reference)
             if not window:
@@ -86,6 +93,14 @@ def _run(
             if window[0][0] in running:
                 check_leases()
                 _, running = ray.wait(running, num_returns=1, timeout=CHECK_S)
+                for silent in lost.among(running):
+                    place = next(i for i, (each, _) in enumerate(window) if each == silent)
+                    task = window[place][1]
+                    log.warning("a machine is gone: %s starts again", task_name(task))
+                    ray.cancel(silent, force=True)
+                    reference = start(task)
+                    window[place] = (reference, task)
+                    running[running.index(silent)] = reference
                 continue
             reference, task = window.popleft()
             try:
@@ -104,6 +119,32 @@ def _run(
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+class _LostNodes:
+    """Finds tasks that never end because their machine was cut off.
+
+    Ray notices the loss of a machine, but waits for the answer of its task as long as the
+    connection seems to live: seven minutes (seen with 2.60). Which tasks ran there is not known
+    here. So each task that was running when a machine was lost, and still is after SILENCE_S, is
+    such a task. If it runs elsewhere after all, two of it write the same bytes.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._alive = self._nodes()
+        self._until: dict[Any, float] = {}
+
+    def among(self, running: Sequence[Any]) -> list[Any]:
+        """Return the references that are given up."""
+        alive, now = self._nodes(), time.monotonic()
+        if self._alive - alive:
+            self._until |= {each: now + SILENCE_S for each in running if each not in self._until}
+        self._alive = alive
+        return [each for each in running if self._until.get(each, now) < now]
+
+    def _nodes(self) -> set[str]:
+        return {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
 
 
 def _call(function: Callable[[T], R], task: T) -> R:
