@@ -87,17 +87,18 @@ def find_running(root: str) -> Running | None:
     return None if damaged or type(running.pid) is not int else running
 
 
-def wait_for_running(root: str, longest_s: float = _START_S) -> Running | None:
+def wait_for_running(root: str, longest_s: float | None = None) -> Running | None:
     """Return the `dpnet up` of `root`, and wait for one that is starting; None if there is none.
 
     Args:
         root: path or URI of the root.
-        longest_s: how long to wait, in seconds.
+        longest_s: how long to wait, in seconds; None: a minute.
 
     Raises:
         PipelineError: it has not started by then.
     """
     home, waiting = home_of(open_store(root)), False
+    longest_s = _START_S if longest_s is None else longest_s
     deadline = time.monotonic() + longest_s
     while not (found := find_running(root)):
         if _is_unlocked(home):

@@ -866,6 +866,7 @@ def run_case(
         patch.setenv("HOME", str(others[0]))
         patch.setenv("TMPDIR", str(others[2]))
         patch.setattr("tempfile.tempdir", None)
+        patch.setattr("flows.local_server.up._START_S", 0.5)  # no `dpnet up` will be ready
         patch.setattr("os.fsync", lambda _: None)  # nothing here has to survive a power failure
         patch.chdir(given if name in ("argument", "variable") else others[1])
         world = World(given, template, photos, patch)
