@@ -18,14 +18,12 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from clusters import end_with_parent, free_port, wait_until
 from k8s_manifests import Manifest, named
 from postgres_server import postgres
-
-from dpnet.training.settings import LaunchSettings
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -190,8 +188,6 @@ def test_the_pool_of_the_worker_has_our_template(servers: Servers, tmp_path: Pat
 
 
 def test_the_job_of_an_install_makes_the_deployments(servers: Servers, tmp_path: Path) -> None:
-    if "kuberay" not in get_args(LaunchSettings.model_fields["launcher"].annotation):
-        pytest.skip("the launcher kuberay is not there")
     job = named(OVERLAY, "Job", "dpnet-deploy")["spec"]["template"]["spec"]
     (deploy,) = job["containers"]
     file = tmp_path / "deploy.yaml"
