@@ -127,6 +127,14 @@ def export_model(
             )
         step, state = read_run_state(store, folder)
         facts["training_state"] = {"step": step, "sha256": sha256_bytes(state)}
+        log.info("export: the training state is that of step %d", step)
+        if step < facts.get("step", 0):
+            log.warning(
+                "export: the model is that of step %d, and the newest checkpoint that is left of"
+                " step %d: `dpnet gc` removes the later ones of finished runs.",
+                facts["step"],
+                step,
+            )
     registered = None
     if not reference or reference.startswith("models:/"):
         registered = card_facts(store, find_record(store, reference))

@@ -137,9 +137,12 @@ def rollback(store: Store, model: str, why: str = "") -> Promoted:
         entries = settle(store, model)
         line = succession(entries)
         if len(line) < 2:
+            first = (
+                f"{model} version {line[0]} is the first champion" if line else f"{model} has none"
+            )
             raise PipelineError(
-                f"{model} has no former champion to roll back to: `dpnet registry promote VERSION"
-                " --why TEXT` makes another version champion."
+                f"{first}, so there is no former champion to roll back to: `dpnet registry promote"
+                " VERSION --why TEXT` makes another version champion."
             )
         _check_version(store, model, line[-2])
         why = why or f"Rolled back from version {line[-1]}."

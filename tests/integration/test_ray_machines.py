@@ -55,7 +55,7 @@ class Setup:
 
     machines: Network
     server: Server  # as all machines reach it
-    folder: Path  # files of the command, hidden from the machines
+    folder: Path  # files of the commands
     config: Path
     expected: dict[str, str]  # content digests of the undisturbed run, by stage
 
@@ -205,24 +205,16 @@ def test_sharding_survives_a_machine_that_is_cut_off(setup: Setup, store: Store)
     head = setup.machines.machines[0]
     words = ["images", "build", str(setup.config), "--set", f"images.source={photos}"]
     words += ["--root", store.uri, "--ray", f"{head.address}:{RAY_PORT}"]
-    # The config is hidden from the machine.
-    text = setup.config.read_text()
-    words[2] = "/dev/stdin"
     log = setup.folder / "images.log"
     with log.open("w") as err:
         process = subprocess.Popen(
             setup.machines.command_on(head, dpnet(*words)),
             env=setup.environment(),
-            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=err,
             text=True,
             preexec_fn=end_with_parent,
         )
-    assert process.stdin
-    process.stdin.write(text)
-    process.stdin.close()
-    process.stdin = None
     try:
         wait(process, log, lambda: done(store) >= 2, "no shard")
         before = done(store)

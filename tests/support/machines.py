@@ -1,4 +1,4 @@
-"""Machines of a test, on this machine, that share a network and no files.
+"""Machines of a test, on this machine, that share a network and no files that Ray or we write.
 
 A machine is a network namespace whose only link ends at a bridge. Its processes also have a mount
 namespace in which the given folder and /dev/shm are empty. So what they exchange goes through the

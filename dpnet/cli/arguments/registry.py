@@ -32,7 +32,9 @@ def add_registry(parsers: Parsers) -> None:
     promote.add_argument(
         "version", metavar="VERSION", type=_number, help="number of the version, such as 2"
     )
-    promote.add_argument("--why", metavar="TEXT", required=True, help="reason, for the history")
+    promote.add_argument(
+        "--why", metavar="TEXT", required=True, type=_reason, help="reason, for the history"
+    )
     rollback = _add(
         group,
         "rollback",
@@ -70,6 +72,12 @@ def _number(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text[:9]) > 0 and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not a version: give its number, such as 2")
     return int(text)
+
+
+def _reason(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the reason is empty: say why, the history keeps it")
+    return text.strip()
 
 
 def _version(text: str) -> int | None:

@@ -200,7 +200,7 @@ MISUSED = {
     "registry list": ["", "--model none --root registered"],
     "registry show": ["champion", "7 --root registered", "1 --model none --root registered"],
     "registry history": ["", "--model none --root registered"],
-    "registry promote": ["1 --why x", "7 --why x --root registered"],
+    "registry promote": ["1 --why x", "7 --why x --root registered", "1 --why= --root registered"],
     "registry rollback": ["", "--model none --root registered"],
     "registry rebuild": ["", "--model none --root registered"],
     "deploy": ["none", "--set x=1", "--set watch=daily --dry-run"],

@@ -121,7 +121,7 @@ def test_each_rollback_goes_one_champion_further_back(store: LocalStore) -> None
     assert read_history(store, MODEL)[-1].why == "Rolled back from version 3."
     assert rollback(store, MODEL, "worse too").entry.version == 1
     assert find_record(store)["version"] == 1
-    with pytest.raises(PipelineError, match="dpnet has no former champion to roll back to: `dpnet"):
+    with pytest.raises(PipelineError, match="version 1 is the first champion, so there is no"):
         rollback(store, MODEL)
     assert champions(store)[2:] == [(3, "promote"), (2, "rollback"), (1, "rollback")]
     is_sound(store)

@@ -252,3 +252,14 @@ def test_a_checkpoint_of_another_version_is_told(tmp_path: Path) -> None:
     save_generator(store, "runs/x", TrainState(preset("tiny"), TrainSettings(), CPU).ema, {})
     with pytest.raises(PipelineError, match="was not made by this version of dpnet"):
         export_model("runs/x", tmp_path / "out", [], root=store.uri, with_state=True)
+
+
+def test_a_state_older_than_the_model_is_told(
+    trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(shutil.copytree(trained.store.folder, tmp_path / "root"))
+    save_generator(store, trained.run, trained.state.ema, {"step": 5})
+    export_model(trained.run, tmp_path / "out", [], root=store.uri, with_state=True)
+    assert "the model is that of step 5, and the newest checkpoint that is left of step 3" in (
+        caplog.text
+    )
