@@ -180,7 +180,7 @@ MISUSED = {
     "masks build": ["none", "demo --set size=x", "photos", "demo --set recipes.x=1"],
     "masks verify": ["none"],
     "masks inspect": ["none"],
-    "plan": ["none", "demo --set train.steps=-1"],
+    "plan": ["none", "demo --set train.steps=-1", "demo --set train.init_from=none"],
     "train": ["none", "demo --set x", "demo --address x", "demo --set train.init_from=none"],
     "evaluate": [
         "none", "demo --compare x", "demo --compare x=none", "demo --compare x=models:/none/1",
