@@ -55,6 +55,7 @@ USERS = {
 WEBHOOKS = {
     "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
     "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_CACHE_TTL": "1",  # else a list that was read in the last minute is used
 }
 # A flow with a child process in another session, like a training.
 FLOW = """
