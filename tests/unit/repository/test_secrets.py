@@ -41,6 +41,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the working folder of a user with secrets in the environment."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "")  # `up --database` sets it
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for number in range(8):

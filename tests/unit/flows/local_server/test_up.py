@@ -280,6 +280,7 @@ def test_ctrl_c_says_what_was_stopped_and_how_to_start_it_again(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flows.local_server.up.up", stopped)
+    monkeypatch.delenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", raising=False)
     assert cli.main(["up", "--root", str(tmp_path)]) == 130
     sentence = capsys.readouterr().err
     for word in ("Prefect", "worker", "MLflow", "exporter", "Ray", "The same command starts"):
