@@ -26,7 +26,7 @@ from dpnet.pipeline.root_metrics import RootReader
 from dpnet.pipeline.settings import CostSettings
 from dpnet.tracking.run_log import read_log
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 STAGES = ["images", "masks", "train", "evaluate", "register"]
 CONFIG = """
