@@ -92,7 +92,7 @@ def has_stray_character(text: str) -> bool:
 def wrong_variable(names: Iterable[str], environ: Mapping[str, str] = os.environ) -> str:
     """Return a sentence about the first of these variables that cannot be used, or "".
 
-    It has a stray character, or it is no address of the right form. The sentence never has the
+    It has a stray character, or the form of an address is wrong. The sentence never has the
     value, which may be a secret.
     """
     for name in names:

@@ -29,7 +29,7 @@ MESSAGE = "Job entrypoint command failed with exit code {}, last available logs 
 
 
 class Ray(Protocol):
-    """What runs the job of one RayJob."""
+    """The Ray cluster or the script that runs the job of one RayJob."""
 
     def start(self, job: dict[str, Any]) -> str:
         """Start the Ray cluster, and return its dashboard's address; "" if it is not ready."""

@@ -81,7 +81,7 @@ class Store(Protocol):
 
         These are all that are older than `before`, in seconds since 1970. A folder store also
         yields newer ones if their writer was a process of this machine that has ended. An S3 store
-        also yields unfinished multipart uploads, which cost money and are no objects.
+        also yields unfinished multipart uploads. They cost money, and `list` does not show them.
         """
 
     def delete_leftover(self, key: str) -> None:

@@ -135,6 +135,11 @@ def stage(args: Namespace) -> Outcome:
             f"--address names a Ray cluster, but training runs {where}: add --launcher ray-job."
         )
     pairs = getattr(args, "export_pairs", None)
+    if pairs and args.compare:
+        raise ConfigError(
+            "--export-pairs writes the pairs and evaluates nothing: leave --compare out now, and"
+            " give it to the next `dpnet evaluate`."
+        )
     check_config(config, "images" if pairs else args.stage, args.root)
     store = open_store(resolve_root(args.root, config))
     check_root(store)

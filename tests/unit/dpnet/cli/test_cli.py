@@ -185,6 +185,7 @@ MISUSED = {
     "evaluate": [
         "none", "demo --compare x", "demo --compare x=none", "demo --compare x=models:/none/1",
         "demo --set evaluate.lpips_weights=none", "demo --export-pairs photos",
+        "demo --export-pairs pairs --compare x=photos",
     ],
     "register": ["none", "demo --set register.model=/", "demo --set register.tracking_uri=a:1"],
     "notify": ["none", "demo --event none"],
