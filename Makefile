@@ -43,7 +43,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not e2e and not gpu" $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow or e2e" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 30 -m "slow or e2e" $(ARGS)
 
 mutants: setup
 	$(BIN)/python tests/mutants/run.py $(ARGS)

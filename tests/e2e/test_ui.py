@@ -185,8 +185,8 @@ def completed(page: Page, up: Platform) -> str:
 
 def artifact(page: Page, run: str, key: str) -> None:
     """Open one artifact of a run."""
-    page.goto(run)
-    tab(page, "Artifacts")
+    # By address: a click on the tab of a page that still loads can be lost.
+    page.goto(f"{run}?tab=Artifacts")
     page.locator("a[href*='/artifacts/artifact/']", has_text=key).click()
     page.wait_for_url("**/artifacts/artifact/*")
 

@@ -17,7 +17,13 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 SKIPS = Path(__file__).parents[1] / "allowed_skips.txt"
-# Slow tests that start no Ray, no `dpnet up` and no browser.
+# Slow tests that start `dpnet up` or a browser.
+PLATFORMS = (
+    "tests/e2e/test_other_pages.py", "tests/e2e/test_report_page.py", "tests/e2e/test_ui.py",
+    "tests/integration/test_flow_faults.py", "tests/integration/test_new_data.py",
+    "tests/integration/test_up_running.py",
+)  # fmt: skip
+# Slow tests that start none of these, and no Ray.
 ALONE = (
     "tests/e2e/test_image_steps.py", "tests/e2e/test_images_killed.py", "tests/e2e/test_wheel.py",
     "tests/integration/test_deadly_photos.py", "tests/integration/test_images_s3.py",
@@ -61,15 +67,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Scheduler(LoadScopeScheduling):
-    """Runs the tests that start clusters, servers or browsers one after another in one process.
+    """Runs the tests that start Ray one after another, and those that start `dpnet up` as well.
 
-    The others run beside them, a file at a time. pytest-xdist's own groups come from markers, which
-    it loses with pytest 9.2.
+    Two of a kind never run at the same time. The others run beside them, a file at a time.
+    pytest-xdist's own groups come from markers, which it loses with pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if file.startswith("tests/unit/") or file in ALONE else "clusters"
+        if file.startswith("tests/unit/") or file in ALONE:
+            return file
+        return "platforms" if file in PLATFORMS else "clusters"
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist can be off

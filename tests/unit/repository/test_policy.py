@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from policy import ALONE, SKIPS, allowed_skips, not_this_time
+from policy import ALONE, PLATFORMS, SKIPS, allowed_skips, not_this_time
 
 SUPPORT = Path(__file__).parents[2] / "support"
 SKIPPED = "import pytest\n\n@pytest.mark.skip(reason={reason!r})\ndef test_it(): pass\n"
@@ -99,7 +99,7 @@ def test_every_line_of_the_list_gives_its_reason() -> None:
         allowed_skips("no GPU\n")
 
 
-def test_tests_of_clusters_run_in_one_process_and_the_others_beside_them(tmp_path: Path) -> None:
+def test_tests_of_one_kind_run_in_one_process_and_the_others_beside_them(tmp_path: Path) -> None:
     text = "import os, pathlib\n"
     for name in "abc":
         text += f"def test_{name}():\n    path = pathlib.Path(__file__ + '.{name}')\n"
@@ -119,9 +119,9 @@ def test_tests_of_clusters_run_in_one_process_and_the_others_beside_them(tmp_pat
     assert workers[0] == workers[1] != workers[2]
 
 
-def test_the_slow_tests_that_may_run_beside_others_exist() -> None:
+def test_the_slow_tests_that_are_sorted_by_kind_exist() -> None:
     top = Path(__file__).parents[3]
-    assert [file for file in ALONE if not (top / file).is_file()] == []
+    assert [file for file in (*ALONE, *PLATFORMS) if not (top / file).is_file()] == []
 
 
 def test_the_rules_hold_without_xdist(tmp_path: Path) -> None:
