@@ -44,6 +44,7 @@ class RayJobLauncher:
         self.name = f"dpnet-{work.request.digest[:SHORT]}-{root[:4]}"
         self.address = str(launch.address)
         self.attempt = ""
+        self._ends: list[str] = []  # of earlier attempts
         self._client: Any = None
         self._deaths = 0
         self._asked, self._answered = 0.0, time.monotonic()
@@ -54,6 +55,12 @@ class RayJobLauncher:
         self._client = connect_client(self.address)
         write_spec(self.job, self.launch, self.work)
         self._submit_or_attach()
+
+    @property
+    def facts(self) -> list[str]:
+        """Return where training runs, and how earlier attempts ended."""
+        here = f"The job {self.attempt} trains. Ray dashboard: {self.address}"
+        return [*self._ends, *([here] if self.attempt else [])]
 
     def is_running(self) -> bool:
         """Return whether the job still runs. Raises PipelineError if it has failed for good."""
@@ -97,6 +104,7 @@ class RayJobLauncher:
         return True
 
     def _restart(self, why: str) -> None:
+        self._ends.append(f"The job {self.attempt} {why}.")
         if self._deaths >= self.job.settings.max_failures:
             raise PipelineError(
                 f"the job {self.attempt} {why}, and train.max_failures is"
