@@ -709,6 +709,13 @@ def test_deploy_shows_the_next_three_dates_of_each_schedule(
     assert f"next dates of watch-raw-data: {shown} (Asia/Tokyo)" in capsys.readouterr().out
 
 
+def test_gc_refuses_a_root_that_is_given_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(tmp_path)
+    assert "the root is given twice" in fails(capsys, "gc", root, "--root", root)
+
+
 def test_compare_names_folders_for_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
