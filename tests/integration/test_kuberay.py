@@ -454,7 +454,8 @@ def test_the_pods_of_a_failed_job_stay_if_asked(
     place.script().job = ("RUNNING", "")
     again = place.running()
     assert again.attempt.startswith(f"{launcher.name}-2-")
-    assert "train: attempt 1 has ended: the disk is full." in caplog.text
+    assert "train: attempt 1 has ended: the disk is full" in caplog.text
+    assert again.facts[0].endswith("-1 has ended: the disk is full.")
     again.cancel()
     wait_until(place.is_clean, "something is left")
 

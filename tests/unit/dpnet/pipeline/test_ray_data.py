@@ -67,7 +67,10 @@ class Executor(threading.Thread):
         self._stopped.set()
 
 
-def test_the_end_of_a_dataset_ends_its_own_execution_and_its_reader() -> None:
+def test_the_end_of_a_dataset_ends_its_own_execution_and_its_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_data, "END_S", 20.0)
     ours, other = Executor("evaluate-1"), Executor("evaluate-2")
     reader = threading.Thread(target=ours.join, daemon=True)
     reader.start()
