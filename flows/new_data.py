@@ -28,7 +28,7 @@ from dpnet.pipeline.chain import check_config, with_photographs
 from dpnet.pipeline.config import Config, load_config, resolve_root
 from dpnet.pipeline.retrain import NothingToDo
 from dpnet.pipeline.retrain import retrain as retrain_stage
-from dpnet.training.ray.launch import leaves_job, show_facts
+from dpnet.training.ray.launch import leaves_job
 from flows.champion_events import champion_events
 from flows.flow_run import (
     announce_champion,
@@ -119,8 +119,7 @@ def retrain(
     check_config(resolved, root=root)
     store = open_store(resolve_root(root, resolved))
     leaves_job.set(job_keeps_running)
-    with without_credentials(), RunPage(resolved, store) as page:
-        show_facts.set(page.show_training)
+    with without_credentials(), RunPage(resolved, store):
         return retrain_once(resolved, store, event)
 
 

@@ -19,7 +19,7 @@ from data_prep.core.storage.open import open_store
 from dpnet.pipeline.chain import StageName, check_config, run_chain
 from dpnet.pipeline.config import CheckedConfig, Config, load_config, resolve_root
 from dpnet.pipeline.summary import summarize
-from dpnet.training.ray.launch import leaves_job, show_facts
+from dpnet.training.ray.launch import leaves_job
 from flows.champion_events import champion_events
 from flows.flow_run import (
     announce_champion,
@@ -221,7 +221,6 @@ def _run(wanted: StageName, resolved: Config, root: str) -> dict[str, Any]:
     store = open_store(resolve_root(root, resolved))
     leaves_job.set(job_keeps_running)
     with without_credentials(), RunPage(resolved, store) as page:
-        show_facts.set(page.show_training)
         page.show_plan()
         with champion_events(store, resolved.registry.model, announce_champion):
             refs = run_chain(resolved, store, wanted, call=page.run_stage)

@@ -42,6 +42,7 @@ from dpnet.evaluation.report import STRIP_WORDS
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown
 from dpnet.training.job import TrainRequest
+from dpnet.training.ray.launch import show_facts
 from dpnet.training.stage import train
 from flows.deployments import PROGRESS, TAG
 from flows.flow_run import log_to_run, run_as_task
@@ -100,6 +101,7 @@ class RunPage:
             survive_closed_output()
             start_logging()
         progress.watchers.append(self._note_progress)
+        self._before = show_facts.set(self.show_training)
         self._log.__enter__()
         self._thread.start()
         return self
@@ -111,6 +113,7 @@ class RunPage:
         traceback: TracebackType | None,
     ) -> None:
         progress.watchers.remove(self._note_progress)
+        show_facts.reset(self._before)
         self._log.__exit__(kind, value, traceback)
         self._ended.set()
         self._thread.join(LAST_SEND_S)
