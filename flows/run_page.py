@@ -13,10 +13,11 @@ import contextvars
 import io
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 from uuid import UUID
@@ -41,6 +42,7 @@ from dpnet.evaluation.report import STRIP_WORDS
 from dpnet.pipeline.config import Config
 from dpnet.pipeline.summary import as_markdown
 from dpnet.training.job import TrainRequest
+from dpnet.training.ray.launch import show_facts
 from dpnet.training.stage import train
 from flows.deployments import PROGRESS, TAG
 from flows.flow_run import log_to_run, run_as_task
@@ -50,6 +52,8 @@ SEND_EVERY_S = 2.0
 EVENT_EVERY_S = 30.0
 LAST_SEND_S = 5.0  # how long the end of the run waits for the last update
 MAX_IMAGE_BYTES = 400_000  # of all result images together
+
+_ADDRESS = re.compile(r"(https?://[\w.:/%-]+)")
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +68,16 @@ class _Bar:
     sent: Moment | None = None
 
 
+@dataclass
+class _Training:
+    """The sentences about where training runs, and those that the server has."""
+
+    facts: list[str] = field(default_factory=list)
+    task_run: UUID | None = None
+    artifact: UUID | None = None
+    sent: list[str] = field(default_factory=list)
+
+
 class RunPage:
     """The page of the current flow run, kept up to date inside a `with` block."""
 
@@ -72,6 +86,7 @@ class RunPage:
         context = FlowRunContext.get()
         self._flow_run = context.flow_run.id if context and context.flow_run else None
         self._bars: dict[str, _Bar] = {}
+        self._training = _Training()
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._last_event = 0.0
@@ -86,6 +101,7 @@ class RunPage:
             survive_closed_output()
             start_logging()
         progress.watchers.append(self._note_progress)
+        self._before = show_facts.set(self.show_training)
         self._log.__enter__()
         self._thread.start()
         return self
@@ -97,6 +113,7 @@ class RunPage:
         traceback: TracebackType | None,
     ) -> None:
         progress.watchers.remove(self._note_progress)
+        show_facts.reset(self._before)
         self._log.__exit__(kind, value, traceback)
         self._ended.set()
         self._thread.join(LAST_SEND_S)
@@ -127,6 +144,13 @@ class RunPage:
             request: TrainRequest = arguments[0]
             self.show_plan(request.images, request.masks)
         return run_as_task(title, stage, *arguments)
+
+    def show_training(self, facts: list[str]) -> None:
+        """Show where training runs, and how its earlier attempts ended."""
+        context = TaskRunContext.get()
+        with self._lock:
+            self._training.facts = facts
+            self._training.task_run = context.task_run.id if context else None
 
     def show_results(self, refs: Sequence[StageRef]) -> None:
         """Show a table of the stages, the figures, the links and the result images."""
@@ -171,6 +195,7 @@ class RunPage:
                 bars = [bar for bar in self._bars.values() if bar.sent != bar.moment]
             try:
                 self._send(bars)
+                self._send_training()
             except Exception:  # the server does not answer: try again at the next interval
                 continue
 
@@ -200,6 +225,39 @@ class RunPage:
             tag = {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{TAG}"}
             run = {"prefect.resource.id": f"prefect.flow-run.{self._flow_run}"}
             emit_event(PROGRESS, run, related=[tag])
+
+    def _send_training(self) -> None:
+        with self._lock:
+            training, facts = self._training, self._training.facts
+        if facts == training.sent:
+            return
+        text = training_text(facts)
+        with get_client(sync_client=True) as client:
+            if training.artifact is None:
+                new = ArtifactCreate(
+                    key="training",
+                    type="markdown",
+                    description="Where training runs",
+                    data=text,
+                    flow_run_id=self._flow_run,
+                    task_run_id=training.task_run,
+                )
+                training.artifact = client.create_artifact(new).id
+            else:
+                client.update_artifact(training.artifact, ArtifactUpdate(data=text))
+        training.sent = facts
+
+
+def training_text(facts: Sequence[str]) -> str:
+    """Return the sentences about a training as Markdown, with links for its addresses."""
+    return "\n".join(f"* {_with_links(printable(redact(fact)))}" for fact in facts)
+
+
+def _with_links(text: str) -> str:
+    parts = _ADDRESS.split(text)  # every second one is an address
+    shown = [markdown_text(part) for part in parts]
+    shown[1::2] = (f"[{markdown_text(part)}]({part})" for part in parts[1::2])
+    return "".join(shown)
 
 
 def progress_line(moment: Moment) -> str:

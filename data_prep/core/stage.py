@@ -157,6 +157,13 @@ def run_stage(
     return reference(manifest, seconds, skipped=False)
 
 
+def find_committed(store: Store, request: Request) -> StageRef | None:
+    """Return the committed stage for `request`, or None if it is not committed."""
+    if not store.exists(manifest_key(request.folder)):
+        return None
+    return _skipped(store, request, time.monotonic())
+
+
 def _skipped(store: Store, request: Request, start: float) -> StageRef:
     manifest = read_head(store, request.folder)
     if manifest.request_digest != request.digest:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from data_prep.core.apart import DECODE_S, guarded
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.store import Store
 from data_prep.images.keys import UNSURE
 from data_prep.images.next_version import NextVersion, plan_next_version
@@ -40,7 +41,7 @@ class Survey:
         looked_at: number of photos that were prepared for the estimate.
         failed: how many of these cannot be used.
         seconds: time in which one photo is read and prepared here, in seconds; 0 if unknown.
-        is_committed: whether the version is built: nothing is new.
+        committed: the version, if it is built: nothing is new.
     """
 
     splits: dict[str, SplitSize]
@@ -49,7 +50,7 @@ class Survey:
     looked_at: int
     failed: int
     seconds: float
-    is_committed: bool
+    committed: StageRef | None
 
 
 @dataclass
@@ -75,7 +76,7 @@ def survey(settings: ImagesSettings, store: Store, most: int = LOOKED_AT) -> Sur
         PipelineError: the source cannot be listed, or no version could be made from it.
     """
     following = plan_next_version(settings, store)
-    plan = following.plan
+    plan, parent = following.plan, following.parent
     # In a process of its own, because a damaged photo can end it.
     with guarded(prepare, DECODE_S, apart=True) as preparing:
         looked = {
@@ -94,7 +95,7 @@ def survey(settings: ImagesSettings, store: Store, most: int = LOOKED_AT) -> Sur
         photos,
         sum(each.failed for each in looked.values()),
         sum(times) / len(times) if times else 0.0,
-        following.parent is not None and plan.same_as_parent,
+        parent.reference if parent is not None and plan.same_as_parent else None,
     )
 
 

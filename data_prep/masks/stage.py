@@ -20,7 +20,7 @@ from data_prep.core.manifest import FileRecord, StageRef, read_head
 from data_prep.core.paths import MANIFEST, masks_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress
-from data_prep.core.stage import Produced, Request, Work, run_stage
+from data_prep.core.stage import Produced, Request, Work, find_committed, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.core.text import printable
 from data_prep.masks.external import FilePool, find_polarity, make_pools
@@ -61,14 +61,26 @@ def prepare_masks(settings: MasksSettings, store: Store, run: Map = run_tasks) -
     """
     top = masks_folder(settings.name)
     files = _read_mask_files(settings, store, top, run) if settings.file_splits else None
-    request = Request(
+    request = _request(settings, files)
+    return run_stage(store, request, partial(_build, settings, files, run))
+
+
+def find_masks(settings: MasksSettings, store: Store) -> StageRef | None:
+    """Return the committed mask set for `settings`, or None.
+
+    None also stands for a set of mask files, which only `prepare_masks` reads.
+    """
+    return None if settings.file_splits else find_committed(store, _request(settings, None))
+
+
+def _request(settings: MasksSettings, files: _Files | None) -> Request:
+    return Request(
         "masks",
         settings.name,
-        top,
+        masks_folder(settings.name),
         settings.request_settings(files.polarity if files else None),
         sources={EXTERNAL: files_digest(files.found)} if files else {},
     )
-    return run_stage(store, request, partial(_build, settings, files, run))
 
 
 @dataclass(frozen=True)

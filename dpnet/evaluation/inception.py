@@ -229,7 +229,8 @@ def load_inception(file: WeightsFile) -> Inception:
     """Read the network's weights from a .pth or .safetensors file.
 
     Raises:
-        PipelineError: the file was changed, is cut short, or holds anything else.
+        ConfigError: the file is cut short, or holds anything else.
+        PipelineError: the file was changed.
     """
     network = "the FID Inception network"
     found = read_tensors(file, "Inception", network, _ADVICE)

@@ -97,7 +97,8 @@ def load_lpips(file: WeightsFile) -> Lpips:
     """Read AlexNet's weights from a .safetensors or .pth file, and the heads of torchmetrics.
 
     Raises:
-        PipelineError: the file was changed, is cut short, or holds anything else.
+        ConfigError: the file is cut short, or holds anything else.
+        PipelineError: the file was changed.
     """
     found = read_tensors(file, "LPIPS", "torchvision's AlexNet", _ADVICE)
     weights = {}

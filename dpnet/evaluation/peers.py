@@ -42,6 +42,7 @@ class Peer(Protocol):
 
     name: str
     digest: str  # of its results or of its weights
+    version: str  # models:/MODEL/VERSION, or "" for a folder
 
     def check(self, names: Sequence[str], side: int, pool: Executor) -> None:
         """Check before the work that the peer has a result for every pair."""
@@ -95,7 +96,8 @@ def check_results(
         store: the root.
 
     Raises:
-        PipelineError: some are missing.
+        ConfigError: some are missing.
+        PipelineError: a folder cannot be read.
     """
     folders = {n: place for n, place in settings.compare.items() if not place.startswith(MODEL)}
     if not folders:
@@ -111,9 +113,9 @@ def find_peers(settings: EvaluateSettings, store: Store) -> list[Peer]:
     """Return the peers of `evaluate.compare`, with the digests of what they consist of.
 
     Raises:
-        ConfigError: a folder does not exist.
-        PipelineError: a folder cannot be read, has two pictures of one name, or there is no such
+        ConfigError: a folder does not exist, has two pictures of one name, or there is no such
             version.
+        PipelineError: a folder cannot be read.
     """
     check_peers(settings, store)
     return [
@@ -134,12 +136,13 @@ class FolderPeer:
     name: str
     digest: str
     files: Mapping[str, _File]
+    version: str = ""
 
     def check(self, names: Sequence[str], side: int, pool: Executor) -> None:
         """Decode every picture once.
 
         Raises:
-            PipelineError: some are missing, unreadable or of another size.
+            ConfigError: some are missing, unreadable or of another size.
         """
         problems: dict[str, list[str]] = {}
         found = pool.map(self._problem, names, [side] * len(names))
@@ -192,7 +195,7 @@ class FolderPeer:
 
 
 def _report(name: str, pairs: int, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raise PipelineError about the pairs whose results cannot be used, if there are any.
+    """Raise ConfigError about the pairs whose results cannot be used, if there are any.
 
     Args:
         name: of the other model.
@@ -205,7 +208,7 @@ def _report(name: str, pairs: int, problems: Mapping[str, Sequence[str]]) -> Non
         if some
     )
     if what:
-        raise PipelineError(
+        raise ConfigError(
             f"the results of {name} do not fit the {pairs:,} pairs: {printable(what)}."
             " Write the pairs with --export-pairs, and give each result the name of its pair."
         )
@@ -220,7 +223,7 @@ def _pictures(name: str, place: str) -> dict[str, Path]:
             if not is_picture_name(path.name) or path.name.startswith("."):
                 continue
             if path.stem in files:
-                raise PipelineError(
+                raise ConfigError(
                     f"evaluate.compare.{name}: {printable(str(folder))} has several pictures named"
                     f" {printable(path.stem)}: keep one of them."
                 )
@@ -254,6 +257,7 @@ class VersionPeer:
 
     name: str
     digest: str
+    version: str
     store: Store
     folder: str
     generator: Generator | None = None
@@ -279,5 +283,8 @@ class VersionPeer:
 
 
 def _version_of(name: str, reference: str, store: Store) -> VersionPeer:
-    folder = find_record(store, reference)["run"]["folder"]
-    return VersionPeer(name, load_reference(store, folder).content_digest, store, folder)
+    record = find_record(store, reference)
+    folder = record["run"]["folder"]
+    # The champion may be another version tomorrow, so the number is recorded.
+    version = f"{MODEL}{record['model']}/{record['version']}"
+    return VersionPeer(name, load_reference(store, folder).content_digest, version, store, folder)

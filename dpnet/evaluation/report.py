@@ -333,8 +333,10 @@ def _cost(chain: Sequence[Manifest]) -> str:
 
 
 def _compared_models(report: Mapping[str, Any]) -> str:
+    versions = report.get("versions", {})
     rows = "".join(
-        f"<dt>{html_text(name)}</dt><dd><code>{html_text(digest)}</code></dd>"
+        f"<dt>{html_text(f'{name} ({versions[name]})' if name in versions else name)}</dt>"
+        f"<dd><code>{html_text(digest)}</code></dd>"
         for name, digest in report["compared"].items()
     )
     return f"<h3>Digests of the results of other models</h3><dl>{rows}</dl>" if rows else ""

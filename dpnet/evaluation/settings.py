@@ -65,10 +65,12 @@ class EvaluateSettings(BaseModel):
     def _names_are_short_and_free(cls, value: dict[str, str]) -> dict[str, str]:
         taken = {word.lower() for pair in METHODS.items() for word in pair}
         for name, place in value.items():
-            if not _PEER.fullmatch(name) or name.lower() in taken or not place:
+            if name.lower() in taken:
+                raise ValueError(f"with another name than {name}, which every report has already")
+            if not _PEER.fullmatch(name) or not place:
                 raise ValueError(
                     "a mapping of names to folders, each name with at most 30 letters, digits, `.`,"
-                    " `_` or `-` and none of the methods that are always compared"
+                    " `_` or `-`"
                 )
         return value
 

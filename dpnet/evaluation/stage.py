@@ -20,7 +20,7 @@ from data_prep.core.lease import check_leases
 from data_prep.core.manifest import Manifest, StageRef, read_manifest
 from data_prep.core.paths import EVALUATIONS
 from data_prep.core.progress import Progress
-from data_prep.core.stage import Produced, Request, Work, run_stage
+from data_prep.core.stage import Produced, Request, Work, find_committed, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import table_bytes, write_file
 from dpnet.evaluation.pairs import open_pairs
@@ -86,20 +86,42 @@ def evaluate(
     plan = Plan(
         store, settings, images, masks, run, find_peers(settings, store), weights_of(settings)
     )
-    compared = {f"compare/{peer.name}": peer.digest for peer in plan.peers}
-    request = Request(
-        stage="evaluate",
-        name=run.name,
-        top=EVALUATIONS,
-        settings=settings.requested() | {"protocol": PROTOCOL_VERSION},
-        inputs={"images": images, "masks": masks, "run": run},
-        sources={**plan.weights.sources, **compared},
-    )
     place = here(settings.threads) if place is None else place
-    ref = run_stage(store, request, lambda work: _build(work, plan, place))
+    ref = run_stage(store, _request(plan), lambda work: _build(work, plan, place))
     # After the commit, so that a kill before it costs no measurement.
     clear_parts(store, f"{ref.folder}/{_PARTS}")
     return ref
+
+
+def find_evaluation(
+    settings: EvaluateSettings, images: StageRef, masks: StageRef, run: StageRef, store: Store
+) -> StageRef | None:
+    """Return the committed evaluation of a run, or None. Nothing is downloaded.
+
+    Args:
+        settings: settings of the evaluation.
+        images: the images stage.
+        masks: the masks stage.
+        run: the train stage.
+        store: the root.
+    """
+    weights = weights_of(settings.model_copy(update={"allow_downloads": False}))
+    peers = find_peers(settings, store)
+    return find_committed(
+        store, _request(Plan(store, settings, images, masks, run, peers, weights))
+    )
+
+
+def _request(plan: Plan) -> Request:
+    compared = {f"compare/{peer.name}": peer.digest for peer in plan.peers}
+    return Request(
+        stage="evaluate",
+        name=plan.run.name,
+        top=EVALUATIONS,
+        settings=plan.settings.requested() | {"protocol": PROTOCOL_VERSION},
+        inputs={"images": plan.images, "masks": plan.masks, "run": plan.run},
+        sources={**plan.weights.sources, **compared},
+    )
 
 
 def _build(work: Work, plan: Plan, place: Place) -> Produced:
@@ -129,6 +151,7 @@ def _build(work: Work, plan: Plan, place: Place) -> Produced:
         "settings": dict(work.request.settings),
         "methods": methods,
         "compared": {peer.name: peer.digest for peer in plan.peers},
+        **_versions(plan),
         "figures": figures(table, pairs_digest),
         "perfect": count_perfect(table),
         "empty_holes": count_empty(table),
@@ -147,6 +170,12 @@ def _build(work: Work, plan: Plan, place: Place) -> Produced:
         write_file(work, "report.html", page.encode(), content=False),
     ]
     return Produced(files, summarise(report) | speed)
+
+
+def _versions(plan: Plan) -> dict[str, dict[str, str]]:
+    """Return the part of the report that names the registered versions among the peers."""
+    versions = {peer.name: peer.version for peer in plan.peers if peer.version}
+    return {"versions": versions} if versions else {}
 
 
 def _reasons(weights: Weights, frozen: FrozenPairs) -> tuple[str | None, str | None]:

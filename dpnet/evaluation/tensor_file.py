@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_prep.core.digest import sha256_bytes
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.evaluation.weights import WeightsFile
 
 
@@ -35,17 +35,17 @@ class TensorFile:
         """Return a tensor as float32.
 
         Raises:
-            PipelineError: it is missing, has another shape, or is not finite.
+            ConfigError: it is missing, has another shape, or is not finite.
         """
         tensor = self.tensors.get(name)
         if tensor is None or tuple(tensor.shape) != shape:
             found = "missing" if tensor is None else tuple(tensor.shape)
-            raise PipelineError(
+            raise ConfigError(
                 f"{self.where} are not those of {self.network} ({name} is {found}, not {shape}):"
                 f" {self.advice}"
             )
         if not torch.isfinite(tensor.float()).all():
-            raise PipelineError(
+            raise ConfigError(
                 f"{self.where} have values that are not finite in {name}: {self.advice}"
             )
         return tensor.float()
@@ -61,7 +61,8 @@ def read_tensors(file: WeightsFile, what: str, network: str, advice: str) -> Ten
         advice: what to do about a file that cannot be used.
 
     Raises:
-        PipelineError: the file is missing, was changed, is cut short, or has no named tensors.
+        ConfigError: the file is cut short, or has no named tensors.
+        PipelineError: the file is missing on this machine, or was changed.
     """
     where = f"the {what} weights {str(file.path)!r}"
     try:
@@ -82,12 +83,12 @@ def read_tensors(file: WeightsFile, what: str, network: str, advice: str) -> Ten
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")[:200]
-        raise PipelineError(
+        raise ConfigError(
             f"{where} cannot be read ({reason}): the file is cut short or of another kind. To mend"
             f" it, {advice}"
         ) from error
     if sha256_bytes(data) != file.sha256:
         raise PipelineError(f"{where} were changed during the evaluation: run it again.")
     if not isinstance(found, dict) or not all(isinstance(w, Tensor) for w in found.values()):
-        raise PipelineError(f"{where} are no named tensors: {advice}")
+        raise ConfigError(f"{where} are no named tensors: {advice}")
     return TensorFile(where, network, advice, found)

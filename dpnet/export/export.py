@@ -121,7 +121,7 @@ def export_model(
     state = None
     if with_state:
         if find_layout(store, folder) != RUN:
-            raise PipelineError(
+            raise ConfigError(
                 f"{used} is an exported model, so its run's checkpoints are not there: give the run"
                 " or the registered version, or leave --training-state out."
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -111,7 +110,8 @@ class Collection:
         elif not self.skipped:
             lines.append("There is no garbage.")
         if self.findings.kept:
-            lines.append(f"Kept: {_kept(self.findings.kept)}.")
+            rows = [(kind, f"{n:,}", why) for (kind, why), n in sorted(self.findings.kept.items())]
+            lines += ["", *aligned_table([("kept", "count", "why"), *rows], "<><"), ""]
         lines += [f"Not deleted, because it is in use now: {folder}" for _, folder in self.skipped]
         if unknown := self.findings.unknown:
             shown = ", ".join(unknown[:_NAMED]) + (", …" if len(unknown) > _NAMED else "")
@@ -229,10 +229,6 @@ def _by_kind(units: Iterable[Unit]) -> Iterator[tuple[str, int, int, int]]:
         if own:
             objects = sum(len(unit.keys) for unit in own)
             yield kind, len(own), objects, sum(unit.size for unit in own)
-
-
-def _kept(kept: Counter[tuple[str, str]]) -> str:
-    return "; ".join(f"{kind}: {count:,} {why}" for (kind, why), count in sorted(kept.items()))
 
 
 def _size(size: int) -> str:

@@ -121,6 +121,7 @@ class Plan:
         request_money: price of all requests.
         storage_money: price of storing shards and checkpoints for a month.
         assumptions: sentences about figures that were not measured for this config.
+        finished: names of the finished stages.
     """
 
     name: str
@@ -143,6 +144,7 @@ class Plan:
     storage_money: float
     table: Sequence[Row]
     assumptions: Sequence[str] = field(default_factory=list)
+    finished: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""

@@ -19,12 +19,14 @@ from data_prep.core.paths import PHOTOS
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import padded
+from data_prep.core.text import count_of
 from data_prep.masks.shard_task import planned_sizes
 from data_prep.raw.sample_photos import write_sample_photos
 from data_prep.shards.split_size import SplitSize, tar_bytes
 from dpnet.loading.shard_files import find_shards
 from dpnet.pipeline.chain import SAMPLE
 from dpnet.pipeline.cost import finished_steps, known_speed
+from dpnet.pipeline.finished import find_finished
 from dpnet.pipeline.plan import Plan, make_plan
 from dpnet.pipeline.plan_figures import (
     KEPT_BYTES,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from dpnet.pipeline.config import Config
 
 MASKS_DRAWN = 48  # to estimate their size
-SPLITS = ("train", "val", "test")
+SPLITS, MASK_SPLITS = ("train", "val", "test"), ("train", "eval")
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,14 @@ def plan_config(
         ConfigError: The number of images is unknown, or options contradict each other.
     """
     notes: list[str] = []
-    images = _images(config.images, store, given.images, notes)
-    masks = DataSize(
-        planned_sizes(config.masks, MASKS_DRAWN), "the config; sizes of masks drawn now"
-    )
-    return _plan(config, store, images, masks, config.train.steps, notes, given, machines)
+    images, version = _images(config.images, store, given.images, notes)
+    done = [] if store is None else find_finished(config, store, version)
+    steps, masks = config.train.steps, None
+    if store is not None and len(done) > 1:
+        masks = _committed(store, done[1], MASK_SPLITS)
+        steps -= finished_steps(config, store, done[0], done[1])
+    plan = _plan(config, store, images, masks or _drawn(config), steps, notes, given, machines)
+    return replace(plan, finished=tuple(ref.stage for ref in done))
 
 
 def plan_here(
@@ -103,11 +108,9 @@ def plan_here(
         return None
     steps = config.train.steps
     if images is None or masks is None:
-        mask_size = DataSize(
-            planned_sizes(config.masks, MASKS_DRAWN), "the config; sizes of masks drawn now"
-        )
+        mask_size = _drawn(config)
     else:
-        mask_size = _committed(store, masks, ("train", "eval"))
+        mask_size = _committed(store, masks, MASK_SPLITS)
         steps -= finished_steps(config, store, images, masks)
     return _plan(config, store, size, mask_size, steps, notes, Given(), None)
 
@@ -157,10 +160,17 @@ def _speed(config: Config, store: Store | None, gpus: bool, given: Given) -> Spe
     return benchmark_speed(config.model.preset, config.masks.size, gpus)
 
 
+def _drawn(config: Config) -> DataSize:
+    """Return the size of the mask shards before they are made."""
+    sizes = planned_sizes(config.masks, MASKS_DRAWN)
+    number = min(MASKS_DRAWN, config.masks.train)
+    return DataSize(sizes, f"size estimated from {count_of(number, 'mask')}, drawn for this plan")
+
+
 def _images(
     settings: ImagesSettings, store: Store | None, number: int | None, notes: list[str]
-) -> DataSize:
-    """Return the size of the image shards, and note what was assumed.
+) -> tuple[DataSize, StageRef | None]:
+    """Return the size of the image shards, and the version if it is built. Note assumptions.
 
     Args:
         settings: of the dataset.
@@ -168,14 +178,14 @@ def _images(
         number: The number of photos that was given, or None.
         notes: Sentences are appended.
     """
-    found, reason = None, ""
+    found, version, reason = None, None, ""
     try:
-        found = _surveyed(settings, store, notes)
+        found, version = _surveyed(settings, store, notes)
     except PipelineError as error:
         reason = " ".join(str(error).split())
         found = _newest(settings, store) if store is not None else None
     if number is not None:
-        return _given(settings, number, found)
+        return _given(settings, number, found), None
     if found is None:
         found = _published(settings)
         if found is None:
@@ -185,10 +195,12 @@ def _images(
             )
     if reason:
         notes.append(f"The source cannot be listed: {reason}")
-    return found
+    return found, version
 
 
-def _surveyed(settings: ImagesSettings, store: Store | None, notes: list[str]) -> DataSize:
+def _surveyed(
+    settings: ImagesSettings, store: Store | None, notes: list[str]
+) -> tuple[DataSize, StageRef | None]:
     """List the source and look at some photos. Raises PipelineError if it cannot be listed."""
     from data_prep.images.survey import survey
 
@@ -203,15 +215,18 @@ def _surveyed(settings: ImagesSettings, store: Store | None, notes: list[str]) -
                 write_sample_photos(photos)
             settings = settings.model_copy(update={"source": str(photos)})
         found = survey(settings, store or LocalStore(folder / "root"))
-    if found.is_committed:
-        return DataSize(found.splits, "the committed version; nothing is new", True)
+    if found.committed:
+        size = DataSize(found.splits, "the committed version; nothing is new", True)
+        return size, found.committed
     if found.failed:
         notes.append(
             f"{found.failed} of {found.looked_at} photos that were looked at cannot be used, and"
             " the estimate leaves out this share."
         )
-    source = f"the source's listing; sizes of {found.looked_at} photos prepared now"
-    return DataSize(found.splits, source, False, found.photos, found.photo_bytes, found.seconds)
+    looked = count_of(found.looked_at, "photo")
+    source = f"the source's listing; size estimated from {looked}, prepared for this plan"
+    size = DataSize(found.splits, source, False, found.photos, found.photo_bytes, found.seconds)
+    return size, None
 
 
 def _newest(settings: ImagesSettings, store: Store) -> DataSize | None:

@@ -15,25 +15,37 @@ from data_prep.core.text import (
 )
 from data_prep.shards.split_size import SplitSize
 from dpnet.pipeline.cost import cost_text
+from dpnet.pipeline.finished import STAGES
 from dpnet.pipeline.plan import TABLE_GPUS, Plan
 
 WIDTH = 100  # columns of the text
-_MARKS = {"CPU decode": " c", "storage": " s"}
+_MARKS = {"CPU decode": "c", "storage": "s"}  # of limits in the table
 
 
 def plan_text(plan: Plan) -> str:
     """Return a plan as text of at most 100 columns."""
+    if len(plan.finished) == STAGES:
+        return printable(
+            f"{plan.name}: nothing is left to do, because all stages are finished. A larger"
+            " train.steps trains longer."
+        )
     lines = [printable(f"{plan.name}: the plan. Nothing is started."), ""]
     for title, sentence in _facts(plan):
-        wrapped = textwrap.wrap(printable(sentence), WIDTH - 15)
+        wrapped = _wrap(printable(sentence), WIDTH - 15)
         lines += [f"{title if not number else '':15}{line}" for number, line in enumerate(wrapped)]
     if plan.table:
-        lines += ["", *textwrap.wrap(_table_caption(plan), WIDTH), ""]
+        lines += ["", *_wrap(_table_caption(plan), WIDTH), ""]
         lines += aligned_table([_heading(plan), *_rows(plan)], ">" * len(_heading(plan)))
     lines += ["", "Assumptions:"]
     for each in plan.assumptions:
-        lines += textwrap.wrap(printable(each), WIDTH, initial_indent="* ", subsequent_indent="  ")
+        first, *others = _wrap(printable(each), WIDTH - 2)
+        lines += [f"* {first}", *(f"  {line}" for line in others)]
     return "\n".join(lines)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Return the lines of a text. A path or an option stays whole, even if it is too long."""
+    return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
 
 
 def plan_markdown(plan: Plan) -> list[str]:
@@ -60,12 +72,23 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         read = f", {_bytes(images.photo_bytes)} to read" if images.photo_bytes else ""
         hours = _hours(plan.prepare_core_hours)
         facts.append(("prepare", f"{images.photos:,} photos{read}: {hours} of one core"))
-    facts.append(
+    facts += _training(plan)
+    facts.append(("S3 requests", _requests(plan)))
+    if plan.storage_money:
+        facts.append(("storage", f"{plan.storage_money:.2f} {plan.currency} a month"))
+    return facts
+
+
+def _training(plan: Plan) -> list[tuple[str, str]]:
+    """Return the facts about the training."""
+    if not plan.steps:
+        return [("train", "no step is left")]
+    facts = [
         (
             "train",
             f"{plan.steps:,} steps of {plan.batch} samples: each image {plan.epochs:.3g} times",
         )
-    )
+    ]
     if plan.rates is not None and plan.hours is not None and plan.cost is not None:
         kind = "GPU" if plan.machines.gpus else "worker"
         facts.append(
@@ -90,9 +113,6 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
                 f" {duration(lost.seconds)} with the restart: {cost_text(lost.cost)}",
             )
         )
-    facts.append(("S3 requests", _requests(plan)))
-    if plan.storage_money:
-        facts.append(("storage", f"{plan.storage_money:.2f} {plan.currency} a month"))
     return facts
 
 
@@ -115,10 +135,11 @@ def _requests(plan: Plan) -> str:
 
 def _table_caption(plan: Plan) -> str:
     kind = "GPUs" if plan.machines.gpus else "workers"
+    limits = {limit for row in plan.table for limit in row.bottlenecks.values()}
+    marks = [f"{mark}: limited by {limit}" for limit, mark in _MARKS.items() if limit in limits]
     return (
-        f"Training by number of images and {kind}, in hours; c: limited by CPU decode, s: by"
-        " storage. Each image is trained on as often as above, and each worker has the same"
-        " samples a step."
+        f"Training by number of images and {kind}, in {'; '.join(['hours', *marks])}. Each image is"
+        " trained on as often as above, and each worker has the same samples a step."
     )
 
 
@@ -134,7 +155,7 @@ def _rows(plan: Plan) -> Sequence[list[str]]:
             _bytes(row.bytes),
             f"{row.prepare_core_hours:,.1f}",
             *(
-                f"{_number(row.hours[gpus])}{_MARKS.get(row.bottlenecks[gpus], '')}"
+                f"{_number(row.hours[gpus])} {_MARKS.get(row.bottlenecks[gpus], '')}".rstrip()
                 for gpus in TABLE_GPUS
             ),
         ]

@@ -29,6 +29,7 @@ R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 CORES = 4  # of an actor without a GPU, if its machine has them: networks are in memory once for all
+END_S = 60.0  # how long to wait for the end of a dataset; a busy cluster starts a worker first
 _NAMESPACE = "dpnet"  # in Ray's key-value store
 _AGAIN = "run the same command again, it resumes."
 
@@ -144,7 +145,32 @@ def _results(plan: Plan, tasks: Sequence[Task[R]]) -> Iterator[tuple[int, R]]:
             yield int(item["number"]), result
     finally:
         stop.set()
+        _end_dataset(reader, attempt)
         _forget_starts(attempt)
+
+
+def _end_dataset(reader: threading.Thread, attempt: str) -> None:
+    """End the execution of a dataset that is still read, before Ray is shut down under it.
+
+    Ray Data has no function for that. A reader that waits for a row cannot close its iterator.
+
+    Args:
+        reader: the thread that reads the dataset.
+        attempt: the dataset's name.
+    """
+
+    def end() -> None:
+        while reader.is_alive():
+            for thread in threading.enumerate():
+                if attempt in thread.name and (shutdown := getattr(thread, "shutdown", None)):
+                    with suppress(Exception):  # the cluster may be gone
+                        shutdown(force=True)
+            reader.join(CHECK_S)
+
+    if reader.is_alive():
+        ender = threading.Thread(target=end, daemon=True)
+        ender.start()
+        ender.join(END_S)  # without a cluster it can wait without end
 
 
 def _next(found: queue.Queue[Any]) -> Any:
@@ -173,7 +199,7 @@ def _dataset(plan: Plan, tasks: Sequence[Task[Any]], attempt: str) -> Any:
     numbers = ray.data.from_items(
         [{"number": number} for number in range(len(tasks))], override_num_blocks=len(tasks)
     )
-    return numbers.map(
+    results = numbers.map(
         _Actor,
         fn_constructor_args=(plan, tasks, cpus, attempt),
         # One task at a time each, so that no actor has tasks in store while another is idle.
@@ -183,6 +209,8 @@ def _dataset(plan: Plan, tasks: Sequence[Task[Any]], attempt: str) -> Any:
         num_cpus=cpus,
         num_gpus=gpus,
     )
+    results.set_name(attempt)
+    return results
 
 
 def team(nodes: Sequence[dict[str, Any]]) -> tuple[int, int, int]:

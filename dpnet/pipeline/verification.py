@@ -85,8 +85,9 @@ class Verification:
         if self.depth.everything:
             return text
         return (
-            f"{text}, among them {self.tars} of {self.shards} tars and {self.indexes} indexes;"
-            f" checked only presence and size of {self.unread} more files"
+            f"{text}, with the indexes of {self.indexes} and the tars of {self.tars} of"
+            f" {count_of(self.shards, 'shard')}; the other {count_of(self.unread, 'file')} were not"
+            " read, only their presence and size checked"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from data_prep.core.paths import (
     registry_folder,
     version_key,
 )
-from data_prep.core.stage import Produced, Request, Work, run_stage
+from data_prep.core.stage import Produced, Request, Work, find_committed, run_stage
 from data_prep.core.storage.store import Store
 from data_prep.shards.shards import write_file
 from dpnet.evaluation.settings import EvaluateSettings
@@ -76,7 +76,21 @@ def register(
         measure: settings whose weights of metrics and threads an evaluation of the champion uses.
     """
     uri = tracking_uri(settings, store)
-    request = Request(
+    request = _request(settings, run, evaluation, against)
+    return run_stage(store, request, lambda work: _build(work, settings, uri, measure))
+
+
+def find_registration(
+    settings: RegisterSettings, run: StageRef, evaluation: StageRef, store: Store
+) -> StageRef | None:
+    """Return the stage that registered `run` by `evaluation`, or None if it is not committed."""
+    return find_committed(store, _request(settings, run, evaluation, None))
+
+
+def _request(
+    settings: RegisterSettings, run: StageRef, evaluation: StageRef, against: StageRef | None
+) -> Request:
+    return Request(
         stage="register",
         name=settings.model,
         top=registry_folder(settings.model),
@@ -87,7 +101,6 @@ def register(
             **({AGAINST: against} if against is not None else {}),
         },
     )
-    return run_stage(store, request, lambda work: _build(work, settings, uri, measure))
 
 
 def check_tracking_uri(settings: RegisterSettings) -> None:

@@ -31,8 +31,9 @@ def connect(uri: str) -> Iterator[Any]:
         yield new_client(uri)
     except (MlflowException, SQLAlchemyError) as error:
         raise PipelineError(
-            f"MLflow at {uri} refused the registration ({reason_of(error)}):"
-            " check register.tracking_uri and its permissions, then run the same command again."
+            f"the version cannot be registered in MLflow at {uri} ({reason_of(error)}): check that"
+            " MLflow runs there (register.tracking_uri) and that you may write, then run the same"
+            " command again."
         ) from error
 
 

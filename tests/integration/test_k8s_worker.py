@@ -1,7 +1,8 @@
 """Prefect's real Kubernetes worker with the rights of infra/k8s, on a real API server.
 
-The worker makes the job of a flow run, and lists jobs and pods. The server records every request.
-It has no nodes, so no pod runs.
+The worker makes the jobs of flow runs and follows them: one is cancelled before its pod starts, the
+pod of one crashes, and the job of one is deleted. The server records every request. It has no nodes
+and no controllers, so the test writes what they would.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 ACCOUNT = "prefect-worker"
 PASSWORD = "dpnet:a-long-password"
-# Rights that were not seen here, but are in the source of prefect_kubernetes (worker.py,
-# observer.py): for a pod that crashes, a job that ends, a run that is cancelled before its pod
-# starts, and the watches of its observer.
-UNUSED = {
-    ("", "pods/log", "get"), ("", "pods", "watch"), ("batch", "jobs", "get"),
-    ("batch", "jobs", "delete"), ("batch", "jobs", "watch"),
-}  # fmt: skip
+# Seconds after which Prefect's server lets the worker delete the job of a run that does not react.
+# By default they are 300.
+CANCEL_AFTER = "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS"
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def prefect(tmp_path: Path) -> Iterator[Processes]:
     made = Processes(tmp_path)
     try:
         words = ("server", "start", "--host", "127.0.0.1", "--port", str(made.port))
-        made.start("server", *words, PREFECT_SERVER_API_AUTH_STRING=PASSWORD)
+        made.start("server", *words, PREFECT_SERVER_API_AUTH_STRING=PASSWORD, **{CANCEL_AFTER: "5"})
         wait_until(
             lambda: answers(f"http://127.0.0.1:{made.port}/api/ready"), "no Prefect server", 240
         )
@@ -156,21 +153,31 @@ def in_prefect(prefect: Processes, code: str) -> str:
     return done.stdout.strip()
 
 
-START = """
+DEPLOY = """
 flow = await client.create_flow_from_name("register")
 deployment = await client.create_deployment(
     flow, "register", work_pool_name="dpnet", entrypoint="flows.pipeline.register_model",
     job_variables={"env": {"A": "b"}}, enforce_parameter_schema=False)
-run = await client.create_flow_run_from_deployment(deployment)
+print(deployment)
+""".strip()
+START = """
+run = await client.create_flow_run_from_deployment("DEPLOYMENT")
 print(run.id)
+""".strip()
+CANCEL = """
+from prefect.states import Cancelling
+answer = await client.set_flow_run_state("RUN", Cancelling())
+print(answer.status.value)
+""".strip()
+STATE = """
+run = await client.read_flow_run("RUN")
+print(run.state.type.value, run.state.message)
 """.strip()
 
 
-def test_the_workers_rights_are_those_that_it_uses(
-    server: Any, prefect: Processes, tmp_path: Path
-) -> None:
-    from kubernetes import client
-
+@pytest.fixture
+def worker(server: Any, prefect: Processes, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """Start the worker with the command and the environment of its Deployment."""
     template = tmp_path / "template.json"
     files = named("gpu", "ConfigMap", "dpnet-files")["data"]
     template.write_text(files["base-job-template.json"])
@@ -185,27 +192,94 @@ def test_the_workers_rights_are_those_that_it_uses(
         "KUBECONFIG": str(kubeconfig(server, tmp_path / "kubeconfig")),
     }
     assert container["command"][0] == "prefect"
-    worker = prefect.start("worker", *container["command"][1:], **env)
-    in_prefect(prefect, START)
-    jobs = client.BatchV1Api(server.client())
+    return prefect.start("worker", *container["command"][1:], **env)
 
-    def job() -> Any:
-        assert worker.poll() is None, prefect.log("worker")
-        items = jobs.list_namespaced_job("dpnet").items
-        return items[0] if items else None
 
-    wait_until(job, f"no job, see {prefect.top}/worker.log", 240)
-    made = jobs.api_client.sanitize_for_serialization(job())
-    pod = made["spec"]["template"]["spec"]
+@dataclass
+class Cluster:
+    """The jobs of the namespace, seen and changed by an administrator."""
+
+    server: Any
+    prefect: Processes
+    deployment: str
+
+    @property
+    def jobs(self) -> Any:
+        from kubernetes import client
+
+        return client.BatchV1Api(self.server.client())
+
+    @property
+    def core(self) -> Any:
+        from kubernetes import client
+
+        return client.CoreV1Api(self.server.client())
+
+    def start(self) -> tuple[str, Any]:
+        """Start a flow run, and return its id and its job."""
+        run = in_prefect(self.prefect, START.replace("DEPLOYMENT", self.deployment))
+        wait_until(lambda: self.job_of(run), f"no job, see {self.prefect.top}/worker.log", 240)
+        return run, self.job_of(run)
+
+    def job_of(self, run: str) -> Any:
+        labels = f"prefect.io/flow-run-id={run}"
+        found = self.jobs.list_namespaced_job("dpnet", label_selector=labels).items
+        return found[0] if found else None
+
+    def wait_for(self, run: str, state: str) -> None:
+        def reached() -> bool:
+            return state in in_prefect(self.prefect, STATE.replace("RUN", run))
+
+        wait_until(reached, f"no {state}, see {self.prefect.top}/worker.log", 240)
+
+
+def make_pod(cluster: Cluster, job: Any) -> None:
+    """Make a job's pod, whose container has failed, and let the job fail."""
+    made = cluster.jobs.api_client.sanitize_for_serialization(job)
+    template, name = made["spec"]["template"], job.metadata.name
+    labels = {**template["metadata"]["labels"], "job-name": name}
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job.metadata.uid}
+    about = {"name": f"{name}-x", "labels": labels, "ownerReferences": [owner]}
+    spec = {**template["spec"], "automountServiceAccountToken": False, "nodeName": "gone"}
+    cluster.core.create_namespaced_pod("dpnet", {"metadata": about, "spec": spec})
+    cluster.core.patch_namespaced_pod_status(f"{name}-x", "dpnet", {"status": {"phase": "Failed"}})
+    failed = {"failed": job.spec.backoff_limit + 1}
+    cluster.jobs.patch_namespaced_job_status(name, "dpnet", {"status": failed})
+
+
+def check_job(job: dict[str, Any]) -> None:
+    """Check the job of a flow run: references to secrets, the account, a read-only root."""
+    pod = job["spec"]["template"]["spec"]
     variables = {each["name"]: each for each in pod["containers"][0]["env"]}
     reference = {"name": "dpnet-prefect", "key": "PREFECT_SERVER_API_AUTH_STRING"}
     assert variables["PREFECT_API_AUTH_STRING"]["valueFrom"]["secretKeyRef"] == reference
-    assert PASSWORD not in json.dumps(made)
+    assert PASSWORD not in json.dumps(job)
     assert pod["serviceAccountName"] == "flows"
     assert pod["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
-    time.sleep(20)  # the observer starts after the worker; a request that is refused would be seen
-    requests = recorded(server)
-    assert {status for _, status in requests if status >= 400} <= {404, 410}
+
+
+def test_the_workers_rights_are_exactly_those_that_it_uses(
+    server: Any, prefect: Processes, worker: subprocess.Popen[bytes]
+) -> None:
+    cluster = Cluster(server, prefect, in_prefect(prefect, DEPLOY))
+    cancelled, job = cluster.start()
+    check_job(cluster.jobs.api_client.sanitize_for_serialization(job))
+    assert in_prefect(prefect, CANCEL.replace("RUN", cancelled)) == "ACCEPT"
+    cluster.wait_for(cancelled, "CANCELLED")  # its pod has not started
+    # A controller would remove the pods first.
+    wait_until(
+        lambda: (left := cluster.job_of(cancelled)) is None or left.metadata.deletion_timestamp,
+        "the job stays",
+    )
+    crashed, job = cluster.start()
+    make_pod(cluster, job)
+    cluster.wait_for(crashed, "CRASHED No active or succeeded pods")
+    deleted, job = cluster.start()
+    cluster.jobs.delete_namespaced_job(job.metadata.name, "dpnet", propagation_policy="Background")
+    cluster.wait_for(deleted, "CRASHED Kubernetes job was deleted")
+    assert worker.poll() is None, prefect.log("worker")
+    worker.kill()  # the server records a watch when it ends
+    worker.wait(60)
     rights = {
         (group, resource, verb)
         for rule in named("gpu", "Role", ACCOUNT)["rules"]
@@ -213,6 +287,8 @@ def test_the_workers_rights_are_those_that_it_uses(
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    used = {request for request, _ in requests}
-    assert used <= rights
-    assert rights - used <= UNUSED
+    watches = {right for right in rights if right[2] == "watch"}
+    wait_until(lambda: watches <= {request for request, _ in recorded(server)}, "no watch")
+    requests = recorded(server)
+    assert {request for request, _ in requests} == rights
+    assert 403 not in {status for _, status in requests}

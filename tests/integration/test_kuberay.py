@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,9 +384,15 @@ def test_a_death_is_followed_by_the_next_attempt_and_the_last_by_an_error(
     assert "-1 died (Killed): the next attempt resumes from its last checkpoint" in caplog.text
     until(launcher, lambda: launcher._kind == "running")
     assert place.script(1).ended
+    label = f"The RayJob {place.namespace.name}/{launcher.name}"
+    assert launcher.facts == [
+        f"{label}-1 died (Killed).",
+        f"{label}-2 trains. Ray dashboard: http://127.0.0.1:9",
+    ]
     later = place.started()  # the reasons of earlier attempts are on the page of a later run too
     assert later.attempt == launcher.attempt
     assert "train: attempt 1 died (Killed)" in caplog.text
+    assert later.facts[0] == launcher.facts[0]
     place.script(2).fail(1, "at work", "out of luck")
     assert re.search(r"-2 died \(out of luck\), and train.max_failures is 1: ", fails(launcher))
     wait_until(place.is_clean, "something is left")
@@ -445,7 +454,8 @@ def test_the_pods_of_a_failed_job_stay_if_asked(
     place.script().job = ("RUNNING", "")
     again = place.running()
     assert again.attempt.startswith(f"{launcher.name}-2-")
-    assert "train: attempt 1 has ended: the disk is full." in caplog.text
+    assert "train: attempt 1 has ended: the disk is full" in caplog.text
+    assert again.facts[0].endswith("-1 has ended: the disk is full.")
     again.cancel()
     wait_until(place.is_clean, "something is left")
 
@@ -478,6 +488,19 @@ def test_a_stopped_job_is_not_started_again(place: Place) -> None:
     place.script().job = ("STOPPED", "")
     assert re.search(r"-1 was stopped: the same command resumes it\.", fails(launcher))
     assert len(place.operator.rays) == 1
+
+
+def test_cancelling_before_a_pod_starts_deletes_the_rayjob(place: Place) -> None:
+    place.operator.make = unready
+    launcher = place.started()
+    place.script()
+    launcher.cancel()
+    assert place.is_clean()
+    place.operator.running = False
+    unseen = place.started()  # KubeRay's operator does not know it yet
+    assert place.names() == ["1"]
+    unseen.cancel()
+    assert place.is_clean()
 
 
 def test_cancelling_stops_the_job_and_leaves_nothing(place: Place) -> None:
@@ -565,8 +588,88 @@ def test_an_untrusted_api_server_is_not_asked_again(place: Place, tmp_path: Path
     config = yaml.safe_load((tmp_path / "kubeconfig").read_text())
     del config["clusters"][0]["cluster"]["certificate-authority"]
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-    with pytest.raises(PipelineError, match=r"is not trusted: .*certificate-authority .* clock"):
+    with pytest.raises(PipelineError, match=r"is not trusted: .*check the certificate-authority"):
         place.started()
+
+
+HOURS = 3600.0
+
+
+@pytest.mark.parametrize("ahead", [-5 * HOURS, 5 * HOURS])
+def test_deadlines_do_not_depend_on_the_clock_of_the_cluster(
+    place: Place, caplog: pytest.LogCaptureFixture, ahead: float
+) -> None:
+    place.operator.ahead = ahead
+    place.operator.make = unready
+    launcher = place.started(pending_s=60)
+    place.script()
+    (cluster,) = place.namespace.objects("rayclusters")
+    place.namespace.event(cluster, "Failed", "an older one", ahead=ahead - 60)
+    place.namespace.event(cluster, "Failed", "a newer one", ahead=ahead)
+    until(launcher, lambda: "Failed: a newer one" in caplog.text)
+    began = time.monotonic()
+    until(launcher, lambda: time.monotonic() - began > 3)
+    place.script().ready = True
+    until(launcher, lambda: launcher._kind == "running")
+    launcher.cancel()
+    wait_until(place.is_clean, "something is left")
+    place.operator.rays.clear()  # the next one has the same name
+    assert "did not start in 2 s" in fails(place.started(pending_s=2))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "told"),
+    [(-40, -10, "has expired"), (10, 40, "is not yet valid")],
+)
+def test_a_certificate_of_another_time_is_an_error_that_names_the_clock(
+    place: Place, tmp_path: Path, first: int, last: int, told: str
+) -> None:
+    key = certificate(place.namespace.server, tmp_path, first, last)
+    with kube_proxy(place.namespace.server, key) as proxy:
+        place.namespace.kubeconfig(tmp_path / "kubeconfig", proxy.url)
+        with pytest.raises(PipelineError) as found:
+            place.started()
+    assert re.search(
+        rf"\(the certificate of https://127\.0\.0\.1:\d+ {told}, by the clock of this machine:"
+        r" \d{4}-\d\d-\d\d \d\d:\d\d UTC\): set the clock if it is wrong",
+        str(found.value),
+    )
+
+
+def certificate(server: KubeServer, folder: Path, first: int, last: int) -> Path:
+    """Make a certificate of the server's authority from one day to another, as days from now."""
+    now, pki = datetime.now(UTC), server.folder / "pki"
+    key = folder / "server.key"
+    shutil.copy(pki / "apiserver.key", key)
+    dates = [f"{now + timedelta(days=each):%Y%m%d%H%M%SZ}" for each in (first, last)]
+    (folder / "index.txt").touch()
+    (folder / "ca.cnf").write_text(
+        f"[ca]\ndefault_ca = own\n[own]\ndatabase = {folder}/index.txt\npolicy = any\n"
+        "rand_serial = yes\ndefault_md = sha256\nx509_extensions = names\n"
+        "[any]\ncommonName = supplied\n[names]\nsubjectAltName = IP:127.0.0.1\n"
+    )
+    options = {
+        "-config": folder / "ca.cnf", "-outdir": folder, "-cert": pki / "ca.crt",
+        "-keyfile": pki / "ca.key", "-in": pki / "apiserver.csr", "-out": key.with_suffix(".crt"),
+        "-startdate": dates[0], "-enddate": dates[1],
+    }  # fmt: skip
+    words = [str(word) for option in options.items() for word in option]
+    command = ["openssl", "ca", "-batch", "-notext", *words]
+    subprocess.run(command, check=True, capture_output=True)
+    return key
+
+
+def test_refused_credentials_name_the_clock_that_is_off(place: Place, tmp_path: Path) -> None:
+    place.namespace.kubeconfig(tmp_path / "kubeconfig", place.proxy.url, token="an-old-token")
+    place.proxy.ahead = 3 * HOURS + 30
+    try:
+        with pytest.raises(PipelineError) as found:
+            place.started()
+    finally:
+        place.proxy.ahead = 0.0
+    assert "or have expired (its clock is 3 h 0 min ahead of the clock of this machine)): get" in (
+        str(found.value)
+    )
 
 
 def test_a_cluster_without_kuberay_is_named(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

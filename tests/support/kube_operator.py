@@ -151,6 +151,7 @@ class Operator:
         make: Makes what runs the job of a new RayJob.
         rays: What runs the jobs, by the RayJob's name; those that have ended too.
         forced: Status fields that replace those of a RayJob, by its name.
+        ahead: Seconds by which the cluster's clock is ahead of this machine's.
     """
 
     def __init__(self, namespace: Namespace, make: Any = Script) -> None:
@@ -158,6 +159,7 @@ class Operator:
         self.running = True
         self.rays: dict[str, Any] = {}
         self.forced: dict[str, dict[str, Any]] = {}
+        self.ahead = 0.0
         self.error: BaseException | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -219,7 +221,7 @@ class Operator:
                     "jobId": spec["jobId"],
                     "rayClusterName": f"{name}-{secrets.token_hex(2)}x",
                     "jobDeploymentStatus": "Initializing",
-                    "startTime": _now(),
+                    "startTime": self._now(),
                 }
             case "Initializing":
                 if spec.get("suspend"):
@@ -246,12 +248,12 @@ class Operator:
                     "jobStatusCheckFailureStartTime": None,
                 }
                 if state in ("SUCCEEDED", "STOPPED"):
-                    changes |= {"jobDeploymentStatus": "Complete", "endTime": _now()}
+                    changes |= {"jobDeploymentStatus": "Complete", "endTime": self._now()}
                 if state == "FAILED":
                     changes |= {
                         "jobDeploymentStatus": "Failed",
                         "reason": "AppFailed",
-                        "endTime": _now(),
+                        "endTime": self._now(),
                     }
                 return changes
             case "Suspending":
@@ -273,18 +275,18 @@ class Operator:
     def _unanswered(self, status: dict[str, Any], error: Exception) -> dict[str, Any]:
         since = status.get("jobStatusCheckFailureStartTime")
         if not since:
-            return {"jobStatusCheckFailureStartTime": _now()}
-        if _age(since) < CHECK_TIMEOUT_S:
+            return {"jobStatusCheckFailureStartTime": self._now()}
+        if self._age(since) < CHECK_TIMEOUT_S:
             return {}
         return {
             "jobDeploymentStatus": "Failed",
             "reason": "JobStatusCheckTimeoutExceeded",
             "message": f"Job status checks have been failing since {since}: {error}"[:300],
-            "endTime": _now(),
+            "endTime": self._now(),
         }
 
     def _late(self, spec: dict[str, Any], status: dict[str, Any]) -> dict[str, Any]:
-        if _age(status["startTime"]) < spec.get("preRunningDeadlineSeconds", 1e9):
+        if self._age(status["startTime"]) < spec.get("preRunningDeadlineSeconds", 1e9):
             return {}
         return {
             "jobDeploymentStatus": "Failed",
@@ -337,10 +339,9 @@ class Operator:
             *self.namespace.kinds(), name, {"metadata": {"finalizers": finalizers}}
         )
 
+    def _age(self, when: str) -> float:
+        then = calendar.timegm(time.strptime(when, "%Y-%m-%dT%H:%M:%SZ"))
+        return time.time() + self.ahead - then
 
-def _age(when: str) -> float:
-    return time.time() - calendar.timegm(time.strptime(when, "%Y-%m-%dT%H:%M:%SZ"))
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    def _now(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + self.ahead))

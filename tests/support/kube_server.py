@@ -182,9 +182,11 @@ class Namespace:
         file.write_text(text)
         return file
 
-    def event(self, about: str, reason: str, message: str, kind: str = "RayCluster") -> None:
-        """Write a warning about an object, as a controller does."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    def event(
+        self, about: str, reason: str, message: str, kind: str = "RayCluster", ahead: float = 0.0
+    ) -> None:
+        """Write a warning about an object, as a controller whose clock is ahead does."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + ahead))
         self.core.create_namespaced_event(
             self.name,
             {
@@ -284,6 +286,7 @@ class KubeProxy:
     Attributes:
         away: Whether it refuses all connections and breaks those that exist.
         busy: Requests that get the status 429, with text and Retry-After as the server's own.
+        ahead: Seconds by which its clock is ahead of this machine's.
         old: Number of watches that begin at a version which the server has forgotten.
         requests: Methods and paths so far, with the time.
     """
@@ -291,6 +294,7 @@ class KubeProxy:
     url: str = ""
     away: bool = False
     busy: Busy | None = None
+    ahead: float = 0.0
     old: int = 0
     requests: list[tuple[float, str, str]] = field(default_factory=list)
     open: set[Any] = field(default_factory=set)
@@ -318,9 +322,18 @@ class KubeProxy:
             return sum(m == method and text in path for _, m, path in self.requests)
 
 
+# Headers that a proxy does not pass on. It writes a date of its own.
+_OF_THE_HOP = ("transfer-encoding", "content-length", "connection", "date", "server")
+
+
 @contextmanager
-def kube_proxy(server: KubeServer) -> Iterator[KubeProxy]:
-    """Run a proxy that passes requests to the server unless a fault was injected."""
+def kube_proxy(server: KubeServer, key: Path | None = None) -> Iterator[KubeProxy]:
+    """Run a proxy that passes requests to the server unless a fault was injected.
+
+    Args:
+        server: The API server.
+        key: A file NAME.key with NAME.crt next to it; by default those of the server.
+    """
     proxy = KubeProxy()
     address = urlsplit(server.url)
     pki = server.folder / "pki"
@@ -379,7 +392,7 @@ def kube_proxy(server: KubeServer) -> Iterator[KubeProxy]:
                 answer = upstream.getresponse()
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
-                    if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                    if name.lower() not in _OF_THE_HOP:
                         self.send_header(name, value)
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
@@ -391,6 +404,9 @@ def kube_proxy(server: KubeServer) -> Iterator[KubeProxy]:
                 self.close_connection = True
             finally:
                 upstream.close()
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return super().date_time_string(timestamp or time.time() + proxy.ahead)
 
         def log_message(self, *_: object) -> None:
             pass
@@ -408,7 +424,8 @@ def kube_proxy(server: KubeServer) -> Iterator[KubeProxy]:
             pass  # a broken connection is what a test asked for
 
     own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    own.load_cert_chain(pki / "apiserver.crt", pki / "apiserver.key")
+    key = key or pki / "apiserver.key"
+    own.load_cert_chain(key.with_suffix(".crt"), key)
     with Server(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         proxy.url = f"https://127.0.0.1:{running.server_port}"

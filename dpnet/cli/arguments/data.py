@@ -96,7 +96,8 @@ def add_gc(parsers: Parsers) -> None:
         " of a dataset was made from is always kept, and so are unknown files. Without --delete"
         " nothing is changed.",
     )
-    parser.add_argument("root", metavar="ROOT", help="folder or s3:// URI, given before as --root")
+    parser.add_argument("uri", metavar="ROOT", nargs="?", help="the root, a folder or an s3:// URI")
+    add_root(parser, "the same")
     parser.add_argument("--delete", action="store_true", help="delete the garbage")
     parser.add_argument(
         "--older-than",

@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+from data_prep.core.errors import ConfigError
 from data_prep.core.storage.open import open_store
 from data_prep.core.text import joined
 from dpnet.cli.commands.roots import Outcome, check_root, root_to_read
@@ -114,5 +115,10 @@ def gc(args: Namespace) -> Outcome:
     """Say what can be deleted from a root, and delete it."""
     from dpnet.pipeline.collect_garbage import collect_garbage
 
-    found = collect_garbage(open_store(args.root), args.older_than, delete=args.delete)
+    if args.uri and args.root:
+        raise ConfigError(
+            f"the root is given twice, as {args.uri!r} and as --root {args.root!r}: give it once."
+        )
+    root = args.uri or root_to_read(args)
+    found = collect_garbage(open_store(root), args.older_than, delete=args.delete)
     return found.to_json(), found.as_text()

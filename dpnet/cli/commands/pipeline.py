@@ -212,9 +212,11 @@ def _compared(given: Sequence[str]) -> list[str]:
     named: dict[str, str] = {}
     for each in given:
         name, equals, place = each.partition("=")
-        if not equals or name in named:
+        if not equals:
+            raise ConfigError(f"--compare {each!r} has no name: write --compare NAME=DIR.")
+        if name in named:
             raise ConfigError(
-                f"--compare {each!r} is not valid: write NAME=DIR, with another NAME each time."
+                f"--compare gives the name {name!r} twice: give each model a name of its own."
             )
         named[name] = place
     return [f"evaluate.compare={json.dumps(named)}"] if named else []

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.text import duration
 from dpnet.training.ray.rayjob import GROUP, MANAGER, PLURAL, VERSION
 
 T = TypeVar("T")
@@ -31,6 +34,7 @@ ANSWER_S = 20.0  # how long to wait for the answer to a request
 WATCH_S = 30  # after which the server ends a watch, and the next one begins
 _QUIET_S = WATCH_S + 30.0  # without a byte, after which a watch counts as dead
 _LONGEST_WAIT_S = 60.0  # that a server may ask for
+_SAME_CLOCK_S = 60.0  # difference of clocks that is not worth a word
 _IN_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
@@ -208,13 +212,19 @@ class Kube:
         raise AssertionError
 
     def _untrusted(self, error: Exception) -> KubeError:
+        host = self._api.configuration.host
         reason = str(error).partition("certificate verify failed: ")[2].partition(" (_ssl")[0]
+        if "expired" in reason or "not yet valid" in reason:
+            return KubeError(
+                0,
+                f"the {reason.replace('certificate', f'certificate of {host}', 1)}, by the clock of"
+                f" this machine: {time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC",
+                advice="set the clock if it is wrong, else renew the certificate.",
+            )
         return KubeError(
             0,
-            f"the certificate of {self._api.configuration.host} is not trusted:"
-            f" {reason or _short(error)}",
-            advice="check the certificate-authority in the kubeconfig, and the clock of this"
-            " machine.",
+            f"the certificate of {host} is not trusted: {reason or _short(error)}",
+            advice="check the certificate-authority in the kubeconfig.",
         )
 
     def _explained(self, error: Any, verb: str, resource: str) -> KubeError:
@@ -224,7 +234,11 @@ class Kube:
         message = body.get("message") or _short(error.body or error.reason or "")
         causes = [each.get("reason") for each in (body.get("details") or {}).get("causes") or []]
         if status == 401:
-            return KubeError(401, "the API server refuses the credentials of this user")
+            return KubeError(
+                401,
+                "the API server refuses the credentials of this user: they are wrong, or have"
+                f" expired{_clocks(error.headers)}",
+            )
         if status == 403 and "NamespaceTerminating" in causes:
             return KubeError(
                 403,
@@ -354,7 +368,10 @@ def read_template(path: str | None) -> dict[str, Any]:
 
 def fatal(error: KubeError, what: str) -> PipelineError:
     """Return the error to raise for a request that cannot succeed later."""
-    return PipelineError(f"{what} ({error}): {error.advice or 'the same command resumes.'}")
+    advice = error.advice or "the same command resumes."
+    if error.status == 401:
+        advice = f"get new credentials, or set the clock that is wrong; {advice}"
+    return PipelineError(f"{what} ({error}): {advice}")
 
 
 def _selectors(labels: str, name: str) -> dict[str, str]:
@@ -375,6 +392,22 @@ def _wait_in(headers: Any) -> float | None:
     """Return the seconds that an answer asks to wait, within reason."""
     text = (headers or {}).get("Retry-After") or ""
     return min(float(text), _LONGEST_WAIT_S) if text.isdecimal() else None
+
+
+def _clocks(headers: Any) -> str:
+    """Return how far the server's clock is from this machine's, "" if they agree or none is known.
+
+    This explains an error. No deadline depends on it.
+    """
+    try:
+        there = parsedate_to_datetime((headers or {}).get("Date") or "").timestamp()
+    except ValueError:
+        return ""
+    ahead = there - time.time()
+    if abs(ahead) < _SAME_CLOCK_S:
+        return ""
+    where = "ahead of" if ahead > 0 else "behind"
+    return f" (its clock is {duration(abs(ahead))} {where} the clock of this machine)"
 
 
 def _short(error: object) -> str:

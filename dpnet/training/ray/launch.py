@@ -34,6 +34,10 @@ POLL_S = 0.3
 # Whether a job on a cluster continues when the process that follows it is stopped. It is called
 # at that moment.
 leaves_job: ContextVar[Callable[[], bool]] = ContextVar("leaves_job", default=lambda: False)
+# Receives the facts of the launcher (see `Launcher`) when they change.
+show_facts: ContextVar[Callable[[list[str]], None]] = ContextVar(
+    "show_facts", default=lambda facts: None
+)
 
 
 def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, work: Work) -> int:
@@ -50,6 +54,14 @@ def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, wor
     """
     launcher = choose_launcher(job, launch, work)
     resumed_from: int | None = None
+    shown: list[str] = []
+
+    def show() -> None:
+        nonlocal shown
+        if launcher.facts != shown:
+            shown = launcher.facts
+            show_facts.get()(shown)
+
     with (
         MlflowFollower(tracking_uri, work),
         Progress("train", job.settings.steps, "steps") as progress,
@@ -59,6 +71,7 @@ def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, wor
         try:
             launcher.start()
             while launcher.is_running():
+                show()
                 check_leases()
                 wait(POLL_S)
                 status = read_status(work.store, work.folder)
@@ -74,6 +87,7 @@ def run_training(job: Any, launch: LaunchSettings, tracking_uri: str | None, wor
                 launcher.cancel()
             raise
         except Exception:
+            show()
             launcher.cancel()
             raise
         except BaseException:  # this process is stopped

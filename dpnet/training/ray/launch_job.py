@@ -44,6 +44,7 @@ class RayJobLauncher:
         self.name = f"dpnet-{work.request.digest[:SHORT]}-{root[:4]}"
         self.address = str(launch.address)
         self.attempt = ""
+        self._ends: dict[str, str] = {}  # why attempts ended
         self._client: Any = None
         self._deaths = 0
         self._asked, self._answered = 0.0, time.monotonic()
@@ -54,6 +55,14 @@ class RayJobLauncher:
         self._client = connect_client(self.address)
         write_spec(self.job, self.launch, self.work)
         self._submit_or_attach()
+
+    @property
+    def facts(self) -> list[str]:
+        """Return where training runs, and how earlier attempts ended."""
+        ends = [f"The job {name} {why}." for name, why in self._ends.items()]
+        if not self.attempt or self.attempt in self._ends:
+            return ends
+        return [*ends, f"The job {self.attempt} trains. Ray dashboard: {self.address}"]
 
     def is_running(self) -> bool:
         """Return whether the job still runs. Raises PipelineError if it has failed for good."""
@@ -83,9 +92,11 @@ class RayJobLauncher:
         if job.status == "SUCCEEDED":
             return False
         if job.status == "STOPPED":
+            self._ends[self.attempt] = "was stopped"
             raise PipelineError(f"the job {self.attempt} was stopped: the same command resumes it.")
         lines = self._client.get_job_logs(self.attempt).strip().splitlines()
         last = lines[-1][:1000] if lines else "without output"
+        self._ends[self.attempt] = f"has ended: {last.rstrip('.')}"
         if job.driver_exit_code == EXPLAINED:
             raise PipelineError(last)
         if job.driver_exit_code in NO_PROGRAM or "No module named" in last:
@@ -97,6 +108,7 @@ class RayJobLauncher:
         return True
 
     def _restart(self, why: str) -> None:
+        self._ends[self.attempt] = why
         if self._deaths >= self.job.settings.max_failures:
             raise PipelineError(
                 f"the job {self.attempt} {why}, and train.max_failures is"

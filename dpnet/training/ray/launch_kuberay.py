@@ -59,7 +59,18 @@ class KubeRayLauncher:
         self._refused: _Clock | None = None
         self._asked = 0.0
         self._why = ""
+        self._ends: dict[str, str] = {}  # of attempts, as sentences without a full stop
         self._warned = self._keep = self._tried = False
+
+    @property
+    def facts(self) -> list[str]:
+        """Return where training runs or why it waits, and how earlier attempts ended."""
+        ends = [f"The {end}." for end in self._ends.values()]
+        if self._follower is None or self.attempt in self._ends:
+            return ends
+        if self._kind == "running":
+            return [*ends, f"The {self._label} trains. {_reach(self._follower.job)}"]
+        return [*ends, f"The {self._label} {self._why or 'waits for its pods'}."]
 
     def start(self) -> None:
         """Create a RayJob, or attach to the running one."""
@@ -85,6 +96,7 @@ class KubeRayLauncher:
         if outcome.kind == "succeeded":
             return False
         if outcome.kind == "stopped":
+            self._end(outcome.reason)
             raise PipelineError(f"the {self._label} {outcome.reason}: {outcome.advice}")
         if outcome.kind == "final":
             self._keep = True
@@ -198,7 +210,10 @@ class KubeRayLauncher:
                 self._attach(job, "attached to")
                 return
             if not self._tried:  # those of earlier commands; the reasons of this one are shown
-                log.info("train: attempt %d %s", number, _result(outcome_of(job)))
+                end = _result(outcome_of(job))
+                log.info("train: attempt %d %s", number, end)
+                label = f"RayJob {self._kube.namespace}/{job['metadata']['name']}"
+                self._ends[job["spec"]["jobId"]] = f"{label} {end}"
         attempt = self._attempt(newest + 1)
         job = self._render(attempt)
         # Not when attaching: a head that restarts reads it again, perhaps with an older version.
@@ -246,7 +261,7 @@ class KubeRayLauncher:
         log.info("train: %s the %s", said, self._label)
 
     def _restart(self, outcome: Outcome) -> None:
-        reason = self._with_pods(outcome.reason)
+        reason = self._end(self._with_pods(outcome.reason))
         if self._deaths >= self.job.settings.max_failures:
             self._keep = True
             raise PipelineError(
@@ -265,8 +280,15 @@ class KubeRayLauncher:
 
     def _final(self, outcome: Outcome) -> str:
         if not outcome.reason:
+            self._end(_result(outcome))
             return outcome.advice
-        return f"the {self._label} {self._with_pods(outcome.reason)}: {outcome.advice}"
+        reason = self._end(self._with_pods(outcome.reason))
+        return f"the {self._label} {reason}: {outcome.advice}"
+
+    def _end(self, reason: str) -> str:
+        """Note why the present attempt ended, for the page of the run, and return it."""
+        self._ends[self.attempt] = f"{self._label} {reason}"
+        return reason
 
     def _check_answers(self, follower: Follower) -> None:
         """Warn once if Kubernetes does not answer. Raises PipelineError after the deadline."""
@@ -345,21 +367,26 @@ class KubeRayLauncher:
         ).start()
 
 
+def _now() -> float:
+    """Return seconds of a clock that nobody sets. Those of Kubernetes may be hours off."""
+    return time.monotonic()
+
+
 class _Clock:
     """Measures how long nothing has changed, by this machine's monotonic clock."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._since = _now()
         self._seen: dict[str, Any] = {}
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self._since
+        return _now() - self._since
 
     def look(self, state: dict[str, Any]) -> None:
         """Begin again if the state is new."""
         if state != self._seen:
-            self._since, self._seen = time.monotonic(), state
+            self._since, self._seen = _now(), state
 
     def check(self, deadline: float, sentence: str) -> None:
         """Raise PipelineError with a sentence if more than `deadline` seconds have passed."""
@@ -369,7 +396,18 @@ class _Clock:
 
 def _result(outcome: Outcome) -> str:
     """Return what became of an earlier attempt."""
-    return outcome.reason or f"has ended: {outcome.advice}"
+    return outcome.reason or f"has ended: {outcome.advice.rstrip('.')}"
+
+
+def _reach(job: dict[str, Any]) -> str:
+    """Return where Ray's dashboard is, and how to reach it from outside of the cluster."""
+    address = _dashboard(job)
+    host, _, port = address.partition("://")[2].partition(":")
+    service, *inside = host.split(".")
+    if "svc" not in inside:
+        return f"Ray dashboard: {address}"
+    forward = f"kubectl -n {job['metadata']['namespace']} port-forward service/{service} {port}"
+    return f"Ray dashboard inside of the cluster: {address} (outside: {forward})"
 
 
 def _dashboard(job: dict[str, Any]) -> str:

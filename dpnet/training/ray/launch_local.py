@@ -58,6 +58,11 @@ class LocalLauncher:
             ) from error
         self._training.start()
 
+    @property
+    def facts(self) -> list[str]:
+        """Return nothing: training runs in this process and its children."""
+        return []
+
     def is_running(self) -> bool:
         """Return whether training still runs."""
         running: bool = self._training.is_running()

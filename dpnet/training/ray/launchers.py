@@ -13,6 +13,10 @@ class Launcher(Protocol):
 
     attempt: str  # names the start of training that it follows
 
+    @property
+    def facts(self) -> list[str]:
+        """Return sentences about where training runs, and how earlier attempts ended."""
+
     def start(self) -> None:
         """Start training, or attach to a running one."""
 

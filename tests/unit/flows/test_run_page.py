@@ -12,7 +12,7 @@ from data_prep.core.progress import Moment
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import load_config
 from flows import flow_run
-from flows.run_page import RunPage, progress_line
+from flows.run_page import RunPage, progress_line, training_text
 
 
 @pytest.fixture
@@ -91,3 +91,11 @@ def test_a_process_that_a_worker_started_logs_to_standard_error(
         monkeypatch.setenv("PREFECT__FLOW_RUN_ID", "a flow run")
     with page:
         assert has_started() == of_worker
+
+
+def test_where_training_runs_is_shown_with_links_and_without_passwords() -> None:
+    facts = ["The RayJob a/b-1 died (*Killed*).", "Ray dashboard: http://me:secret@head:8265"]
+    assert training_text(facts) == (
+        "* The RayJob a/b-1 died (\\*Killed\\*).\n"
+        "* Ray dashboard: [http://head:8265](http://head:8265)"
+    )

@@ -512,7 +512,7 @@ def test_a_share_reads_the_same_shards_every_time_and_reports_the_unread_ones(
     assert result.unread == 2 * (total - 2)
     assert result.ok
     text = result.as_text()
-    assert "among them 2 of 6 tars and 2 indexes; checked only presence and size of 8 more" in text
+    assert "with the indexes of 2 and the tars of 2 of 6 shards; the other 8 files were" in text
     records = {f"{masks}/{n}.tar": FileRecord(f"{n}.tar", 1, "") for n in own_shards(root, masks)}
     read = {shard.tar for shard in chosen(shards_of(records), 0.3)}
     for key in records:

@@ -190,7 +190,7 @@ MISUSED = {
     "register": ["none", "demo --set register.model=/", "demo --set register.tracking_uri=a:1"],
     "notify": ["none", "demo --event none"],
     "verify": ["none", "models:/none/1", "models:/"],
-    "gc": ["none", "photos"],
+    "gc": ["none", "photos", "--root none", "photos --root photos"],
     "inpaint": [
         "none none -o out.png", "photos/00.png photos/00.png -o out.doc",
         "photos/00.png photos/00.png -o out.png --tile 1",
@@ -321,6 +321,8 @@ def test_export_writes_a_folder_and_prints_the_differences(
     assert (status, found["model"], found["out"]) == (0, run, out)
     assert found["files"]["generator.ts"] == (tmp_path / "out" / "generator.ts").stat().st_size
     assert found["differences"]["generator.ts"] <= 1e-3
+    assert cli.main(["export", out, "-o", f"{out}3", "--training-state"]) == 2
+    assert "is an exported model" in capsys.readouterr().err
     again = ["export", out, "-o", f"{out}2", "--format", "torchscript"]  # from the exported model
     assert cli.main(again) == 0
     text = capsys.readouterr().out
@@ -373,7 +375,7 @@ def test_verify_prints_how_much_it_has_read(
     assert found["depth"] == {"share": 1.0, "index_only": True}
     assert cli.main(["verify", root, "--sample", "0.01"]) == 0
     text = capsys.readouterr().out
-    assert "2 of 5 tars and 2 indexes; checked only presence and size of 6 more files" in text
+    assert "the tars of 2 of 5 shards; the other 6 files were not read, only their presence" in text
     assert text.rstrip().endswith(": no problems")
 
 
@@ -707,6 +709,13 @@ def test_deploy_shows_the_next_three_dates_of_each_schedule(
     assert f"next dates of watch-raw-data: {shown} (Asia/Tokyo)" in capsys.readouterr().out
 
 
+def test_gc_refuses_a_root_that_is_given_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(tmp_path)
+    assert "the root is given twice" in fails(capsys, "gc", root, "--root", root)
+
+
 def test_compare_names_folders_for_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -722,14 +731,15 @@ def test_compare_names_folders_for_the_evaluation(
     assert cli.main(["evaluate", "demo", *root, *given]) == 0
     assert seen == [{"lama": f"{tmp_path}/a", "x.2": f"{tmp_path}/b=c"}]
     capsys.readouterr()
-    for wrong in (["lama"], [f"lama={tmp_path}", f"lama={tmp_path}"]):
+    twice = [f"lama={tmp_path}", f"lama={tmp_path}"]
+    for wrong, said in ((["lama"], "write --compare NAME=DIR"), (twice, "the name 'lama' twice")):
         given = [word for each in wrong for word in ("--compare", each)]
-        assert "write NAME=DIR" in fails(capsys, "evaluate", "demo", *root, *given)
+        assert said in fails(capsys, "evaluate", "demo", *root, *given)
     assert "evaluate.compare.x names" in fails(
         capsys, "evaluate", "demo", *root, "--compare", f"x={tmp_path}/missing"
     )
-    assert "none of the methods" in fails(
-        capsys, "evaluate", "demo", *root, "--compare", f"telea={tmp_path}"
+    assert "another name than dpnet, which every report has already" in fails(
+        capsys, "evaluate", "demo", *root, "--compare", f"dpnet={tmp_path}"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from random_weights import inception_state, random_inception
 
 from data_prep.core.digest import sha256_file
-from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.errors import ConfigError
 from dpnet.evaluation import inception
 from dpnet.evaluation.inception import FEATURES, Inception, load_inception, scale_as_tensorflow
 from dpnet.evaluation.settings import EvaluateSettings
@@ -106,7 +106,7 @@ def test_weights_of_another_network_are_refused_in_one_sentence(
     changes: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     file = random_inception(tmp_path / "other.safetensors", **changes)
-    with pytest.raises(PipelineError, match=says) as refused:
+    with pytest.raises(ConfigError, match=says) as refused:
         loaded(file)
     assert "evaluate.inception_weights" in str(refused.value)
     assert "\n" not in str(refused.value)

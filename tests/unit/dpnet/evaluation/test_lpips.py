@@ -116,7 +116,7 @@ def test_weights_of_another_network_or_with_nan_are_refused_in_one_sentence(
 ) -> None:
     file = tmp_path / f"weights.{ending}"
     (torch.save if ending == "pth" else save_file)(changed(tmp_path, **changes), file)
-    with pytest.raises(PipelineError, match=says) as refused:
+    with pytest.raises(ConfigError, match=says) as refused:
         loaded(file)
     assert "evaluate.lpips_weights" in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -130,7 +130,7 @@ def test_a_truncated_file_is_refused_in_one_sentence(
     file = tmp_path / f"weights.{ending}"
     (torch.save if ending == "pth" else save_file)(changed(tmp_path), file)
     os.truncate(file, file.stat().st_size // share if share else 0)
-    with pytest.raises(PipelineError, match=r"cannot be read .* cut short") as refused:
+    with pytest.raises(ConfigError, match=r"cannot be read .* cut short") as refused:
         loaded(file)
     assert "\n" not in str(refused.value)
 
@@ -138,7 +138,7 @@ def test_a_truncated_file_is_refused_in_one_sentence(
 @pytest.mark.parametrize("content", [torch.ones(3), {"epoch": 3}])
 def test_a_file_without_named_tensors_is_refused(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(PipelineError, match="are no named tensors"):
+    with pytest.raises(ConfigError, match="are no named tensors"):
         loaded(tmp_path / "weights.pth")
 
 

@@ -182,7 +182,7 @@ def test_results_that_do_not_fit_are_counted_and_named_before_the_work(
     for path in damaged:
         damage(path)
     named = ", ".join(path.stem for path in damaged[:3])
-    with pytest.raises(PipelineError) as raised:
+    with pytest.raises(ConfigError) as raised:
         evaluated(data, results)
     assert f"the results of theirs do not fit the 12 pairs: 4 {says} ({named}, …)." in str(
         raised.value
@@ -195,7 +195,7 @@ def test_several_kinds_of_problems_are_one_message(data: Data, results: Path) ->
     one.unlink()
     shrink(two)
     with pytest.raises(
-        PipelineError, match=rf"1 are missing \({one.stem}\); 1 are not 32 x 32 .*{two.stem}"
+        ConfigError, match=rf"1 are missing \({one.stem}\); 1 are not 32 x 32 .*{two.stem}"
     ):
         evaluated(data, results)
 
@@ -203,7 +203,7 @@ def test_several_kinds_of_problems_are_one_message(data: Data, results: Path) ->
 def test_two_pictures_of_one_name_are_refused(data: Data, results: Path) -> None:
     one = sorted(results.iterdir())[0]
     Image.open(one).save(one.with_suffix(".jpg"))
-    with pytest.raises(PipelineError, match=f"has several pictures named {one.stem}: keep one"):
+    with pytest.raises(ConfigError, match=f"has several pictures named {one.stem}: keep one"):
         evaluated(data, results)
 
 
@@ -219,7 +219,10 @@ def test_results_that_change_during_the_evaluation_are_refused(
         evaluated(data, results, max_pairs=11)
 
 
-def test_a_registered_version_fills_the_same_holes(data: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("reference", ["models:/dpnet/1", "models:/dpnet@champion"])
+def test_a_registered_version_fills_the_same_holes_and_its_number_is_reported(
+    reference: str, data: Data, tmp_path: Path
+) -> None:
     from dpnet.registry.settings import RegisterSettings
     from dpnet.registry.stage import register
 
@@ -228,9 +231,12 @@ def test_a_registered_version_fills_the_same_holes(data: Data, tmp_path: Path) -
     store.write("mlflow.db", small_root.new_database().data)
     own = (store, *data[1:])
     plain = evaluate(EvaluateSettings(pictures=0), *own[1:], store)
-    register(RegisterSettings(), own[3], plain, store)
+    register(RegisterSettings(promote="always"), own[3], plain, store)
     other = small_root.trained(store, seed=1, images=own[1], masks=own[2])
-    ref = evaluated((*own[:3], other), "models:/dpnet/1")
+    ref = evaluated((*own[:3], other), reference)
+    report = json.loads(store.read(f"{ref.folder}/report.json"))
+    assert report["versions"] == {"theirs": "models:/dpnet/1"}
+    assert "theirs (models:/dpnet/1)" in store.read(f"{ref.folder}/report.html").decode()
     version = [row for row in rows_of(own, ref) if row["method"] == "theirs"]
     before = [row for row in rows_of(own, plain) if row["method"] == "dpnet"]
     assert [row["hole_psnr"] for row in version] == [row["hole_psnr"] for row in before]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -198,7 +199,9 @@ def test_a_dry_run_changes_nothing_and_names_the_command(
     assert files(store) == before
     assert f"dpnet gc {store.folder} --delete" in text
     assert "notes.txt" in text
-    assert cli.main(["gc", str(store.folder), "--json"]) == 0
+    assert re.search(r"^kept +count  why$", text, re.MULTILINE)
+    assert re.search(r"^dataset versions +1  used by a run$", text, re.MULTILINE)
+    assert cli.main(["gc", "--root", str(store.folder), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"]
     assert not answer["deleted"]

@@ -214,6 +214,7 @@ class Launcher:
     """A training that loses the lease of its stage while it runs."""
 
     attempt = "a"
+    facts: tuple[str, ...] = ()
 
     def __init__(self, lose: Callable[[], None]) -> None:
         self.looks, self.cancelled, self.lose = 0, False, lose

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from servers import moto_server
-from small_root import SIZE, photographs, real_data
+from small_root import SIZE, new_database, photographs, real_data
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.manifest import StageRef
+from data_prep.core.stage import Produced, Request, Work, run_stage
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.s3 import PART as STORE_PART
@@ -26,7 +28,10 @@ from data_prep.images.stage import prepare_images
 from data_prep.masks.stage import prepare_masks
 from data_prep.shards.split_size import SplitSize
 from dpnet.cli.main import main
+from dpnet.evaluation.stage import evaluate
+from dpnet.model import build_generator
 from dpnet.model.config import preset
+from dpnet.model_store.weights import save_generator
 from dpnet.pipeline.config import Config, load_config, packaged_configs
 from dpnet.pipeline.cost import cost_text
 from dpnet.pipeline.plan import Plan, make_plan
@@ -34,6 +39,7 @@ from dpnet.pipeline.plan_facts import Given, plan_config, plan_here
 from dpnet.pipeline.plan_figures import BENCHMARKS, PUBLISHED, STATE_BYTES, Speed
 from dpnet.pipeline.plan_parts import PART, DataSize, Machines, Requests, puts
 from dpnet.pipeline.plan_text import WIDTH, plan_markdown, plan_text
+from dpnet.registry.stage import register
 from dpnet.training.checkpoints import FORMAT
 from dpnet.training.job import plan_training, requested
 from dpnet.training.settings import TrainSettings
@@ -239,6 +245,7 @@ def test_the_table_marks_where_storage_limits_many_gpus() -> None:
     plan = plan_of(storage_mb=50.0)
     row = plan.table[0]
     assert (row.bottlenecks[1], row.bottlenecks[64]) == ("GPU", "storage")
+    assert "in hours; s: limited by storage. Each" in plan_text(plan)  # no mark that is not used
     assert row.hours[64] == row.hours[32]
     (line,) = [line for line in plan_text(plan).splitlines() if line.strip().startswith("10^5")]
     assert line.endswith(" s")
@@ -368,6 +375,47 @@ def test_a_run_that_extends_another_costs_only_the_additional_steps(
     assert cpu_hours(plan_here(config, store, *data)) == pytest.approx(300 * 2 / 100 / 30)
 
 
+def finished_root(store: LocalStore, config: Config) -> tuple[StageRef, StageRef, Request]:
+    """Build images and masks, and return them with the request of the training."""
+    images, masks = prepare_images(config.images, store), prepare_masks(config.masks, store)
+    return images, masks, plan_training(config.training(images, masks), store)[0]
+
+
+def text_of(config: Config, store: LocalStore) -> str:
+    return plan_text(plan_config(config, store, Given()))
+
+
+def test_finished_stages_cost_nothing_and_a_finished_root_has_nothing_left_to_do(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    source = photographs(tmp_path / "photos")
+    images_of = f"images={{source: {source}, name: small, size: {SIZE}, val: 0.1, test: 0.4}}"
+    config = small(images_of, "masks.train=4", "masks.eval_per_bin=1", "evaluate.pictures=0")
+    assert plan_config(config, store, Given()).finished == ()
+    images, masks, request = finished_root(store, config)
+    has_checkpoint(store, request.folder, 225, requested(request))
+    plan = plan_config(config, store, Given())
+    assert (plan.finished, plan.steps) == (("images", "masks"), 75)
+    assert plan.masks.is_committed
+    run = run_stage(store, request, trained_now)
+    assert "train          no step is left" in text_of(config, store)
+    evaluation = evaluate(config.evaluate, images, masks, run, store)
+    store.write("mlflow.db", new_database().data)
+    assert "nothing is left" not in text_of(config, store)
+    register(config.registry, run, evaluation, store)
+    assert text_of(config, store).startswith("demo: nothing is left to do, because all stages")
+    Image.new("RGB", (SIZE, SIZE), "red").save(source / "new.png")
+    assert "Nothing is started." in text_of(config, store)
+
+
+def trained_now(work: Work) -> Produced:
+    torch.manual_seed(0)
+    generator = build_generator("tiny")
+    return Produced(
+        save_generator(work.store, work.folder, generator, {"size": SIZE}), {"steps": 300}
+    )
+
+
 def test_the_number_of_images_is_unknown_before_the_first_version(store: LocalStore) -> None:
     assert plan_here(small(), store) is None
 
@@ -430,6 +478,12 @@ def test_contradictions_are_refused(machines: dict[str, Any], images: DataSize, 
 def test_fewer_samples_a_step_than_measured_are_pointed_out() -> None:
     assert "Here each has 2, and small steps are slower" in plan_text(plan_of(workers=8))
     assert "small steps" not in plan_text(plan_of())
+
+
+def test_paths_and_options_are_not_broken_at_a_hyphen() -> None:
+    path = "/data/" + "a-long-name-" * 8
+    source = replace(GPU, source=f"measured in {path}")
+    assert path in plan_text(plan_of(speed=source))
 
 
 def test_the_page_has_every_fact_and_assumption_of_the_text() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
 from data_prep.core.errors import PipelineError
-from dpnet.pipeline.ray_data import _told, team
+from dpnet.pipeline import ray_data
+from dpnet.pipeline.ray_data import _end_dataset, _told, team
 
 
 def node(*, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -48,3 +50,44 @@ def test_a_death_is_one_sentence_and_other_errors_stay_as_they_are() -> None:
     assert told.__cause__ is death
     for error in (PipelineError("ours"), KeyError("a bug")):
         assert _told(error) is error
+
+
+class Executor(threading.Thread):
+    """A thread that executes a dataset until it is shut down, as that of Ray Data."""
+
+    def __init__(self, dataset: str) -> None:
+        super().__init__(name=f"StreamingExecutor-{dataset}_0", daemon=True)
+        self._stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        self._stopped.wait()
+
+    def shutdown(self, *, force: bool) -> None:
+        self._stopped.set()
+
+
+def test_the_end_of_a_dataset_ends_its_own_execution_and_its_reader(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_data, "END_S", 20.0)
+    ours, other = Executor("evaluate-1"), Executor("evaluate-2")
+    reader = threading.Thread(target=ours.join, daemon=True)
+    reader.start()
+    _end_dataset(reader, "evaluate-1")
+    assert not reader.is_alive()
+    assert not ours.is_alive()
+    assert other.is_alive()
+    other.shutdown(force=True)
+
+
+def test_a_dataset_that_does_not_end_is_left_after_some_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_data, "END_S", 0.1)
+    executor = Executor("evaluate-1")
+    reader = threading.Thread(target=executor.join, daemon=True)
+    reader.start()
+    _end_dataset(reader, "evaluate-2")
+    assert reader.is_alive()
+    executor.shutdown(force=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,32 @@ def test_every_answer_of_the_api_server_has_a_sentence_and_says_whether_it_can_p
     assert advice in found.advice
     if answer[0] in (429, 503):
         assert found.wait == 7
+
+
+@pytest.mark.parametrize(
+    ("ahead", "said"),
+    [(7200, " (its clock is 2 h 0 min ahead of"), (-7200, " (its clock is 2 h 0 min behind")],
+)
+def test_refused_credentials_name_a_clock_that_is_off(
+    kubeconfig: Path, ahead: float, said: str
+) -> None:
+    kube = Kube(None, None)
+    error = ApiException(status=401, reason="r")
+    error.headers = {"Date": formatdate(time.time() + ahead + 5, usegmt=True)}
+    assert said in str(kube._explained(error, "list", "rayjobs"))
+    error.headers = {"Date": formatdate(time.time() + 5, usegmt=True)}
+    assert "clock" not in str(kube._explained(error, "list", "rayjobs"))
+
+
+@pytest.mark.parametrize("reason", ["certificate has expired", "certificate is not yet valid"])
+def test_a_certificate_of_another_time_names_the_clock(kubeconfig: Path, reason: str) -> None:
+    text = f"[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: {reason} (_ssl.c:1006)"
+    found = Kube(None, None)._untrusted(OSError(text))
+    rest = reason.removeprefix("certificate ")
+    start = f"the certificate of https://127.0.0.1:9 {rest}, by the clock of this machine: 20"
+    assert str(found).startswith(start)
+    assert found.advice.startswith("set the clock")
+    assert not found.passes
 
 
 def test_no_server_can_make_the_launcher_wait_for_hours(kubeconfig: Path) -> None:

@@ -171,6 +171,20 @@ def test_each_attempt_gets_the_next_number_and_a_running_one_is_attached_to(clie
     assert list(client.jobs) == [f"{first.name}-1", f"{first.name}-2"]
 
 
+def test_the_facts_are_the_dashboard_and_how_each_attempt_ended(client: Client) -> None:
+    job = launcher()
+    trains = "trains. Ray dashboard: http://head:8265"
+    assert job.facts == [f"The job {job.name}-1 {trains}"]
+    end(client, job.attempt, "FAILED", -9, "at work\nKilled.")
+    assert job.is_running()
+    first = f"The job {job.name}-1 died (Killed.)."
+    assert job.facts == [first, f"The job {job.name}-2 {trains}"]
+    end(client, job.attempt, "FAILED", EXPLAINED, "the disk is full.")
+    with pytest.raises(PipelineError, match=r"^the disk is full\.$"):
+        job.is_running()
+    assert job.facts == [first, f"The job {job.name}-2 has ended: the disk is full."]
+
+
 def test_another_root_is_another_job(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     first = launcher()
     monkeypatch.setattr(Store, "uri", "s3://bucket/other")

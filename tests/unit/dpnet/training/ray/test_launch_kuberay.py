@@ -213,9 +213,42 @@ def test_a_dead_attempt_is_followed_by_the_next_up_to_the_allowed_number(
     launcher = running(kube, make())
     kube.move(1, "Failed", "FAILED", DIED)
     until(launcher, lambda: launcher.attempt.startswith(f"{launcher.name}-2-"))
+    first = f"The RayJob train/{launcher.name}-1 died (Killed)."
+    assert launcher.facts == [first, f"The RayJob train/{launcher.name}-2 waits for its pods."]
     kube.move(2, "Failed", "FAILED", DIED)
     assert "-2 died (Killed), and train.max_failures is 1: " in fails(launcher)
     assert kube.asked.count("create") == 2
+
+
+def test_the_facts_say_where_the_dashboard_is_and_how_to_reach_it(
+    kube: MockKube, make: Make
+) -> None:
+    launcher = running(kube, make())
+    (job,) = kube.found.values()
+    job["metadata"]["namespace"] = "train"
+    job["status"]["dashboardURL"] = "a-head-svc.train.svc.cluster.local:8265"
+    kube.note("MODIFIED", job)
+    label = f"The RayJob train/{launcher.name}-1 trains. Ray dashboard"
+    inside = "inside of the cluster: http://a-head-svc.train.svc.cluster.local:8265"
+    outside = "(outside: kubectl -n train port-forward service/a-head-svc 8265)"
+    until(launcher, lambda: launcher.facts == [f"{label} {inside} {outside}"])
+    job["status"]["dashboardURL"] = "10.0.0.7:8265"
+    kube.note("MODIFIED", job)
+    until(launcher, lambda: launcher.facts == [f"{label}: http://10.0.0.7:8265"])
+
+
+def test_a_clock_of_this_machine_that_is_set_moves_no_deadline(
+    kube: MockKube, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = make(pending_s=60)
+    launcher.start()
+    kube.move(1, "Initializing")
+    until(launcher, lambda: launcher._kind == "waiting")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 5 * 3600)
+    assert launcher.is_running()
+    kube.move(1, "Running", "RUNNING")
+    until(launcher, lambda: launcher._kind == "running")
 
 
 def test_an_explained_end_is_not_tried_again(kube: MockKube, make: Make) -> None:
