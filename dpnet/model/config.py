@@ -12,6 +12,7 @@ from typing import Any, Literal
 Attention = Literal["none", "single", "pyramid"]
 Normalization = Literal["instance", "batch", "region", "dynamic"]
 MaskUpdate = Literal["soft", "binary"]
+Statistics = Literal["own", "known", "whole"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ModelConfig:
         pyramid: False replaces each pyramid by one 3x3 mask-aware convolution.
         attention: Keys from three encoder layers, from one, or no attention.
         normalization: See `dpnet.model.normalization`.
+        statistics: Whose mean and variance dynamic normalization uses: each region its own, both
+            those of the known region, or both those of the whole map.
         mask: Soft confidence, or the binary any-valid rule of partial convolution.
         discriminator_sees_mask: Give the discriminator the mask as a fourth input channel.
     """
@@ -40,6 +43,7 @@ class ModelConfig:
     pyramid: bool = True
     attention: Attention = "pyramid"
     normalization: Normalization = "dynamic"
+    statistics: Statistics = "known"
     mask: MaskUpdate = "soft"
     discriminator_sees_mask: bool = True
 
@@ -49,8 +53,12 @@ class ModelConfig:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> ModelConfig:
-        """Read a config from `to_json`'s values. Raises TypeError for unknown keys."""
-        values: dict[str, Any] = {
+        """Read a config from `to_json`'s values, of older versions too.
+
+        Raises TypeError for unknown keys.
+        """
+        # Before version 0.3 each region had its own statistics, and no record said so.
+        values: dict[str, Any] = {"statistics": "own"} | {
             k: tuple(v) if isinstance(v, list) else v for k, v in record.items()
         }
         return ModelConfig(**values)

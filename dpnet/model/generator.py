@@ -54,7 +54,7 @@ class EncoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = MaskAwareConv(channels_in, levels, stride=stride, mask=c.mask)
-        self.norm = EncoderNorm(channels_out, c.normalization)
+        self.norm = EncoderNorm(channels_out, c.normalization, c.statistics)
 
     def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         x, m = self.conv(x, m)
@@ -69,7 +69,7 @@ class ResidualBlock(nn.Module):
         levels = pyramid_levels(channels, channels, pyramid=c.pyramid)
         self.first = EncoderLayer(channels, channels, levels, 1, c)
         self.second = MaskAwareConv(channels, levels, mask=c.mask)
-        self.norm = EncoderNorm(channels, c.normalization)
+        self.norm = EncoderNorm(channels, c.normalization, c.statistics)
         if c.normalization in ("dynamic", "region"):
             # Start near the identity, so that the signal passes through all blocks.
             nn.init.constant_(self.norm.gamma, 0.2)
@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(below + skip + colours, channels, 3, padding=1)
         nn.init.kaiming_normal_(self.conv.weight, a=SLOPE)
-        self.norm = DecoderNorm(channels, skip, c.guide, c.normalization)
+        self.norm = DecoderNorm(channels, skip, c.guide, c.normalization, c.statistics)
 
     def forward(self, x: Tensor, feature: Tensor, m: Tensor, *extra: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2, mode="nearest")
@@ -127,7 +127,9 @@ class Generator(nn.Module):
         if config.attention != "none":
             layers = key_layers(config.attention, [quarter] * 3)
             self.attention = PyramidAttention(quarter, layers, config.attention_dim)
-        self.middle = DecoderNorm(quarter, quarter, config.guide, config.normalization)
+        self.middle = DecoderNorm(
+            quarter, quarter, config.guide, config.normalization, config.statistics
+        )
         self.up1 = DecoderLayer(quarter, half, half, config)
         self.up2 = DecoderLayer(half, full, full, config, colours=3)
         self.follow = nn.Parameter(torch.zeros(3, 1, 1))  # share of the smooth fill, see FOLLOW

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpnet.model.config import Normalization
+from dpnet.model.config import Normalization, Statistics
 from dpnet.model.dtype import full
 
 SHRINK = 16.0  # n0: a region with 16 pixels counts half, the whole map the other half
@@ -111,13 +111,19 @@ class RegionStatistics(nn.Module):
     """Scale and shift of each region.
 
     `forward(x_NCHW, m_N1HW)` returns (scale, shift), each 2NC11 in fp32: first the known region,
-    then the hole. x * scale + shift has mean 0 and variance 1 in the region. Mean and variance are
-    interpolated towards those of the whole map, with the weight n / (n + 16) for a region with sum
-    of weights n. So a tiny or empty region neither erases the signal nor amplifies noise.
+    then the hole. With the statistics `own`, x * scale + shift has mean 0 and variance 1 in each
+    region. With `known`, the known region's scale and shift apply to both regions, and with `whole`
+    those of the whole map. Then the hole keeps its difference from its surroundings, which is what
+    the network is to paint.
+
+    Mean and variance of a region are interpolated towards those of the whole map, with the weight
+    n / (n + 16) for a region with sum of weights n. So a tiny or empty region neither erases the
+    signal nor amplifies noise.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whose: Statistics) -> None:
         super().__init__()
+        self.whose = whose
         self.shared: SharedStatistics | None = None
 
     def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +132,9 @@ class RegionStatistics(nn.Module):
         else:
             known, hole = self.shared.moments(self, x, m)
         whole = merge(known, hole)
+        regions = {"own": (known, hole), "known": (known, known), "whole": (whole, whole)}
         scales, shifts = [], []
-        for region in (known, hole):
+        for region in regions[self.whose]:
             weight = region.n / (region.n + SHRINK)
             mu = torch.lerp(whole.mean, region.mean, weight)
             variance = torch.lerp(whole.variance, region.variance, weight)
@@ -140,14 +147,15 @@ class EncoderNorm(nn.Module):
     """Normalization in the encoder, with the layer's current mask.
 
     `dynamic` and `region` have a scale and an offset for each channel and region. `region` uses
-    hard regions (m > 0.5), like region normalization. `instance` and `batch` ignore the mask.
+    hard regions (m > 0.5) with their own statistics, like region normalization. `instance` and
+    `batch` ignore the mask.
     """
 
-    def __init__(self, channels: int, kind: Normalization) -> None:
+    def __init__(self, channels: int, kind: Normalization, whose: Statistics = "known") -> None:
         super().__init__()
         self.kind = kind
         if kind in ("dynamic", "region"):
-            self.statistics = RegionStatistics()
+            self.statistics = RegionStatistics("own" if kind == "region" else whose)
             self.gamma = nn.Parameter(torch.ones(2, channels))
             self.beta = nn.Parameter(torch.zeros(2, channels))
         else:
@@ -172,11 +180,18 @@ class DecoderNorm(nn.Module):
     the encoder's feature gives gamma and beta; it starts at 0. The other kinds have no such guide.
     """
 
-    def __init__(self, channels: int, guide_channels: int, guide: int, kind: Normalization) -> None:
+    def __init__(
+        self,
+        channels: int,
+        guide_channels: int,
+        guide: int,
+        kind: Normalization,
+        whose: Statistics = "known",
+    ) -> None:
         super().__init__()
         self.kind = kind
         if kind == "dynamic":
-            self.statistics = RegionStatistics()
+            self.statistics = RegionStatistics(whose)
             self.project = nn.Conv2d(guide_channels, guide, 1)
             self.modulate = nn.Conv2d(guide + 1, 2 * channels, 3, padding=1)
             nn.init.zeros_(self.modulate.weight)

@@ -192,6 +192,9 @@ def stage_request(training: TrainRequest, init: Initial | None = None) -> Reques
     """Return the request of the train stage. Its digest names the run's folder."""
     sources = {}
     inputs = {"images": training.images, "masks": training.masks}
+    model = training.model.model_dump()
+    if model["statistics"] == "own":
+        del model["statistics"]  # so that a run from before version 0.3 is found again
     losses = training.losses.model_dump(exclude={"vgg_weights"})
     if training.losses.vgg_weights is None:
         losses |= {"perceptual": 0.0, "style": 0.0}
@@ -210,7 +213,7 @@ def stage_request(training: TrainRequest, init: Initial | None = None) -> Reques
         top=RUNS,
         slug=f"{training.name}-",
         settings={
-            "model": training.model.model_dump(),
+            "model": model,
             "losses": losses,
             "train": training.settings.model_dump(exclude=_NOT_REQUESTED),
         },

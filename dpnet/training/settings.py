@@ -30,6 +30,12 @@ class ModelSettings(BaseModel):
         "dynamic",
         description="Kind of normalization: dynamic is DPNet's, the others are for comparison.",
     )
+    statistics: Literal["own", "known", "whole"] = Field(
+        "known",
+        description="Whose mean and variance dynamic normalization uses: those of the known region"
+        " for the hole too (known), of the whole map (whole), or of each region (own, as before"
+        " 0.3).",
+    )
     mask: Literal["soft", "binary"] = Field(
         "soft", description="How each layer updates the mask: to values from 0 to 1, or to 0 or 1."
     )

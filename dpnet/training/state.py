@@ -70,10 +70,10 @@ class TrainState:
             raise PipelineError(
                 f"the checkpoint {where} was not made by this version of dpnet: {advice}"
             )
-        ours = self.config.to_json()
-        if saved["model"] != ours:
-            differ = sorted(k for k in ours if saved["model"].get(k) != ours[k])
-            differences = ", ".join(f"{k} {saved['model'].get(k)}, not {ours[k]}" for k in differ)
+        ours, theirs = self.config.to_json(), {"statistics": "own"} | saved["model"]
+        if theirs != ours:
+            differ = sorted(k for k in ours if theirs.get(k) != ours[k])
+            differences = ", ".join(f"{k} {theirs.get(k)}, not {ours[k]}" for k in differ)
             raise PipelineError(
                 f"the checkpoint {where} has another network"
                 f" ({differences or 'with unknown options'}): train with its settings, or remove"

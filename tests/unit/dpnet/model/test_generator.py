@@ -1,5 +1,7 @@
 """The generator's sizes, switches and cost; test_invariants.py holds what is true of any mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -121,3 +123,9 @@ def test_the_discriminator_is_the_published_one():
 def test_a_config_survives_json():
     for config in PRESETS.values():
         assert ModelConfig.from_json(config.to_json()) == config
+
+
+def test_a_config_of_an_older_version_has_statistics_of_each_region():
+    record = PRESETS["tiny"].to_json()
+    del record["statistics"]
+    assert ModelConfig.from_json(record) == replace(PRESETS["tiny"], statistics="own")

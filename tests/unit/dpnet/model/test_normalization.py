@@ -19,6 +19,7 @@ from dpnet.model.normalization import (
 
 SHRINK, VARIANCE_EPSILON = 16.0, 1e-5  # not imported, so that a change is noticed
 KINDS = ["instance", "batch", "region", "dynamic"]
+WHOSE = ["own", "known", "whole"]
 SIZES = st.tuples(st.integers(1, 7), st.integers(1, 7))
 
 
@@ -26,12 +27,14 @@ def plain(values, mean, variance):
     return (values - mean) / (variance + VARIANCE_EPSILON).sqrt()
 
 
-def regions(values, weights):
-    """Of one channel: it normalised by the known region's and by the hole's shrunk statistics."""
+def regions(values, weights, whose):
+    """Of one channel: it as in the known region and as in the hole, by shrunk statistics."""
     mean_all = values.mean()
     var_all = ((values - mean_all) ** 2).mean()
+    if whose == "whole":
+        return [plain(values, mean_all, var_all)] * 2
     result = []
-    for w in (weights, 1 - weights):
+    for w in (weights, weights if whose == "known" else 1 - weights):
         n = w.sum()
         mean = (w * values).sum() / n if n > 0 else mean_all
         var = (w * (values - mean) ** 2).sum() / n if n > 0 else var_all
@@ -41,8 +44,9 @@ def regions(values, weights):
     return result
 
 
-def reference(x, m, gamma, beta, kind):
+def reference(x, m, gamma, beta, kind, whose="known"):
     """Sample by sample and channel by channel. gamma, beta: two regions' scale and offset."""
+    whose = "own" if kind == "region" else whose
     maps = []
     for b in range(x.shape[0]):
         for c in range(x.shape[1]):
@@ -55,17 +59,17 @@ def reference(x, m, gamma, beta, kind):
                 y = plain(values, mean, ((x[:, c] - mean) ** 2).mean()) * gamma[c] + beta[c]
             else:
                 weights = (m[b, 0] > 0.5).double() if kind == "region" else m[b, 0]
-                known, hole = regions(values, weights)
+                known, hole = regions(values, weights, whose)
                 known, hole = known * gamma[0, c] + beta[0, c], hole * gamma[1, c] + beta[1, c]
                 y = weights * known + (1 - weights) * hole
             maps.append(y)
     return torch.stack(maps).view(x.shape)
 
 
-def guided(norm, x, m, feature):
+def guided(norm, x, m, feature, whose):
     """The decoder's form: normalised, then scale and offset from mask and feature."""
     ones, zeros = torch.ones(2, x.shape[1]).double(), torch.zeros(2, x.shape[1]).double()
-    normalised = reference(x, m, ones, zeros, "dynamic")
+    normalised = reference(x, m, ones, zeros, "dynamic", whose)
     projected = convolve(feature, norm.project.weight, norm.project.bias, 1, 0)
     guide = torch.cat([projected, m], dim=1)
     maps = convolve(guide, norm.modulate.weight, norm.modulate.bias, 1, 1)
@@ -73,8 +77,8 @@ def guided(norm, x, m, feature):
     return normalised * (1 + maps[:, :channels]) + maps[:, channels:]
 
 
-def encoder_inputs(kind, n, size, mask_kind):
-    norm = EncoderNorm(3, kind).double()
+def encoder_inputs(kind, n, size, mask_kind, whose="known"):
+    norm = EncoderNorm(3, kind, whose).double()
     for p in norm.parameters():
         nn.init.normal_(p)
     gamma, beta = norm.parameters()
@@ -102,12 +106,16 @@ def test_the_encoders_values_and_gradients_equal_the_definition(mask_kind, kind)
     size=SIZES,
     kind=st.sampled_from(["region", "dynamic"]),
     mask_kind=st.sampled_from(MASKS),
+    whose=st.sampled_from(WHOSE),
 )
-def test_any_shape_and_mask_in_the_encoder_equals_the_definition(seed, n, size, kind, mask_kind):
+def test_any_shape_and_mask_in_the_encoder_equals_the_definition(
+    seed, n, size, kind, mask_kind, whose
+):
     torch.manual_seed(seed)
-    norm, x, m, leaves = encoder_inputs(kind, n, size, mask_kind)
+    norm, x, m, leaves = encoder_inputs(kind, n, size, mask_kind, whose)
     gamma, beta = leaves["gamma"], leaves["beta"]
-    assert_exact(lambda: (norm(x, m),), lambda: (reference(x, m, gamma, beta, kind),), leaves, 1e-8)
+    expected = lambda: (reference(x, m, gamma, beta, kind, whose),)  # noqa: E731
+    assert_exact(lambda: (norm(x, m),), expected, leaves, 1e-8)
 
 
 @given(
@@ -115,10 +123,11 @@ def test_any_shape_and_mask_in_the_encoder_equals_the_definition(seed, n, size, 
     n=st.integers(1, 2),
     size=SIZES,
     mask_kind=st.sampled_from(MASKS),
+    whose=st.sampled_from(WHOSE),
 )
-def test_any_shape_and_mask_in_the_decoder_equals_the_definition(seed, n, size, mask_kind):
+def test_any_shape_and_mask_in_the_decoder_equals_the_definition(seed, n, size, mask_kind, whose):
     torch.manual_seed(seed)
-    norm = DecoderNorm(3, 2, 4, "dynamic").double()
+    norm = DecoderNorm(3, 2, 4, "dynamic", whose).double()
     for p in norm.parameters():
         nn.init.normal_(p)
     x = (torch.randn(n, 3, *size).double() * 3 + 5).requires_grad_()
@@ -128,7 +137,7 @@ def test_any_shape_and_mask_in_the_decoder_equals_the_definition(seed, n, size, 
     if mask_kind in ("soft", "faint"):
         leaves["m"] = m.requires_grad_()
     assert_exact(
-        lambda: (norm(x, m, feature),), lambda: (guided(norm, x, m, feature),), leaves, 1e-8
+        lambda: (norm(x, m, feature),), lambda: (guided(norm, x, m, feature, whose),), leaves, 1e-8
     )
 
 
@@ -178,7 +187,7 @@ def test_single_precision_is_near_far_from_zero_too():
 def test_statistics_of_half_precision_features_are_in_full():
     torch.manual_seed(0)
     x, m = (torch.randn(2, 3, 9, 9) + 30).bfloat16(), mask("soft", 2, 9, 9).float()
-    statistics = RegionStatistics()
+    statistics = RegionStatistics("known")
     with torch.autocast("cpu", torch.bfloat16):
         scale, shift = statistics(x, m)
     assert scale.dtype == shift.dtype == torch.float32
@@ -294,3 +303,16 @@ def test_an_empty_regions_moments_are_the_whole_maps_mean_and_no_variance():
     assert float(hole.n) == 0
     assert not hole.variance.any()
     torch.testing.assert_close(known.variance, x.var((2, 3), unbiased=False, keepdim=True))
+
+
+def test_the_hole_keeps_its_difference_unless_it_has_its_own_statistics():
+    torch.manual_seed(0)
+    x, m = torch.randn(1, 1, 40, 40), torch.ones(1, 1, 40, 40)
+    x[..., :20], m[..., :20] = x[..., :20] + 10, 0  # the hole is brighter than the rest
+    differences = {}
+    for whose in WHOSE:
+        y = EncoderNorm(1, "dynamic", whose)(x, m)
+        differences[whose] = float(y[..., :20].mean() - y[..., 20:].mean())
+    assert differences["own"] < 0.5
+    assert differences["known"] > 5
+    assert differences["whole"] > 1.5

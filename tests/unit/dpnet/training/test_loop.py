@@ -735,6 +735,14 @@ def test_hole_psnr_is_over_the_hole_and_capped():
     assert float(psnr[1]) == 100
 
 
+def test_a_run_from_before_the_statistics_were_an_option_is_found_again(prepared):
+    job = make_job(prepared, steps=2)
+    own = ModelSettings(**{**job.model.model_dump(), "statistics": "own"})
+    asked = [stage_request(training_of(job, model=m)).settings["model"] for m in (own, job.model)]
+    assert asked[0] == {name: value for name, value in asked[1].items() if name != "statistics"}
+    assert asked[1]["statistics"] == "known"
+
+
 def test_the_request_ignores_what_does_not_change_the_weights(prepared):
     def digest(**settings):
         job = make_job(prepared, **settings)

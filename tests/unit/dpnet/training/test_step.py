@@ -410,6 +410,15 @@ def test_a_checkpoint_of_another_network_is_refused_by_the_option_that_differs()
         other.from_dict(saved, "there")
 
 
+def test_a_checkpoint_from_before_the_statistics_were_an_option_has_those_of_each_region():
+    own = replace(SMALL, statistics="own")
+    saved = TrainState(own, settings(), CPU).to_dict()
+    del saved["model"]["statistics"]
+    TrainState(own, settings(), CPU).from_dict(saved, "there")
+    with pytest.raises(PipelineError, match=r"another network \(statistics own, not known\)"):
+        TrainState(SMALL, settings(), CPU).from_dict(saved, "there")
+
+
 def test_a_checkpoint_of_another_version_is_refused():
     state = TrainState(SMALL, settings(), CPU)
     saved = state.to_dict()

@@ -1,0 +1,364 @@
+"""Compare variants of the network and its recipe: trained alike, judged on the same pairs.
+
+    python benchmarks/study.py --photos DIR [--variants full,own,...] [--seeds 0,1,2]
+        [--samples 100000] [--model small] [--work ./study] [--lpips FILE] [--vgg FILE] [--quick]
+
+Each variant sees the same photos, in the same order, with the same masks and the same number of
+samples. It is judged on the same frozen pairs of the val split, with the metrics of `dpnet
+evaluate`: hole PSNR, SSIM, and LPIPS where --lpips names AlexNet's weights. Everything is kept in
+--work: run the same command again, and finished variants are skipped, and an interrupted one goes
+on from its last checkpoint. `--samples` may grow between two runs: training goes on.
+
+DIR has folders train, val and test, or its photos are split by hash. The table has the mean of each
+metric with the 95 % interval of its difference from the smooth fill, over pairs. The curve of each
+variant is `WORK/VARIANT-SEED/curve.jsonl`: hole PSNR against samples. --test judges the test split;
+do that once, at the end.
+
+--quick is small enough for two minutes and shows only that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from study_networks import NETWORKS
+
+from data_prep.core.digest import sha256_file
+from data_prep.core.manifest import StageRef
+from data_prep.core.storage.open import open_store
+from data_prep.images.settings import ImagesSettings
+from data_prep.images.stage import prepare_images
+from data_prep.masks.settings import MasksSettings
+from data_prep.masks.stage import prepare_masks
+from data_prep.raw.sample_photos import write_sample_photos
+from dpnet.evaluation.bench import Bench
+from dpnet.evaluation.exact import one_thread_per_call
+from dpnet.evaluation.lpips import load_lpips
+from dpnet.evaluation.metrics import bootstrap_means
+from dpnet.evaluation.pairs import open_pairs
+from dpnet.evaluation.settings import EvaluateSettings
+from dpnet.evaluation.weights import WeightsFile
+from dpnet.loading.batch import to_device
+from dpnet.model.config import PRESETS, ModelConfig
+from dpnet.model.normalization import DecoderNorm, EncoderNorm
+from dpnet.training.job import TrainJob
+from dpnet.training.loop import open_loader
+from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
+from dpnet.training.state import TrainState
+from dpnet.training.step import Step
+from dpnet.training.validation import Validation
+from dpnet.training.vgg import load_vgg
+
+METHODS = ("dpnet", "smooth_fill", "telea", "mean_fill")
+METRICS = ("hole_psnr", "ssim", "hole_ssim", "lpips")
+# Between tiny and base, for a CPU: 1.0 M parameters.
+SMALL = ModelConfig(
+    widths=(16, 48, 96), blocks=4, attention_dim=32, guide=31,
+    discriminator_widths=(32, 64, 128, 128),
+)  # fmt: skip
+MODELS = {**PRESETS, "small": SMALL}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change of the full network or of its recipe.
+
+    Attributes:
+        what: the change, in words.
+        model: changed fields of the network's config.
+        losses: changed weights.
+        train: changed settings of training.
+        network: another network of about the same cost, by its name in `study_networks`.
+        where: the part whose normalization changes; "" for both.
+    """
+
+    what: str
+    model: Mapping[str, Any] = field(default_factory=dict)
+    losses: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    network: str = ""
+    where: str = ""
+
+
+LOSSES = {"hole": 6.0, "valid": 1.0, "adversarial": 0.0, "perceptual": 0.0, "style": 0.0}
+VARIANTS = {
+    "full": Variant("the network and the recipe as they are packaged"),
+    "own": Variant("each region normalised by its own statistics", {"statistics": "own"}),
+    "own-encoder": Variant("the same, in the encoder only", {"statistics": "own"}, where="encoder"),
+    "own-decoder": Variant("the same, in the decoder only", {"statistics": "own"}, where="decoder"),
+    "whole": Variant("both regions by the whole map's statistics", {"statistics": "whole"}),
+    "instance": Variant("instance normalization", {"normalization": "instance"}),
+    "region": Variant("region normalization", {"normalization": "region"}),
+    "no-pyramid": Variant("plain 3x3 convolutions", {"pyramid": False}),
+    "no-attention": Variant("no attention", {"attention": "none"}),
+    "single": Variant("attention with keys of one layer", {"attention": "single"}),
+    "binary": Variant("binary masks", {"mask": "binary"}),
+    "no-smooth": Variant("the network never sees the smooth fill", network="no_smooth"),
+    "perceptual": Variant("L1 and VGG features", losses={"perceptual": 0.1}),
+    "style": Variant("L1, VGG features and style", losses={"perceptual": 0.1, "style": 250.0}),
+    "gan": Variant("L1 and GAN", losses={"adversarial": 0.05}),
+    "all-terms": Variant(
+        "L1, VGG features, style and GAN",
+        losses={"perceptual": 0.1, "style": 250.0, "adversarial": 0.05},
+    ),
+    "unet": Variant("a plain U-Net", network="unet"),
+    "partial": Variant("a U-Net of partial convolutions", network="partial"),
+    "gated": Variant("a U-Net of gated convolutions", network="gated"),
+    "rn": Variant("RN's generator: residual blocks with region normalization", network="rn"),
+    "fourier": Variant(
+        "residual blocks of fast Fourier convolutions, as LaMa's", network="fourier"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The parts that all variants share."""
+
+    work: Path
+    images: StageRef
+    masks: StageRef
+    config: ModelConfig
+    settings: TrainSettings
+    losses: Mapping[str, Any]
+    lpips: Path | None
+    vgg: Path | None
+    split: str
+
+    @property
+    def root(self) -> str:
+        return str(self.work / "root")
+
+
+class Here:
+    """The session of one rank in this process."""
+
+    rank, world, local_world, node, attempt = 0, 1, 1, "here", "study"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def notice(self) -> bool:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--photos", help="folder of photos; default: those of scikit-image")
+    parser.add_argument("--work", type=Path, default=Path("study"), help="where everything is kept")
+    parser.add_argument("--variants", default="full,own", help="names, or all")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--samples", type=int, default=100_000, help="training samples of each")
+    parser.add_argument("--model", choices=sorted(MODELS), default="tiny")
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--loss", action="append", default=[], metavar="TERM=WEIGHT")
+    parser.add_argument("--lpips", type=Path, help="AlexNet's weights, .safetensors")
+    parser.add_argument("--vgg", type=Path, help="VGG16's weights, for perceptual and style")
+    parser.add_argument("--per-bin", type=int, default=40, help="pairs of each ratio bin")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after a checkpoint then")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--test", action="store_true", help="judge the test split, once at the end")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.quick:
+        arguments.samples, arguments.size, arguments.per_bin = 320, 32, 4
+        arguments.work = arguments.work / "quick"
+    study = prepare(arguments)
+    names = list(VARIANTS) if arguments.variants == "all" else arguments.variants.split(",")
+    deadline = time.monotonic() + 60 * arguments.minutes
+    results: dict[str, list[Any]] = {}
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in names:
+            if study.vgg is None and {"perceptual", "style"} & set(VARIANTS[name].losses):
+                print(f"{name}: left out, because it needs --vgg", file=sys.stderr)
+                continue
+            state = train(study, name, seed, deadline)
+            if state is None:
+                sys.exit("the time is over: run the same command again to go on.")
+            results.setdefault(name, []).append(judge(study, name, seed, state))
+    print(table(results))
+
+
+def prepare(arguments: argparse.Namespace) -> Study:
+    """Make the shards, unless they are there, and return what all variants share."""
+    work = arguments.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    photos = arguments.photos
+    if photos is None:
+        photos = str(work / "photos")
+        write_sample_photos(Path(photos))
+    store = open_store(str(work / "root"))
+    size = arguments.size
+    images = prepare_images(
+        ImagesSettings(
+            source=photos, name="study", mode="tiles", size=size,
+            tile=[side for side in (96, 128, 192, 256) if side >= size], tile_stride=0.5,
+            max_tiles=16, format="png", max_failure_ratio=0.5,
+        ),
+        store,
+    )  # fmt: skip
+    masks = prepare_masks(
+        MasksSettings(name="study", size=size, train=4000, eval_per_bin=arguments.per_bin), store
+    )
+    settings = TrainSettings(
+        steps=-(-arguments.samples // arguments.batch), batch_size=arguments.batch,
+        learning_rate=arguments.rate, discriminator_learning_rate=1e-4, beta1=0.9,
+        warmup_steps=50, finetune_share=0, ema_decay=0.998,
+        adversarial_from=200, validation_pairs=120,
+    )  # fmt: skip
+    given = {term: float(weight) for term, _, weight in (e.partition("=") for e in arguments.loss)}
+    return Study(
+        work, images, masks, MODELS[arguments.model], settings, LOSSES | given, arguments.lpips,
+        arguments.vgg, "test" if arguments.test else "val",
+    )  # fmt: skip
+
+
+def build(study: Study, variant: Variant, settings: TrainSettings) -> TrainState:
+    """Return the state of a variant before its first step."""
+    config = replace(study.config, **dict(variant.model))
+    state = TrainState(config, settings, Here.device)
+    if variant.where:
+        keep = EncoderNorm if variant.where == "decoder" else DecoderNorm
+        for layer in [*state.generator.modules(), *state.ema.modules()]:
+            # The decoder's first normalization is named "middle", and is one of the decoder.
+            if isinstance(layer, keep) and hasattr(layer, "statistics"):
+                layer.statistics.whose = study.config.statistics
+    if variant.network:
+        torch.manual_seed(settings.seed)
+        generator = NETWORKS[variant.network](study.config).to(Here.device)
+        ema = deepcopy(generator).eval().requires_grad_(False)
+        optimizer = state._adam(generator, settings)
+        state.generator, state.ema, state.generator_optimizer = generator, ema, optimizer
+        state._parts |= {"generator": generator, "ema": ema, "generator_optimizer": optimizer}
+    return state
+
+
+def train(study: Study, name: str, seed: int, deadline: float) -> TrainState | None:
+    """Train a variant to its end, from its last checkpoint, or return None if the time is over."""
+    variant, folder = VARIANTS[name], study.work / f"{name}-{seed}"
+    folder.mkdir(exist_ok=True)
+    settings = study.settings.model_copy(update={"seed": seed, **variant.train})
+    losses = LossSettings(**{**study.losses, **variant.losses}, vgg="vgg16")
+    state = build(study, variant, settings)
+    file = folder / "state.pt"
+    if file.exists():
+        state.from_dict(torch.load(file, weights_only=True), str(file))
+    vgg = None
+    if study.vgg is not None and (losses.perceptual or losses.style):
+        vgg = load_vgg(study.vgg, "vgg16", Here.device)
+    job = TrainJob(
+        study.root, f"runs/{name}", study.images, study.masks, ModelSettings(), losses, settings, {}
+    )
+    if state.step >= settings.steps:
+        return state
+    store, here = open_store(study.root), Here()
+    validation = Validation(store, job)
+    every = max(1, min(500, settings.steps // 4))
+    gpu = here.device.type == "cuda"
+    step = Step(state, losses, settings, vgg=vgg, bf16=gpu, backend="inductor" if gpu else None)
+    state.generator.train()
+    start, since = time.perf_counter(), state.step
+    batches = open_loader(job, here, store).batches(state.step, settings.steps)  # type: ignore[arg-type]
+    for number, batch in batches:
+        measured = step(number, *to_device(batch, here.device))
+        if state.step % every and state.step < settings.steps:
+            continue
+        rate = (state.step - since) * settings.batch_size / (time.perf_counter() - start)
+        record = {
+            "samples": state.step * settings.batch_size,
+            **validation.measure(state.ema, state.step, 0, 1),
+            "losses": {key: round(float(value), 4) for key, value in measured.losses.items()},
+            "gradient": round(float(measured.gradients["generator"]), 3),
+            "images_s": round(rate, 1),
+        }
+        with (folder / "curve.jsonl").open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        print(
+            f"{name} seed {seed}: {record['samples']} samples, {record['hole_psnr']:.3f} dB, smooth"
+            f" fill {record['smooth_fill_psnr']:.3f} dB, {rate:.0f} images/s",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        new = file.with_suffix(".new")
+        torch.save(state.to_dict(), new)
+        new.rename(file)
+        if time.monotonic() > deadline and state.step < settings.steps:
+            batches.close()
+            return None
+    return state
+
+
+def judge(study: Study, name: str, seed: int, state: TrainState) -> list[dict[str, Any]]:
+    """Return the rows of metrics of a trained variant, measured once."""
+    file = study.work / f"{name}-{seed}" / f"{study.split}-{state.step}.json"
+    if file.exists():
+        found: list[dict[str, Any]] = json.loads(file.read_text())
+        return found
+    with bench(study, state.ema) as measure:
+        rows = [row for some in measure.measure(measure.frozen.pairs) for row in some.rows]
+    file.write_text(json.dumps(rows))
+    return rows
+
+
+@contextmanager
+def bench(study: Study, generator: Any) -> Iterator[Bench]:
+    """Open the product's own measurement for a generator."""
+    store = open_store(study.root)
+    settings = EvaluateSettings(split=study.split)
+    frozen = open_pairs(store, settings, study.images, study.masks)
+    lpips = None
+    if study.lpips is not None:
+        lpips = load_lpips(WeightsFile(study.lpips, sha256_file(study.lpips))).to(Here.device)
+    threads = os.cpu_count() or 1
+    with one_thread_per_call(), ThreadPoolExecutor(threads) as pool:
+        on_cpu = Here.device.type == "cpu"
+        yield Bench(frozen, generator.eval(), [], lpips, None, pool, threads, on_cpu)
+
+
+def table(results: Mapping[str, Sequence[Any]]) -> str:
+    """Return a table in Markdown: the mean of each metric, and the gain over the smooth fill."""
+    lines = ["| variant | seeds | " + " | ".join(METRICS) + " |", "|---" * (2 + len(METRICS)) + "|"]
+    simple = next(iter(results.values()))[:1] if results else []
+    for method in METHODS[1:]:
+        lines.append(_line(method, simple, method))
+    lines += [_line(name, runs, METHODS[0]) for name, runs in results.items()]
+    return "\n".join(lines)
+
+
+def _line(name: str, runs: Sequence[Any], method: str) -> str:
+    cells = []
+    for metric in METRICS:
+        ours, smooth = (
+            np.mean([[r[metric] for r in rows if r["method"] == m] for rows in runs], axis=0)
+            if all(r[metric] is not None for rows in runs for r in rows)
+            else None
+            for m in (method, "smooth_fill")
+        )
+        if ours is None or smooth is None:
+            cells.append("–")
+            continue
+        gain = ours - smooth
+        means = bootstrap_means([gain], np.random.default_rng(0))[0]
+        low, high = np.quantile(means, [0.025, 0.975])
+        cells.append(f"{ours.mean():.4f} ({gain.mean():+.4f}: {low:+.4f} to {high:+.4f})")
+    return f"| {name} | {len(runs)} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
