@@ -2,8 +2,8 @@
 
 A server on the loopback address is not private. Every page in the user's browser can send it
 requests, a domain name can be pointed at it (DNS rebinding), and every user of the machine can
-reach its port. The functions here are pure; `flows/local_server/guard.py` (Prefect, MLflow) and
-`dpnet/pipeline/exporter.py` apply them.
+reach its port. The functions here are pure; `data_prep/core/asgi_guard.py` (Prefect, MLflow, `dpnet
+serve`) and `dpnet/pipeline/exporter.py` apply them.
 """
 
 from __future__ import annotations

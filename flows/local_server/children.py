@@ -22,10 +22,11 @@ from pathlib import Path
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.network_disk import refuse_network_disk
+from data_prep.core.password_file import keep_password
 from data_prep.core.web_guard import REPORTS_PASSWORD, basic_auth
 from dpnet.training.ray.start import RayStart
 from flows.local_server.mlflow_server import PASSWORD_VARIABLE as MLFLOW_PASSWORD
-from flows.local_server.password import PASSWORD, SERVER_PASSWORD, keep_password, users_own
+from flows.local_server.password import PASSWORD, SERVER_PASSWORD, users_own
 from flows.local_server.server import SETTINGS, server_command
 
 POOL = "dpnet"

@@ -85,7 +85,8 @@ def _addresses(running: dict[str, Any], home: Path) -> str:
         running: The values that `--json` prints.
         home: The folder of `dpnet up`.
     """
-    from flows.local_server.password import PASSWORD, USER, password_file
+    from data_prep.core.password_file import USER, password_file
+    from flows.local_server.password import PASSWORD
 
     rows = {"Prefect": "login_url", "MLflow": "mlflow_url", "Ray": "ray_url"}
     rows |= {"  token": "ray_token"}
