@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from dpnet.inpainting.api import Hole
-from dpnet.inpainting.tiles import TILE
 
 MOST = 8  # images in one call; ours
 Fill = Callable[[Tensor, Tensor], Tensor]  # colours N C H W and valid N 1 H W to filled colours
 Shape = tuple[int, ...]
 
 
-def batch_shape(hole: Hole) -> Shape | None:
-    """Return the shape that images of one batch share, or None for one that runs in tiles."""
+def batch_shape(hole: Hole, tile: int) -> Shape | None:
+    """Return the shape that images of one batch share, or None for one larger than a tile."""
     shape = tuple(hole.colours.shape)
-    return shape if shape[0] == 1 and max(shape[2:]) <= TILE else None
+    return shape if shape[0] == 1 and max(shape[2:]) <= tile else None
 
 
 def size_of_batch(shapes: Sequence[Shape | None], most: int = MOST) -> int:

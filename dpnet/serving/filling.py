@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 
 class Filling:
-    """The parts that all requests share: the room, the jobs, the decoder and the threads for files."""
+    """The parts that all requests share: room, jobs, the decoder and threads for files."""
 
     def __init__(self, work: Work, limits: ServeLimits) -> None:
         self.work, self._limits = work, limits

@@ -133,7 +133,7 @@ def _parts(body: bytes, boundary: str) -> Iterator[tuple[str, bytes]]:
         if body.startswith(b"--", at):
             return
         head_end = body.find(b"\r\n\r\n", at, at + _HEAD)
-        end = body.find(b"\r\n" + mark, head_end) if head_end >= 0 else -1
+        end = _end_of_part(body, mark, head_end) if head_end >= 0 else -1
         if end < 0:
             raise RequestError(400, _CUT)
         head = BytesParser().parsebytes(body[at:head_end].lstrip(), headersonly=True)
@@ -142,3 +142,14 @@ def _parts(body: bytes, boundary: str) -> Iterator[tuple[str, bytes]]:
         at = end + 2 + len(mark)
     if not body.startswith(b"--", at):
         raise RequestError(400, f"the form has over {_PARTS} parts: send {', '.join(_FIELDS)}.")
+
+
+def _end_of_part(body: bytes, mark: bytes, start: int) -> int:
+    """Return where the line with the next mark begins, or -1; a longer line is no mark."""
+    end = start
+    while (end := body.find(b"\r\n" + mark, end)) >= 0:
+        after = end + 2 + len(mark)
+        if body[after : after + 2] in (b"\r\n", b"--"):
+            return end
+        end = after
+    return -1

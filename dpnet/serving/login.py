@@ -6,6 +6,7 @@ script of the login page sends it once in a header, and gets a cookie that no sc
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
@@ -59,9 +60,15 @@ def cookie_name(port: int) -> str:
     return f"dpnet-serve-{port}"
 
 
+def _cookie_value(token: str) -> str:
+    """Return what the cookie holds: not the token itself, which other programs use too."""
+    return hashlib.sha256(f"cookie of dpnet serve: {token}".encode()).hexdigest()
+
+
 def login_cookie(token: str, port: int) -> str:
     """Return the header Set-Cookie that logs a browser in."""
-    return f"{cookie_name(port)}={token}; HttpOnly; SameSite=Strict; Path=/; Max-Age={_MONTH_S}"
+    value = f"{cookie_name(port)}={_cookie_value(token)}"
+    return f"{value}; HttpOnly; SameSite=Strict; Path=/; Max-Age={_MONTH_S}"
 
 
 def login_address(url: str, token: str) -> str:
@@ -82,7 +89,8 @@ def has_token(token: str, port: int) -> Callable[[Headers], bool]:
             return _same(given[0][7:].strip(), token)
         if given:
             return has_password(headers, f"{USER}:{token}")
-        return any(_same(value, token) for value in _cookies(headers, cookie_name(port)))
+        cookies = _cookies(headers, cookie_name(port))
+        return any(_same(value, _cookie_value(token)) for value in cookies)
 
     return check
 

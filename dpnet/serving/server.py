@@ -53,7 +53,7 @@ def address_of(listener: socket.socket, host: str) -> Address:
     """
     port = listener.getsockname()[1]
     loopback = is_loopback(listener.getsockname()[0])
-    token = the_token(needed=not loopback)
+    token = the_token(others=not loopback)
     names: tuple[str, ...] = ()
     shown = host
     if not loopback:
@@ -64,18 +64,22 @@ def address_of(listener: socket.socket, host: str) -> Address:
     return Address(url, login_address(url, token) if token else url, token, names)
 
 
-def the_token(*, needed: bool) -> str:
-    """Return the token: that of the environment, or a kept one if one is needed, or "".
+def the_token(*, others: bool) -> str:
+    """Return the token: that of the environment, or a kept one for a server of others, or "".
+
+    Args:
+        others: whether other machines reach the server.
 
     Raises:
         ConfigError: the token in the environment cannot be used.
     """
     given = os.environ.pop(TOKEN, "")  # no child process needs it
-    if given and not (len(given) >= SHORTEST_TOKEN and given.isascii() and given.isprintable()):
+    short = others and len(given) < SHORTEST_TOKEN
+    if given and (short or not (given.isascii() and given.isprintable())):
         raise ConfigError(
             f"{TOKEN} cannot be used: set it to at least {SHORTEST_TOKEN} letters and digits."
         )
-    if given or not needed:
+    if given or not others:
         return given
     return keep_password(cache_folder() / _FOLDER).partition(":")[2]
 

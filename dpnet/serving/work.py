@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -80,6 +81,7 @@ class Work:
         limits: ServeLimits,
         *,
         batches: bool | None = None,
+        tile: int = TILE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare the queue; `start` starts the thread.
@@ -88,9 +90,10 @@ class Work:
             models: the models.
             limits: of time.
             batches: fill small images together; None means on a GPU only.
+            tile: side of a tile in pixels.
             clock: gives seconds.
         """
-        self._models, self._limits, self._clock = models, limits, clock
+        self._models, self._limits, self._clock, self._tile = models, limits, clock, tile
         self._together, self._batches = batches, Batches()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._queue: deque[Job] = deque()
@@ -165,10 +168,12 @@ class Work:
                 self._changed.wait(IDLE_S)
             if not self._queue or self._ended:
                 return []
-            model = self._queue[0].model
-            first = [job for job in self._queue if job.hole is not None][:MOST]
-            alike = [batch_shape(j.hole) if j.hole and j.model == model else None for j in first]
-            count = size_of_batch(alike) if self._fills_together() else 1
+            first = self._queue[0]
+            shapes = [
+                batch_shape(job.hole, self._tile) if job.hole and job.model == first.model else None
+                for job in itertools.islice(self._queue, MOST)
+            ]
+            count = size_of_batch(shapes) if self._fills_together() else 1
             self._running = [self._queue.popleft() for _ in range(count)]
             for job in self._running:
                 job.state = "running"
@@ -226,7 +231,7 @@ class Work:
         filled = self._batches.fill(
             f"{loaded.version.id} {loaded.version.digest}",
             holes,
-            lambda colours, valid: fill(loaded.generator, colours, valid, TILE, step=step),
+            lambda colours, valid: fill(loaded.generator, colours, valid, self._tile, step=step),
         )
         seconds = self._clock() - start
         for job, colours in zip(jobs, filled, strict=True):

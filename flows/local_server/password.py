@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from data_prep.core.password_file import stored_password
+from dpnet.serving.login import login_address
 
 PASSWORD, SERVER_PASSWORD = "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"
 LOGIN = "/login"  # the page that gives the browser the password
@@ -28,3 +29,9 @@ def login_url(ui_url: str, home: Path, environ: Mapping[str, str]) -> str:
     """
     kept = None if users_own(environ) else stored_password(home)
     return ui_url if kept is None else f"{ui_url}{LOGIN}#{quote(kept, safe=':')}"
+
+
+def serve_login_url(url: str | None, home: Path, environ: Mapping[str, str]) -> str | None:
+    """Return the address that logs a browser in to the page that fills photos, None without it."""
+    kept = None if users_own(environ) else stored_password(home)
+    return url if url is None or kept is None else login_address(url, kept.partition(":")[2])

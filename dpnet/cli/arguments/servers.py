@@ -55,8 +55,8 @@ def add_up(parsers: Parsers) -> None:
     )
     parser.set_defaults(
         stopped="stopped everything that `dpnet up` had started: Prefect, its worker with the runs"
-        " in it, MLflow, the exporter and, with --ray, Ray. Nothing stored is lost. The same"
-        " command starts them again, and Retry in Prefect's UI resumes a run."
+        " in it, MLflow, the exporter and, if asked for, Ray and the page. Nothing stored is lost."
+        " The same command starts them again, and Retry in Prefect's UI resumes a run."
     )
     add_root(parser, "folder or s3:// URI where everything is stored")
     parser.add_argument(
@@ -74,6 +74,9 @@ def add_up(parsers: Parsers) -> None:
     )
     parser.add_argument(
         "--ray", action="store_true", help="also start a Ray cluster of this machine, for ray-job"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="also start the page of `dpnet serve`, to try models"
     )
 
 
