@@ -74,7 +74,7 @@ def keep_vote(
     hashes = [_record_sha256(store, model, number) for number in (winner, loser)]
     now = time.gmtime()
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", now)
-    text = printable(reason.strip())
+    text = printable(" ".join(reason.split()))
     vote = Vote(winner, loser, hashes[0], hashes[1], blind, text, by, at)
     key = vote_key(model, f"{time.strftime('%Y%m%dT%H%M%SZ', now)}-{secrets.token_hex(4)}")
     if store.create(key, json.dumps(asdict(vote), indent=1, ensure_ascii=False).encode()) is None:

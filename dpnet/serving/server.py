@@ -30,7 +30,8 @@ class Address(NamedTuple):
 
     Attributes:
         url: its address.
-        login_url: the address that logs a browser in; `url` where no token is needed.
+        login_url: the address that logs a browser in; `url` if no token is needed, or the user
+            has set it.
         token: the token, or "".
         names: its names for other machines.
     """
@@ -49,29 +50,32 @@ def address_of(listener: socket.socket, host: str) -> Address:
         host: the address or the name that the user gave.
 
     Raises:
-        ConfigError: the token in the environment is too short.
+        ConfigError: the token in the environment cannot be used.
     """
     port = listener.getsockname()[1]
     loopback = is_loopback(listener.getsockname()[0])
-    token = the_token(others=not loopback)
-    names: tuple[str, ...] = ()
+    names = tuple(filter(None, os.environ.get(NAMES, "").split(",")))
+    others = bool(names) or not loopback
+    given = environment_token(others)
+    token = given or (keep_password(cache_folder() / _FOLDER).partition(":")[2] if others else "")
     shown = host
     if not loopback:
-        given = tuple(filter(None, os.environ.get(NAMES, "").split(",")))
-        names = (*given, host, socket.gethostname(), socket.getfqdn())
+        names = (*names, host, socket.gethostname(), socket.getfqdn())
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
-    return Address(url, login_address(url, token) if token else url, token, names)
+    # A token that the user has set is not shown: logs of containers keep the output.
+    login = login_address(url, token) if token and not given else url
+    return Address(url, login, token, names)
 
 
-def the_token(*, others: bool) -> str:
-    """Return the token: that of the environment, or a kept one for a server of others, or "".
+def environment_token(others: bool) -> str:
+    """Return the token that the user has set, or "".
 
     Args:
         others: whether other machines reach the server.
 
     Raises:
-        ConfigError: the token in the environment cannot be used.
+        ConfigError: it cannot be used.
     """
     given = os.environ.pop(TOKEN, "")  # no child process needs it
     short = others and len(given) < SHORTEST_TOKEN
@@ -79,9 +83,7 @@ def the_token(*, others: bool) -> str:
         raise ConfigError(
             f"{TOKEN} cannot be used: set it to at least {SHORTEST_TOKEN} letters and digits."
         )
-    if given or not others:
-        return given
-    return keep_password(cache_folder() / _FOLDER).partition(":")[2]
+    return given
 
 
 def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:

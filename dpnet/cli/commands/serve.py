@@ -13,6 +13,7 @@ from dpnet.cli.commands.roots import Outcome, check_root
 def serve(args: Namespace) -> Outcome:
     """Serve the page and the API until Ctrl-C."""
     from dpnet.serving.limits import ServeLimits
+    from dpnet.serving.login import TOKEN
     from dpnet.serving.models import open_source
     from dpnet.serving.server import PORT, address_of, run_server, why_unwritable
 
@@ -33,7 +34,12 @@ def serve(args: Namespace) -> Outcome:
 
         def announce() -> None:
             found = {"ok": True, "url": address.url, "login_url": address.login_url}
-            text = f"page and API  {address.login_url}\n\nCtrl-C stops the server."
+            lines = [f"page and API  {address.login_url}", ""]
+            if address.token and address.login_url == address.url:
+                lines.append(f"Log in with the token of {TOKEN}.")
+            elif address.token:
+                lines.append("The address logs your browser in: do not give it to others.")
+            text = "\n".join([*lines, "Ctrl-C stops the server."])
             print(json.dumps(found) if args.json else text, flush=True)
 
         announce()
