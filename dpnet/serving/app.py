@@ -188,7 +188,7 @@ def _add_filling(app: FastAPI, service: Service) -> None:
             answer = await service.filling.answer(request)
             outcome = "done"
             service.metrics.observe(answer.seconds)
-            return _filled(answer)
+            return await asyncio.to_thread(_filled, answer)  # base64 of a photo takes time
         except (CancelledError, ClientGoneError):
             outcome = "cancelled"
             raise

@@ -22,6 +22,7 @@ NAMES = "DPNET_SERVER_NAMES"  # the variable with the names of a server that oth
 SHORTEST_TOKEN = 16
 _FOLDER = "serve"  # in this user's cache
 _CONNECTIONS = 256  # at once; ours
+_STORAGE_S = 5.0  # for a request to S3 at the start
 _GRACE_S = 2  # for open requests when the server ends
 
 
@@ -99,7 +100,7 @@ def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:
     if folder is not None and not folder.is_dir():
         return "the root does not exist yet, so no vote can be kept: run the pipeline there first."
     try:
-        check(source.store)
+        check(source.store.hurried(_STORAGE_S))
     except PipelineError as error:
         return f"no vote can be kept: {error}"
     return ""

@@ -66,10 +66,10 @@ class Job:
     result: Future[Filled] = field(default_factory=Future)
 
     def finish(self, state: State) -> None:
-        """Set the last state. The first one stays."""
+        """Set the last state; the first one stays. Forget the photo: the state is kept longer."""
         if self.state in ("waiting", "running"):
             self.state = state
-        self.hole = None
+        self.hole, self.result = None, Future()
 
 
 class Work:
@@ -147,10 +147,14 @@ class Work:
     def put(self, job: Job, hole: Hole) -> Future[Filled]:
         """Put a job at the end of the queue."""
         with self._changed:
-            job.hole = hole
-            self._queue.append(job)
-            self._changed.notify()
-        return job.result
+            result = job.result
+            if self._ended or job.cancelled.is_set():
+                _end(job, CancelledError())
+            else:
+                job.hole = hole
+                self._queue.append(job)
+                self._changed.notify()
+            return result
 
     def cancel(self, job: Job) -> None:
         """Cancel a job: one that waits is dropped, one that runs ends before its next tile."""
@@ -242,10 +246,11 @@ def _end(job: Job, outcome: Filled | Exception) -> None:
     """Give a job its result or its error, once."""
     if isinstance(outcome, Filled) and job.cancelled.is_set():
         outcome = CancelledError()
+    result = job.result
     with suppress(InvalidStateError):  # it was given one before, or its request has ended
         if isinstance(outcome, Filled):
             job.hole = None
-            job.result.set_result(outcome)  # the answer sets the state once the file is written
+            result.set_result(outcome)  # the answer sets the state once the file is written
         else:
             job.finish("cancelled" if isinstance(outcome, CancelledError) else "failed")
-            job.result.set_exception(outcome)
+            result.set_exception(outcome)

@@ -35,6 +35,7 @@ PORTS = {
     "serve": "8400",
 }  # in the cluster
 PASSWORD = "dpnet:a-long-password"
+SERVE = f"{PASSWORD}-or-token"
 OWN = re.compile(r"^(PREFECT_|MLFLOW_|DPNET_|AWS_|RAY_)")
 
 
@@ -61,7 +62,7 @@ class Servers:
                 "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg://{at}/mlflow",
             },
             "dpnet-exporter": {"DPNET_REPORTS_PASSWORD": PASSWORD},
-            "dpnet-serve": {"DPNET_SERVE_TOKEN": PASSWORD.partition(":")[2]},
+            "dpnet-serve": {"DPNET_SERVE_TOKEN": SERVE.partition(":")[2]},
             "dpnet-storage": {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"},
         }
 
@@ -243,8 +244,8 @@ def test_the_page_that_fills_photos_lives_without_a_champion_and_needs_the_token
     assert servers.status("serve", "/api/models") == 401
     port = servers.ports["serve"]
     for host in ("serve.dpnet.svc:8400", f"10.0.0.7:{port}", f"localhost:{port}"):
-        assert servers.status("serve", "/api/models", PASSWORD, host) == 200, host
-    assert servers.status("serve", "/api/models", PASSWORD, "rebound.example.com:8400") == 403
+        assert servers.status("serve", "/api/models", SERVE, host) == 200, host
+    assert servers.status("serve", "/api/models", SERVE, "rebound.example.com:8400") == 403
 
 
 def test_no_server_shows_a_password_in_its_log_or_its_command(servers: Servers) -> None:

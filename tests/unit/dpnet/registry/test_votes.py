@@ -77,6 +77,19 @@ def test_an_altered_vote_is_named(store: LocalStore, data: bytes) -> None:
         read_votes(store, "dpnet")
 
 
+@pytest.mark.parametrize(
+    "change", [{"winner": "2"}, {"loser": None}, {"reason": 1}, {"at": "yesterday"}, {"by": []}]
+)
+def test_a_vote_with_a_field_of_another_kind_is_named(
+    store: LocalStore, change: dict[str, Any]
+) -> None:
+    vote(store)
+    (entry,) = store.list("registry/dpnet/votes")
+    store.write(entry.key, json.dumps(json.loads(store.read(entry.key)) | change).encode())
+    with pytest.raises(PipelineError, match="was altered"):
+        read_votes(store, "dpnet")
+
+
 def test_a_field_of_a_newer_version_is_ignored(store: LocalStore) -> None:
     made = vote(store)
     (entry,) = store.list("registry/dpnet/votes")

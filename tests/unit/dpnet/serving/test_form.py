@@ -59,7 +59,7 @@ def test_a_wrong_field_is_refused_with_what_to_do(fields: dict[str, bytes], said
     assert error.value.status == 400
 
 
-WHOLE = form_of(image=b"i", mask=b"m")
+WHOLE = form_of(image=b"i", mask=b"m", model=b"dpnet@3")
 
 
 @pytest.mark.parametrize("end", [*range(1, len(WHOLE) - 4)])

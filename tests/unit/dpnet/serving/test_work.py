@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -135,6 +137,22 @@ def test_a_job_that_waits_is_cancelled_without_being_computed(gate: Gate, start:
     assert gate.calls == 1
 
 
+def test_a_job_that_is_cancelled_before_it_is_queued_is_never_computed(
+    gate: Gate, start: Start
+) -> None:
+    gate.open()
+    work = start()
+    job = work.begin("job-00001", "")
+    work.cancel(job)
+    with pytest.raises(CancelledError):
+        work.put(job, hole_of(32, 32)).result(60)
+    put(work, "job-00002")[1].result(60)
+    work.stop(60)
+    with pytest.raises(CancelledError):
+        put(work, "job-00003")[1].result(60)
+    assert gate.calls == 1
+
+
 def test_a_job_that_runs_ends_at_its_next_tile(gate: Gate, start: Start) -> None:
     work = start()
     job, result = put(work, "job-00001", hole_of(64, 160))
@@ -192,6 +210,22 @@ def test_an_id_in_use_is_refused_and_may_be_used_again_later(gate: Gate, start: 
     result.result(60)
     work.find("job-00001").finish("done")  # type: ignore[union-attr]
     put(work, "job-00001")[1].result(60)
+
+
+def test_a_job_whose_state_is_remembered_keeps_no_pixels(gate: Gate, start: Start) -> None:
+    gate.open()
+    work = start()
+    job, result = put(work, "job-00001")
+    filled = weakref.ref(result.result(60).colours)
+    job.finish("done")
+    del result
+    wait = time.monotonic() + 60
+    while filled() is not None and time.monotonic() < wait:
+        gc.collect()  # the thread may hold it for a moment
+        time.sleep(0.01)
+    assert filled() is None
+    assert job.hole is None
+    assert work.find("job-00001") is job
 
 
 def test_only_the_newest_finished_jobs_are_remembered(gate: Gate, start: Start) -> None:
