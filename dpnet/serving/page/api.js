@@ -22,7 +22,7 @@ export async function readModels() {
 
 /** Return whether the server answers. */
 export async function isThere() {
-  return fetch("/healthz").then((answer) => answer.ok, () => false);
+  return fetch("/livez").then((answer) => answer.ok, () => false);
 }
 
 /** Keep a vote: {winner, loser, blind, reason}. */

@@ -256,8 +256,9 @@ async function work(doing, job) {
   }
 }
 
-function showProgress(doing, { state, position, done, total, seconds }) {
+function showProgress(what, { state, position, done, total, seconds, side = "" }) {
   const bar = element("progress");
+  const doing = what + side;
   let text = doing;
   bar.removeAttribute("value");
   if (state === "busy") text = `The server is busy: trying again in ${seconds} s`;
@@ -297,9 +298,10 @@ async function fillWith(chosen, signal, report) {
   // A PNG file stays one with all that it holds; other formats would lose at each fill.
   const format = (await formatOf(photo.file)) === "PNG" ? "same" : "png";
   const found = [];
-  for (const model of chosen) {
+  for (const [place, model] of chosen.entries()) {
     const order = { image: photo.file, mask: maskFile, model, format };
-    const { blob, ...answer } = await fill(order, signal, report);
+    const side = chosen.length > 1 ? ` ${"AB"[place]}` : "";
+    const { blob, ...answer } = await fill(order, signal, (news) => report({ ...news, side }));
     const file = new File([blob], "result.png", { type: "image/png" });
     found.push({ photo: await openPhoto(file), maskFile, answer });
   }

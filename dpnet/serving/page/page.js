@@ -21,9 +21,12 @@ export function hideError() {
   element("alert").textContent = "";
 }
 
-/** Show one of the bars below the photo, or none. */
+/** Show one of the bars below the photo. The focus does not stay in a bar that disappears. */
 export function showBar(name) {
+  const left = document.activeElement?.closest(".bar");
   for (const bar of BARS) element(bar).hidden = bar !== name;
+  const shown = element(name);
+  if (left?.hidden) (shown.querySelector(".main") ?? shown.querySelector("button")).focus();
 }
 
 /** Let the browser save a file. */
