@@ -81,6 +81,7 @@ class Guard:
         """
         self._app, self._may_enter, self._unguarded = app, may_enter, frozenset(unguarded)
         self._is_own = own_host(port, names)
+        self._schemes = ("http", "https") if names else ("http",)  # a proxy may add TLS
         self._pages, self._ask = dict(pages or {}), ask
         self._wrong, self._as_json = wrong, as_json
         headers = dict(PROTECTIVE) if protective is None else protective
@@ -94,7 +95,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = _headers(scope)
-        reason = refusal(scope.get("method", "GET"), headers, self._is_own)
+        reason = refusal(scope.get("method", "GET"), headers, self._is_own, self._schemes)
         page = self._pages.get(scope["path"]) if scope.get("method") in ("GET", "HEAD") else None
         if reason is not None:
             await self._refuse(scope, send, 403, reason)

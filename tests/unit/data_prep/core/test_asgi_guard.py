@@ -151,3 +151,12 @@ def test_a_browser_without_the_password_gets_the_page_that_asks_and_a_program_a_
     assert (refused["status"], json.loads(refused["body"])) == (401, {"error": "no token."})
     assert "www-authenticate" not in refused["headers"]  # the browser would ask in its own window
     assert ask("/", guard=guard, authorization=BASIC)["status"] == 200
+
+
+def test_a_proxy_with_tls_may_be_in_front_of_a_server_with_a_name() -> None:
+    guard = Guard(inner, PORT, names=["serve.example"])
+    for scheme in ("http", "https"):
+        own = {"host": "serve.example", "origin": f"{scheme}://serve.example"}
+        assert ask(method="POST", guard=guard, **own)["status"] == 200
+    other = {"host": "serve.example", "origin": "https://evil.example"}
+    assert ask(method="POST", guard=guard, **other)["status"] == 403
