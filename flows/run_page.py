@@ -280,7 +280,7 @@ def _publish(text: str, key: str, description: str) -> None:
 
 
 def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, str]:
-    """Return links to the report, the MLflow run and the Ray dashboard, those that exist."""
+    """Return links to the report, the page that fills photos, MLflow and Ray, those that exist."""
     from dpnet.registry.stage import tracking_uri
     from dpnet.tracking.mlflow_runs import run_page
     from dpnet.training.ray.jobs_client import cluster_address
@@ -291,6 +291,8 @@ def links(config: Config, store: Store, refs: Sequence[StageRef]) -> dict[str, s
         page = f"{evaluation.folder}/report.html"
         reports_url = os.environ.get("DPNET_REPORTS_URL")
         found["report"] = f"{reports_url}/{page}" if reports_url else f"{store.label}/{page}"
+    if "register" in by_stage and (serve_url := os.environ.get("DPNET_SERVE_URL")):
+        found["try it"] = serve_url
     if training := by_stage.get("train"):
         try:
             if run := run_page(tracking_uri(config.registry, store), store, training):

@@ -19,6 +19,7 @@ S3 = (
 ALL = (
     *S3,
     "DPNET_ROOT", "DPNET_ALERT_URL", "DPNET_REPORTS_URL", "DPNET_REPORTS_PASSWORD",
+    "DPNET_SERVE_URL", "DPNET_SERVE_TOKEN",
     "PREFECT_API_URL", "PREFECT_API_KEY", "PREFECT_API_AUTH_STRING",
     "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_SERVER_DATABASE_CONNECTION_URL",
     "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
@@ -75,6 +76,7 @@ _FORMS = {
         "an Apprise URL, such as https://hooks.example.com/… or mailto://…",
     ),
     "DPNET_REPORTS_URL": _Form(is_web_address, f"{WEB_ADDRESS}, such as http://127.0.0.1:8000"),
+    "DPNET_SERVE_URL": _Form(is_web_address, f"{WEB_ADDRESS}, such as http://127.0.0.1:8400"),
     "PREFECT_API_URL": _Form(is_web_address, f"{WEB_ADDRESS}, such as http://127.0.0.1:4200/api"),
     "MLFLOW_TRACKING_URI": _Form(is_mlflow_address, MLFLOW_ADDRESS),
     "RAY_ADDRESS": _Form(

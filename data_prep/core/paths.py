@@ -30,6 +30,7 @@ NAME_IN_WORDS = "letters (a-z), digits, '.', '_' and '-', beginning with a lette
 
 DEMO_ROOT = "./dpnet-demo"
 _HISTORY_KEY = re.compile(rf"{REGISTRY}/([^/]+)/history/(\d{{6}})\.json")
+_VOTE_KEY = re.compile(rf"{REGISTRY}/([^/]+)/votes/(\d{{8}}T\d{{6}}Z-[0-9a-f]{{8}})\.json")
 _RECORD_KEY = re.compile(rf"{REGISTRY}/([^/]+)/(?:champion|v(\d+))\.json")
 
 
@@ -82,6 +83,22 @@ def parse_history_key(key: str) -> tuple[str, int] | None:
     """Return the model and the number of a record of the history, or None for another file."""
     match = _HISTORY_KEY.fullmatch(key)
     return (match[1], int(match[2])) if match else None
+
+
+def votes_folder(model: str) -> str:
+    """Return the folder of the votes on versions of a model."""
+    return f"{REGISTRY}/{model}/votes"
+
+
+def vote_key(model: str, name: str) -> str:
+    """Return the key of a vote; the name has its time and random digits."""
+    return f"{votes_folder(model)}/{name}.json"
+
+
+def parse_vote_key(key: str) -> tuple[str, str] | None:
+    """Return the model and the name of a vote, or None for another file."""
+    match = _VOTE_KEY.fullmatch(key)
+    return (match[1], match[2]) if match else None
 
 
 def parse_record_key(key: str) -> tuple[str, int | None] | None:

@@ -2,8 +2,8 @@
 
 A server on the loopback address is not private. Every page in the user's browser can send it
 requests, a domain name can be pointed at it (DNS rebinding), and every user of the machine can
-reach its port. The functions here are pure; `flows/local_server/guard.py` (Prefect, MLflow) and
-`dpnet/pipeline/exporter.py` apply them.
+reach its port. The functions here are pure; `data_prep/core/asgi_guard.py` (Prefect, MLflow, `dpnet
+serve`) and `dpnet/pipeline/exporter.py` apply them.
 """
 
 from __future__ import annotations
@@ -66,18 +66,25 @@ def _is_number(name: str) -> bool:
     return True
 
 
-def refusal(method: str, headers: Headers, is_own: Callable[[str], bool]) -> str | None:
+def refusal(
+    method: str,
+    headers: Headers,
+    is_own: Callable[[str], bool],
+    schemes: Collection[str] = ("http",),
+) -> str | None:
     """Return why a request is refused, or None if it may be answered.
 
     Args:
         method: The method, such as GET.
         headers: The headers of the request.
         is_own: Returns whether a `Host` names this server.
+        schemes: Of the server's own pages; with https too behind a proxy that adds TLS.
     """
     hosts = [value.lower() for value in headers.get("host", ())]
     if len(hosts) != 1 or not is_own(hosts[0]):
         return "this server answers only under its own address"
-    if any(value.lower() != f"http://{hosts[0]}" for value in headers.get("origin", ())):
+    own = {f"{scheme}://{hosts[0]}" for scheme in schemes}
+    if any(value.lower() not in own for value in headers.get("origin", ())):
         return _OWN_PAGES
     if any(v not in ("same-origin", "none") for v in headers.get("sec-fetch-site", ())):
         # The browser says that the page of another site asks. A link that the user follows may be

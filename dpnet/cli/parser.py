@@ -108,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_verify(commands)
     data.add_gc(commands)
     models.add_inpaint(commands)
+    servers.add_serve(commands)
     models.add_model(commands)
     models.add_export(commands)
     registry.add_registry(commands)

@@ -5,16 +5,14 @@ In a mask, white (1, True) is the hole. Inside this package `valid` is 1 where a
 
 from __future__ import annotations
 
-import os
 import warnings
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.paths import DEMO_ROOT
-from dpnet.inpainting.conversion import image_pixels, valid_pixels
+from dpnet.inpainting.conversion import Pixels, image_pixels, valid_pixels
 from dpnet.inpainting.tiles import TILE, Report, fill, on_fastest_device
 from dpnet.model import Generator
 from dpnet.model_store.find_model import find_model
@@ -101,7 +99,7 @@ def load_model(reference: str = "", root: str | None = None) -> Generator:
     Raises:
         PipelineError: there is no such model, or its files are damaged.
     """
-    store, folder, _ = find_model(reference, root or os.environ.get("DPNET_ROOT") or DEMO_ROOT)
+    store, folder, _ = find_model(reference, root)
     return on_fastest_device(load_generator(store, folder))
 
 
@@ -134,17 +132,58 @@ def fill_image(
     Raises:
         PipelineError: the image or the mask cannot be used.
     """
-    pixels = image_pixels(image, name)
-    values = pixels.values
-    valid = valid_pixels(mask, values, mask_name, report)
-    if valid.all():
+    hole = find_hole(image, mask, name, mask_name, report)
+    if hole is None:
         return image
+    return hole.back(fill(generator, hole.colours, hole.valid, tile, report, progress=progress))
+
+
+class Hole(NamedTuple):
+    """An image or a batch with a hole, checked and ready for `fill`.
+
+    Attributes:
+        pixels: the whole image.
+        valid: bool N 1 H W, True where a pixel is known.
+        alpha: whether the last channel of the image is alpha, which is never filled.
+    """
+
+    pixels: Pixels
+    valid: Tensor
+    alpha: bool
+
+    @property
+    def colours(self) -> Tensor:
+        """Return the channels to fill, N C H W."""
+        return self.pixels.values[:, :-1] if self.alpha else self.pixels.values
+
+    def back(self, filled: Tensor) -> Any:
+        """Return filled colours as an image of the original kind."""
+        if self.alpha:
+            filled = torch.cat([filled, self.pixels.values[:, -1:]], 1)
+        return self.pixels.back(filled)
+
+
+def find_hole(image: Any, mask: Any, name: str, mask_name: str, report: Report) -> Hole | None:
+    """Check an image and its mask. Return the hole, or None if there is none.
+
+    Args:
+        image: as for `inpaint`, but not a list.
+        mask: as for `inpaint`.
+        name: the image's name in messages.
+        mask_name: the mask's name in messages.
+        report: called with a sentence if the mask is unusual.
+
+    Raises:
+        PipelineError: the image or the mask cannot be used.
+    """
+    pixels = image_pixels(image, name)
+    valid = valid_pixels(mask, pixels.values, mask_name, report)
+    if valid.all():
+        return None
     _check_known(valid, mask_name, report)
-    alpha = values.shape[1] in (2, 4)
-    colours = values[:, :-1] if alpha else values
-    _check_values(colours, valid, name)
-    filled = fill(generator, colours, valid, tile, report, progress=progress)
-    return pixels.back(torch.cat([filled, values[:, -1:]], 1) if alpha else filled)
+    hole = Hole(pixels, valid, pixels.values.shape[1] in (2, 4))
+    _check_values(hole.colours, valid, name)
+    return hole
 
 
 def _check_known(valid: Tensor, mask_name: str, report: Report) -> None:

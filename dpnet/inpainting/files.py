@@ -33,7 +33,7 @@ from dpnet.model_store.weights import load_generator
 log = logging.getLogger(__name__)
 
 # How a result is saved, by extension; lossless if the format can be.
-_SAVE: dict[str, dict[str, Any]] = {
+SAVE: dict[str, dict[str, Any]] = {
     ".png": {},
     ".webp": {"lossless": True, "exact": True},
     ".tif": {"compression": "tiff_deflate"},
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
 
 
 def inpaint_files(
-    image: str, mask: str, out: str, *, root: str, model: str, tile: int
+    image: str, mask: str, out: str, *, root: str | None, model: str, tile: int
 ) -> dict[str, Any]:
     """Fill the holes of image files.
 
@@ -75,7 +75,7 @@ def inpaint_files(
         image: a file, a folder or a glob.
         mask: a file, a folder or a glob; see `plan_jobs`.
         out: file to write, or a folder for several images.
-        root: where models are searched.
+        root: where models are searched; None as for `load_model`.
         model: name of a model, as for `load_model`.
         tile: side of a tile in pixels, at least 64.
 
@@ -150,9 +150,9 @@ def plan_jobs(image: str, mask: str, out: str) -> Plan:
         outs = [target / f"{i.stem}.png" for i in images]
     else:
         outs = [target / f"{images[0].stem}.png" if target.is_dir() else target]
-        if outs[0].suffix.lower() not in _SAVE:
+        if outs[0].suffix.lower() not in SAVE:
             raise ConfigError(
-                f"cannot write {out!r}: name it with one of the extensions {', '.join(_SAVE)}."
+                f"cannot write {out!r}: name it with one of the extensions {', '.join(SAVE)}."
             )
     matched = [_mask_of(i, masks, mask) if _several(mask) else masks[0] for i in images]
     jobs = [Job(*each) for each in zip(images, matched, outs, strict=True)]
@@ -363,7 +363,7 @@ def _fill(
 def _save(image: Image.Image, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        image.save(out, icc_profile=image.info.get("icc_profile"), **_SAVE[out.suffix.lower()])
+        image.save(out, icc_profile=image.info.get("icc_profile"), **SAVE[out.suffix.lower()])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise PipelineError(f"cannot write {out}: {reason}. Choose another path.") from error

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -20,25 +22,35 @@ _LIMITS = Limits(MOST_PIXELS, option="the limit")
 _MAX_BYTES = 2_000_000_000  # of a file
 
 
+class TooLargeError(PipelineError):
+    """Image with more pixels or bytes than are allowed."""
+
+
 def read_file(path: Path) -> Image.Image:
     """Return the image in a file, decoded and upright."""
+    with explained(str(path)), opened(_bytes_of(path), _LIMITS) as image:
+        return upright_image(image)
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn every error of reading an image in the block into a sentence that names the image."""
     try:
-        with opened(_bytes_of(path), _LIMITS) as image:
-            return upright_image(image)
+        yield
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: check the path.") from None
+        raise ConfigError(f"{name} does not exist: check the path.") from None
     except OSError as error:
         reason = error.strerror or error
-        raise PipelineError(f"{path} cannot be read: {reason}. Check the path.") from None
+        raise PipelineError(f"{name} cannot be read: {reason}. Check the path.") from None
     except PhotoSizeError as error:
-        raise PipelineError(f"{path} is too large: {error}. Give a smaller image.") from None
+        raise TooLargeError(f"{name} is too large: {error}. Give a smaller image.") from None
     except PhotoError as error:
         raise PipelineError(
-            f"{path} cannot be decoded: {error}. Give an undamaged JPEG, PNG or WebP file."
+            f"{name} cannot be decoded: {error}. Give an undamaged JPEG, PNG or WebP file."
         ) from None
     except MemoryError:
         raise PipelineError(
-            f"{path} cannot be decoded: there is too little memory. Give a smaller image."
+            f"{name} cannot be decoded: there is too little memory. Give a smaller image."
         ) from None
 
 

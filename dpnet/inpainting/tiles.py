@@ -34,6 +34,9 @@ OVERLAP = 0.25  # share of a tile's side over which neighbours fade into each ot
 
 Box = tuple[slice, slice]  # rows, columns
 Report = Callable[[str], None]  # takes a sentence that people should read
+# Takes the number of finished tiles and of all tiles before each one, and at the end. What it
+# raises ends the work.
+Step = Callable[[int, int], None]
 
 
 def fill(
@@ -44,6 +47,7 @@ def fill(
     report: Report = lambda message: None,
     *,
     progress: bool = False,
+    step: Step = lambda done, total: None,
 ) -> Tensor:
     """Fill the holes of a batch of images.
 
@@ -59,6 +63,7 @@ def fill(
         tile: side in pixels, at least 64; rounded down to a multiple of 16.
         report: called with a sentence if a hole covers a whole tile.
         progress: show the tiles of large images on standard error.
+        step: called for each tile; a group of small images that run together counts as one.
 
     Returns:
         A new tensor with the shape, type and device of `images`.
@@ -83,9 +88,12 @@ def fill(
             area = hole_area(valid[some[0], 0], tile) if large else (slice(None), slice(None))
             part, known = images[some, :, *area], valid[some, :, *area]
             if max(known.shape[2:]) <= tile:
+                groups = -(-len(holed) // at_once)
+                step(start // at_once, groups)
                 raw = predict(generator, part, known)
+                step(start // at_once + 1, groups)
             else:
-                raw = _predict_large(generator, part, known, tile, report, progress)
+                raw = _predict_large(generator, part, known, tile, report, progress, step)
             filled[some, :, *area] = composite(part, known, raw)
     except torch.OutOfMemoryError as error:
         raise PipelineError(
@@ -197,7 +205,13 @@ def tile_boxes(height: int, width: int, tile: int) -> list[Box]:
 
 @torch.no_grad()
 def _predict_large(
-    generator: Generator, image: Tensor, valid: Tensor, tile: int, report: Report, progress: bool
+    generator: Generator,
+    image: Tensor,
+    valid: Tensor,
+    tile: int,
+    report: Report,
+    progress: bool,
+    step: Step,
 ) -> Tensor:
     """Return the raw prediction 1 3 H W of one image in tiles; it may be 0 outside the hole.
 
@@ -220,15 +234,19 @@ def _predict_large(
     # With one tile, or a normalization that tiles cannot share, there is nothing to gather.
     gather = len(boxes) > 1 and generator.config.normalization in ("dynamic", "region")
     sharing = shared_statistics(generator) if gather else nullcontext()
-    shown = Progress("inpaint", len(boxes) * (1 + gather), "tiles") if progress else nullcontext()
+    runs = len(boxes) * (1 + gather)
+    shown = Progress("inpaint", runs, "tiles") if progress else nullcontext()
     number = count(1)
+    step(0, runs)
     with sharing as statistics, shown as bar:
 
         def run(box: Box) -> Tensor:
             own = units._replace(smooth=units.smooth[..., *box])
             raw = predict(generator, image[..., *box], valid[..., *box], own)
+            done = next(number)
             if bar is not None:
-                bar.update(next(number))
+                bar.update(done)
+            step(done, runs)
             return raw
 
         if statistics is not None:

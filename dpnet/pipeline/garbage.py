@@ -34,6 +34,7 @@ from data_prep.core.paths import (
     manifest_key,
     parse_history_key,
     parse_record_key,
+    parse_vote_key,
 )
 from data_prep.core.storage.store import Entry
 
@@ -50,7 +51,7 @@ _DAY = 86_400.0  # seconds
 _STAGE = re.compile(
     rf"(?:(?:{RUNS}|{EVALUATIONS})/[^/]+"
     rf"|(?:{IMAGES}|{MASKS}|{RETRAINS})/[^/]+/[^/]+"
-    rf"|{REGISTRY}/[^/]+/(?!history/)[^/]+)(?=/.)"
+    rf"|{REGISTRY}/[^/]+/(?!history/|votes/)[^/]+)(?=/.)"
 )
 _STEP = re.compile(r"(step-(\d{8,})(?:\.\d+)?)/(?:checkpoint\.json|state\.pt|log\.jsonl)")
 _ALWAYS = rf"{re.escape(MANIFEST)}|{re.escape(LEASE)}|{re.escape(MARK)}"
@@ -475,6 +476,7 @@ def _is_known_elsewhere(key: str) -> bool:
         or _BESIDE.fullmatch(key)
         or parse_record_key(key)
         or parse_history_key(key)
+        or parse_vote_key(key)
     )
 
 

@@ -22,10 +22,12 @@ from pathlib import Path
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.network_disk import refuse_network_disk
+from data_prep.core.password_file import keep_password
 from data_prep.core.web_guard import REPORTS_PASSWORD, basic_auth
+from dpnet.serving.login import TOKEN as SERVE_TOKEN
 from dpnet.training.ray.start import RayStart
 from flows.local_server.mlflow_server import PASSWORD_VARIABLE as MLFLOW_PASSWORD
-from flows.local_server.password import PASSWORD, SERVER_PASSWORD, keep_password, users_own
+from flows.local_server.password import PASSWORD, SERVER_PASSWORD, users_own
 from flows.local_server.server import SETTINGS, server_command
 
 POOL = "dpnet"
@@ -229,6 +231,23 @@ def exporter(setup: LocalSetup, listener: socket.socket) -> Child:
     )
 
 
+def serve(setup: LocalSetup, listener: socket.socket) -> Child:
+    """Return the page and API that fill photos, which listen on `listener`."""
+    command = [sys.executable, "-m", "dpnet", "serve", "--root", setup.root]
+    command += ["--listener", str(listener.fileno())]
+    url = address(listener.getsockname()[1])
+    return Child(
+        "the page that fills photos",
+        setup.home / "serve.log",
+        command,
+        {**setup.clean_environ("MLFLOW_"), SERVE_TOKEN: setup.password.partition(":")[2]},
+        lambda: answers(f"{url}/livez"),
+        6.0,
+        (listener.fileno(),),
+        private=True,
+    )
+
+
 def worker(
     setup: LocalSetup,
     api_url: str,
@@ -236,6 +255,7 @@ def worker(
     reports_url: str,
     ray_url: str | None = None,
     ray: RayStart | None = None,
+    serve_url: str | None = None,
 ) -> Child:
     """Return a process worker on the pool `dpnet`, which it creates if it is missing.
 
@@ -246,6 +266,7 @@ def worker(
         reports_url: The address that serves the reports.
         ray_url: The address of this machine's Ray dashboard, or None without Ray.
         ray: The start of that Ray, with its token.
+        serve_url: The address of the page that fills photos, or None without it.
     """
     user, _, password = setup.password.partition(":")
     env = setup.clean_environ("MLFLOW_TRACKING_", *(["RAY_ADDRESS"] if ray_url else [])) | {
@@ -261,6 +282,7 @@ def worker(
         "DPNET_REPORTS_URL": reports_url,
         PASSWORD: setup.password,
         **({"RAY_API_SERVER_ADDRESS": ray_url} if ray_url else {}),
+        **({"DPNET_SERVE_URL": serve_url} if serve_url else {}),
     }
     if ray is not None:
         env.pop("RAY_AUTH_TOKEN", None)  # of another cluster

@@ -18,7 +18,8 @@ import socket
 import sys
 from collections.abc import Collection
 
-from flows.local_server.guard import Guard
+from data_prep.core.asgi_guard import Guard
+from data_prep.core.web_guard import has_password
 
 PASSWORD_VARIABLE = "DPNET_SERVER_PASSWORD"
 DATABASE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
@@ -73,7 +74,13 @@ def _serve(database: str, artifacts: str, listener: socket.socket, names: Collec
 
     initialize_backend_stores(database, database, _PROXIED)
     port = listener.getsockname()[1]
-    guarded = Guard(app, port, password=password, unguarded=["/health"], names=names)
+    guarded = Guard(
+        app,
+        port,
+        may_enter=lambda headers: has_password(headers, password),
+        unguarded=["/health"],
+        names=names,
+    )
     uvicorn.run(guarded, fd=listener.fileno(), log_level="warning", timeout_graceful_shutdown=2)
 
 

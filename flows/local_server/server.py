@@ -30,8 +30,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.core.errors import PipelineError, storage_error
+from data_prep.core.password_file import new_password
 from data_prep.core.private_files import UMASK, private_folder, private_opener
-from flows.local_server.password import SERVER_PASSWORD, new_password
+from flows.local_server.password import LOGIN, SERVER_PASSWORD
 from flows.local_server.server_log import explain_failure
 
 START_TIMEOUT_S = 120.0
@@ -169,12 +170,13 @@ def _serve(listener: int) -> None:
     import uvicorn
     from prefect.server.api.server import create_app
 
-    from flows.local_server.guard import Guard
+    from data_prep.core.asgi_guard import Guard
+    from flows.local_server.login_page import LOGIN_PAGE
 
     with socket.socket(fileno=os.dup(listener)) as own:
         port = own.getsockname()[1]
     uvicorn.run(
-        Guard(create_app(), port, login_page=True),
+        Guard(create_app(), port, pages={LOGIN: LOGIN_PAGE}),
         fd=listener,
         log_level="error",
         timeout_graceful_shutdown=3,  # an open page of the UI would keep the server running

@@ -57,6 +57,7 @@ from flows.local_server.up import (
 START_TIMEOUT_S = 180.0  # a busy machine is slow
 POLL_S = 0.3
 STABLE_S = 60.0  # a child that has run for so long has started well
+SERVE_PORT = 8400  # tried first, as `dpnet serve` does
 MAX_DEATHS = 5  # in a row, each before STABLE_S
 
 log = logging.getLogger("flows.local_server.supervisor")  # __name__ is "__main__" here
@@ -189,9 +190,16 @@ def supervise(arguments: SupervisorArguments) -> None:
         exporter_listener = stack.enter_context(free_listener(9808))
         reports_url = children.address(exporter_listener.getsockname()[1])
         supervisor.start(children.exporter(setup, exporter_listener))
+        serve_url = None
+        if arguments.serve:
+            serve_listener = stack.enter_context(free_listener(SERVE_PORT))
+            serve_url = children.address(serve_listener.getsockname()[1])
+            supervisor.start(children.serve(setup, serve_listener))
         supervisor.wait_until_ready()
         mark_database_created(home)
-        supervisor.start(children.worker(setup, api_url, mlflow_url, reports_url, ray_url, ray))
+        supervisor.start(
+            children.worker(setup, api_url, mlflow_url, reports_url, ray_url, ray, serve_url)
+        )
         supervisor.wait_until_ready()
         metrics_url = f"{reports_url}/metrics"
         running = Running(
@@ -203,6 +211,7 @@ def supervise(arguments: SupervisorArguments) -> None:
             metrics_url,
             ray_url,
             str(ray.token_file) if ray is not None else None,
+            serve_url,
         )
         _write_json(home / STATE, running.to_json())
         _answer({"ready": running.to_json()})

@@ -53,6 +53,7 @@ class Running:
     metrics_url: str
     ray_url: str | None
     ray_token: str | None = None  # the file of the token that Ray asks for
+    serve_url: str | None = None  # the page that fills photos
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
@@ -68,6 +69,7 @@ class SupervisorArguments:
     port: int | None
     ray: bool
     pid: int  # of the command
+    serve: bool = False
 
 
 def find_running(root: str) -> Running | None:
@@ -80,7 +82,7 @@ def find_running(root: str) -> Running | None:
     except (OSError, ValueError, TypeError):  # it is starting or stopping
         return None
     urls = [running.api_url, running.ui_url, running.mlflow_url, running.metrics_url]
-    urls += [running.ray_url or ""]
+    urls += [running.ray_url or "", running.serve_url or ""]
     paths = [running.root, running.ray_token or ""]
     damaged = not all(isinstance(each, str) for each in [*urls, *paths])
     damaged = damaged or not all(url.isprintable() for url in urls)
@@ -122,7 +124,14 @@ def home_of(store: Store) -> Path:
     return database_cache() / f"{UP}-{hashlib.sha256(store.uri.encode()).hexdigest()[:12]}"
 
 
-def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], None]) -> Running:
+def up(
+    store: Store,
+    port: int | None,
+    ray: bool,
+    announce: Callable[[Running], None],
+    *,
+    serve: bool = False,
+) -> Running:
     """Run everything until Ctrl-C, or return the `dpnet up` that already runs.
 
     Args:
@@ -130,6 +139,7 @@ def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], 
         port: The port of Prefect's UI, 1 to 65535; None for 4200 or else any free port.
         ray: Start a Ray cluster on this machine.
         announce: Called once everything is ready.
+        serve: Start the page that fills photos.
 
     Raises:
         PipelineError: A process does not start, or keeps dying.
@@ -141,10 +151,11 @@ def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], 
     deadline = time.monotonic() + _WAIT_S
     while time.monotonic() < deadline:
         if found := find_running(root):
-            _check_same_options(found, port, ray)
+            _check_same_options(found, port, ray, serve)
             return found
         if _is_unlocked(home):
-            _run_supervisor(SupervisorArguments(root, str(home), port, ray, os.getpid()), announce)
+            arguments = SupervisorArguments(root, str(home), port, ray, os.getpid(), serve)
+            _run_supervisor(arguments, announce)
         if not waiting:
             waiting = True
             log.info("another `dpnet up` of this root is starting or stopping: waiting for it")
@@ -155,11 +166,15 @@ def up(store: Store, port: int | None, ray: bool, announce: Callable[[Running], 
     )
 
 
-def _check_same_options(found: Running, port: int | None, ray: bool) -> None:
+def _check_same_options(found: Running, port: int | None, ray: bool, serve: bool) -> None:
     other = f"`dpnet up` is already running (process {found.pid})"
     remedy = "Stop it and start it again with this option."
     if ray and found.ray_url is None:
         raise PipelineError(f"--ray cannot be used: {other} without Ray. {remedy}")
+    if serve and found.serve_url is None:
+        raise PipelineError(
+            f"--serve cannot be used: {other} without the page that fills photos. {remedy}"
+        )
     if port is not None and not found.ui_url.endswith(f":{port}"):
         raise PipelineError(f"--port {port} cannot be used: {other} at {found.ui_url}. {remedy}")
 

@@ -28,8 +28,14 @@ from postgres_server import postgres
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 OVERLAY = "local"
-PORTS = {"prefect-server": "4200", "mlflow": "5000", "exporter": "9808"}  # in the cluster
+PORTS = {
+    "prefect-server": "4200",
+    "mlflow": "5000",
+    "exporter": "9808",
+    "serve": "8400",
+}  # in the cluster
 PASSWORD = "dpnet:a-long-password"
+SERVE = f"{PASSWORD}-or-token"
 OWN = re.compile(r"^(PREFECT_|MLFLOW_|DPNET_|AWS_|RAY_)")
 
 
@@ -56,6 +62,7 @@ class Servers:
                 "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg://{at}/mlflow",
             },
             "dpnet-exporter": {"DPNET_REPORTS_PASSWORD": PASSWORD},
+            "dpnet-serve": {"DPNET_SERVE_TOKEN": SERVE.partition(":")[2]},
             "dpnet-storage": {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"},
         }
 
@@ -225,6 +232,20 @@ def test_the_exporter_answers_its_probes_without_and_its_metrics_with_the_passwo
     assert probes(servers, "exporter", container) == {200}
     assert servers.status("exporter", "/metrics") == 401
     assert servers.status("exporter", "/metrics", PASSWORD) == 200
+
+
+def test_the_page_that_fills_photos_lives_without_a_champion_and_needs_the_token(
+    servers: Servers,
+) -> None:
+    container = servers.serve("serve")
+    assert servers.status("serve", container["livenessProbe"]["httpGet"]["path"]) == 200
+    assert servers.status("serve", container["startupProbe"]["httpGet"]["path"]) == 200
+    assert servers.status("serve", container["readinessProbe"]["httpGet"]["path"]) == 503
+    assert servers.status("serve", "/api/models") == 401
+    port = servers.ports["serve"]
+    for host in ("serve.dpnet.svc:8400", f"10.0.0.7:{port}", f"localhost:{port}"):
+        assert servers.status("serve", "/api/models", SERVE, host) == 200, host
+    assert servers.status("serve", "/api/models", SERVE, "rebound.example.com:8400") == 403
 
 
 def test_no_server_shows_a_password_in_its_log_or_its_command(servers: Servers) -> None:

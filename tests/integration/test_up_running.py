@@ -334,12 +334,14 @@ def test_a_second_up_prints_the_same_addresses_and_ends(up: Platform) -> None:
         "attached": True,
         **up.running.to_json(),
         "login_url": up.login_url,
+        "serve_login_url": None,
     }
     assert find_running(str(up.root)) == up.running
 
 
 def test_a_second_up_with_other_options_is_refused(up: Platform) -> None:
     assert "without Ray. Stop it" in refused(up.root, "--ray")
+    assert "without the page that fills photos. Stop it" in refused(up.root, "--serve")
     assert f"at {up.running.ui_url}. Stop it" in refused(up.root, f"--port={free_port()}")
 
 
@@ -401,6 +403,29 @@ def test_a_killed_up_leaves_no_process_behind(up: Platform, tmp_path: Path) -> N
     os.kill(up.process.pid, signal.SIGKILL)
     wait_until(lambda: not [pid for pid in processes if alive(pid)], "processes remain", 45)
     assert find_running(str(up.root)) is None
+
+
+def test_the_page_that_fills_photos_is_one_of_the_servers(tmp_path: Path) -> None:
+    small_root.champion(LocalStore(tmp_path / "root"))
+    with started(tmp_path / "root", "--serve") as up:
+        url = str(up.running.serve_url)
+        token = up.password.partition(":")[2]
+        assert up.serve_login_url == f"{url}/login#{token}"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            ask(f"{url}/api/models")
+        bearer = {"Authorization": f"Bearer {token}"}
+        assert ask(f"{url}/api/models", **bearer)["models"][0]["id"] == "dpnet@1"
+        assert ask(f"{url}/api/models", up.password)["default"] == "champion"
+        assert interfaces(family(up.process.pid)) == {"127.0.0.1"}
+        killed = up.child("dpnet serve")
+        assert token.encode() not in Path(f"/proc/{killed}/cmdline").read_bytes()
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: not alive(killed), "the server does not die")
+        wait_until(lambda: answers(f"{url}/livez"), "the server is not restarted", 180)
+        worker = up.child("worker start")
+        assert f"DPNET_SERVE_URL={url}".encode() in Path(f"/proc/{worker}/environ").read_bytes()
+        for log in (up.root / "up").glob("*.log"):
+            assert token not in log.read_text(), log.name
 
 
 def test_ctrl_c_stops_everything_and_keeps_the_database(tmp_path: Path) -> None:

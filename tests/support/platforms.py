@@ -43,6 +43,7 @@ class Platform:
     root: Path
     password: str  # user:password of all its servers
     login_url: str  # the address that logs a browser in
+    serve_login_url: str | None = None  # the same for the page that fills photos
 
     @property
     def home(self) -> Path:
@@ -210,11 +211,11 @@ def platform(root: Path, *options: str, **more: str) -> Iterator[Platform]:
         wait_until(ready, f"`dpnet up` does not start: {out}", 300)
         answer = json.loads(out.read_text().strip().splitlines()[-1])
         assert (answer.pop("ok"), answer.pop("attached")) == (True, False)
-        login = answer.pop("login_url")
+        login, serve_login = answer.pop("login_url"), answer.pop("serve_login_url")
         running = Running(**answer)
         kept = unquote(login.removeprefix(f"{running.ui_url}/login#"))
         password = more.get("PREFECT_API_AUTH_STRING") or kept
-        yield Platform(process, running, out, root, password, login)
+        yield Platform(process, running, out, root, password, login, serve_login)
     finally:
         if process.poll() is None:
             process.terminate()

@@ -175,15 +175,30 @@ def evaluation_of(
 
 def champion(store: LocalStore) -> StageRef:
     """Register a run with a real, untrained generator as version 1 and champion of `dpnet`."""
+    return _registered(store, 0, "always")
+
+
+def another_version(store: LocalStore, seed: int) -> StageRef:
+    """Register a run with another real, untrained generator as the next version, a challenger."""
+    return _registered(store, seed, "never")
+
+
+def two_versions(store: LocalStore) -> None:
+    """Register version 1 as champion and version 2 as challenger of `dpnet`."""
+    champion(store)
+    another_version(store, 1)
+
+
+def _registered(store: LocalStore, seed: int, promote: str) -> StageRef:
     from dpnet.registry.settings import RegisterSettings
     from dpnet.registry.stage import register
 
     nothing = commit(store, "images", "images/x", {"a": b"a"})
-    run = trained(store, images=nothing, masks=nothing)
-    summary = {"hole_psnr": 20.0, "pairs_digest": "p" * 64, "figures": {}}
+    run = trained(store, seed=seed, images=nothing, masks=nothing)
+    summary = {"hole_psnr": 20.0 + seed, "pairs_digest": "p" * 64, "figures": {}}
     files = {"report.json": b"{}"}
     evaluation = commit(
         store, "evaluate", "evaluations", files, inputs={"run": run}, summary=summary
     )
-    register(RegisterSettings(promote="always"), run, evaluation, store)
+    register(RegisterSettings.model_validate({"promote": promote}), run, evaluation, store)
     return run

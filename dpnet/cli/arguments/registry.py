@@ -25,7 +25,8 @@ def add_registry(parsers: Parsers) -> None:
         "history",
         "show who was champion from when to when, why, and from which photos",
         "dpnet registry history --root ./dpnet-demo",
-        "`dpnet verify` checks that no record of the history was altered.",
+        "`dpnet verify` checks that no record of the history was altered. The votes that people"
+        " gave in the page of `dpnet serve` follow; they change no champion.",
     )
     example = 'dpnet registry promote 2 --why "sharper edges" --root ./dpnet-demo'
     promote = _add(group, "promote", "make a version the champion", example)

@@ -1,8 +1,18 @@
-"""Options of the commands for Prefect's server: deploy, up."""
+"""Options of the commands for servers: deploy, up, serve."""
 
 from __future__ import annotations
 
-from dpnet.cli.arguments.options import Parsers, add_command, add_root, add_set, port
+import argparse
+
+from dpnet.cli.arguments.options import (
+    Parsers,
+    add_command,
+    add_root,
+    add_set,
+    port,
+    positive,
+    whole,
+)
 
 
 def add_deploy(parsers: Parsers) -> None:
@@ -45,8 +55,8 @@ def add_up(parsers: Parsers) -> None:
     )
     parser.set_defaults(
         stopped="stopped everything that `dpnet up` had started: Prefect, its worker with the runs"
-        " in it, MLflow, the exporter and, with --ray, Ray. Nothing stored is lost. The same"
-        " command starts them again, and Retry in Prefect's UI resumes a run."
+        " in it, MLflow, the exporter and, if asked for, Ray and the page. Nothing stored is lost."
+        " The same command starts them again, and Retry in Prefect's UI resumes a run."
     )
     add_root(parser, "folder or s3:// URI where everything is stored")
     parser.add_argument(
@@ -65,3 +75,60 @@ def add_up(parsers: Parsers) -> None:
     parser.add_argument(
         "--ray", action="store_true", help="also start a Ray cluster of this machine, for ray-job"
     )
+    parser.add_argument(
+        "--serve", action="store_true", help="also start the page of `dpnet serve`, to try models"
+    )
+
+
+def add_serve(parsers: Parsers) -> None:
+    """Add `dpnet serve`."""
+    parser = add_command(
+        parsers,
+        "serve",
+        "serve.serve",
+        "serve a page and an HTTP API that fill photos, until Ctrl-C",
+        "dpnet serve --root ./dpnet-demo",
+        "Open the printed address in a browser, paint a hole over a photo, and see it filled. The"
+        " champion answers, and the next one after a promotion, without a restart. The server"
+        " listens on 127.0.0.1 only, unless --host says otherwise; then every request needs the"
+        " token, which the printed address has. /docs lists the API.",
+    )
+    parser.set_defaults(stopped="stopped serving. The same command starts it again.")
+    add_root(parser, "where models are searched and votes are kept")
+    parser.add_argument(
+        "--model",
+        default="",
+        help="folder of a run or of an exported model, models:/NAME@champion or"
+        " models:/NAME/VERSION (default: the root's champion)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; for other machines 0.0.0.0 (default: 127.0.0.1)",
+    )
+    parser.add_argument(
+        "--port", type=port, metavar="N", help="port (default: 8400, else any free port)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=whole, metavar="N", help="most bytes of an upload (default: 10^8)"
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=whole,
+        metavar="N",
+        help="most pixels of a photo (default: 4 * 10^7); more pixels need more memory",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=positive,
+        metavar="S",
+        help="longest time of filling one photo, in seconds (default: 600)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=whole,
+        metavar="N",
+        help="most requests at the same time; further ones are asked to wait (default: 32)",
+    )
+    # `dpnet up` opens the socket itself, so that no other program can take its port.
+    parser.add_argument("--listener", type=int, metavar="FD", help=argparse.SUPPRESS)

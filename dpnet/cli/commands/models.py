@@ -19,7 +19,7 @@ def inpaint(args: Namespace) -> Outcome:
         args.image,
         args.mask,
         args.out,
-        root=root_to_read(args),
+        root=args.root or None,
         model=args.model,
         tile=TILE if args.tile is None else args.tile,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from data_prep.core.digest import SHORT
@@ -11,7 +12,7 @@ from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.core.text import aligned_table, count_of, joined
 from dpnet.cli.commands.roots import Outcome, announced, root_to_read
-from dpnet.registry import overview
+from dpnet.registry import overview, votes
 
 
 def list_versions(args: Namespace) -> Outcome:
@@ -50,7 +51,7 @@ def show(args: Namespace) -> Outcome:
 
 
 def history(args: Namespace) -> Outcome:
-    """Show who was champion from when to when, and why."""
+    """Show who was champion from when to when, and why, and how people voted on the versions."""
     store, model = _opened(args)
     found = overview.spans(store, model)
     lines = []
@@ -60,10 +61,26 @@ def history(args: Namespace) -> Outcome:
             f"  why     {each['why']}",
             *(f"  {line}" for line in _origin(each["made_from"])),
         ]
+    if not found:
+        lines.append(f"{model} has had no champion yet.")
+    given = votes.read_votes(store, model)
+    lines += [_vote_line(each) for each in given]
     notes = [note for note in [overview.unfinished(store, model)] if note]
-    text = joined([*lines, *notes]) if found else f"{model} has had no champion yet."
-    result = {"ok": True, "root": store.uri, "model": model, "history": found, "notes": notes}
-    return result, text
+    result = {
+        "ok": True,
+        "root": store.uri,
+        "model": model,
+        "history": found,
+        "votes": [asdict(each) for each in given],
+        "notes": notes,
+    }
+    return result, joined([*lines, *notes])
+
+
+def _vote_line(vote: votes.Vote) -> str:
+    blind = ", without knowing which was which" if vote.blind else ""
+    why = f": {vote.reason}" if vote.reason else ""
+    return f"vote for version {vote.winner} over {vote.loser}{blind}  {vote.at}, by {vote.by}{why}"
 
 
 def promote(args: Namespace) -> Outcome:

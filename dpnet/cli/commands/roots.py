@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from data_prep.core.errors import StorageError, storage_error
-from data_prep.core.paths import DEMO_ROOT
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
+from dpnet.model_store.find_model import the_root
 
 Outcome = tuple[dict[str, Any], str]  # what a command returns: JSON values with "ok", and a text
 
 
 def root_to_read(args: Namespace) -> str:
     """Return --root, else DPNET_ROOT, else the demo's root."""
-    return str(args.root or os.environ.get("DPNET_ROOT") or DEMO_ROOT)
+    return the_root(args.root)
 
 
 def check_root(store: Store) -> None:
@@ -59,7 +59,8 @@ def use_server_of_up(root: str) -> None:
 
 def use_password_of_up(root: str) -> None:
     """Set the password of the root's `dpnet up`, if its server is configured without one."""
-    from flows.local_server.password import PASSWORD, stored_password
+    from data_prep.core.password_file import stored_password
+    from flows.local_server.password import PASSWORD
     from flows.local_server.up import find_running, home_of
 
     url = os.environ.get("PREFECT_API_URL")
@@ -79,7 +80,8 @@ def use_mlflow_of_up(root: str) -> None:
 
     MLflow's webhooks fire only for what its server is asked, not for changes in its database.
     """
-    from flows.local_server.password import PASSWORD, stored_password
+    from data_prep.core.password_file import stored_password
+    from flows.local_server.password import PASSWORD
     from flows.local_server.up import find_running, home_of
 
     if "MLFLOW_TRACKING_URI" in os.environ or (up := find_running(root)) is None:

@@ -51,7 +51,7 @@ def deploy(args: Namespace) -> Outcome:
 def up(args: Namespace) -> Outcome:
     """Start a local Prefect server, a worker and MLflow, and wait for Ctrl-C."""
     from flows.local_server.children import DATABASE, LocalSetup, check_secrets
-    from flows.local_server.password import login_url
+    from flows.local_server.password import login_url, serve_login_url
     from flows.local_server.up import Running, home_of
     from flows.local_server.up import up as run_up
 
@@ -63,7 +63,11 @@ def up(args: Namespace) -> Outcome:
     check_root(store)
 
     def shown(running: Running) -> dict[str, Any]:
-        return {**running.to_json(), "login_url": login_url(running.ui_url, home, os.environ)}
+        return {
+            **running.to_json(),
+            "login_url": login_url(running.ui_url, home, os.environ),
+            "serve_login_url": serve_login_url(running.serve_url, home, os.environ),
+        }
 
     def announce(running: Running) -> None:
         found = shown(running)
@@ -72,7 +76,7 @@ def up(args: Namespace) -> Outcome:
             json.dumps({"ok": True, "attached": False, **found}) if args.json else text, flush=True
         )
 
-    running = run_up(store, args.port, args.ray, announce)
+    running = run_up(store, args.port, args.ray, announce, serve=args.serve)
     found = shown(running)
     text = f"{_addresses(found, home)}\n\nIt is already running: process {running.pid}."
     return {"ok": True, "attached": True, **found}, text
@@ -85,10 +89,11 @@ def _addresses(running: dict[str, Any], home: Path) -> str:
         running: The values that `--json` prints.
         home: The folder of `dpnet up`.
     """
-    from flows.local_server.password import PASSWORD, USER, password_file
+    from data_prep.core.password_file import USER, password_file
+    from flows.local_server.password import PASSWORD
 
-    rows = {"Prefect": "login_url", "MLflow": "mlflow_url", "Ray": "ray_url"}
-    rows |= {"  token": "ray_token"}
+    rows = {"Prefect": "login_url", "try it": "serve_login_url", "MLflow": "mlflow_url"}
+    rows |= {"Ray": "ray_url", "  token": "ray_token"}
     rows |= {"metrics": "metrics_url", "root": "root"}
     lines = [f"{name:<9}{running[key]}" for name, key in rows.items() if running[key]]
     export = [f"export PREFECT_API_URL={running['api_url']}"]
@@ -97,8 +102,14 @@ def _addresses(running: dict[str, Any], home: Path) -> str:
     else:
         file = shlex.quote(str(password_file(home)))
         log_in = (
-            "Prefect's address logs your browser in: do not give it to others. MLflow and the"
+            f"{_logs_in(running)}: do not give it to others. MLflow and the"
             f"\nmetrics ask for the user {USER} and the password in {file}"
         )
         export.append(f'export {PASSWORD}="{USER}:$(cat {file})"')
     return "\n".join([*lines, "", log_in, "", "In other shells:", *(f"  {e}" for e in export)])
+
+
+def _logs_in(running: dict[str, Any]) -> str:
+    if running["serve_login_url"]:
+        return "The addresses of Prefect and `try it` log your browser in"
+    return "Prefect's address logs your browser in"

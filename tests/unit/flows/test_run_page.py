@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from data_prep.core.logs import has_started
+from data_prep.core.manifest import StageRef
 from data_prep.core.progress import Moment
 from data_prep.core.storage.local import LocalStore
 from dpnet.pipeline.config import load_config
 from flows import flow_run
-from flows.run_page import RunPage, progress_line, training_text
+from flows.run_page import RunPage, links, progress_line, training_text
 
 
 @pytest.fixture
@@ -99,3 +100,16 @@ def test_where_training_runs_is_shown_with_links_and_without_passwords() -> None
         "* The RayJob a/b-1 died (\\*Killed\\*).\n"
         "* Ray dashboard: [http://head:8265](http://head:8265)"
     )
+
+
+def test_a_run_with_a_version_links_the_page_that_fills_photos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, store = load_config("demo"), LocalStore(tmp_path)
+    folder = "registry/dpnet/0123456789ab"
+    registered = StageRef("register", "dpnet", folder, "r" * 64, "c" * 64, 0.1, False)
+    monkeypatch.delenv("DPNET_SERVE_URL", raising=False)
+    assert links(config, store, [registered]) == {}
+    monkeypatch.setenv("DPNET_SERVE_URL", "http://127.0.0.1:8400")
+    assert links(config, store, [registered]) == {"try it": "http://127.0.0.1:8400"}
+    assert links(config, store, []) == {}

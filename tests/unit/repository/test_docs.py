@@ -21,6 +21,7 @@ from dpnet.cli.parser import build_parser
 from dpnet.evaluation.protocol import PROTOCOL_VERSION
 from dpnet.model_store import history, weights
 from dpnet.pipeline.config import load_config, load_settings
+from dpnet.registry import votes
 from dpnet.training import checkpoints
 from flows.deployments import DeploySettings
 
@@ -230,6 +231,7 @@ def test_the_change_log_has_the_format_numbers_of_the_code() -> None:
         "checkpoint": checkpoints.FORMAT,
         "weights": weights.FORMAT,
         "record of the history": history.FORMAT,
+        "vote": votes.FORMAT,
     }
     table = (REPOSITORY / "CHANGELOG.md").read_text("utf-8").split("## Format numbers")[1]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]

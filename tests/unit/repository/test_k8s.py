@@ -114,6 +114,38 @@ def test_the_queue_of_kueue_can_be_added(tmp_path: Path) -> None:
     assert {each["kind"] for each in queue} <= {each["kind"] for each in made}
 
 
+@pytest.mark.parametrize("overlay", ["gpu", "spot"])
+def test_the_page_that_fills_photos_can_have_a_gpu_and_scale_on_its_queue(
+    overlay: str, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s/overlays" / overlay / "kustomization.yaml"
+    text = file.read_text("utf-8")
+    for name in ("serve-gpu", "serve-queue"):
+        assert f"# - ../../components/{name}" in text
+        text = text.replace(f"# - ../../components/{name}", f"- ../../components/{name}")
+    file.write_text(text)
+    made = list(yaml.safe_load_all(kustomize(file.parent)))
+    (deployment, scaler) = (
+        next(m for m in made if (m["kind"], m["metadata"]["name"]) == (kind, "serve"))
+        for kind in ("Deployment", "HorizontalPodAutoscaler")
+    )
+    for manifest in (deployment, scaler):
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    spec = deployment["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["image"] == f"registry.example.com/dpnet:{VERSION}-cuda"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert spec["nodeSelector"] == {"dpnet/pool": "gpu"}
+    assert {each["key"] for each in spec["tolerations"]} == {"nvidia.com/gpu"}
+    (metric,) = scaler["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] == "dpnet_serve_queue"
+    code = (REPOSITORY / "dpnet/serving/metrics.py").read_text("utf-8")
+    assert '"dpnet_serve_queue"' in code
+
+
 # Restricted.
 
 
@@ -289,7 +321,11 @@ def test_every_server_has_probes_and_a_disruption_budget_that_lets_a_node_be_dra
         labels = manifest["spec"]["template"]["metadata"]["labels"]
         own = [each["spec"] for each in budgets if selects(each["spec"]["selector"], labels)]
         assert len(own) == 1, name_of(manifest)
-        replicas = manifest["spec"]["replicas"]
+        scaled = [each["spec"] for each in of_kind(overlay, "HorizontalPodAutoscaler")]
+        minimum = {each["scaleTargetRef"]["name"]: each["minReplicas"] for each in scaled}
+        name = manifest["metadata"]["name"]
+        assert ("replicas" in manifest["spec"]) == (name not in minimum), name
+        replicas = manifest["spec"].get("replicas") or minimum[name]
         assert own[0].get("minAvailable", replicas - 1) < replicas, name_of(manifest)
     assert len(budgets) == len(of_kind(overlay, "Deployment", "StatefulSet"))
 
@@ -399,7 +435,7 @@ def test_the_network_policies_allow_the_connections_that_are_needed_and_no_other
     overlay: str,
 ) -> None:
     pods = labels_of(overlay)
-    ports = (22, 443, 4200, 5000, 5432, 6379, 8080, 8265, 9808, 10001)
+    ports = (22, 443, 4200, 5000, 5432, 6379, 8080, 8265, 8400, 9808, 10001)
     found = {
         (start, end, port)
         for start in pods
@@ -424,12 +460,18 @@ def test_each_server_admits_only_its_clients_whatever_others_may_send(overlay: s
     pods = labels_of(overlay)
     admitted = {
         end: {start for start in pods if admits(overlay, pods[end], pods[start], port)}
-        for end, port in (("postgres", 5432), ("prefect-server", 4200), ("exporter", 9808))
+        for end, port in (
+            ("postgres", 5432),
+            ("prefect-server", 4200),
+            ("exporter", 9808),
+            ("serve", 8400),
+        )
     }
     assert admitted == {
         "postgres": {"prefect-server", "prefect-migrate", "mlflow", "mlflow-upgrade"},
         "prefect-server": {"flow-run", "prefect-worker", "dpnet-deploy"},
         "exporter": set(),  # Prometheus is in another namespace
+        "serve": set(),  # and so is a gateway
     }
 
 

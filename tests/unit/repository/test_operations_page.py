@@ -24,6 +24,7 @@ MARK = "# needs a cluster"
 ELSEWHERE = {
     "dpnet up": "tests/integration/test_up_running.py",
     "dpnet deploy": "tests/e2e/test_ui.py",
+    "dpnet serve": "tests/integration/test_serve.py",
     "prefect worker start": "tests/e2e/test_ui.py",
     "python -m dpnet.exporter": "tests/unit/dpnet/pipeline/test_exporter.py",
     "export ": "",

@@ -15,6 +15,7 @@ PACKAGES = ("data_prep", "dpnet", "flows")
 PRINTING = {
     "dpnet/cli/main.py": {"main", "_print"},
     "dpnet/cli/commands/servers.py": {"announce"},
+    "dpnet/cli/commands/serve.py": {"announce"},
     "dpnet/pipeline/exporter.py": {"main"},
     "dpnet/training/ray/job_driver.py": {"main"},
     "flows/local_server/mlflow_server.py": {"main"},

@@ -196,6 +196,10 @@ MISUSED = {
         "photos/00.png photos/00.png -o out.png --tile 1",
         "photos/00.png photos/00.png -o out.png --model none",
     ],
+    "serve": [
+        "--model none", "--model models:/none/1", "--port 0", "--max-pixels 0",
+        "--host none.invalid",
+    ],
     "model describe": ["--preset x", "--size 1", "--set x=1"],
     "export": ["none -o out", "models:/none/1 -o out", "-o photos"],
     "registry list": ["", "--model none --root registered"],

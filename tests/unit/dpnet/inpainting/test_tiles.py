@@ -262,3 +262,34 @@ def test_the_tiles_are_counted_on_standard_error_if_progress_is_on(generator, ca
     assert capsys.readouterr().err == ""
     fill(generator, images, valid, tile=64, progress=True)
     assert "10/10 tiles" in capsys.readouterr().err
+
+
+def test_each_tile_and_each_group_of_small_images_is_a_step(generator):
+    steps = []
+
+    def step(done, total):
+        steps.append((done, total))
+
+    valid = holed(1, 64, 160, (slice(8, 60), slice(8, 150)))
+    fill(generator, noise(1, 3, 64, 160), valid, 64, step=step)
+    runs = steps[-1][1]
+    assert steps == [(n, runs) for n in range(runs + 1)]
+    assert runs > 4
+    steps.clear()
+    fill(generator, noise(3, 3, 64, 64), holed(3, 64, 64, BOX), 64, step=step)
+    assert steps == [(0, 3), (1, 3), (1, 3), (2, 3), (2, 3), (3, 3)]
+
+
+def test_what_a_step_raises_ends_the_work_before_the_next_tile(generator, seen):
+    class Enough(Exception):
+        pass
+
+    def step(done, total):
+        if done == 2:
+            raise Enough
+
+    valid = holed(1, 64, 160, (slice(8, 60), slice(8, 150)))
+    with pytest.raises(Enough):
+        fill(generator, noise(1, 3, 64, 160), valid, 64, step=step)
+    assert len(seen) == 2
+    assert torch.isfinite(fill(generator, noise(1, 3, 64, 64), holed(1, 64, 64, BOX)).float()).all()

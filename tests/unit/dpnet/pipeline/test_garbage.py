@@ -175,6 +175,19 @@ def rename_times(store: LocalStore, refs: Mapping[str, StageRef]) -> None:
 # What is garbage.
 
 
+def test_a_vote_is_known_and_never_garbage(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    small_root.champion(store)
+    key = "registry/dpnet/votes/20260131T120000Z-0123abcd.json"
+    store.write(key, b"{}")
+    store.write("registry/dpnet/votes/other.txt", b"")
+    result = collect_garbage(store, delete=True)
+    assert store.exists(key)
+    assert "registry/dpnet/votes/other.txt" in result.findings.unknown
+    assert key not in result.findings.unknown
+    assert not found(result).get(UNFINISHED)
+
+
 def test_each_kind_of_garbage_is_found_and_nothing_else(
     whole: dict[str, StageRef], store: LocalStore
 ) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.core.errors import ConfigError
-from flows.local_server.children import with_password
-from flows.local_server.password import (
+from data_prep.core.password_file import (
     keep_password,
-    login_url,
     new_password,
     password_file,
     stored_password,
 )
+from flows.local_server.children import with_password
+from flows.local_server.password import login_url
 
 
 def test_a_password_is_made_once_and_only_the_user_may_read_it(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.core.errors import ConfigError, PipelineError
+from data_prep.core.password_file import keep_password
 from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from dpnet.cli import main as cli
@@ -22,6 +23,7 @@ from dpnet.pipeline.demo import MARKER, claim_root, clear_root
 from dpnet.training.ray.start import RayStart
 from flows.local_server import children, process_tree
 from flows.local_server.children import Child, LocalSetup
+from flows.local_server.password import serve_login_url
 from flows.local_server.server_log import explain_failure, public_database
 from flows.local_server.supervisor import MAX_DEATHS, STABLE_S, Supervised, Supervisor
 from flows.local_server.up import (
@@ -30,6 +32,7 @@ from flows.local_server.up import (
     free_port,
     home_of,
     listen,
+    up,
     wait_for_running,
 )
 
@@ -105,18 +108,25 @@ def test_each_process_gets_only_the_secrets_that_it_needs_and_none_as_an_argumen
     with listen(None) as listener:
         mlflow = children.mlflow(setup, tmp_path / "mlflow.db", "file:///a", listener)
         exporter = children.exporter(setup, listener)
+        serve = children.serve(setup, listener)
     start = RayStart(tmp_path)
     start.token_file.write_text("ray-secret")
     ray = children.ray_head(setup, 1, 2, start)
     assert ray.env.items() >= start.credentials.items()
     holders: dict[str, list[str]] = {"secret1": [], "hunter2": [], "ray-secret": []}
-    for child in (server, worker, mlflow, exporter, ray):
+    for child in (server, worker, mlflow, exporter, serve, ray):
         for secret, names in holders.items():
             assert not any(secret in word for word in child.command)
             if any(secret in value for value in child.env.values()):
                 names.append(child.name)
     assert holders == {
-        "secret1": ["Prefect's server", "the worker", "MLflow", "the exporter"],
+        "secret1": [
+            "Prefect's server",
+            "the worker",
+            "MLflow",
+            "the exporter",
+            "the page that fills photos",
+        ],
         "hunter2": ["Prefect's server"],
         "ray-secret": [],  # only in its file
     }
@@ -137,12 +147,52 @@ def test_no_port_is_chosen_before_it_is_opened(setup: LocalSetup, tmp_path: Path
             children.server(setup, listener),
             children.mlflow(setup, tmp_path / "mlflow.db", "file:///a", listener),
             children.exporter(setup, listener),
+            children.serve(setup, listener),
         )
         for child in started:
             assert child.inherited_fds == (listener.fileno(),)
             assert str(listener.fileno()) in child.command
             assert not any(str(listener.getsockname()[1]) in word for word in child.command)
             assert child.private
+
+
+def test_flow_runs_know_the_page_that_fills_photos_if_it_runs(setup: LocalSetup) -> None:
+    without = children.worker(setup, "http://x/api", "http://y", "http://z")
+    assert "DPNET_SERVE_URL" not in without.env
+    worker = children.worker(
+        setup, "http://x/api", "http://y", "http://z", serve_url="http://127.0.0.1:8400"
+    )
+    assert worker.env["DPNET_SERVE_URL"] == "http://127.0.0.1:8400"
+
+
+def test_the_page_that_fills_photos_has_the_password_as_its_token(
+    setup: LocalSetup, tmp_path: Path
+) -> None:
+    with listen(None) as listener:
+        child = children.serve(setup, listener)
+    assert child.env["DPNET_SERVE_TOKEN"] == "secret1"
+    assert child.command[-4:-2] == ["--root", setup.root]
+    kept = keep_password(tmp_path)
+    address = serve_login_url("http://127.0.0.1:8400", tmp_path, {})
+    assert address == f"http://127.0.0.1:8400/login#{kept.partition(':')[2]}"
+    assert serve_login_url(None, tmp_path, {}) is None
+    own = {"PREFECT_API_AUTH_STRING": "admin:secret1"}
+    assert serve_login_url("http://127.0.0.1:8400", tmp_path, own) == "http://127.0.0.1:8400"
+
+
+@pytest.mark.parametrize(
+    ("ray", "serve", "said"), [(True, False, "--ray"), (False, True, "--serve")]
+)
+def test_an_up_that_runs_without_a_part_that_is_asked_for_is_named(
+    tmp_path: Path, ray: bool, serve: bool, said: str
+) -> None:
+    write_state(tmp_path)
+    with (tmp_path / "up" / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        store = LocalStore(tmp_path)
+        assert up(store, None, False, print).pid == 7
+        with pytest.raises(PipelineError, match=f"{said} cannot be used: .* is already running"):
+            up(store, None, ray, print, serve=serve)
 
 
 def test_the_ui_gets_the_address_of_its_api(setup: LocalSetup) -> None:
@@ -276,7 +326,7 @@ def test_a_command_waits_for_an_up_that_is_starting_and_says_so_if_it_takes_too_
 def test_ctrl_c_says_what_was_stopped_and_how_to_start_it_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flows.local_server.up.up", stopped)

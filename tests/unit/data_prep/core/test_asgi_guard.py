@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from typing import Any
 
 import pytest
 
-from data_prep.core.web_guard import is_password
-from flows.local_server.guard import Guard
-from flows.local_server.password import LOGIN
+from data_prep.core.asgi_guard import Guard, Page
+from data_prep.core.web_guard import has_password, is_password
 
 PORT = 4321
 OWN = f"127.0.0.1:{PORT}"
 PASSWORD = "dpnet:a long:password"
 BASIC = "Basic " + base64.b64encode(PASSWORD.encode()).decode()
+
+
+def may_enter(headers: Any) -> bool:
+    """Let in who has the password."""
+    return has_password(headers, PASSWORD)
 
 
 async def inner(scope: Any, receive: Any, send: Any) -> None:
@@ -103,7 +108,7 @@ def test_no_answer_allows_other_origins_or_frames_of_other_pages() -> None:
 
 
 def test_with_a_password_every_other_request_is_refused() -> None:
-    guard = Guard(inner, PORT, password=PASSWORD, unguarded=["/health"])
+    guard = Guard(inner, PORT, may_enter=may_enter, unguarded=["/health"])
     refused = ask(guard=guard)
     assert (refused["status"], refused["headers"]["www-authenticate"]) == (
         401,
@@ -124,11 +129,34 @@ def test_another_password_is_refused(header: str) -> None:
     assert is_password(BASIC, PASSWORD)
 
 
-def test_the_login_page_keeps_the_key_in_the_browser_and_allows_no_other_script() -> None:
-    guard = Guard(inner, PORT, login_page=True)
-    answer = ask(LOGIN, guard=guard, sec_fetch_site="none")
-    assert answer["status"] == 200
-    assert "location.hash" in answer["body"]
-    assert "default-src 'none'" in answer["headers"]["content-security-policy"]
-    assert ask(LOGIN, guard=guard, host="evil.example")["status"] == 403
-    assert ask(LOGIN)["body"] == "secret"  # without the page it is an address as any other
+LOGIN = Page(b"log in", "text/html", "default-src 'none'")
+
+
+def test_a_login_page_needs_no_password_and_the_right_host() -> None:
+    guard = Guard(inner, PORT, may_enter=may_enter, pages={"/login": LOGIN})
+    answer = ask("/login", guard=guard, sec_fetch_site="none")
+    assert (answer["status"], answer["body"]) == (200, "log in")
+    assert answer["headers"]["content-security-policy"] == LOGIN.policy
+    assert answer["headers"]["cache-control"] == "no-store"
+    assert ask("/login", "POST", guard=guard)["status"] == 401
+    assert ask("/login", guard=guard, host="evil.example")["status"] == 403
+    assert ask("/login")["body"] == "secret"  # without the page it is an address as any other
+
+
+def test_a_browser_without_the_password_gets_the_page_that_asks_and_a_program_a_sentence() -> None:
+    guard = Guard(inner, PORT, may_enter=may_enter, ask=LOGIN, wrong="no token", as_json=True)
+    page = ask("/", guard=guard, accept="text/html,*/*")
+    assert (page["status"], page["body"]) == (401, "log in")
+    refused = ask("/", guard=guard, accept="*/*")
+    assert (refused["status"], json.loads(refused["body"])) == (401, {"error": "no token."})
+    assert "www-authenticate" not in refused["headers"]  # the browser would ask in its own window
+    assert ask("/", guard=guard, authorization=BASIC)["status"] == 200
+
+
+def test_a_proxy_with_tls_may_be_in_front_of_a_server_with_a_name() -> None:
+    guard = Guard(inner, PORT, names=["serve.example"])
+    for scheme in ("http", "https"):
+        own = {"host": "serve.example", "origin": f"{scheme}://serve.example"}
+        assert ask(method="POST", guard=guard, **own)["status"] == 200
+    other = {"host": "serve.example", "origin": "https://evil.example"}
+    assert ask(method="POST", guard=guard, **other)["status"] == 403
