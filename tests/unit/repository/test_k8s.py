@@ -245,6 +245,14 @@ def test_secrets_are_only_referred_to_and_the_page_of_operations_makes_each_of_t
     assert secret_references(overlay) <= made
 
 
+@overlays
+def test_the_pages_that_the_files_of_an_overlay_name_say_what_is_promised(overlay: str) -> None:
+    first = (K8S / "overlays" / overlay / "rayjob.yaml").read_text("utf-8").splitlines()[0]
+    assert "docs/training.md says what the launcher adds" in first
+    page = (REPOSITORY / "docs/training.md").read_text("utf-8")
+    assert "The launcher fills in" in page
+
+
 # Pinned.
 
 
@@ -303,6 +311,8 @@ def test_every_service_leads_to_a_port_of_one_kind_of_pod(overlay: str) -> None:
         ]  # fmt: skip
         assert len(found) == 1, name_of(service)
         names = {port["name"] for c in found[0].containers for port in c["ports"]}
+        # Without it, older API servers refuse a server-side apply.
+        assert all(port.get("protocol") for port in service["spec"]["ports"]), name_of(service)
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
 
 
@@ -330,6 +340,9 @@ def test_the_deployments_of_an_overlay_have_a_config_that_can_be_loaded(
     settings = load_settings(DeploySettings, tmp_path / "deploy.yaml")
     config = load_config(settings.config, known_overrides(settings))
     assert config.train.gpus == (overlay != "local")
+    assert config.images.source.startswith("s3://") or overlay == "local"
+    assert settings.watch is None
+    assert settings.retrain is None
     options = dict(each.split("=", 1) for each in settings.overrides)
     assert options["launch.launcher"] == "kuberay"
     assert options["launch.template"] == "/etc/dpnet/rayjob.yaml"
