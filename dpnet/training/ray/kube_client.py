@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ import yaml
 
 from data_prep.core.errors import ConfigError, PipelineError
 from dpnet.training.ray.rayjob import GROUP, MANAGER, PLURAL, VERSION
+from dpnet.training.settings import LaunchSettings
 
 T = TypeVar("T")
 
@@ -31,6 +33,7 @@ ANSWER_S = 20.0  # how long to wait for the answer to a request
 WATCH_S = 30  # after which the server ends a watch, and the next one begins
 _QUIET_S = WATCH_S + 30.0  # without a byte, after which a watch counts as dead
 _LONGEST_WAIT_S = 60.0  # that a server may ask for
+_TRIES_S = (2.0, 4.0)  # between the looks of `check_cluster`
 _IN_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
@@ -96,6 +99,16 @@ class Kube:
             "create", "create_namespaced_custom_object", dict(job), field_validation="Strict"
         )
 
+    def try_create(self, job: Mapping[str, Any]) -> None:
+        """Ask whether a RayJob could be created, and create none."""
+        self._on_jobs(
+            "create",
+            "create_namespaced_custom_object",
+            dict(job),
+            field_validation="Strict",
+            dry_run="All",
+        )
+
     def get(self, name: str) -> dict[str, Any]:
         """Return a RayJob. Raises KubeError 404 if there is none."""
         return self._on_jobs("get", "get_namespaced_custom_object", name)
@@ -152,6 +165,11 @@ class Kube:
     def events(self) -> list[dict[str, Any]]:
         """Return the warnings of the namespace."""
         return self._core("events", "list_namespaced_event", field_selector="type=Warning")
+
+    @property
+    def address(self) -> str:
+        """Return the address of the API server."""
+        return str(self._api.configuration.host)
 
     @property
     def _kind(self) -> tuple[str, str, str, str]:
@@ -352,9 +370,42 @@ def read_template(path: str | None) -> dict[str, Any]:
     return template
 
 
+def check_cluster(launch: LaunchSettings, job: Mapping[str, Any]) -> None:
+    """Ask the API server whether it would create a RayJob like this one.
+
+    What passes by itself, such as a quota that is used up, is left to the launcher. A server that
+    does not answer is asked a few times.
+
+    Raises:
+        PipelineError: It would not: no credentials, no rights, no namespace, no KubeRay, or a field
+            of the template that KubeRay does not know.
+    """
+    kube = Kube(launch.context, launch.namespace)
+    for wait in (*_TRIES_S, None):
+        try:
+            kube.try_create(job)
+        except KubeError as error:
+            if error.status == 400 and "dry run" in str(error):  # of a webhook that knows none
+                return
+            if not error.passes or error.status == 401:
+                raise fatal(error, "no training can be started on Kubernetes") from error
+            if error.status:
+                return
+            if wait is None:
+                raise PipelineError(
+                    f"the API server {kube.address} does not answer ({error}): check the network"
+                    " and the server in the kubeconfig, or choose another context with"
+                    " launch.context."
+                ) from error
+            time.sleep(wait)
+        else:
+            return
+
+
 def fatal(error: KubeError, what: str) -> PipelineError:
     """Return the error to raise for a request that cannot succeed later."""
-    return PipelineError(f"{what} ({error}): {error.advice or 'the same command resumes.'}")
+    kind = ConfigError if error.status == 404 else PipelineError
+    return kind(f"{what} ({error}): {error.advice or 'the same command resumes.'}")
 
 
 def _selectors(labels: str, name: str) -> dict[str, str]:

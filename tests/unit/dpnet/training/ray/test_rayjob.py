@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ import yaml
 
 from data_prep.core.errors import ConfigError
 from dpnet.training.ray.kube_client import ACCESS, read_template, role
-from dpnet.training.ray.rayjob import Attempt, is_of, number_of, render_rayjob
+from dpnet.training.ray.rayjob import (
+    Attempt,
+    check_shared_root,
+    is_of,
+    number_of,
+    render_rayjob,
+)
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
 ATTEMPT = Attempt("dpnet-0123456789ab-cdef", 2, "a1b2c3", "0123456789abcdef", "s3://b/r", "runs/a")
@@ -245,3 +252,34 @@ def test_the_role_in_the_documentation_is_the_one_that_the_launcher_needs() -> N
     found = yaml.safe_load(textwrap.dedent(page[begin : page.index("\n\n", begin)]))
     assert found["rules"] == role("any")["rules"]
     assert found["metadata"]["name"] == role("any")["metadata"]["name"]
+
+
+SHARED = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
+OWN = {"name": "data", "emptyDir": {}}
+
+
+@pytest.mark.parametrize(
+    ("root", "volume", "groups", "fits"),
+    [
+        ("s3://bucket/root", None, [], True),
+        ("/data/dpnet", None, [], False),
+        ("/data/dpnet", SHARED, [0, 1], True),
+        ("/data", SHARED, [0, 1], True),
+        ("/database", SHARED, [0, 1], False),
+        ("/data/dpnet", SHARED, [0], False),
+        ("/data/dpnet", OWN, [0, 1], False),
+    ],
+)
+def test_a_root_that_the_pods_do_not_have_is_refused(
+    root: str, volume: dict[str, Any] | None, groups: list[int], fits: bool
+) -> None:
+    template = json.loads(json.dumps(read_template(None)))  # no part twice
+    for number in groups:
+        pod = pods(template)[number]
+        pod["volumes"].append(volume)
+        pod["containers"][0]["volumeMounts"].append({"name": "data", "mountPath": "/data"})
+    if fits:
+        check_shared_root(template, root)
+    else:
+        with pytest.raises(ConfigError, match=f"the root is {root}, a folder that the pods"):
+            check_shared_root(template, root)
