@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from data_prep.core.errors import PipelineError
-from data_prep.core.manifest import FileRecord, StageRef, read_head
-from data_prep.core.paths import MANIFEST, masks_folder
+from data_prep.core.manifest import FileRecord, StageRef, read_head, reference
+from data_prep.core.paths import MANIFEST, manifest_key, masks_folder
 from data_prep.core.pool import Map, cores, run_tasks
 from data_prep.core.progress import Progress
 from data_prep.core.stage import Produced, Request, Work, run_stage
@@ -61,14 +61,30 @@ def prepare_masks(settings: MasksSettings, store: Store, run: Map = run_tasks) -
     """
     top = masks_folder(settings.name)
     files = _read_mask_files(settings, store, top, run) if settings.file_splits else None
-    request = Request(
+    return run_stage(store, _request(settings, files), partial(_build, settings, files, run))
+
+
+def committed_masks(settings: MasksSettings, store: Store) -> StageRef | None:
+    """Return the mask set for `settings` if it exists. Sets of mask files are not looked for.
+
+    Raises PipelineError if its manifest was altered.
+    """
+    if settings.file_splits:  # the files would have to be read
+        return None
+    folder = _request(settings, None).folder
+    if not store.exists(manifest_key(folder)):
+        return None
+    return reference(read_head(store, folder), 0.0, skipped=True)
+
+
+def _request(settings: MasksSettings, files: _Files | None) -> Request:
+    return Request(
         "masks",
         settings.name,
-        top,
+        masks_folder(settings.name),
         settings.request_settings(files.polarity if files else None),
         sources={EXTERNAL: files_digest(files.found)} if files else {},
     )
-    return run_stage(store, request, partial(_build, settings, files, run))
 
 
 @dataclass(frozen=True)

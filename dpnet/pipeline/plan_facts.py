@@ -20,6 +20,7 @@ from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import padded
 from data_prep.masks.shard_task import planned_sizes
+from data_prep.masks.stage import committed_masks
 from data_prep.raw.sample_photos import write_sample_photos
 from data_prep.shards.split_size import SplitSize, tar_bytes
 from dpnet.loading.shard_files import find_shards
@@ -38,6 +39,7 @@ from dpnet.pipeline.plan_parts import DataSize, Machines
 
 if TYPE_CHECKING:
     from data_prep.images.settings import ImagesSettings
+    from data_prep.masks.settings import MasksSettings
     from dpnet.pipeline.config import Config
 
 MASKS_DRAWN = 48  # to estimate their size
@@ -75,9 +77,11 @@ def plan_config(
     """
     notes: list[str] = []
     images = _images(config.images, store, given.images, notes)
-    masks = DataSize(
-        planned_sizes(config.masks, MASKS_DRAWN), "the config; sizes of masks drawn now"
-    )
+    made = committed_masks(config.masks, store) if store is not None else None
+    if store is not None and made is not None:
+        masks = _committed(store, made, ("train", "eval"))
+    else:
+        masks = _drawn(config.masks)
     return _plan(config, store, images, masks, config.train.steps, notes, given, machines)
 
 
@@ -103,9 +107,7 @@ def plan_here(
         return None
     steps = config.train.steps
     if images is None or masks is None:
-        mask_size = DataSize(
-            planned_sizes(config.masks, MASKS_DRAWN), "the config; sizes of masks drawn now"
-        )
+        mask_size = _drawn(config.masks)
     else:
         mask_size = _committed(store, masks, ("train", "eval"))
         steps -= finished_steps(config, store, images, masks)
@@ -223,6 +225,11 @@ def _newest(settings: ImagesSettings, store: Store) -> DataSize | None:
     if not same:
         return None
     return _committed(store, reference(same[-1], 0.0, skipped=True), SPLITS)
+
+
+def _drawn(settings: MasksSettings) -> DataSize:
+    """Return the size of mask shards that are not made, from a few masks."""
+    return DataSize(planned_sizes(settings, MASKS_DRAWN), "the config; sizes of masks drawn now")
 
 
 def _committed(store: Store, ref: StageRef, splits: tuple[str, ...]) -> DataSize:
