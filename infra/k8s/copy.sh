@@ -11,7 +11,7 @@ from=$(cd "$(dirname "$0")" && pwd) to=$1 image=$2
 version=$(sed -nE 's/^ *newTag: (.*)-cpu$/\1/p' "$from/base/kustomization.yaml")
 mkdir -p "$to"
 cp -R "$from/base" "$from/components" "$from/jobs" "$to"
-[ -d "$to/overlays" ] || cp -R "$from/overlays" "$to"
+for own in overlays kueue; do [ -d "$to/$own" ] || cp -R "$from/$own" "$to"; done
 find "$to" -name '*.yaml' -o -name '*.json' | while read -r file; do
   sed -E -e "s#registry\.example\.com/dpnet#$image#" \
     -e "s#(launch\.image=)[^ ]+-(cpu|cuda)#\1$image:$version-\2#" "$file" >"$file.new"

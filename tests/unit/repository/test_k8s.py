@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -96,22 +97,26 @@ def test_a_typing_error_in_a_rayjob_is_found(change: dict[str, Any], said: str) 
     assert said in " ".join(problems_of(job))
 
 
-def test_the_queue_of_kueue_can_be_added(tmp_path: Path) -> None:
-    queue = list(yaml.safe_load_all((K8S / "components/kueue/queue.yaml").read_text("utf-8")))
-    assert {each["kind"] for each in queue} == {"ResourceFlavor", "ClusterQueue", "LocalQueue"}
-    for overlay in ("gpu", "spot"):
-        text = (K8S / "overlays" / overlay / "kustomization.yaml").read_text("utf-8")
-        assert "# - ../../components/kueue" in text
-    # kustomize reads only below a folder, so the whole tree is copied.
-    import shutil
+def test_the_queue_of_kueue_is_in_the_namespace_and_what_is_cluster_wide_is_in_none() -> None:
+    made = list(yaml.safe_load_all(kustomize(K8S / "kueue")))
+    spaces = {each["kind"]: each["metadata"].get("namespace") for each in made}
+    assert spaces == {"ResourceFlavor": None, "ClusterQueue": None, "LocalQueue": "dpnet"}
 
-    shutil.copytree(K8S, tmp_path / "k8s")
-    file = tmp_path / "k8s/overlays/gpu/kustomization.yaml"
-    file.write_text(
-        file.read_text("utf-8").replace("# - ../../components/kueue", "- ../../components/kueue")
-    )
+
+@overlays
+def test_a_private_registry_is_one_line_in_an_overlay(overlay: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")  # kustomize reads only below a folder
+    file = tmp_path / "k8s/overlays" / overlay / "kustomization.yaml"
+    line = "- ../../components/private-registry"
+    file.write_text(file.read_text("utf-8").replace(f"# {line}", line))
+    secret = [{"name": "registry"}]
     made = list(yaml.safe_load_all(kustomize(file.parent)))
-    assert {each["kind"] for each in queue} <= {each["kind"] for each in made}
+    accounts = [each for each in made if each["kind"] == "ServiceAccount"]
+    assert len(accounts) == 4
+    assert all(each["imagePullSecrets"] == secret for each in accounts)
+    # KubeRay makes the account of the head of an autoscaled cluster.
+    (cluster,) = [each for each in made if each["kind"] == "RayCluster"]
+    assert ray_templates(cluster["spec"])[0]["spec"]["imagePullSecrets"] == secret
 
 
 # Restricted.
@@ -455,7 +460,7 @@ def test_everything_else_is_denied_and_the_metadata_service_is_out_of_reach(over
             for peer in rule["to"]:
                 if block := peer.get("ipBlock"):
                     assert block["except"] == ["169.254.0.0/16"]
-                    assert {port["port"] for port in rule["ports"]} == {443, 6443}
+                    assert {port["port"] for port in rule["ports"]} == {443, 6443, 8443}
 
 
 @overlays
