@@ -271,8 +271,8 @@ class Kube:
             return KubeError(
                 404,
                 f"the cluster at {self._api.configuration.host} knows no {resource}",
-                advice="install KubeRay there (helm install kuberay-operator), or choose another"
-                " cluster with launch.context.",
+                advice="install KubeRay 1.7 or newer there (docs/training.md#on-kubernetes has its"
+                " address), or choose another cluster with launch.context.",
             )
         if status in (400, 422):
             return KubeError(
@@ -298,18 +298,24 @@ class Kube:
                 found = _load_kubeconfig(self._context, configuration)
         except (config.ConfigException, OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(
-                f"the credentials for Kubernetes cannot be read ({_short(error)}): check KUBECONFIG"
-                " and launch.context with `kubectl config get-contexts`."
+                f"the credentials for Kubernetes cannot be read from {_kubeconfig()}"
+                f" ({_short(error)}): check KUBECONFIG and launch.context with `kubectl config"
+                " get-contexts`."
             ) from error
         self._api = client.ApiClient(configuration)
         return found
+
+
+def _kubeconfig() -> str:
+    # The library reads the variable only when it is imported.
+    return os.environ.get("KUBECONFIG") or "~/.kube/config"
 
 
 def _load_kubeconfig(context: str | None, configuration: Any) -> str:
     """Load a context of the kubeconfig, and return its namespace."""
     from kubernetes import config
 
-    files = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the library reads it when imported
+    files = _kubeconfig()
     contexts, current = config.list_kube_config_contexts(files)
     if context is not None:
         named = [each for each in contexts if each["name"] == context]
@@ -319,15 +325,25 @@ def _load_kubeconfig(context: str | None, configuration: Any) -> str:
                 f"launch.context is {context!r}, but the kubeconfig has: {known}. Choose one."
             )
         current = named[0]
-    _check_program(files, str(current["context"].get("user", "")))
+    user = str(current["context"].get("user", ""))
+    program = _check_program(files, user)
     config.load_kube_config(files, context, client_configuration=configuration)
+    given = configuration
+    if not (given.api_key or given.cert_file or given.username):
+        # The request would come from system:anonymous.
+        why = f": the program {program!r} failed" if program else ""
+        raise ConfigError(
+            f"there are no credentials of the user {user!r} in the kubeconfig {files}{why}. Log in,"
+            " or choose another context with launch.context."
+        )
     return str(current["context"].get("namespace") or "default")
 
 
-def _check_program(files: str, user: str) -> None:
-    """Raise ConfigError if the credentials of a user come from a program that is missing.
+def _check_program(files: str, user: str) -> str:
+    """Return the program that gives the credentials of a user, "" without one.
 
-    The Kubernetes client would log this and continue without credentials.
+    Raises ConfigError if it is missing. The Kubernetes client would log this and continue without
+    credentials.
     """
     for file in filter(None, files.split(os.pathsep)):
         path = Path(file).expanduser()
@@ -347,6 +363,8 @@ def _check_program(files: str, user: str) -> None:
                     f"{f' ({_short(hint)})' if hint else ''}, or choose another context with"
                     " launch.context."
                 )
+            return program
+    return ""
 
 
 def read_template(path: str | None) -> dict[str, Any]:
@@ -358,6 +376,10 @@ def read_template(path: str | None) -> dict[str, Any]:
     file = Path(path).expanduser() if path else Path(__file__).with_name("rayjob.yaml")
     try:
         template = yaml.safe_load(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"launch.template is {path!r}, but there is no such file: name a file with one RayJob."
+        ) from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"launch.template is {path!r}, which cannot be read as YAML ({_short(error)}): name a"
@@ -405,7 +427,10 @@ def check_cluster(launch: LaunchSettings, job: Mapping[str, Any]) -> None:
 def fatal(error: KubeError, what: str) -> PipelineError:
     """Return the error to raise for a request that cannot succeed later."""
     kind = ConfigError if error.status == 404 else PipelineError
-    return kind(f"{what} ({error}): {error.advice or 'the same command resumes.'}")
+    advice = error.advice or "the same command resumes."
+    if error.status == 401:
+        advice = "log in again, or choose another context with launch.context."
+    return kind(f"{what} ({error}): {advice}")
 
 
 def _selectors(labels: str, name: str) -> dict[str, str]:

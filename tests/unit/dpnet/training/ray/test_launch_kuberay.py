@@ -31,7 +31,7 @@ DIED = "failed with exit code 137, last available logs:\nKilled"
 class MockKube:
     """An API server in memory: RayJobs by name, and a list of what happened to them."""
 
-    namespace = "train"
+    namespace, address = "train", "https://mock"
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from data_prep.core.errors import ConfigError
 from dpnet.training.ray.kube_client import ACCESS, read_template, role
@@ -230,7 +231,7 @@ def test_a_template_that_is_not_a_rayjob_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(ConfigError, match=told):
             read_template(str(tmp_path / "a.yaml"))
-    with pytest.raises(ConfigError, match=r"cannot be read .*No such file"):
+    with pytest.raises(ConfigError, match=r"but there is no such file"):
         read_template(str(tmp_path / "missing.yaml"))
 
 
@@ -283,3 +284,14 @@ def test_a_root_that_the_pods_do_not_have_is_refused(
     else:
         with pytest.raises(ConfigError, match=f"the root is {root}, a folder that the pods"):
             check_shared_root(template, root)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [{"namespace": "Bad_NS"}, {"secrets": ("No_Such",)}, {"image": "Bad Image!"}],
+)
+def test_a_name_that_kubernetes_cannot_have_is_refused(launch: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="such as"):
+        LaunchSettings(**launch)
+    good = {"namespace": "my-team", "secrets": ("a.b-1",), "image": "host:5000/a/b@sha256:0"}
+    LaunchSettings(**good)  # type: ignore[arg-type]
