@@ -180,6 +180,21 @@ def test_the_objects_that_the_commands_name_are_in_the_manifests() -> None:
             assert in_checkout(path).exists(), path
 
 
+@pytest.mark.parametrize("title", ["upgrade", "rotate credentials"])
+def test_everything_that_reads_the_storage_key_is_started_again(title: str) -> None:
+    section = PAGE.split(f"## Kubernetes: {title}")[1].split("\n## ")[0]
+    readers = {
+        (each["kind"], each["metadata"]["name"])
+        for each in rendered("gpu")
+        if "dpnet-storage" in str(each) and each["kind"] not in ("ConfigMap", "Job")
+    }
+    clusters = {name for kind, name in readers if kind == "RayCluster"}
+    assert {kind for kind, _ in readers} == {"Deployment", "RayCluster"}
+    assert "kubectl -n dpnet rollout restart deployment\n" in section
+    for name in clusters:  # KubeRay does not replace the pods of a changed cluster
+        assert f"kubectl -n dpnet delete raycluster {name}" in section
+
+
 def test_every_apply_takes_back_what_another_command_has_changed() -> None:
     applied = [line for line in CLUSTER if "kubectl apply" in line]
     assert len(applied) > 4
