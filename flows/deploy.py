@@ -6,10 +6,12 @@ ours that the settings no longer request are removed.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from json import JSONDecodeError
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -22,6 +24,8 @@ from dpnet.pipeline.config import validated
 from flows.deployments import DeploySettings, automations, deployments
 from flows.forms import SECTIONS, refuse_credentials
 from flows.server_changes import ServerChanges
+
+log = logging.getLogger(__name__)
 
 ALERT_URL = "DPNET_ALERT_URL"
 
@@ -41,6 +45,7 @@ def deploy(settings: DeploySettings, *, dry_run: bool = False) -> list[str]:
     """
     _check_parameters(settings)
     dataset = _watched_dataset(settings)
+    _warn_of_relative_source(settings)
     without_server = dry_run and not has_server()
     with nullcontext(_empty_server()) if without_server else connected() as client:
         changes = ServerChanges(client, dry_run)
@@ -88,6 +93,27 @@ def _watched_dataset(settings: DeploySettings) -> str:
             f"{error} If only the workers have this file, set parameters.images.name to the name of"
             " the watched dataset."
         ) from None
+
+
+def _warn_of_relative_source(settings: DeploySettings) -> None:
+    """Warn of a source that the pods of flow runs will not have."""
+    from dpnet.pipeline.chain import SAMPLE
+    from dpnet.pipeline.config import load_config
+
+    launch = [f"launch.{k}={v}" for k, v in settings.parameters.get("launch", {}).items()]
+    source = settings.parameters.get("images", {}).get("source")
+    try:
+        config = load_config(settings.config, [*settings.overrides, *launch])
+    except ConfigError:  # only the workers have the file
+        return
+    source = source or config.images.source
+    relative = source != SAMPLE and "://" not in source and not Path(source).is_absolute()
+    if config.launch.launcher == "kuberay" and relative:
+        log.warning(
+            "images.source is %r, a relative path, which no pod has: set it to"
+            " s3://BUCKET/FOLDER, or to the absolute path of a volume of the pods.",
+            source,
+        )
 
 
 def has_server() -> bool:

@@ -25,6 +25,7 @@ PROTECTIVE = (
 )
 WRONG_PASSWORD = "the password is missing or wrong"
 REPORTS_PASSWORD = "DPNET_REPORTS_PASSWORD"  # user:password of the exporter, in its environment
+SERVER_NAMES = "DPNET_SERVER_NAMES"  # variable: names of a server, with commas between them
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _OWN_PAGES = "this server answers only its own pages"
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from data_prep.core.errors import ConfigError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.manifest import StageRef
-from data_prep.core.paths import PHOTOS, cache_folder
+from data_prep.core.paths import MANIFEST, PHOTOS, RUNS, cache_folder
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
 from data_prep.images.stage import prepare_images
@@ -27,8 +27,8 @@ from dpnet.pipeline.config import Config, resolve_root
 from dpnet.registry.stage import check_tracking_uri, register, tracking_uri
 from dpnet.training.job import check_settings, check_vgg_file, find_initial
 from dpnet.training.ray.jobs_client import cluster_address
-from dpnet.training.ray.kube_client import read_template
-from dpnet.training.ray.rayjob import check_rayjob
+from dpnet.training.ray.kube_client import check_cluster, read_template
+from dpnet.training.ray.rayjob import check_rayjob, check_shared_root
 from dpnet.training.stage import train
 
 log = logging.getLogger(__name__)
@@ -120,19 +120,40 @@ def check_config(config: Config, wanted: StageName = "register", root: str | Non
         if config.launch.launcher == "ray-job":
             cluster_address(config.launch)
         if config.launch.launcher == "kuberay":
-            check_rayjob(read_template(config.launch.template), config.launch, config.train)
+            _check_kuberay(config, resolve_root(root, config))
         if config.train.init_from is not None:
             find_initial(config.train.init_from, open_store(resolve_root(root, config)))
     if wanted in ("evaluate", "register"):
         find_weights(config.evaluate)
         if config.evaluate.compare:
             check_peers(config.evaluate, open_store(resolve_root(root, config)))
+    if wanted == "register":
+        tracking_uri(config.registry, open_store(resolve_root(root, config)))
     if wanted != "masks" and config.images.source != SAMPLE:
         check_source(config.images.source, config.images.layout)
         check_apart(config.images.source, resolve_root(root, config))
     if wanted != "images" and config.masks.file_splits and config.masks.external is not None:
         check_source(config.masks.external, "files", "masks.external")
         check_apart(config.masks.external, resolve_root(root, config), "masks.external")
+
+
+def _check_kuberay(config: Config, root: str) -> None:
+    """Check that a training can be started on Kubernetes.
+
+    If the root has a finished training of the same name, perhaps none has to be started. Then a
+    cluster that refuses is only a warning.
+    """
+    template = read_template(config.launch.template)
+    job = check_rayjob(template, config.launch, config.train)
+    check_shared_root(template, root)
+    try:
+        check_cluster(config.launch, job)
+    except PipelineError as error:
+        runs = f"{RUNS}/{config.name}-"
+        found = (each.key for each in open_store(root).list(RUNS))
+        if not any(key.startswith(runs) and key.endswith(f"/{MANIFEST}") for key in found):
+            raise
+        log.warning("%s", error)
 
 
 def with_photographs(config: Config, store: Store) -> Config:

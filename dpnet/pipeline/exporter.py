@@ -5,9 +5,12 @@
 The metrics describe trainings, datasets and champions. The server reads the root when Prometheus
 asks, at most every 10 seconds. `dpnet_storage_up` is 0 while the root cannot be read.
 
-Requests that the pages of other sites make are refused. With DPNET_REPORTS_PASSWORD=user:password
-in the environment, every request needs that password (HTTP basic authentication). Only `/health`
-needs none: it says that the server runs, and reads nothing.
+Requests that the pages of other sites make are refused, and those under other names than the
+machine's and those in DPNET_SERVER_NAMES, with commas between them.
+
+With DPNET_REPORTS_PASSWORD=user:password in the environment, every request needs that password
+(HTTP basic authentication). Only `/health` needs none: it says that the server runs, and reads
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -41,6 +44,7 @@ from data_prep.core.web_guard import (
     ASK_PASSWORD,
     PROTECTIVE,
     REPORTS_PASSWORD,
+    SERVER_NAMES,
     WRONG_PASSWORD,
     has_password,
     is_loopback,
@@ -114,6 +118,7 @@ def serve(
     host: str = HOST,
     password: str = "",
     listener: socket.socket | None = None,
+    names: Collection[str] = (),
 ) -> tuple[WSGIServer, int]:
     """Start an HTTP server that answers requests in threads.
 
@@ -123,6 +128,7 @@ def serve(
         host: The address to listen on.
         password: `user:password` that every request needs; empty for none.
         listener: A socket that listens already. It replaces the port. The server closes it.
+        names: Names of the server that its machine does not know, such as that of a Service.
 
     Returns:
         The server, which the caller shuts down, and its port.
@@ -133,7 +139,8 @@ def serve(
     registry = CollectorRegistry()
     registry.register(RootCollector(store))
     server = _Server(listener or _listen(host, port))
-    names = () if is_loopback(host) else (host, socket.gethostname(), socket.getfqdn())
+    if not is_loopback(host):
+        names = (host, socket.gethostname(), socket.getfqdn(), *names)
     app = _with_reports(store, make_wsgi_app(registry))
     server.set_app(_guarded(app, own_host(server.server_port, names), password))
     threading.Thread(target=server.serve_forever, name="dpnet-exporter", daemon=True).start()
@@ -264,7 +271,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(wrong)
         password = os.environ.pop(REPORTS_PASSWORD, "")
         given = None if args.listener is None else socket.socket(fileno=args.listener)
-        server, port = serve(open_store(args.root), args.port, args.host, password, given)
+        names = tuple(filter(None, os.environ.get(SERVER_NAMES, "").split(",")))
+        server, port = serve(open_store(args.root), args.port, args.host, password, given, names)
     except PipelineError as error:
         print(f"dpnet: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ConfigError) else 1

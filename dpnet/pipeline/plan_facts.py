@@ -21,6 +21,7 @@ from data_prep.core.storage.store import Store
 from data_prep.core.tar_format import padded
 from data_prep.core.text import count_of
 from data_prep.masks.shard_task import planned_sizes
+from data_prep.masks.stage import find_masks
 from data_prep.raw.sample_photos import write_sample_photos
 from data_prep.shards.split_size import SplitSize, tar_bytes
 from dpnet.loading.shard_files import find_shards
@@ -40,6 +41,7 @@ from dpnet.pipeline.plan_parts import DataSize, Machines
 
 if TYPE_CHECKING:
     from data_prep.images.settings import ImagesSettings
+    from data_prep.masks.settings import MasksSettings
     from dpnet.pipeline.config import Config
 
 MASKS_DRAWN = 48  # to estimate their size
@@ -79,8 +81,9 @@ def plan_config(
     images, version = _images(config.images, store, given.images, notes)
     done = [] if store is None else find_finished(config, store, version)
     steps, masks = config.train.steps, None
+    if store is not None and (made := find_masks(config.masks, store)) is not None:
+        masks = _committed(store, made, MASK_SPLITS)
     if store is not None and len(done) > 1:
-        masks = _committed(store, done[1], MASK_SPLITS)
         steps -= finished_steps(config, store, done[0], done[1])
     plan = _plan(config, store, images, masks or _drawn(config), steps, notes, given, machines)
     return replace(plan, finished=tuple(ref.stage for ref in done))
@@ -238,6 +241,11 @@ def _newest(settings: ImagesSettings, store: Store) -> DataSize | None:
     if not same:
         return None
     return _committed(store, reference(same[-1], 0.0, skipped=True), SPLITS)
+
+
+def _drawn(settings: MasksSettings) -> DataSize:
+    """Return the size of mask shards that are not made, from a few masks."""
+    return DataSize(planned_sizes(settings, MASKS_DRAWN), "the config; sizes of masks drawn now")
 
 
 def _committed(store: Store, ref: StageRef, splits: tuple[str, ...]) -> DataSize:

@@ -11,14 +11,13 @@ from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.password_file import keep_password
 from data_prep.core.paths import cache_folder
 from data_prep.core.storage.store import Store
-from data_prep.core.web_guard import is_loopback
+from data_prep.core.web_guard import SERVER_NAMES, is_loopback
 from dpnet.serving.limits import ServeLimits
 from dpnet.serving.login import TOKEN, login_address
 from dpnet.serving.models import Models, Registry, Source
 from dpnet.serving.votes import Votes
 
 PORT = 8400  # tried first; ours
-NAMES = "DPNET_SERVER_NAMES"  # the variable with the names of a server that others reach
 SHORTEST_TOKEN = 16
 _FOLDER = "serve"  # in this user's cache
 _CONNECTIONS = 256  # at once; ours
@@ -55,7 +54,7 @@ def address_of(listener: socket.socket, host: str) -> Address:
     """
     port = listener.getsockname()[1]
     loopback = is_loopback(listener.getsockname()[0])
-    names = tuple(filter(None, os.environ.get(NAMES, "").split(",")))
+    names = tuple(filter(None, os.environ.get(SERVER_NAMES, "").split(",")))
     others = bool(names) or not loopback
     given = environment_token(others)
     token = given or (keep_password(cache_folder() / _FOLDER).partition(":")[2] if others else "")

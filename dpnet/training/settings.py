@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class ModelSettings(BaseModel):
@@ -306,3 +307,24 @@ class LaunchSettings(BaseModel):
         description="Seconds for which the pods of a failed kuberay job stay, so that they can be"
         " looked at.",
     )
+
+    @field_validator("namespace")
+    @classmethod
+    def _is_namespace(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", value):
+            raise ValueError("a name of small letters, digits and '-' such as dpnet")
+        return value
+
+    @field_validator("secrets")
+    @classmethod
+    def _are_secrets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(re.fullmatch(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", name) for name in value):
+            raise ValueError("names of small letters, digits, '-' and '.' such as [dpnet-storage]")
+        return value
+
+    @field_validator("image")
+    @classmethod
+    def _is_image(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", value):
+            raise ValueError("the name of an image such as registry.example.com/dpnet:0.2.0-cpu")
+        return value

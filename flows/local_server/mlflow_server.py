@@ -19,11 +19,10 @@ import sys
 from collections.abc import Collection
 
 from data_prep.core.asgi_guard import Guard
-from data_prep.core.web_guard import has_password
+from data_prep.core.web_guard import SERVER_NAMES, has_password
 
 PASSWORD_VARIABLE = "DPNET_SERVER_PASSWORD"
 DATABASE_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
-NAMES_VARIABLE = "DPNET_SERVER_NAMES"
 _PROXIED = "mlflow-artifacts:/"  # clients send artifacts to the server
 
 
@@ -42,7 +41,7 @@ def main(database: str, artifacts: str, where: str) -> int:
     if missing:
         print(f"dpnet: {' and '.join(missing)} must be set.", file=sys.stderr)
         return 1
-    names = tuple(filter(None, os.environ.get(NAMES_VARIABLE, "").split(",")))
+    names = tuple(filter(None, os.environ.get(SERVER_NAMES, "").split(",")))
     if where.isdigit():
         _serve(database, artifacts, socket.socket(fileno=int(where)), names)
     else:

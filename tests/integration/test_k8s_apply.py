@@ -7,11 +7,14 @@ served by version 1.36 with full validation.
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import kube_server as kube
 import pytest
+import yaml
 from k8s_manifests import OVERLAYS, Manifest, flow_job, named, of_kind, ray_job, rendered
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -74,6 +77,36 @@ def test_the_server_accepts_every_object_of_an_overlay(overlay: str, server: Any
         made = create(server, manifest)
         assert made["metadata"]["uid"], manifest["kind"]
     assert {"RayCluster", "Deployment", "NetworkPolicy"} <= {m["kind"] for m in asked}
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_an_overlay_is_applied_again_after_its_replicas_were_set_by_hand(
+    forced: bool, server: Any, tmp_path: Path
+) -> None:
+    """`kubectl scale` takes the replicas from the manifests; here `kubectl patch` does."""
+    kubectl = ["kubectl", f"--kubeconfig={server.folder / 'admin.kubeconfig'}", "-n", "dpnet"]
+    file = tmp_path / "all.yaml"
+    file.write_text(yaml.safe_dump_all(m for m in rendered("gpu") if m["kind"] not in UNKNOWN))
+    apply = [*kubectl, "apply", "--server-side", f"--filename={file}"]
+
+    def done(command: list[str]) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True)
+
+    first = done([*apply, "--force-conflicts"])
+    assert first.returncode == 0, first.stderr
+    down = '{"spec": {"replicas": 0}}'
+    for name in ("prefect-worker", "prefect-server", "mlflow"):
+        assert done([*kubectl, "patch", "deployment", name, "-p", down]).returncode == 0
+    again = done([*apply, "--force-conflicts"] if forced else apply)
+    found = done(
+        [*kubectl, "get", "deployment", "prefect-worker", "-o", "jsonpath={.spec.replicas}"]
+    )
+    if forced:  # as docs/operations.md says
+        assert again.returncode == 0, again.stderr
+        assert found.stdout == "2"
+    else:
+        assert "conflict" in again.stderr
+        assert found.stdout == "0"
 
 
 def test_the_server_refuses_an_unknown_field_of_a_rayjob(server: Any) -> None:

@@ -29,9 +29,17 @@ from kube_server import Busy, KubeProxy, KubeServer, Namespace, kube_proxy
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.storage.local import LocalStore
 from dpnet.training.ray import follow_rayjob, kube_client, launch_kuberay
-from dpnet.training.ray.kube_client import ACCESS, Kube, KubeError, role
+from dpnet.training.ray.kube_client import (
+    ACCESS,
+    Kube,
+    KubeError,
+    check_cluster,
+    read_template,
+    role,
+)
 from dpnet.training.ray.launch_job import EXPLAINED
 from dpnet.training.ray.launch_kuberay import KubeRayLauncher
+from dpnet.training.ray.rayjob import check_rayjob
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -703,3 +711,48 @@ def test_a_cluster_without_kuberay_is_named(place: Place, monkeypatch: pytest.Mo
                 return False
 
         wait_until(back, "it is not served again")
+
+
+EXAMPLE = check_rayjob(read_template(None), LaunchSettings(image="a/b:1"), TrainSettings())
+
+
+def refused(job: dict[str, Any] = EXAMPLE, **launch: Any) -> PipelineError:
+    with pytest.raises(PipelineError) as found:
+        check_cluster(LaunchSettings(**launch), job)
+    return found.value
+
+
+def test_a_look_before_the_first_stage_creates_nothing(place: Place) -> None:
+    check_cluster(LaunchSettings(), EXAMPLE)
+    assert place.proxy.count("POST", "dryRun=All") == 1
+    assert place.names() == []
+
+
+def test_a_look_before_the_first_stage_finds_what_the_cluster_refuses(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "may not create rayjobs.ray.io in the namespace other" in str(refused(namespace="other"))
+    assert "Choose one" in str(refused(context="other"))
+    wrong = {**EXAMPLE, "spec": {**EXAMPLE["spec"], "subissionMode": "HTTPMode"}}
+    assert "correct launch.template" in str(refused(wrong))
+    admin = place.namespace.server.folder / "admin.kubeconfig"
+    monkeypatch.setenv("KUBECONFIG", str(admin))
+    missing = refused(namespace="no-such")
+    assert "there is no namespace no-such" in str(missing)
+    assert isinstance(missing, ConfigError)
+    config = place.namespace.kubeconfig(tmp_path / "wrong", token="wrong")
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    assert "refuses the credentials" in str(refused())
+
+
+def test_a_look_before_the_first_stage_asks_a_server_that_is_away_a_few_times(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kube_client, "_TRIES_S", (0.1, 0.1))
+    with place.proxy.outage():
+        error = str(refused())
+    assert f"the API server {place.proxy.url} does not answer" in error
+    assert place.proxy.count("POST") == 3
+    place.proxy.busy = Busy(9)
+    check_cluster(LaunchSettings(), EXAMPLE)  # the launcher waits
+    place.proxy.busy = None

@@ -21,6 +21,7 @@ import yaml
 from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.text import duration
 from dpnet.training.ray.rayjob import GROUP, MANAGER, PLURAL, VERSION
+from dpnet.training.settings import LaunchSettings
 
 T = TypeVar("T")
 
@@ -35,6 +36,7 @@ WATCH_S = 30  # after which the server ends a watch, and the next one begins
 _QUIET_S = WATCH_S + 30.0  # without a byte, after which a watch counts as dead
 _LONGEST_WAIT_S = 60.0  # that a server may ask for
 _SAME_CLOCK_S = 60.0  # difference of clocks that is not worth a word
+_TRIES_S = (2.0, 4.0)  # between the looks of `check_cluster`
 _IN_POD = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
@@ -100,6 +102,16 @@ class Kube:
             "create", "create_namespaced_custom_object", dict(job), field_validation="Strict"
         )
 
+    def try_create(self, job: Mapping[str, Any]) -> None:
+        """Ask whether a RayJob could be created, and create none."""
+        self._on_jobs(
+            "create",
+            "create_namespaced_custom_object",
+            dict(job),
+            field_validation="Strict",
+            dry_run="All",
+        )
+
     def get(self, name: str) -> dict[str, Any]:
         """Return a RayJob. Raises KubeError 404 if there is none."""
         return self._on_jobs("get", "get_namespaced_custom_object", name)
@@ -156,6 +168,11 @@ class Kube:
     def events(self) -> list[dict[str, Any]]:
         """Return the warnings of the namespace."""
         return self._core("events", "list_namespaced_event", field_selector="type=Warning")
+
+    @property
+    def address(self) -> str:
+        """Return the address of the API server."""
+        return str(self._api.configuration.host)
 
     @property
     def _kind(self) -> tuple[str, str, str, str]:
@@ -267,8 +284,8 @@ class Kube:
             return KubeError(
                 404,
                 f"the cluster at {self._api.configuration.host} knows no {resource}",
-                advice="install KubeRay there (helm install kuberay-operator), or choose another"
-                " cluster with launch.context.",
+                advice="install KubeRay 1.7 or newer there (docs/training.md#on-kubernetes has its"
+                " address), or choose another cluster with launch.context.",
             )
         if status in (400, 422):
             return KubeError(
@@ -294,18 +311,24 @@ class Kube:
                 found = _load_kubeconfig(self._context, configuration)
         except (config.ConfigException, OSError, ValueError, yaml.YAMLError) as error:
             raise ConfigError(
-                f"the credentials for Kubernetes cannot be read ({_short(error)}): check KUBECONFIG"
-                " and launch.context with `kubectl config get-contexts`."
+                f"the credentials for Kubernetes cannot be read from {_kubeconfig()}"
+                f" ({_short(error)}): check KUBECONFIG and launch.context with `kubectl config"
+                " get-contexts`."
             ) from error
         self._api = client.ApiClient(configuration)
         return found
+
+
+def _kubeconfig() -> str:
+    # The library reads the variable only when it is imported.
+    return os.environ.get("KUBECONFIG") or "~/.kube/config"
 
 
 def _load_kubeconfig(context: str | None, configuration: Any) -> str:
     """Load a context of the kubeconfig, and return its namespace."""
     from kubernetes import config
 
-    files = os.environ.get("KUBECONFIG") or "~/.kube/config"  # the library reads it when imported
+    files = _kubeconfig()
     contexts, current = config.list_kube_config_contexts(files)
     if context is not None:
         named = [each for each in contexts if each["name"] == context]
@@ -315,15 +338,25 @@ def _load_kubeconfig(context: str | None, configuration: Any) -> str:
                 f"launch.context is {context!r}, but the kubeconfig has: {known}. Choose one."
             )
         current = named[0]
-    _check_program(files, str(current["context"].get("user", "")))
+    user = str(current["context"].get("user", ""))
+    program = _check_program(files, user)
     config.load_kube_config(files, context, client_configuration=configuration)
+    given = configuration
+    if not (given.api_key or given.cert_file or given.username):
+        # The request would come from system:anonymous.
+        why = f": the program {program!r} failed" if program else ""
+        raise ConfigError(
+            f"there are no credentials of the user {user!r} in the kubeconfig {files}{why}. Log in,"
+            " or choose another context with launch.context."
+        )
     return str(current["context"].get("namespace") or "default")
 
 
-def _check_program(files: str, user: str) -> None:
-    """Raise ConfigError if the credentials of a user come from a program that is missing.
+def _check_program(files: str, user: str) -> str:
+    """Return the program that gives the credentials of a user, "" without one.
 
-    The Kubernetes client would log this and continue without credentials.
+    Raises ConfigError if it is missing. The Kubernetes client would log this and continue without
+    credentials.
     """
     for file in filter(None, files.split(os.pathsep)):
         path = Path(file).expanduser()
@@ -343,6 +376,8 @@ def _check_program(files: str, user: str) -> None:
                     f"{f' ({_short(hint)})' if hint else ''}, or choose another context with"
                     " launch.context."
                 )
+            return program
+    return ""
 
 
 def read_template(path: str | None) -> dict[str, Any]:
@@ -354,6 +389,10 @@ def read_template(path: str | None) -> dict[str, Any]:
     file = Path(path).expanduser() if path else Path(__file__).with_name("rayjob.yaml")
     try:
         template = yaml.safe_load(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"launch.template is {path!r}, but there is no such file: name a file with one RayJob."
+        ) from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"launch.template is {path!r}, which cannot be read as YAML ({_short(error)}): name a"
@@ -366,12 +405,48 @@ def read_template(path: str | None) -> dict[str, Any]:
     return template
 
 
+def check_cluster(launch: LaunchSettings, job: Mapping[str, Any]) -> None:
+    """Ask the API server whether it would create a RayJob like this one.
+
+    What passes by itself, such as a quota that is used up, is left to the launcher. A server that
+    does not answer is asked a few times.
+
+    Raises:
+        PipelineError: It would not: no credentials, no rights, no namespace, no KubeRay, or a field
+            of the template that KubeRay does not know.
+    """
+    kube = Kube(launch.context, launch.namespace)
+    for wait in (*_TRIES_S, None):
+        try:
+            kube.try_create(job)
+        except KubeError as error:
+            if error.status == 400 and "dry run" in str(error):  # of a webhook that knows none
+                return
+            if not error.passes or error.status == 401:
+                raise fatal(error, "no training can be started on Kubernetes") from error
+            if error.status:
+                return
+            if wait is None:
+                raise PipelineError(
+                    f"the API server {kube.address} does not answer ({error}): check the network"
+                    " and the server in the kubeconfig, or choose another context with"
+                    " launch.context."
+                ) from error
+            time.sleep(wait)
+        else:
+            return
+
+
 def fatal(error: KubeError, what: str) -> PipelineError:
     """Return the error to raise for a request that cannot succeed later."""
+    kind = ConfigError if error.status == 404 else PipelineError
     advice = error.advice or "the same command resumes."
     if error.status == 401:
-        advice = f"get new credentials, or set the clock that is wrong; {advice}"
-    return PipelineError(f"{what} ({error}): {advice}")
+        advice = (
+            "log in again, set the clock that is wrong, or choose another context with"
+            " launch.context."
+        )
+    return kind(f"{what} ({error}): {advice}")
 
 
 def _selectors(labels: str, name: str) -> dict[str, str]:

@@ -200,7 +200,7 @@ class KubeRayLauncher:
                 f"no RayJob could be created in {deadline} s ({error}): the same command tries"
                 " again.",
             )
-            self._warn_once(error)
+            self._warn_once(error, deadline)
 
     def _create_or_attach(self) -> None:
         ours = {number_of(each): each for each in self._ours()}
@@ -225,7 +225,7 @@ class KubeRayLauncher:
             if error.status != 409:
                 raise
             created = self._taken(attempt)
-        said = "is created:" if created["spec"]["jobId"] == attempt.job_id else "attached to"
+        said = "created" if created["spec"]["jobId"] == attempt.job_id else "attached to"
         self._attach(created, said)
 
     def _is_alive(self, job: dict[str, Any]) -> bool:
@@ -307,12 +307,17 @@ class KubeRayLauncher:
                 f"Kubernetes has not answered for {self.launch.deadline_s} s ({error}): the same"
                 " command attaches to the RayJob again."
             ) from error
-        self._warn_once(error)
+        self._warn_once(error, self.launch.deadline_s)
 
-    def _warn_once(self, error: KubeError) -> None:
+    def _warn_once(self, error: KubeError, seconds: int) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("train: Kubernetes does not do as asked (%s): trying again", error)
+            log.warning(
+                "train: Kubernetes at %s does not do as asked (%s): trying again for %d s",
+                self._kube.address,
+                error,
+                seconds,
+            )
 
     def _check_start(self, outcome: Outcome) -> None:
         """Show why the RayJob waits. Raises PipelineError after the deadline."""
@@ -339,7 +344,7 @@ class KubeRayLauncher:
             pods = self._kube.pods(f"ray.io/cluster={cluster}") if cluster else []
             found = reason_of_pods(pods, self._kube.events(), (self._rayjob, cluster))
         except KubeError as error:
-            found = f"its pods cannot be looked at, because {error}"
+            return f"{reason}, and its pods cannot be looked at, because {error}"
         return f"{reason} ({found})" if found else reason
 
     def _check_signs(self) -> None:

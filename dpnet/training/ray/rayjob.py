@@ -11,6 +11,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from data_prep.core.errors import ConfigError
@@ -28,6 +30,8 @@ _GPU = "nvidia.com/gpu"
 _RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 # KubeRay ends a job whose pods do not start, if no launcher does it.
 _LATER_S = 120
+# Kinds of volumes that each pod has for itself.
+_OWN_VOLUMES = {"emptyDir", "configMap", "secret", "downwardAPI", "projected", "ephemeral"}
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,44 @@ def render_rayjob(
     }
 
 
-def check_rayjob(template: Mapping[str, Any], launch: LaunchSettings, train: TrainSettings) -> None:
-    """Raise ConfigError if no training can be made from a template and the settings."""
-    render_rayjob(template, Attempt("", 0, "", "", "", ""), launch, train, "", "")
+def check_rayjob(
+    template: Mapping[str, Any], launch: LaunchSettings, train: TrainSettings
+) -> dict[str, Any]:
+    """Return an example of the RayJob that a template and the settings make.
+
+    Raises ConfigError if no training can be made from them.
+    """
+    example = Attempt("dpnet-check", 0, "word", "0", "s3://root", "runs/check")
+    return render_rayjob(template, example, launch, train, version("ray"), "true")
+
+
+def check_shared_root(template: Mapping[str, Any], root: str) -> None:
+    """Raise ConfigError if the pods of a template do not have the folder of a root.
+
+    Args:
+        template: The RayJob to start from.
+        root: `s3://bucket/prefix`, or the path of a folder.
+    """
+    if root.startswith("s3://"):
+        return
+    folder = Path(root).expanduser().absolute()
+    _, head, workers = _parts(template)
+    if not all(_has_folder(_pod(group), folder) for group in (head, workers)):
+        raise ConfigError(
+            f"the root is {root}, a folder that the pods of a training do not have: set it to"
+            " s3://BUCKET/PREFIX, or mount a shared volume there in all pods of launch.template."
+        )
+
+
+def _has_folder(pod: Mapping[str, Any], folder: Path) -> bool:
+    """Return whether a pod mounts a volume at a folder that other pods can have too."""
+    shared = {
+        volume["name"] for volume in pod.get("volumes") or [] if not _OWN_VOLUMES & volume.keys()
+    }
+    return any(
+        mount["name"] in shared and folder.is_relative_to(mount["mountPath"])
+        for mount in pod["containers"][0].get("volumeMounts") or []
+    )
 
 
 def is_of(job: Mapping[str, Any], attempt: Attempt) -> bool:

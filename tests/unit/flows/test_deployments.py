@@ -149,6 +149,32 @@ def test_a_dry_run_without_a_server_lists_everything(monkeypatch: pytest.MonkeyP
     assert sum(line.startswith("create automation ") for line in lines) == 7
 
 
+@pytest.mark.parametrize(
+    ("launcher", "source", "warned"),
+    [
+        ("kuberay", "data/photos", True),
+        ("kuberay", "/photos", False),
+        ("kuberay", "s3://bucket/photos", False),
+        ("local", "data/photos", False),
+    ],
+)
+def test_a_relative_source_that_no_pod_has_is_warned_of(
+    launcher: str,
+    source: str,
+    warned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("flows.deploy.has_server", lambda: False)
+    for options in (
+        (f"overrides=[launch.launcher={launcher},images.source={source}]",),
+        (f"parameters.launch.launcher={launcher}", f"parameters.images.source={source}"),
+    ):
+        caplog.clear()
+        deploy(settings(*options), dry_run=True)
+        assert ("images.source is 'data/photos', a relative path" in caplog.text) == warned
+
+
 def test_a_deploy_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class NoServer:
         class api:

@@ -102,10 +102,24 @@ def test_each_alert_fires_when_it_should_and_only_then(promtool: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_promtool_accepts_the_scrape_configuration(promtool: str) -> None:
-    command = [promtool, "check", "config", "prometheus.yml"]
+def check_config(promtool: str, file: Path) -> None:
+    command = [promtool, "check", "config", "--syntax-only", str(file)]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_promtool_accepts_the_scrape_configuration(promtool: str) -> None:
+    check_config(promtool, FOLDER / "prometheus.yml")
+
+
+def test_promtool_accepts_the_scrape_configuration_of_a_cluster(
+    promtool: str, tmp_path: Path
+) -> None:
+    config = yaml.safe_load((FOLDER / "prometheus-kubernetes.yml").read_text("utf-8"))
+    for job in config["scrape_configs"]:  # Debian's promtool is built without Kubernetes
+        assert job.pop("kubernetes_sd_configs")
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
+    check_config(promtool, tmp_path / "prometheus.yml")
 
 
 def test_prometheus_scrapes_the_default_address_of_the_exporter() -> None:
@@ -115,3 +129,20 @@ def test_prometheus_scrapes_the_default_address_of_the_exporter() -> None:
     (target,) = jobs["dpnet"]["static_configs"][0]["targets"]
     assert target == f"{HOST}:{PORT}"
     assert all((FOLDER / name).is_file() for name in config["rule_files"])
+
+
+def test_prometheus_in_a_cluster_finds_the_pods_of_the_exporter_and_asks_with_its_user() -> None:
+    config = yaml.safe_load((FOLDER / "prometheus-kubernetes.yml").read_text("utf-8"))
+    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
+    (alert,) = [rule for rule in ALERTS if rule["alert"] == "DpnetExporterDown"]
+    assert alert["expr"] == 'up{job="dpnet"} == 0'
+    (pods,) = jobs["dpnet"]["kubernetes_sd_configs"]
+    assert pods == {"role": "pod", "namespaces": {"names": ["dpnet"]}}
+    (rule,) = jobs["dpnet"]["relabel_configs"]
+    exporter = FOLDER.parent / "k8s/base/exporter.yaml"
+    deployment = next(yaml.safe_load_all(exporter.read_text("utf-8")))
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/name"] == rule["regex"]
+    page = (FOLDER.parents[1] / "docs/operations.md").read_text("utf-8")
+    user = jobs["dpnet"]["basic_auth"]["username"]
+    assert f"--from-literal=DPNET_REPORTS_PASSWORD={user}:" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -96,22 +97,26 @@ def test_a_typing_error_in_a_rayjob_is_found(change: dict[str, Any], said: str) 
     assert said in " ".join(problems_of(job))
 
 
-def test_the_queue_of_kueue_can_be_added(tmp_path: Path) -> None:
-    queue = list(yaml.safe_load_all((K8S / "components/kueue/queue.yaml").read_text("utf-8")))
-    assert {each["kind"] for each in queue} == {"ResourceFlavor", "ClusterQueue", "LocalQueue"}
-    for overlay in ("gpu", "spot"):
-        text = (K8S / "overlays" / overlay / "kustomization.yaml").read_text("utf-8")
-        assert "# - ../../components/kueue" in text
-    # kustomize reads only below a folder, so the whole tree is copied.
-    import shutil
+def test_the_queue_of_kueue_is_in_the_namespace_and_what_is_cluster_wide_is_in_none() -> None:
+    made = list(yaml.safe_load_all(kustomize(K8S / "kueue")))
+    spaces = {each["kind"]: each["metadata"].get("namespace") for each in made}
+    assert spaces == {"ResourceFlavor": None, "ClusterQueue": None, "LocalQueue": "dpnet"}
 
-    shutil.copytree(K8S, tmp_path / "k8s")
-    file = tmp_path / "k8s/overlays/gpu/kustomization.yaml"
-    file.write_text(
-        file.read_text("utf-8").replace("# - ../../components/kueue", "- ../../components/kueue")
-    )
+
+@overlays
+def test_a_private_registry_is_one_line_in_an_overlay(overlay: str, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")  # kustomize reads only below a folder
+    file = tmp_path / "k8s/overlays" / overlay / "kustomization.yaml"
+    line = "- ../../components/private-registry"
+    file.write_text(file.read_text("utf-8").replace(f"# {line}", line))
+    secret = [{"name": "registry"}]
     made = list(yaml.safe_load_all(kustomize(file.parent)))
-    assert {each["kind"] for each in queue} <= {each["kind"] for each in made}
+    accounts = [each for each in made if each["kind"] == "ServiceAccount"]
+    assert len(accounts) == 4
+    assert all(each["imagePullSecrets"] == secret for each in accounts)
+    # KubeRay makes the account of the head of an autoscaled cluster.
+    (cluster,) = [each for each in made if each["kind"] == "RayCluster"]
+    assert ray_templates(cluster["spec"])[0]["spec"]["imagePullSecrets"] == secret
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "spot"])
@@ -277,6 +282,14 @@ def test_secrets_are_only_referred_to_and_the_page_of_operations_makes_each_of_t
     assert secret_references(overlay) <= made
 
 
+@overlays
+def test_the_pages_that_the_files_of_an_overlay_name_say_what_is_promised(overlay: str) -> None:
+    first = (K8S / "overlays" / overlay / "rayjob.yaml").read_text("utf-8").splitlines()[0]
+    assert "docs/training.md says what the launcher adds" in first
+    page = (REPOSITORY / "docs/training.md").read_text("utf-8")
+    assert "The launcher fills in" in page
+
+
 # Pinned.
 
 
@@ -339,6 +352,8 @@ def test_every_service_leads_to_a_port_of_one_kind_of_pod(overlay: str) -> None:
         ]  # fmt: skip
         assert len(found) == 1, name_of(service)
         names = {port["name"] for c in found[0].containers for port in c["ports"]}
+        # Without it, older API servers refuse a server-side apply.
+        assert all(port.get("protocol") for port in service["spec"]["ports"]), name_of(service)
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= names
 
 
@@ -366,6 +381,9 @@ def test_the_deployments_of_an_overlay_have_a_config_that_can_be_loaded(
     settings = load_settings(DeploySettings, tmp_path / "deploy.yaml")
     config = load_config(settings.config, known_overrides(settings))
     assert config.train.gpus == (overlay != "local")
+    assert config.images.source.startswith("s3://") or overlay == "local"
+    assert settings.watch is None
+    assert settings.retrain is None
     options = dict(each.split("=", 1) for each in settings.overrides)
     assert options["launch.launcher"] == "kuberay"
     assert options["launch.template"] == "/etc/dpnet/rayjob.yaml"
@@ -484,7 +502,7 @@ def test_everything_else_is_denied_and_the_metadata_service_is_out_of_reach(over
             for peer in rule["to"]:
                 if block := peer.get("ipBlock"):
                     assert block["except"] == ["169.254.0.0/16"]
-                    assert {port["port"] for port in rule["ports"]} == {443, 6443}
+                    assert {port["port"] for port in rule["ports"]} == {443, 6443, 8443}
 
 
 @overlays

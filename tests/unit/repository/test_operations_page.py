@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dpnet.registry.settings import RegisterSettings
 from dpnet.registry.stage import register
 
 PAGE = (REPOSITORY / "docs/operations.md").read_text("utf-8")
+VERSION = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 MARK = "# needs a cluster"
 # Commands that serve until they are stopped, or need a server: the tests that run them.
 ELSEWHERE = {
@@ -36,6 +38,11 @@ def blocks() -> Iterator[list[str]]:
     for found in re.finditer(r"(?:^ {4,}\S.*\n(?:\n(?= {4,}\S))?)+", PAGE, re.MULTILINE):
         text = found[0].replace("\\\n", " ")
         yield [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
+def in_checkout(path: str) -> Path:
+    """Return the file or folder from which the page has copied `path`."""
+    return K8S / path.removeprefix("../dpnet-k8s/")
 
 
 COMMANDS = [line for block in blocks() if block[0] != MARK for line in block]
@@ -88,19 +95,50 @@ def test_the_commands_of_planning_and_rendering_work() -> None:
     for line in commands_of("dpnet plan"):
         assert main(shlex.split(line)[1:]) == 0, line
     for line in commands_of("kubectl kustomize"):
-        assert "kind: Deployment" in kustomize(REPOSITORY / line.split()[-1])
+        assert "kind: Deployment" in kustomize(in_checkout(line.split()[-1]))
 
 
-def test_the_command_that_names_a_registry_names_it_everywhere(tmp_path: Path) -> None:
-    (line,) = commands_of("grep -rl registry.example.com")
+def copied(folder: Path, image: str) -> str:
+    """Copy the manifests as the page does, and return the overlay `gpu` with all its images."""
+    (line,) = commands_of("infra/k8s/copy.sh")
+    words = shlex.split(line)
+    subprocess.run(["bash", folder / words[0], folder / "own", image], check=True)
+    return kustomize(folder / "own/overlays/gpu") + kustomize(folder / "own/jobs/mlflow-upgrade")
+
+
+def images_in(text: str) -> set[str]:
+    return set(re.findall(r"[\w./-]+/dpnet:[\w.-]+", text))
+
+
+def test_the_manifests_are_copied_with_all_images_of_the_own_registry(tmp_path: Path) -> None:
     shutil.copytree(K8S, tmp_path / "infra/k8s")
-    text = line.replace("REGISTRY", "ghcr.io/team")
-    subprocess.run(["bash", "-c", text], cwd=tmp_path, check=True)
-    for overlay in ("gpu", "local", "spot"):
-        made = kustomize(tmp_path / "infra/k8s/overlays" / overlay)
-        assert "registry.example.com" not in made
-        images = set(re.findall(r"image: \S*/(?:dpnet|team)\S*", made))
-        assert {each.rpartition(":")[0] for each in images} == {"image: ghcr.io/team/dpnet"}
+    made = copied(tmp_path, "ghcr.io/team/dpnet")
+    assert "registry.example.com" not in made
+    tag = f"ghcr.io/team/dpnet:{VERSION}"
+    assert images_in(made) == {f"{tag}-cpu", f"{tag}-cuda"}
+
+
+def test_a_copy_after_an_upgrade_keeps_the_overlay_and_names_the_new_images(tmp_path: Path) -> None:
+    checkout = tmp_path / "infra/k8s"
+    shutil.copytree(K8S, checkout)
+    copied(tmp_path, "ghcr.io/team/dpnet")
+    own = tmp_path / "own/overlays/gpu/deploy.yaml"
+    own.write_text(own.read_text("utf-8").replace("train.workers=8", "train.workers=3"))
+    for file in checkout.rglob("*.*"):
+        if file.is_file():
+            file.write_text(file.read_text("utf-8").replace(VERSION, "9.1.0"))
+    made = copied(tmp_path, "ghcr.io/team/dpnet")
+    assert "train.workers=3" in made
+    assert images_in(made) == {"ghcr.io/team/dpnet:9.1.0-cpu", "ghcr.io/team/dpnet:9.1.0-cuda"}
+
+
+@pytest.mark.parametrize("words", [[], ["own"], ["own", "ghcr.io/team/dpnet:0.2.0"]])
+def test_a_copy_without_an_image_or_with_a_tag_is_refused(words: list[str], tmp_path: Path) -> None:
+    command = ["bash", K8S / "copy.sh", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: infra/k8s/copy.sh FOLDER IMAGE")
+    assert not (tmp_path / "own").exists()
 
 
 def test_promtool_accepts_the_rules() -> None:
@@ -114,7 +152,7 @@ def test_promtool_accepts_the_rules() -> None:
 
 def test_every_other_command_is_run_by_a_test_that_names_it() -> None:
     run_here = ("dpnet registry", "dpnet verify", "dpnet gc", "dpnet plan", "kubectl kustomize",
-                "grep -rl", "promtool")  # fmt: skip
+                "infra/k8s/copy.sh", "promtool")  # fmt: skip
     for line in COMMANDS:
         if line.startswith(run_here):
             continue
@@ -139,8 +177,30 @@ def test_the_objects_that_the_commands_name_are_in_the_manifests() -> None:
         if line.startswith("kubectl -n dpnet delete job "):
             jobs = line.partition("delete job ")[2].split(" --")[0].split()
             assert {("job", name) for name in jobs} <= existing
-        for path in re.findall(r"(?:-k|-f) (infra/\S+)", line):
-            assert (REPOSITORY / path).exists(), path
+        for path in re.findall(r"(?:-k|-f) (\.\./\S+)", line):
+            assert in_checkout(path).exists(), path
+
+
+@pytest.mark.parametrize("title", ["upgrade", "rotate credentials"])
+def test_everything_that_reads_the_storage_key_is_started_again(title: str) -> None:
+    section = PAGE.split(f"## Kubernetes: {title}")[1].split("\n## ")[0]
+    readers = {
+        (each["kind"], each["metadata"]["name"])
+        for each in rendered("gpu")
+        if "dpnet-storage" in str(each) and each["kind"] not in ("ConfigMap", "Job")
+    }
+    clusters = {name for kind, name in readers if kind == "RayCluster"}
+    assert {kind for kind, _ in readers} == {"Deployment", "RayCluster"}
+    assert "kubectl -n dpnet rollout restart deployment\n" in section
+    for name in clusters:  # KubeRay does not replace the pods of a changed cluster
+        assert f"kubectl -n dpnet delete raycluster {name}" in section
+
+
+def test_every_apply_takes_back_what_another_command_has_changed() -> None:
+    applied = [line for line in CLUSTER if "kubectl apply" in line]
+    assert len(applied) > 4
+    for line in applied:
+        assert "kubectl apply --server-side --force-conflicts -" in line
 
 
 def test_every_alert_has_a_line_that_says_what_to_do() -> None:

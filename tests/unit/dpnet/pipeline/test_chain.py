@@ -91,6 +91,7 @@ MASK_FILES_MISSING = ("masks.external=/no/such/masks", "masks.recipes.external=1
             ["launch.launcher=kuberay", "launch.template=none.yaml"],
             "launch.template is 'none.yaml'",
         ),
+        (["launch.launcher=kuberay", "launch.image=a/b:1"], "a folder that the pods of a training"),
         (MASK_FILES_MISSING, "masks.external /no/such/masks does not exist"),
     ],
 )
@@ -102,6 +103,32 @@ def test_what_a_late_stage_needs_is_checked_before_the_first_one(
     assert words in refusal("register", *overrides, root=tmp_path)
     assert list(tmp_path.iterdir()) == []
     check_config(load_config("demo", overrides), "images", str(tmp_path))
+
+
+def test_a_registration_from_s3_without_an_mlflow_server_is_refused_before_the_first_stage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = load_config("demo", [])
+    with pytest.raises(ConfigError, match=r"register\.tracking_uri is not set and s3:"):
+        check_config(config, "register", "s3://bucket/root")
+    check_config(config, "evaluate", "s3://bucket/root")
+
+
+def test_a_cluster_that_cannot_be_asked_is_only_a_warning_where_a_training_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config("demo", ["launch.launcher=kuberay", "launch.image=a/b:1"])
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setattr("dpnet.pipeline.chain.check_shared_root", lambda template, root: None)
+    root = tmp_path / "root"
+    with pytest.raises(ConfigError, match="credentials for Kubernetes"):
+        check_config(config, "train", str(root))
+    manifest = root / f"runs/{config.name}-0123456789ab/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    check_config(config, "train", str(root))
+    assert "credentials for Kubernetes" in caplog.text
 
 
 @pytest.mark.parametrize("option", ["losses.vgg_weights", "evaluate.lpips_weights"])

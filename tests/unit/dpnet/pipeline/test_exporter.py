@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -329,6 +330,21 @@ def test_requests_of_other_sites_are_refused(store, headers):
     server.shutdown()
     assert status == 403
     assert "dpnet_up" not in text
+
+
+def test_a_name_that_the_server_was_given_is_its_own(tmp_path):
+    """Prometheus reaches it by the name of a Service, and people by that of a forwarded port."""
+    command = [sys.executable, "-m", "dpnet.exporter", str(tmp_path), "--port", "0"]
+    names = {"DPNET_SERVER_NAMES": "exporter,exporter.dpnet.svc"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | names)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().rpartition(b":")[2].partition(b"/")[0])
+        hosts = ("exporter:9808", "exporter.dpnet.svc:9808", "exporter.evil.example:9808")
+        assert [answer_of(port, Host=host)[0] for host in hosts] == [200, 200, 403]
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_exporter_listens_on_this_machine_only(store):

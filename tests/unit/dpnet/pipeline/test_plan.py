@@ -184,6 +184,20 @@ def test_the_requests_of_a_build_are_those_that_a_server_receives(
             assert plan.requests[stage] == Requests(reads, writes), stage
 
 
+def test_masks_that_are_made_count_as_committed_whatever_training_they_are_for(
+    tmp_path: Path,
+) -> None:
+    store = LocalStore(tmp_path / "root")
+    drawn = ("masks.train=40", "masks.eval_per_bin=2", "masks.shard_samples=10")
+    prepare_masks(small(*drawn).masks, store)
+    plan = plan_config(small(*drawn, "train.steps=60"), store, Given(images=1000))
+    assert plan.masks.is_committed
+    assert plan.masks.source.startswith(f"{store.label}/masks/")
+    assert plan.requests["masks"].writes == 0
+    other = plan_config(small(*drawn, "masks.train=50"), store, Given(images=1000))
+    assert not other.masks.is_committed
+
+
 def test_every_epoch_reads_each_shard_and_its_index_once() -> None:
     def reads(*overrides: str) -> int:
         return plan_of("train.validation_pairs=1", "train.validate_every=1000000", *overrides)\

@@ -9,8 +9,9 @@ import pytest
 
 from data_prep.core.errors import ConfigError
 from data_prep.core.listener import open_listener
+from data_prep.core.web_guard import SERVER_NAMES
 from dpnet.serving.login import TOKEN, has_token, login_address, login_cookie
-from dpnet.serving.server import NAMES, address_of
+from dpnet.serving.server import address_of
 
 KEY = "a-long-token-of-this-test"
 COOKIE = login_cookie(KEY, 8400).partition(";")[0]
@@ -92,12 +93,12 @@ def test_a_token_of_the_environment_is_used_and_a_short_one_is_refused_for_other
         with pytest.raises(ConfigError, match="at least 16"):
             address_of(listener, "0.0.0.0")
     with open_listener("127.0.0.1", 0) as listener:
-        monkeypatch.setenv(NAMES, "serve,serve.dpnet.svc")  # a proxy on this machine
+        monkeypatch.setenv(SERVER_NAMES, "serve,serve.dpnet.svc")  # a proxy on this machine
         monkeypatch.setenv(TOKEN, "short")
         with pytest.raises(ConfigError, match="at least 16"):
             address_of(listener, "127.0.0.1")
         monkeypatch.setenv(TOKEN, KEY)
         assert address_of(listener, "127.0.0.1").names == ("serve", "serve.dpnet.svc")
-        monkeypatch.delenv(NAMES)
+        monkeypatch.delenv(SERVER_NAMES)
         monkeypatch.setenv(TOKEN, "short")  # the password that a user has set for `dpnet up`
         assert address_of(listener, "127.0.0.1").token == "short"

@@ -16,7 +16,7 @@ from kubernetes.client.exceptions import ApiException
 
 from data_prep.core.errors import ConfigError
 from dpnet.training.ray import kube_client
-from dpnet.training.ray.kube_client import Kube, KubeError
+from dpnet.training.ray.kube_client import Kube, KubeError, fatal
 
 
 def write(file: Path, user: dict[str, Any], server: str = "https://127.0.0.1:9") -> Path:
@@ -87,13 +87,38 @@ def test_a_program_next_to_the_kubeconfig_is_found(kubeconfig: Path) -> None:
     assert Kube(None, None)._api.configuration.api_key["BearerToken"] == "Bearer t"
 
 
+@pytest.mark.parametrize(
+    ("user", "why"),
+    [
+        ({"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "false"}}, True),
+        ({}, False),
+    ],
+)
+def test_a_user_without_credentials_is_not_anonymous(
+    kubeconfig: Path, user: dict[str, Any], why: bool
+) -> None:
+    write(kubeconfig, user)
+    with pytest.raises(ConfigError, match=r"there are no credentials of the user .*Log in") as told:
+        Kube(None, None)
+    assert ("the program 'false' failed" in str(told.value)) == why
+    assert str(kubeconfig) in str(told.value)
+
+
+def test_refused_credentials_and_a_missing_namespace_have_their_own_advice() -> None:
+    refused = fatal(KubeError(401, "refused"), "cannot start")
+    assert str(refused).endswith("or choose another context with launch.context.")
+    missing = KubeError(404, "there is no namespace train", advice="make it.")
+    assert isinstance(fatal(missing, "cannot start"), ConfigError)
+
+
 @pytest.mark.parametrize("text", [None, "{", "a: 1"])
 def test_a_kubeconfig_that_cannot_be_read_is_an_error_of_the_config(
     kubeconfig: Path, text: str | None
 ) -> None:
     kubeconfig.unlink() if text is None else kubeconfig.write_text(text)
-    with pytest.raises(ConfigError, match="credentials for Kubernetes cannot be read"):
+    with pytest.raises(ConfigError, match="credentials for Kubernetes cannot be read from") as told:
         Kube(None, None)
+    assert str(kubeconfig) in str(told.value)
 
 
 def status(code: int, message: str, **details: Any) -> tuple[int, str]:

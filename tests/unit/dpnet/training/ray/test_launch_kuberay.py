@@ -31,7 +31,7 @@ DIED = "failed with exit code 137, last available logs:\nKilled"
 class MockKube:
     """An API server in memory: RayJobs by name, and a list of what happened to them."""
 
-    namespace = "train"
+    namespace, address = "train", "https://mock"
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, Any]] = {}
@@ -455,3 +455,28 @@ def test_a_driver_of_another_version_refuses_with_both_versions(
         PipelineError, match=rf"has dpnet {mine}, and the cluster's head has 0\.0\.9"
     ):
         job_driver._train("a", LocalStore(tmp_path).uri, "runs/a", only_stacks=False)
+
+
+def test_the_log_names_the_rayjob_the_server_that_is_away_and_how_long_it_is_tried(
+    kube: MockKube, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    kube.errors["list"] = [KubeError(0, "Connection refused")]
+    launcher = make(deadline_s=77)
+    launcher.start()
+    told = "Kubernetes at https://mock does not do as asked (Connection refused): trying again"
+    assert f"{told} for 77 s" in caplog.text
+    kube.errors.clear()
+    assert launcher.is_running()
+    assert f"train: created the RayJob train/{launcher.name}-1" in caplog.text
+
+
+def test_pods_that_may_not_be_looked_at_are_said_without_a_bracket(
+    kube: MockKube, make: Make
+) -> None:
+    launcher = running(kube, make())
+    kube.errors["pods"] = [KubeError(403, "this user may not list pods", advice="ask.")]
+    launcher._follower.job.setdefault("status", {})["rayClusterName"] = "c"  # type: ignore[union-attr]
+    assert launcher._with_pods("waits for its pods") == (
+        "waits for its pods, and its pods cannot be looked at, because this user may not list pods"
+    )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from data_prep.core.errors import ConfigError
 from dpnet.training.ray.kube_client import ACCESS, read_template, role
-from dpnet.training.ray.rayjob import Attempt, is_of, number_of, render_rayjob
+from dpnet.training.ray.rayjob import (
+    Attempt,
+    check_shared_root,
+    is_of,
+    number_of,
+    render_rayjob,
+)
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
 ATTEMPT = Attempt("dpnet-0123456789ab-cdef", 2, "a1b2c3", "0123456789abcdef", "s3://b/r", "runs/a")
@@ -223,7 +231,7 @@ def test_a_template_that_is_not_a_rayjob_is_refused(tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(ConfigError, match=told):
             read_template(str(tmp_path / "a.yaml"))
-    with pytest.raises(ConfigError, match=r"cannot be read .*No such file"):
+    with pytest.raises(ConfigError, match=r"but there is no such file"):
         read_template(str(tmp_path / "missing.yaml"))
 
 
@@ -245,3 +253,45 @@ def test_the_role_in_the_documentation_is_the_one_that_the_launcher_needs() -> N
     found = yaml.safe_load(textwrap.dedent(page[begin : page.index("\n\n", begin)]))
     assert found["rules"] == role("any")["rules"]
     assert found["metadata"]["name"] == role("any")["metadata"]["name"]
+
+
+SHARED = {"name": "data", "persistentVolumeClaim": {"claimName": "data"}}
+OWN = {"name": "data", "emptyDir": {}}
+
+
+@pytest.mark.parametrize(
+    ("root", "volume", "groups", "fits"),
+    [
+        ("s3://bucket/root", None, [], True),
+        ("/data/dpnet", None, [], False),
+        ("/data/dpnet", SHARED, [0, 1], True),
+        ("/data", SHARED, [0, 1], True),
+        ("/database", SHARED, [0, 1], False),
+        ("/data/dpnet", SHARED, [0], False),
+        ("/data/dpnet", OWN, [0, 1], False),
+    ],
+)
+def test_a_root_that_the_pods_do_not_have_is_refused(
+    root: str, volume: dict[str, Any] | None, groups: list[int], fits: bool
+) -> None:
+    template = json.loads(json.dumps(read_template(None)))  # no part twice
+    for number in groups:
+        pod = pods(template)[number]
+        pod["volumes"].append(volume)
+        pod["containers"][0]["volumeMounts"].append({"name": "data", "mountPath": "/data"})
+    if fits:
+        check_shared_root(template, root)
+    else:
+        with pytest.raises(ConfigError, match=f"the root is {root}, a folder that the pods"):
+            check_shared_root(template, root)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [{"namespace": "Bad_NS"}, {"secrets": ("No_Such",)}, {"image": "Bad Image!"}],
+)
+def test_a_name_that_kubernetes_cannot_have_is_refused(launch: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="such as"):
+        LaunchSettings(**launch)
+    good = {"namespace": "my-team", "secrets": ("a.b-1",), "image": "host:5000/a/b@sha256:0"}
+    LaunchSettings(**good)  # type: ignore[arg-type]
