@@ -151,6 +151,15 @@ def test_the_page_that_fills_photos_can_have_a_gpu_and_scale_on_its_queue(
     assert '"dpnet_serve_queue"' in code
 
 
+@overlays
+def test_the_page_that_fills_photos_has_memory_for_the_photos_that_it_takes(overlay: str) -> None:
+    (container,) = named(overlay, "Deployment", "serve")["spec"]["template"]["spec"]["containers"]
+    pixels = int(container["args"][container["args"].index("--max-pixels") + 1])
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) * 2**30
+    assert pixels * 150 < limit  # bytes a pixel, measured where the holes are at two corners
+    assert pixels > 4032 * 3024  # a photo of a phone
+
+
 # Restricted.
 
 
