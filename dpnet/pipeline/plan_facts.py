@@ -41,7 +41,6 @@ from dpnet.pipeline.plan_parts import DataSize, Machines
 
 if TYPE_CHECKING:
     from data_prep.images.settings import ImagesSettings
-    from data_prep.masks.settings import MasksSettings
     from dpnet.pipeline.config import Config
 
 MASKS_DRAWN = 48  # to estimate their size
@@ -241,11 +240,6 @@ def _newest(settings: ImagesSettings, store: Store) -> DataSize | None:
     if not same:
         return None
     return _committed(store, reference(same[-1], 0.0, skipped=True), SPLITS)
-
-
-def _drawn(settings: MasksSettings) -> DataSize:
-    """Return the size of mask shards that are not made, from a few masks."""
-    return DataSize(planned_sizes(settings, MASKS_DRAWN), "the config; sizes of masks drawn now")
 
 
 def _committed(store: Store, ref: StageRef, splits: tuple[str, ...]) -> DataSize:
