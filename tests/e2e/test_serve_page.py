@@ -848,6 +848,7 @@ def test_a_phone_paints_with_one_finger_and_zooms_with_two(new_page: Open, pictu
     share = page.locator("#share").inner_text()
     assert share.startswith("Hole ")
     zoom = page.locator("#zoom").inner_text()
+    y += 60  # where nothing is painted
     touch(client, "touchStart", (x, y))
     touch(client, "touchStart", (x, y), (x + 40, y))
     touch(client, "touchMove", (x - 40, y), (x + 80, y))

@@ -3,7 +3,7 @@
 
 const PAN_STEP = 60; // page pixels for an arrow key
 const CURSOR_STEP = 12;
-const SECOND_FINGER_MS = 400; // a stroke this young was the first finger of two
+const SHORT_STROKE = 20; // page pixels; a shorter one was the first finger of two
 const WHEEL = 0.0016; // zoom for each page pixel that a wheel scrolls
 const PINCH = 0.012; // a touchpad sends a pinch as small steps of a wheel with Ctrl
 
@@ -65,7 +65,8 @@ export class Input {
     if (this.pointers.size > 2) return;
     const middle = event.button === 1;
     if (middle || this.space || !this.actions.canPaint()) return this.#setMode("pan");
-    this.began = performance.now();
+    this.began = this.#at(event);
+    this.reached = 0; // the largest distance from there
     this.#setMode("paint");
     const erase = event.button === 2 || event.button === 5 || event.altKey; // 5: a pen's eraser
     this.actions.start(this.view.pixelAt(this.#at(event)), erase);
@@ -78,8 +79,7 @@ export class Input {
 
   #startPinch() {
     if (this.mode === "paint") {
-      const young = performance.now() - this.began < SECOND_FINGER_MS;
-      if (young) this.actions.cancel();
+      if (this.reached < SHORT_STROKE) this.actions.cancel();
       else this.actions.finish();
     }
     this.#setMode("pinch");
@@ -101,7 +101,9 @@ export class Input {
     for (const one of passed.length ? passed : [event]) {
       this.actions.move(this.view.pixelAt(this.#at(one)));
     }
-    this.actions.hover(this.view.pixelAt(this.#at(event)));
+    const at = this.#at(event);
+    this.reached = Math.max(this.reached, Math.hypot(at.x - this.began.x, at.y - this.began.y));
+    this.actions.hover(this.view.pixelAt(at));
   }
 
   #pinch() {
