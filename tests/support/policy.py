@@ -19,9 +19,10 @@ from xdist.scheduler import LoadScopeScheduling
 SKIPS = Path(__file__).parents[1] / "allowed_skips.txt"
 # Slow tests that start `dpnet up` or a browser.
 PLATFORMS = (
-    "tests/e2e/test_other_pages.py", "tests/e2e/test_report_page.py", "tests/e2e/test_ui.py",
-    "tests/integration/test_flow_faults.py", "tests/integration/test_new_data.py",
-    "tests/integration/test_up_running.py",
+    "tests/e2e/test_other_pages.py", "tests/e2e/test_report_page.py",
+    "tests/e2e/test_serve_login.py", "tests/e2e/test_serve_page.py", "tests/e2e/test_ui.py",
+    "tests/integration/test_flow_faults.py", "tests/integration/test_kuberay_flow.py",
+    "tests/integration/test_new_data.py", "tests/integration/test_up_running.py",
 )  # fmt: skip
 # Slow tests that start none of these, and no Ray.
 ALONE = (
@@ -30,6 +31,7 @@ ALONE = (
     "tests/integration/test_k8s_apply.py", "tests/integration/test_k8s_servers.py",
     "tests/integration/test_k8s_worker.py", "tests/integration/test_kuberay.py",
     "tests/integration/test_mutants.py", "tests/integration/test_s3.py",
+    "tests/integration/test_serve.py",
 )  # fmt: skip
 FAST_S, REAL_S, SLOW_S = 120, 300, 900  # on a loaded machine; a test takes a fraction of it
 
