@@ -31,9 +31,8 @@ def connect(uri: str) -> Iterator[Any]:
         yield new_client(uri)
     except (MlflowException, SQLAlchemyError) as error:
         raise PipelineError(
-            f"the version cannot be registered in MLflow at {uri} ({reason_of(error)}): check that"
-            " MLflow runs there (register.tracking_uri) and that you may write, then run the same"
-            " command again."
+            f"MLflow at {uri} cannot be used ({reason_of(error)}): check that it runs there"
+            " (register.tracking_uri) and that you may write, then run the same command again."
         ) from error
 
 

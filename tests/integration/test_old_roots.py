@@ -99,7 +99,7 @@ class Old(NamedTuple):
             name="old",
             images=self.images(),
             masks=self.masks(),
-            model=ModelSettings(preset="tiny"),
+            model=ModelSettings(preset="tiny", statistics="own"),  # those of 0.1.0
             losses=LossSettings(adversarial=0.01),
             settings=TrainSettings(**{**TRAINING, **changes}),
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.core.errors import ConfigError
+from data_prep.core.paths import RUNS
 from data_prep.core.redact import has_credentials
 from dpnet.training.settings import LaunchSettings, TrainSettings
 
@@ -137,7 +138,7 @@ def check_rayjob(
 
     Raises ConfigError if no training can be made from them.
     """
-    example = Attempt("dpnet-check", 0, "word", "0", "s3://root", "runs/check")
+    example = Attempt("dpnet-check", 0, "word", "0", "s3://root", f"{RUNS}/check")
     return render_rayjob(template, example, launch, train, version("ray"), "true")
 
 

@@ -37,6 +37,7 @@ GOOD = {
     ],
     "RAY_ADDRESS": ["auto", "local", "head:6379", "[::1]:6379", "ray://head:10001", "http://h:8265"],
     "RAY_API_SERVER_ADDRESS": ["http://head:8265"],
+    "DPNET_SERVE_URL": ["https://fill.example.com", "http://127.0.0.1:8400"],
 }  # fmt: skip
 BAD = {
     "AWS_ENDPOINT_URL": ["127.0.0.1:9000", "localhost", "s3://bucket", "http://", "http:/host"],
@@ -47,6 +48,7 @@ BAD = {
     "MLFLOW_TRACKING_URI": ["localhost:5000", "127.0.0.1:5000/", "htp://mlflow:5000", "http://"],
     "RAY_ADDRESS": ["head", "htp://head:8265"],
     "RAY_API_SERVER_ADDRESS": ["head:8265"],
+    "DPNET_SERVE_URL": ["fill.example.com", "127.0.0.1:8400"],
 }
 
 

@@ -488,9 +488,9 @@ def test_the_manifest_of_another_runner_is_never_overwritten(tmp_path: Path) -> 
 
 
 def test_a_worker_stops_when_its_owner_has_lost_the_lease(store: LocalStore) -> None:
-    with Lease(store, KEY, interval=1.0) as lease:
+    with Lease(store, KEY, interval=2.0) as lease:
         with Follower(store, lease.reference()):
-            time.sleep(3.5)  # longer than the lease lasts without renewals
+            time.sleep(6.5)  # longer than the lease lasts without renewals
             confirm_leases()
         worker = Follower(store, lease.reference())
         worker.check()
