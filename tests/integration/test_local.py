@@ -66,6 +66,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_the_server_ends_with_a_killed_command_and_the_next_one_marks_the_run_crashed(
     tmp_path: Path,

@@ -670,6 +670,7 @@ def test_the_step_is_compiled_on_a_gpu_if_possible_and_on_a_cpu_on_request(monke
         choose_backend(True, cpu)
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_before_the_first_step_and_the_status_says_so(prepared, monkeypatch):
     monkeypatch.setattr(loop, "choose_backend", lambda wanted, device: ("eager", None))
     told, graphs = [], []

@@ -115,6 +115,7 @@ def assert_near(ours, theirs, relative):
         assert mine == pytest.approx(other, rel=relative, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_each_kind_of_layer_is_compiled_once_and_computes_the_same():
     config = replace(SMALL, blocks=3)
