@@ -578,7 +578,7 @@ def test_the_error_for_a_database_names_the_reason(store):
     run, evaluation = small_root.run_and_evaluation(store, 20.0)
     (store.folder / "broken.db").write_bytes(b"not a database" * 100)
     settings = RegisterSettings(tracking_uri=f"sqlite:///{store.folder}/broken.db")
-    with pytest.raises(PipelineError, match="MLflow at sqlite.* cannot be used"):
+    with pytest.raises(PipelineError, match=r"MLflow at sqlite.* cannot be used"):
         register(settings, run, evaluation, store)
 
 
