@@ -20,7 +20,7 @@ from dpnet.model_store.records import CHAMPION
 from dpnet.serving import schema
 from dpnet.serving.filling import Answer, Filling
 from dpnet.serving.form import JOB, json_object
-from dpnet.serving.limits import CLIENT_CLOSED, RequestError, ServeLimits
+from dpnet.serving.limits import CLIENT_CLOSED, STOPPED, RequestError, ServeLimits
 from dpnet.serving.login import LOGIN, LOGIN_PAGE, LOGIN_PAGES, WRONG, has_token, login_cookie
 from dpnet.serving.metrics import Metrics
 from dpnet.serving.models import Models
@@ -126,6 +126,8 @@ def _answered(endpoint: Endpoint) -> Endpoint:
             return _error(error.status, str(error), retry)
         except CancelledError:
             return _error(409, _CANCELLED)
+        except asyncio.CancelledError:  # only the end of the server cancels an answer
+            return _error(503, STOPPED)
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED)
         except (PipelineError, OSError) as error:

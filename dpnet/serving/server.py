@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Collection
@@ -140,4 +141,15 @@ def run_server(
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+
+    class Server(uvicorn.Server):
+        """A server that ends its jobs before it waits for their answers."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            service.work.end()
+            # uvicorn logs a traceback for each answer that it cuts off, as of a client that does
+            # not read. That is no error when the server ends.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(sockets)
+
+    Server(config).run(sockets=[listener])

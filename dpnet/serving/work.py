@@ -19,7 +19,7 @@ from data_prep.core.errors import PipelineError
 from dpnet.inpainting.api import Hole
 from dpnet.inpainting.tiles import TILE, device_of, fill
 from dpnet.serving.batches import MOST, Batches, batch_shape, size_of_batch
-from dpnet.serving.limits import RequestError, ServeLimits
+from dpnet.serving.limits import STOPPED, RequestError, ServeLimits
 from dpnet.serving.models import Models, Version
 
 log = logging.getLogger(__name__)
@@ -106,13 +106,18 @@ class Work:
         """Start the thread, which loads the model first."""
         self._thread.start()
 
-    def stop(self, longest_s: float = 10.0) -> None:
-        """Cancel every job and wait for the thread, which ends at its next tile."""
+    def end(self) -> None:
+        """End every job at once, and take no further one. The thread ends at its next tile."""
         with self._changed:
             self._ended = True
             for job in (*self._queue, *self._running):
-                job.cancelled.set()
+                _end(job, _stopped())
+            self._queue.clear()
             self._changed.notify()
+
+    def stop(self, longest_s: float = 10.0) -> None:
+        """End every job and wait for the thread."""
+        self.end()
         if self._thread.ident is not None:
             self._thread.join(longest_s)
 
@@ -148,7 +153,9 @@ class Work:
         """Put a job at the end of the queue."""
         with self._changed:
             result = job.result
-            if self._ended or job.cancelled.is_set():
+            if self._ended:
+                _end(job, _stopped())
+            elif job.cancelled.is_set():
                 _end(job, CancelledError())
             else:
                 job.hole = hole
@@ -203,8 +210,6 @@ class Work:
                     _end(job, error)
             with self._changed:
                 self._running = []
-        for job in (*self._queue, *self._running):
-            _end(job, CancelledError())
 
     def _look(self) -> None:
         """Load the champion before somebody waits for it."""
@@ -240,6 +245,10 @@ class Work:
         seconds = self._clock() - start
         for job, colours in zip(jobs, filled, strict=True):
             _end(job, Filled(colours, loaded.version, seconds))
+
+
+def _stopped() -> RequestError:
+    return RequestError(503, STOPPED)
 
 
 def _end(job: Job, outcome: Filled | Exception) -> None:

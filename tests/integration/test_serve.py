@@ -631,14 +631,21 @@ def test_two_hundred_requests_of_twenty_clients_are_all_answered_and_memory_stay
     assert 'dpnet_serve_model{model="dpnet@1"} 1.0' in metrics
 
 
-def test_ctrl_c_ends_the_server_with_a_sentence_while_it_computes(start: Start) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_computes_ends_with_one_sentence_for_everybody(
+    start: Start, sent: signal.Signals
+) -> None:
     server = start()
-    thread, _, connection = large_job(server, "until-the-end")
+    thread, replies, connection = large_job(server, "until-the-end")
     wait_for(lambda: state(server, "until-the-end")["done"] >= 1)
-    server.process.send_signal(signal.SIGINT)
+    # An upload that never ends: its answer is cut off.
+    other = raw(server, HEAD.format(port=server.port, size=1000) + "--cut")
+    server.process.send_signal(sent)
     assert server.process.wait(60) == 130
     thread.join(WAIT_S)
     connection.close()
-    assert server.text().splitlines()[-1] == (
-        "dpnet: stopped serving. The same command starts it again."
-    )
+    assert (replies[0].status, "the server is stopping" in replies[0].error) == (503, True)
+    with other:
+        assert b"the server is stopping" in other.recv(4000)
+    _, _, printed = server.text().partition("Ctrl-C stops the server.\n")
+    assert printed == "dpnet: stopped serving. The same command starts it again.\n"
