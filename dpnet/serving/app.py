@@ -247,7 +247,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     """Add the endpoints for models, votes, health and metrics."""
 
     async def models(request: Request) -> Response:
-        found = await asyncio.to_thread(service.models.listed)
+        found, problem = await asyncio.to_thread(service.models.listed)
         follows = service.models.source.follows
         limits = service.limits
         default = next((each["id"] for each in found if each["champion"]), CHAMPION)
@@ -256,6 +256,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "default": CHAMPION if follows else default,
             "limits": {"bytes": limits.bytes, "pixels": limits.pixels, "seconds": limits.seconds},
             "votes": service.votes.why_not() == "",
+            "problem": problem,
         })  # fmt: skip
 
     async def vote(request: Request) -> Response:

@@ -91,7 +91,8 @@ JOB_CANCEL: dict[str, Any] = {
 }
 MODELS: dict[str, Any] = {
     "summary": "List the versions, the default and the limits.",
-    "responses": _responses(_200="the versions", _503="the root cannot be read"),
+    "description": "problem is empty, or says why no version answers, or why not the newest.",
+    "responses": _responses(_200="the versions"),
 }
 VOTES: dict[str, Any] = {
     "summary": "Keep which of two versions filled a hole better.",

@@ -25,6 +25,8 @@ _CONNECTIONS = 256  # at once; ours
 _STORAGE_S = 5.0  # for a request to S3 at the start
 _GRACE_S = 2  # for open requests when the server ends
 
+log = logging.getLogger(__name__)
+
 
 class Address(NamedTuple):
     """The address of a server, and the token that it asks for.
@@ -87,6 +89,14 @@ def environment_token(others: bool) -> str:
     return given
 
 
+def warn_without_model(source: Source) -> None:
+    """Log a warning if no version can answer yet."""
+    try:
+        source.default()
+    except PipelineError as error:
+        log.warning("no photo can be filled yet: %s The server looks again.", error)
+
+
 def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:
     """Return why the root of a source cannot be written, or "".
 
@@ -96,9 +106,6 @@ def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:
     """
     if not isinstance(source, Registry):
         return ""
-    folder = source.store.local_folder
-    if folder is not None and not folder.is_dir():
-        return "the root does not exist yet, so no vote can be kept: run the pipeline there first."
     try:
         check(source.store.hurried(_STORAGE_S))
     except PipelineError as error:

@@ -195,6 +195,8 @@ def start(whole: Path, tmp_path: Path) -> Iterator[Start]:
         folder.mkdir()
         if copy:
             shutil.copytree(whole, folder / "root")
+        else:
+            (folder / "root").mkdir()
         started.append(Served(folder, "--root", "root", *options, **environ))
         return started[-1]
 
@@ -446,14 +448,49 @@ def test_a_promotion_is_followed_without_a_restart_and_gone_files_leave_the_old_
 
 def test_without_a_model_the_page_opens_and_says_what_to_do(start: Start, tmp_path: Path) -> None:
     server = start(copy=False)
-    assert server.ask("/").status in (200, 404)  # 404 while the page is not there
+    assert server.ask("/").status == 200
+    wait_for(lambda: "no photo can be filled yet" in server.text())
     for answer in (server.ask("/healthz"), server.fill(IMAGE, MASK)):
         assert answer.status == 503
     assert "run the pipeline there first" in server.fill(IMAGE, MASK).error
     assert server.get("/api/models")["models"] == []
+    assert "run the pipeline there first" in server.get("/api/models")["problem"]
     small_root.champion(LocalStore(tmp_path / "server0" / "root"))
     wait_for(lambda: server.ask("/healthz").status == 200)
     works(server)
+    assert server.get("/api/models")["problem"] == ""
+
+
+def test_a_root_that_is_no_folder_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DPNET_ROOT", raising=False)
+    for options, said in (
+        ([], "dpnet-demo does not exist: name the folder"),
+        (["--root", "none"], "none does not exist: name the folder"),
+        (["--root", "none", "--model", "models:/dpnet/1"], "none does not exist: name the folder"),
+        (["--root", "file"], "file is a file: name the folder"),
+    ):
+        assert main(["serve", *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_s3_that_does_not_answer_is_said_at_the_start_and_on_the_page(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
+    server = Served(
+        tmp_path / "server", "--root", "s3://bucket/root",
+        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", **keys,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: "no photo can be filled yet" in server.text())
+        found = server.get("/api/models")
+        assert (found["models"], "s3://bucket" in found["problem"]) == ([], True)
+    finally:
+        server.stop()
 
 
 def test_a_full_queue_asks_to_come_back(start: Start) -> None:
