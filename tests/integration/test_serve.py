@@ -267,6 +267,7 @@ BAD = {
     "no picture": (b"<svg onload=alert(1)>", MASK, {}, 400, "not an image"),
     "a program": (b"\x7fELF" * 100, MASK, {}, 400, "not an image"),
     "a pickle": (b"\x80\x04cos\nsystem\n", MASK, {}, 400, "not an image"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(60), MASK, {}, 400, "export it as JPEG"),
     "animated": (MOVING, MASK, {}, 400, "not animated"),
     "16 bits": (saved(photo().convert("L").convert("I;16")), MASK, {}, 400, "8 bits"),
     "CMYK": (saved(photo().convert("CMYK"), "JPEG"), MASK, {}, 400, "convert it to 8-bit RGB"),
