@@ -210,7 +210,10 @@ def _add_filling(app: FastAPI, service: Service) -> None:
     async def state(request: Request) -> Response:
         job = job_of(request)
         position = service.work.position(job)
-        facts = {"state": job.state, "position": position, "done": job.done, "total": job.total}
+        facts: dict[str, Any] = {"state": job.state, "position": position}
+        facts |= {"done": job.done, "total": job.total}
+        if (left := job.seconds_left) is not None:
+            facts["seconds_left"] = round(left, 1)
         return JSONResponse(facts)
 
     async def cancel(request: Request) -> Response:

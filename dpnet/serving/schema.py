@@ -78,7 +78,7 @@ JOB_STATE: dict[str, Any] = {
     "summary": "Say how far a job is.",
     "description": (
         "state is waiting, running, done, failed or cancelled; position is the number of jobs"
-        " ahead; done and total count tiles."
+        " ahead; done and total count tiles; seconds_left is an estimate, left out if not known."
     ),
     "responses": _responses(_200="the state", _404="there is no such job"),
     "openapi_extra": {"parameters": _JOB},

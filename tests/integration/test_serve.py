@@ -408,12 +408,12 @@ def test_a_cut_connection_stops_computing(server: Served) -> None:
 def test_a_job_is_cancelled_by_its_id(server: Served) -> None:
     thread, replies, _ = large_job(server, "cancelled-by-id")
     wait_for(lambda: state(server, "cancelled-by-id")["done"] >= 1)
-    other = "a-job-that-waits"
-    with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(server.fill, IMAGE, MASK, job=other)
-        wait_for(lambda: state(server, other).get("position") == 1)
-        assert server.ask("/api/jobs/cancelled-by-id", "DELETE").status == 204
-        assert waiting.result(WAIT_S).status == 200
+    other = "a-small-photo"
+    # A small photo is filled between the tiles of the large one.
+    between = server.fill(IMAGE, MASK, job=other)
+    assert state(server, "cancelled-by-id")["state"] == "running"
+    assert server.ask("/api/jobs/cancelled-by-id", "DELETE").status == 204
+    assert (pixels(between.body) == pixels(server.fill(IMAGE, MASK).body)).all()
     thread.join(WAIT_S)
     assert replies[0].status == 409
     assert "cancelled" in replies[0].error
