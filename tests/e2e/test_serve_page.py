@@ -431,6 +431,8 @@ def test_30_megapixels_show_tiles_and_can_be_cancelled(
     page.get_by_role("button", name="Fill", exact=True).click()
     expect(page.locator("#busy-text")).to_contain_text(re.compile(r"\d+ of \d\d+ tiles"))
     assert int(page.get_by_role("progressbar").get_attribute("max") or 0) > 9
+    left = re.compile(r"\d+ of \d\d+ tiles, about \d+ (s|minutes) left$")
+    expect(page.locator("#busy-text")).to_have_text(left)
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("status")).to_have_text("Cancelled.")
     expect(page.locator("#share")).to_have_text(share)
