@@ -157,7 +157,10 @@ async def _empty(headers: dict[str, str]) -> Response:
 
 
 def _get(app: FastAPI, path: str, endpoint: Endpoint, **about: Any) -> None:
-    app.add_api_route(path, _answered(endpoint), methods=["GET"], response_model=None, **about)
+    answer = _answered(endpoint)
+    app.add_api_route(path, answer, methods=["GET"], response_model=None, **about)
+    # The same without a body, as HTTP asks for. The server drops the body.
+    app.add_api_route(path, answer, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 def _post(app: FastAPI, path: str, endpoint: Endpoint, **about: Any) -> None:

@@ -1,4 +1,4 @@
-"""How long a job was computed, and how long it will still take."""
+"""Measure the time of a job, and estimate the rest."""
 
 from __future__ import annotations
 

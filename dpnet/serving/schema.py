@@ -19,7 +19,7 @@ _FIELDS = {
     "image": "the photo: JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 or AVIF; 8 bits a channel",
     "mask": "a picture of the upright photo's size, white where to fill",
     "model": "an id of /api/models; left out: the default, which follows promotions",
-    "format": "png (default), or same: the photo's own format, with its profile and EXIF",
+    "format": "png (default), or same: as the photo (JPEG, PNG, WebP, TIFF), with profile and EXIF",
     "job": "an id that the client makes, 8 to 64 letters, digits or '-', for /api/jobs",
 }
 

@@ -37,12 +37,15 @@ class Address(NamedTuple):
             has set it.
         token: the token, or "".
         names: its names for other machines.
+        by_number: `login_url` with a number in place of this machine's name, which other machines
+            may not know; or "".
     """
 
     url: str
     login_url: str
     token: str
     names: tuple[str, ...]
+    by_number: str = ""
 
 
 def address_of(listener: socket.socket, host: str) -> Address:
@@ -68,7 +71,19 @@ def address_of(listener: socket.socket, host: str) -> Address:
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     # A token that the user has set is not shown: logs of containers keep the output.
     login = login_address(url, token) if token and not given else url
-    return Address(url, login, token, names)
+    number = own_number() if host in ("0.0.0.0", "::") else ""
+    by_number = login.replace(shown, number, 1) if number else ""
+    return Address(url, login, token, names, by_number)
+
+
+def own_number() -> str:
+    """Return this machine's IPv4 address in its network, or ""."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address of nobody (RFC 5737); nothing is sent
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
 
 
 def environment_token(others: bool) -> str:

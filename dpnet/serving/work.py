@@ -31,6 +31,7 @@ from dpnet.serving.pace import Pace
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0  # without work, the champion is looked at again after this time
+_TILE_S = 60.0  # the longest time of one tile: Python aborts if its thread still runs at the end
 _REMEMBERED = 256  # finished jobs whose state is still known
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
@@ -126,7 +127,7 @@ class Work:
             self._queue.clear()
             self._changed.notify()
 
-    def stop(self, longest_s: float = 10.0) -> None:
+    def stop(self, longest_s: float = _TILE_S) -> None:
         """End every job and wait for the thread."""
         self.end()
         if self._thread.ident is not None:

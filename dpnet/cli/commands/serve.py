@@ -40,7 +40,9 @@ def serve(args: Namespace) -> Outcome:
 
         def announce() -> None:
             found = {"ok": True, "url": address.url, "login_url": address.login_url}
-            lines = [f"page and API  {address.login_url}", ""]
+            lines = [f"page and API  {address.login_url}"]
+            lines += [f"or            {address.by_number}"] if address.by_number else []
+            lines.append("")
             if address.token and address.login_url == address.url:
                 lines.append(f"Log in with the token of {TOKEN}.")
             elif address.token:
