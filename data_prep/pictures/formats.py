@@ -51,6 +51,14 @@ _UNREADABLE_MAGIC = re.compile(
 )  # HEIF, Photoshop, JPEG XL, EXR
 
 
+_HEIC = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|(?:mif1|msf1).{4,48}hei[cx])", re.DOTALL)
+
+
+def is_heic(head: bytes) -> bool:
+    """Return whether a file's first `LOOK` bytes are those of HEIC, which phones write."""
+    return _HEIC.match(head) is not None
+
+
 def looks_like_image(head: bytes) -> bool:
     """Return whether a file's first bytes (32 or more) are those of a known image format."""
     return _MAGIC.match(head) is not None

@@ -16,6 +16,10 @@ class PhotoError(ItemError):
     """Reason why a photo cannot be used; the message does not name the photo."""
 
 
+class HeicError(PhotoError):
+    """Photo in the format HEIC, which cannot be read."""
+
+
 class PhotoSizeError(PhotoError):
     """Photo with too many or too few pixels."""
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from data_prep.pictures.formats import looks_like_image, pillow_formats
-from data_prep.pictures.limits import Limits, PhotoError
+from data_prep.pictures.formats import LOOK, is_heic, looks_like_image, pillow_formats
+from data_prep.pictures.limits import HeicError, Limits, PhotoError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +45,9 @@ def opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
             raise PhotoError("it is empty") from None
         if looks_like_image(data[:32]):
             raise PhotoError("it is broken: its header cannot be read") from None
-        raise PhotoError("it is not an image, or of an unknown format") from None
+        # Both have one message: tables of datasets keep it, and their digests must not change.
+        kind = HeicError if is_heic(data[:LOOK]) else PhotoError
+        raise kind("it is not an image, or of an unknown format") from None
     except Exception as error:  # with broken data Pillow's readers raise nearly anything
         message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         is_short = "truncated" in message.lower() or isinstance(error, EOFError)

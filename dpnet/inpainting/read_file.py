@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from data_prep.core.errors import ConfigError, PipelineError
-from data_prep.pictures.limits import MOST_PIXELS, Limits, PhotoError, PhotoSizeError
+from data_prep.pictures.limits import MOST_PIXELS, HeicError, Limits, PhotoError, PhotoSizeError
 from data_prep.pictures.open_image import opened
 from data_prep.pictures.orientation import upright_image
 
@@ -44,6 +44,10 @@ def explained(name: str) -> Iterator[None]:
         raise PipelineError(f"{name} cannot be read: {reason}. Check the path.") from None
     except PhotoSizeError as error:
         raise TooLargeError(f"{name} is too large: {error}. Give a smaller image.") from None
+    except HeicError:
+        raise PipelineError(
+            f"{name} is HEIC, the format of iPhones, which cannot be read: export it as JPEG."
+        ) from None
     except PhotoError as error:
         raise PipelineError(
             f"{name} cannot be decoded: {error}. Give an undamaged JPEG, PNG or WebP file."

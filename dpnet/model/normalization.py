@@ -96,12 +96,28 @@ def shared_statistics(network: nn.Module) -> Iterator[SharedStatistics]:
     same brightness and contrast.
     """
     shared = SharedStatistics()
+    with _with_statistics(network, shared):
+        yield shared
+
+
+@contextmanager
+def own_statistics(network: nn.Module) -> Iterator[None]:
+    """Let each pass use its own statistics while in the block, also in `shared_statistics`.
+
+    So another image can run between the tiles of one image.
+    """
+    with _with_statistics(network, None):
+        yield
+
+
+@contextmanager
+def _with_statistics(network: nn.Module, shared: SharedStatistics | None) -> Iterator[None]:
     layers = [layer for layer in network.modules() if isinstance(layer, RegionStatistics)]
     before = [layer.shared for layer in layers]
     for layer in layers:
         layer.shared = shared
     try:
-        yield shared
+        yield
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.shared = old

@@ -364,6 +364,7 @@ def _next(summary: Summary, again: str) -> list[str]:
     steps = next(s["summary"]["steps"] for s in summary["stages"] if s["stage"] == "train")
     commands = [
         (f"dpnet inpaint PHOTO MASK -o out.png --root {root}", "fill the white part of MASK"),
+        (f"dpnet serve --root {root}", "paint holes in the browser"),
         (f"dpnet verify {root}", "check every file"),
         (f"{again} --set train.steps={5 * steps}", "train longer"),
     ]

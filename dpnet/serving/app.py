@@ -20,7 +20,7 @@ from dpnet.model_store.records import CHAMPION
 from dpnet.serving import schema
 from dpnet.serving.filling import Answer, Filling
 from dpnet.serving.form import JOB, json_object
-from dpnet.serving.limits import CLIENT_CLOSED, RequestError, ServeLimits
+from dpnet.serving.limits import CLIENT_CLOSED, STOPPED, RequestError, ServeLimits
 from dpnet.serving.login import LOGIN, LOGIN_PAGE, LOGIN_PAGES, WRONG, has_token, login_cookie
 from dpnet.serving.metrics import Metrics
 from dpnet.serving.models import Models
@@ -126,6 +126,8 @@ def _answered(endpoint: Endpoint) -> Endpoint:
             return _error(error.status, str(error), retry)
         except CancelledError:
             return _error(409, _CANCELLED)
+        except asyncio.CancelledError:  # only the end of the server cancels an answer
+            return _error(503, STOPPED)
         except ClientGoneError:
             return Response(status_code=CLIENT_CLOSED)
         except (PipelineError, OSError) as error:
@@ -155,7 +157,10 @@ async def _empty(headers: dict[str, str]) -> Response:
 
 
 def _get(app: FastAPI, path: str, endpoint: Endpoint, **about: Any) -> None:
-    app.add_api_route(path, _answered(endpoint), methods=["GET"], response_model=None, **about)
+    answer = _answered(endpoint)
+    app.add_api_route(path, answer, methods=["GET"], response_model=None, **about)
+    # The same without a body, as HTTP asks for. The server drops the body.
+    app.add_api_route(path, answer, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 def _post(app: FastAPI, path: str, endpoint: Endpoint, **about: Any) -> None:
@@ -208,7 +213,10 @@ def _add_filling(app: FastAPI, service: Service) -> None:
     async def state(request: Request) -> Response:
         job = job_of(request)
         position = service.work.position(job)
-        facts = {"state": job.state, "position": position, "done": job.done, "total": job.total}
+        facts: dict[str, Any] = {"state": job.state, "position": position}
+        facts |= {"done": job.done, "total": job.total}
+        if (left := job.seconds_left) is not None:
+            facts["seconds_left"] = round(left, 1)
         return JSONResponse(facts)
 
     async def cancel(request: Request) -> Response:
@@ -245,7 +253,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
     """Add the endpoints for models, votes, health and metrics."""
 
     async def models(request: Request) -> Response:
-        found = await asyncio.to_thread(service.models.listed)
+        found, problem = await asyncio.to_thread(service.models.listed)
         follows = service.models.source.follows
         limits = service.limits
         default = next((each["id"] for each in found if each["champion"]), CHAMPION)
@@ -254,6 +262,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "default": CHAMPION if follows else default,
             "limits": {"bytes": limits.bytes, "pixels": limits.pixels, "seconds": limits.seconds},
             "votes": service.votes.why_not() == "",
+            "problem": problem,
         })  # fmt: skip
 
     async def vote(request: Request) -> Response:

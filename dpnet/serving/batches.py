@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dpnet.inpainting.api import Hole
+from dpnet.inpainting.tiles import hole_area
 
 MOST = 8  # images in one call; ours
 Fill = Callable[[Tensor, Tensor], Tensor]  # colours N C H W and valid N 1 H W to filled colours
@@ -24,6 +25,15 @@ def batch_shape(hole: Hole, tile: int) -> Shape | None:
     """Return the shape that images of one batch share, or None for one larger than a tile."""
     shape = tuple(hole.colours.shape)
     return shape if shape[0] == 1 and max(shape[2:]) <= tile else None
+
+
+def is_quick(hole: Hole, tile: int) -> bool:
+    """Return whether a hole is filled in one call, whatever the size of its image."""
+    if max(hole.valid.shape[2:]) <= tile:
+        return True
+    rows, columns = hole_area(hole.valid[0, 0], tile)
+    sides = (rows.stop - rows.start, columns.stop - columns.start)
+    return bool(max(sides) <= tile)
 
 
 def size_of_batch(shapes: Sequence[Shape | None], most: int = MOST) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from email.message import Message
 from email.parser import BytesParser
 from typing import Any, NamedTuple
@@ -56,8 +57,7 @@ def parse_form(content_type: str, body: bytes | bytearray) -> Form:
     header["content-type"] = content_type
     kind = header.get_content_type()
     if kind == "multipart/form-data":
-        fields = dict(_parts(bytes(body), str(header.get_param("boundary", ""))))
-        return _form({name: value for name, value in fields.items() if name in _FIELDS}, False)
+        return _form(dict(_parts(bytes(body), str(header.get_param("boundary", "")))), False)
     if kind == "application/json":
         return _form(_json_fields(body), True)
     raise RequestError(
@@ -67,7 +67,19 @@ def parse_form(content_type: str, body: bytes | bytearray) -> Form:
     )
 
 
+def _check_names(names: Iterable[str]) -> None:
+    """Raise RequestError for a name that is none of ours, and name the nearest one."""
+    for name in names:
+        if name not in _FIELDS:
+            near = difflib.get_close_matches(name[:_TEXT], _FIELDS, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise RequestError(
+                400, f"there is an unknown field: {meant}The fields are {', '.join(_FIELDS)}."
+            )
+
+
 def _form(fields: Mapping[str, bytes], as_json: bool) -> Form:
+    _check_names(fields)
     for name, what in (("image", "the photo"), ("mask", "its mask, white where to fill")):
         if not fields.get(name):
             raise RequestError(400, f"the field {name} is missing or empty: send {what}.")
@@ -89,6 +101,7 @@ def _form(fields: Mapping[str, bytes], as_json: bool) -> Form:
 
 def _json_fields(body: bytes | bytearray) -> dict[str, bytes]:
     values = json_object(body)
+    _check_names(values)
     fields = {}
     for name in _FIELDS:
         value = values.get(name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from data_prep.core.errors import PipelineError
 
+STOPPED = "the server is stopping: send the photo again when it runs."
 CLIENT_CLOSED = 499  # no status of HTTP; the metrics count it, and no client reads it
 
 

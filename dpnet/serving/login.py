@@ -20,8 +20,8 @@ from dpnet.serving.pages import POLICY
 LOGIN, LOGIN_SCRIPT = "/login", "/login.js"
 TOKEN = "DPNET_SERVE_TOKEN"  # the variable with the token
 WRONG = (
-    "the token is missing or wrong: open the address that `dpnet serve` printed, or send the header"
-    " Authorization: Bearer TOKEN"
+    "the token is missing or wrong: open the address that `dpnet serve` or `dpnet up` printed, or"
+    " send the header Authorization: Bearer TOKEN"
 )
 _MONTH_S = 30 * 24 * 3600
 _BODY = """<!doctype html>
@@ -38,7 +38,7 @@ async function logIn(token) {
     method: "POST", headers: {Authorization: `Bearer ${token}`},
   });
   if (answer.ok) location.replace("/");
-  else message.textContent = "The token is wrong: open the address that dpnet serve printed.";
+  else message.textContent = "The token is wrong: open the printed address of dpnet serve or up.";
 }
 document.getElementById("form").addEventListener("submit", (event) => {
   event.preventDefault();

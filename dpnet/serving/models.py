@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from data_prep.core.errors import PipelineError
+from data_prep.core.errors import ConfigError, PipelineError
 from data_prep.core.paths import version_key
 from data_prep.core.storage.open import open_store
 from data_prep.core.storage.store import Store
@@ -32,6 +32,7 @@ LOOK_S = 1.0  # between two looks at the champion
 LIST_S = 5.0  # between two readings of all versions
 KEEP = 2  # generators in memory: two versions side by side
 _STORAGE_S = 5.0  # the longest time of a request to S3
+_LOADING = "no model was loaded yet: ask again soon."
 
 
 class Version(NamedTuple):
@@ -158,14 +159,26 @@ def open_source(root: str | None, reference: str) -> Source:
     if reference and not reference.startswith("models:/"):
         return OneModel(*find_model(reference, root))
     registry = Registry(open_store(the_root(root)), reference)
-    if reference:
-        registry.default()  # a wrong name is reported before anything starts
-    elif not is_given(root) and (packaged := find_packaged()) is not None:
+    if not reference and not is_given(root) and (packaged := find_packaged()) is not None:
         try:
             registry.default()
         except PipelineError:
             return OneModel(*packaged, PACKAGED)
+    _check_folder(registry.store)
+    if reference:
+        registry.default()  # a wrong name is reported before anything starts
     return registry
+
+
+def _check_folder(store: Store) -> None:
+    """Check that a root on this machine is a folder. Raises ConfigError."""
+    folder = store.local_folder
+    if folder is not None and not folder.is_dir():
+        wrong = "is a file" if folder.exists() else "does not exist"
+        raise ConfigError(
+            f"the root {folder} {wrong}: name the folder of a pipeline with --root, or make one"
+            " with `dpnet demo`."
+        )
 
 
 class Loaded(NamedTuple):
@@ -189,9 +202,10 @@ class Models:
         self._lock = threading.Lock()
         self._looked_at = float("-inf")
         self._found: Version | None = None  # the default by the last look
-        self._problem = "no model was loaded yet: ask again soon."
+        self._problem = _LOADING
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._current: Loaded | None = None  # the default that answers
+        self._facts: list[dict[str, Any]] = []  # by the last reading
 
     @property
     def current(self) -> Loaded | None:
@@ -279,13 +293,20 @@ class Models:
         with self._lock:
             return self._current.version if self._current else None, self._problem
 
-    def listed(self) -> list[dict[str, Any]]:
-        """Return what is known about each version. Raises PipelineError if it cannot be read."""
+    def listed(self) -> tuple[list[dict[str, Any]], str]:
+        """Return what is known about each version, and a sentence about what is wrong, or ""."""
         champion = self.look()
-        return [
+        with self._lock:
+            problem = "" if self._problem == _LOADING else self._problem
+        try:
+            self._facts = self.source.facts()
+        except (PipelineError, OSError) as error:  # the versions that were known are still shown
+            problem = problem or _sentence(error)
+        found = [
             {**each, "champion": champion is not None and each["id"] == champion.id}
-            for each in self.source.facts()
+            for each in self._facts
         ]
+        return found, problem
 
 
 def load_on_fastest_device(version: Version) -> Generator:

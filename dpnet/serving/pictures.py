@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from PIL import Image
@@ -64,26 +66,39 @@ def decode(image: bytes, mask: bytes, max_pixels: int) -> tuple[Photo, Image.Ima
         PipelineError: one of them cannot be used.
     """
     limits = Limits(max_pixels, option="the limit of this server")
-    with explained(PHOTO), opened(image, limits) as found:
-        _check_still(found, PHOTO)
-        if _is_deep(found):
-            raise PipelineError(
-                f"{PHOTO} has more than 8 bits a channel: convert it to 8 bits first."
-            )
+    with _opened(image, PHOTO, limits, _why_not_filled) as found:
         exif = exif_to_keep(found.info.get("exif", b""))
         format = "JPEG" if found.format == "MPO" else found.format or ""
         photo = Photo(upright_image(found), format, exif)
-    with explained(MASK), opened(mask, limits) as found:
-        _check_still(found, MASK)
+    with _opened(mask, MASK, limits, _why_animated) as found:
         return photo, upright_image(found)
 
 
-def _check_still(image: Image.Image, name: str) -> None:
+@contextmanager
+def _opened(
+    data: bytes, name: str, limits: Limits, why_not: Callable[[Image.Image], str]
+) -> Iterator[Image.Image]:
+    """Open a picture. Raises PipelineError if it cannot be read, or `why_not` has a reason."""
+    with explained(name):
+        with opened(data, limits) as found:
+            reason = why_not(found)
+            if not reason:
+                yield found
+        if reason:  # inside of `opened` it would count as damage
+            raise PipelineError(f"{name} {reason}")
+
+
+def _why_not_filled(image: Image.Image) -> str:
+    """Return why an undamaged photo cannot be filled, or ""."""
+    deep = "has more than 8 bits a channel: convert it to 8 bits first."
+    return _why_animated(image) or (deep if _is_deep(image) else "")
+
+
+def _why_animated(image: Image.Image) -> str:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format in _ANIMATED:
-        raise PipelineError(
-            f"{name} has {frames} pages or moments: send a picture that is not animated."
-        )
+        return f"has {frames} pages or moments: send a picture that is not animated."
+    return ""
 
 
 def _is_deep(image: Image.Image) -> bool:

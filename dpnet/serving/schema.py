@@ -19,7 +19,7 @@ _FIELDS = {
     "image": "the photo: JPEG, PNG, WebP, TIFF, BMP, GIF, PPM, JPEG 2000 or AVIF; 8 bits a channel",
     "mask": "a picture of the upright photo's size, white where to fill",
     "model": "an id of /api/models; left out: the default, which follows promotions",
-    "format": "png (default), or same: the photo's own format, with its profile and EXIF",
+    "format": "png (default), or same: as the photo (JPEG, PNG, WebP, TIFF), with profile and EXIF",
     "job": "an id that the client makes, 8 to 64 letters, digits or '-', for /api/jobs",
 }
 
@@ -78,7 +78,7 @@ JOB_STATE: dict[str, Any] = {
     "summary": "Say how far a job is.",
     "description": (
         "state is waiting, running, done, failed or cancelled; position is the number of jobs"
-        " ahead; done and total count tiles."
+        " ahead; done and total count tiles; seconds_left is an estimate, left out if not known."
     ),
     "responses": _responses(_200="the state", _404="there is no such job"),
     "openapi_extra": {"parameters": _JOB},
@@ -91,7 +91,8 @@ JOB_CANCEL: dict[str, Any] = {
 }
 MODELS: dict[str, Any] = {
     "summary": "List the versions, the default and the limits.",
-    "responses": _responses(_200="the versions", _503="the root cannot be read"),
+    "description": "problem is empty, or says why no version answers, or why not the newest.",
+    "responses": _responses(_200="the versions"),
 }
 VOTES: dict[str, Any] = {
     "summary": "Keep which of two versions filled a hole better.",

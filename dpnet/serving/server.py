@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Collection
@@ -24,6 +25,8 @@ _CONNECTIONS = 256  # at once; ours
 _STORAGE_S = 5.0  # for a request to S3 at the start
 _GRACE_S = 2  # for open requests when the server ends
 
+log = logging.getLogger(__name__)
+
 
 class Address(NamedTuple):
     """The address of a server, and the token that it asks for.
@@ -34,12 +37,15 @@ class Address(NamedTuple):
             has set it.
         token: the token, or "".
         names: its names for other machines.
+        by_number: `login_url` with a number in place of this machine's name, which other machines
+            may not know; or "".
     """
 
     url: str
     login_url: str
     token: str
     names: tuple[str, ...]
+    by_number: str = ""
 
 
 def address_of(listener: socket.socket, host: str) -> Address:
@@ -65,7 +71,19 @@ def address_of(listener: socket.socket, host: str) -> Address:
     url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
     # A token that the user has set is not shown: logs of containers keep the output.
     login = login_address(url, token) if token and not given else url
-    return Address(url, login, token, names)
+    number = own_number() if host in ("0.0.0.0", "::") else ""
+    by_number = login.replace(shown, number, 1) if number else ""
+    return Address(url, login, token, names, by_number)
+
+
+def own_number() -> str:
+    """Return this machine's IPv4 address in its network, or ""."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address of nobody (RFC 5737); nothing is sent
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
 
 
 def environment_token(others: bool) -> str:
@@ -86,6 +104,14 @@ def environment_token(others: bool) -> str:
     return given
 
 
+def warn_without_model(source: Source) -> None:
+    """Log a warning if no version can answer yet."""
+    try:
+        source.default()
+    except PipelineError as error:
+        log.warning("no photo can be filled yet: %s The server looks again.", error)
+
+
 def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:
     """Return why the root of a source cannot be written, or "".
 
@@ -95,9 +121,6 @@ def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:
     """
     if not isinstance(source, Registry):
         return ""
-    folder = source.store.local_folder
-    if folder is not None and not folder.is_dir():
-        return "the root does not exist yet, so no vote can be kept: run the pipeline there first."
     try:
         check(source.store.hurried(_STORAGE_S))
     except PipelineError as error:
@@ -140,4 +163,15 @@ def run_server(
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+
+    class Server(uvicorn.Server):
+        """A server that ends its jobs before it waits for their answers."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            service.work.end()
+            # uvicorn logs a traceback for each answer that it cuts off, as of a client that does
+            # not read. That is no error when the server ends.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(sockets)
+
+    Server(config).run(sockets=[listener])

@@ -1,4 +1,8 @@
-"""The queue of requests and the one thread that computes them, one after another."""
+"""The queue of requests and the one thread that computes them.
+
+They are computed one after another, in their order. While a photo of many tiles is filled, those
+that need one call only are filled between its tiles, so that nobody waits minutes for a small hole.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,16 @@ from torch import Tensor
 from data_prep.core.errors import PipelineError
 from dpnet.inpainting.api import Hole
 from dpnet.inpainting.tiles import TILE, device_of, fill
-from dpnet.serving.batches import MOST, Batches, batch_shape, size_of_batch
-from dpnet.serving.limits import RequestError, ServeLimits
+from dpnet.model.normalization import own_statistics
+from dpnet.serving.batches import MOST, Batches, batch_shape, is_quick, size_of_batch
+from dpnet.serving.limits import STOPPED, RequestError, ServeLimits
 from dpnet.serving.models import Models, Version
+from dpnet.serving.pace import Pace
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0  # without work, the champion is looked at again after this time
+_TILE_S = 60.0  # the longest time of one tile: Python aborts if its thread still runs at the end
 _REMEMBERED = 256  # finished jobs whose state is still known
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
@@ -52,6 +59,8 @@ class Job:
         state: where it is.
         done: finished tiles.
         total: all tiles, 0 if not known yet.
+        seconds_left: about how many more seconds it is computed, or None if that is not known.
+        quick: whether one call fills it; None if nobody has asked yet.
         cancelled: set if nobody waits any more.
         result: gets the filled colours.
     """
@@ -62,6 +71,8 @@ class Job:
     state: State = "waiting"
     done: int = 0
     total: int = 0
+    seconds_left: float | None = None
+    quick: bool | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     result: Future[Filled] = field(default_factory=Future)
 
@@ -69,6 +80,7 @@ class Job:
         """Set the last state; the first one stays. Forget the photo: the state is kept longer."""
         if self.state in ("waiting", "running"):
             self.state = state
+        self.seconds_left = None
         self.hole, self.result = None, Future()
 
 
@@ -106,13 +118,18 @@ class Work:
         """Start the thread, which loads the model first."""
         self._thread.start()
 
-    def stop(self, longest_s: float = 10.0) -> None:
-        """Cancel every job and wait for the thread, which ends at its next tile."""
+    def end(self) -> None:
+        """End every job at once, and take no further one. The thread ends at its next tile."""
         with self._changed:
             self._ended = True
             for job in (*self._queue, *self._running):
-                job.cancelled.set()
+                _end(job, _stopped())
+            self._queue.clear()
             self._changed.notify()
+
+    def stop(self, longest_s: float = _TILE_S) -> None:
+        """End every job and wait for the thread."""
+        self.end()
         if self._thread.ident is not None:
             self._thread.join(longest_s)
 
@@ -148,7 +165,9 @@ class Work:
         """Put a job at the end of the queue."""
         with self._changed:
             result = job.result
-            if self._ended or job.cancelled.is_set():
+            if self._ended:
+                _end(job, _stopped())
+            elif job.cancelled.is_set():
                 _end(job, CancelledError())
             else:
                 job.hole = hole
@@ -172,16 +191,31 @@ class Work:
                 self._changed.wait(IDLE_S)
             if not self._queue or self._ended:
                 return []
-            first = self._queue[0]
-            shapes = [
-                batch_shape(job.hole, self._tile) if job.hole and job.model == first.model else None
-                for job in itertools.islice(self._queue, MOST)
-            ]
-            count = size_of_batch(shapes) if self._fills_together() else 1
-            self._running = [self._queue.popleft() for _ in range(count)]
-            for job in self._running:
-                job.state = "running"
-            return list(self._running)
+            return self._take_from(list(itertools.islice(self._queue, MOST)))
+
+    def _take_quick(self) -> list[Job]:
+        """Return the next jobs that one call fills, in their order; [] if none waits."""
+        with self._changed:
+            quick = [job for job in self._queue if self._is_quick(job)]
+            return self._take_from(quick[:MOST]) if quick and not self._ended else []
+
+    def _is_quick(self, job: Job) -> bool:
+        if job.quick is None:
+            job.quick = job.hole is not None and is_quick(job.hole, self._tile)
+        return job.quick
+
+    def _take_from(self, jobs: Sequence[Job]) -> list[Job]:
+        """Take the first of some waiting jobs, and those that are computed together with it."""
+        shapes = [
+            batch_shape(job.hole, self._tile) if job.hole and job.model == jobs[0].model else None
+            for job in jobs
+        ]
+        taken = list(jobs[: size_of_batch(shapes) if self._fills_together() else 1])
+        for job in taken:
+            self._queue.remove(job)
+            job.state = "running"
+        self._running += taken
+        return taken
 
     def _fills_together(self) -> bool:
         if self._together is not None:
@@ -196,15 +230,7 @@ class Work:
             if not jobs:
                 self._look()
                 continue
-            try:
-                self._compute(jobs)
-            except Exception as error:
-                for job in jobs:
-                    _end(job, error)
-            with self._changed:
-                self._running = []
-        for job in (*self._queue, *self._running):
-            _end(job, CancelledError())
+            self._compute_or_end(jobs)
 
     def _look(self) -> None:
         """Load the champion before somebody waits for it."""
@@ -215,21 +241,29 @@ class Work:
         except Exception:  # the next request gets the error
             log.exception("serve: the model cannot be loaded")
 
+    def _compute_or_end(self, jobs: Sequence[Job]) -> None:
+        try:
+            self._compute(jobs)
+        except Exception as error:
+            for job in jobs:
+                _end(job, error)
+        with self._changed:
+            self._running = [job for job in self._running if job not in jobs]
+
     def _compute(self, jobs: Sequence[Job]) -> None:
         loaded = self._models.get(jobs[0].model)
-        start = self._clock()
+        pace = Pace(self._limits.seconds, self._clock)
+        large = not all(map(self._is_quick, jobs))
 
         def step(done: int, total: int) -> None:
             if self._ended or all(job.cancelled.is_set() for job in jobs):
                 raise CancelledError
-            if self._clock() - start > self._limits.seconds:
-                raise RequestError(
-                    504,
-                    f"the photo was not filled within {self._limits.seconds:g} s: paint a smaller"
-                    " hole, or send a smaller photo.",
-                )
+            left = pace.check(done, total)
             for job in jobs:
-                job.done, job.total = done, total
+                job.done, job.total, job.seconds_left = done, total, left
+            if large and 0 < done < total and (others := self._take_quick()):
+                with pace.paused(), own_statistics(loaded.generator):
+                    self._compute_or_end(others)
 
         holes = [job.hole for job in jobs if job.hole is not None]
         filled = self._batches.fill(
@@ -237,9 +271,13 @@ class Work:
             holes,
             lambda colours, valid: fill(loaded.generator, colours, valid, self._tile, step=step),
         )
-        seconds = self._clock() - start
+        seconds = pace.seconds
         for job, colours in zip(jobs, filled, strict=True):
             _end(job, Filled(colours, loaded.version, seconds))
+
+
+def _stopped() -> RequestError:
+    return RequestError(503, STOPPED)
 
 
 def _end(job: Job, outcome: Filled | Exception) -> None:

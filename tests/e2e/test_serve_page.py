@@ -1,7 +1,9 @@
 """The page of `dpnet serve` in a real browser, with a real server and a real, tiny model.
 
 A console error, a violation of the page's policy or a request to another server fails every test.
-With DPNET_SCREENSHOTS=DIR the tests write the screenshots of docs/serve.md to that folder.
+With DPNET_SCREENSHOTS=DIR the tests write the screenshots of docs/serve.md to that folder. With
+DPNET_SCREENSHOT_ROOT=ROOT they are of a copy of that root, which has trained versions 1 and 2 and
+champion 1. Choose the tests of the screenshots then: -k "slider or side_by_side or phone".
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from recording_proxy import Recording, recording_proxy
 from skimage import data
 
 from data_prep.core.storage.local import LocalStore
+from data_prep.pictures.limits import PhotoError
+from data_prep.pictures.mask_reader import white_of_image
 from dpnet.registry.promotion import promote
 from dpnet.registry.settings import RegisterSettings
 from dpnet.registry.stage import register
@@ -48,6 +52,7 @@ pytestmark = [
 ]
 
 SHOTS = os.environ.get("DPNET_SCREENSHOTS")
+TRAINED_ROOT = os.environ.get("DPNET_SCREENSHOT_ROOT")
 SECOND = 1000.0  # Playwright counts milliseconds
 LONG = 150 * SECOND  # on a busy machine
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -80,10 +85,9 @@ class Served:
             self.process.stdout.close()
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Serve a root with a champion and a challenger, both real and untrained."""
-    store = small_root.new_store(tmp_path_factory.mktemp("serve") / "root")
+def make_root(folder: Path) -> None:
+    """Make a root with a champion, version 1, and a challenger, both real and untrained."""
+    store = small_root.new_store(folder)
     small_root.champion(store)
     nothing = small_root.commit(store, "images", "images/x", {"a": b"a"})
     run = small_root.trained(store, seed=1, images=nothing, masks=nothing)
@@ -92,7 +96,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         summary={"hole_psnr": 21.0, "pairs_digest": "p" * 64, "figures": {}},
     )  # fmt: skip
     register(RegisterSettings(promote="never"), run, evaluation, store)
-    found = Served(store.folder)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    root = tmp_path_factory.mktemp("serve") / "root"
+    if TRAINED_ROOT:
+        shutil.copytree(TRAINED_ROOT, root)
+    else:
+        make_root(root)
+    found = Served(root)
     found.start()
     yield found
     found.kill()
@@ -418,6 +431,8 @@ def test_30_megapixels_show_tiles_and_can_be_cancelled(
     page.get_by_role("button", name="Fill", exact=True).click()
     expect(page.locator("#busy-text")).to_contain_text(re.compile(r"\d+ of \d\d+ tiles"))
     assert int(page.get_by_role("progressbar").get_attribute("max") or 0) > 9
+    left = re.compile(r"\d+ of \d\d+ tiles, about \d+ (s|minutes) left$")
+    expect(page.locator("#busy-text")).to_have_text(left)
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("status")).to_have_text("Cancelled.")
     expect(page.locator("#share")).to_have_text(share)
@@ -566,19 +581,105 @@ def test_a_mask_is_opened_again_and_that_of_another_photo_is_refused(
     expect(page.get_by_role("status")).to_contain_text("The mask is open.")
     assert download(page, "Download") == kept.read_bytes()
 
-    grey = np.tile(np.arange(300, dtype=np.uint8), (200, 1))
+    soft = np.tile(np.clip(3 * np.arange(-100, 200), 0, 255).astype(np.uint8), (200, 1))
     page.get_by_label("Mask", exact=True).set_input_files(
-        saved(Image.fromarray(grey), tmp_path / "grey.png")
+        saved(Image.fromarray(soft), tmp_path / "soft.png")
     )
-    expect(page.locator("#share")).not_to_have_text("")
-    assert np.array_equal(mask_of(page) == 255, grey >= 128)
+    expect(page.locator("#share")).to_have_text("Hole 52.3 %")
+    assert np.array_equal(mask_of(page) == 255, soft >= 128)
 
     other = saved(Image.new("L", (120, 90), 255), tmp_path / "other.png")
     page.get_by_label("Mask", exact=True).set_input_files(other)
     expect(page.get_by_role("alert")).to_have_text(
         "The mask is 120 x 90 pixels but the photo is 300 x 200: open the mask of this photo."
     )
-    assert np.array_equal(mask_of(page) == 255, grey >= 128)
+    assert np.array_equal(mask_of(page) == 255, soft >= 128)
+
+
+def masks_at_the_bounds() -> dict[str, Image.Image]:
+    """Return masks of all kinds, 300 x 200, and pictures that are nearly masks."""
+
+    def palette(*colours: int) -> Image.Image:
+        image = Image.new("P", (300, 200))
+        image.putpalette(colours)
+        image.paste(1, (20, 20, 90, 90))
+        image.paste(2, (100, 20, 120, 190))
+        return image
+
+    def drawn(outside: int) -> Image.Image:
+        image = Image.new("RGBA", (300, 200), (0, 0, 0, outside))
+        image.paste((0, 0, 0, 255), (50, 60, 90, 99))
+        return image
+
+    half = np.zeros((200, 300), np.uint8)
+    half[:100] = 128
+    more = half.copy()
+    more[100, 0] = 128
+    edges = np.tile(np.repeat(np.array([31, 224], np.uint8), 150), (200, 1))
+    arrays = {"half grey": half, "more grey": more, "edges": edges, "ones": half // 128}
+    return {
+        "labels": palette(0, 0, 0, 128, 0, 0, 0, 0, 90),
+        "no black": palette(9, 0, 0, 128, 0, 0, 255, 255, 255),
+        "unused colour": palette(0, 0, 0, 90, 90, 90, 200, 200, 200, 255, 0, 0),
+        "alpha": drawn(0),
+        "grey alpha": drawn(100),
+        "photo": photograph(),
+        **{name: Image.fromarray(values) for name, values in arrays.items()},
+    }
+
+
+DECODE_MASKS = """async (files) => {
+  const { decodeMask } = await import("/static/png.js");
+  const found = {};
+  for (const [name, content] of Object.entries(files)) {
+    const file = new File([new Uint8Array(content)], "mask.png");
+    found[name] = await decodeMask(file, 300, 200).then(
+      (pixels) => pixels.reduce((text, pixel) => text + (pixel ? 1 : 0), ""),
+      (error) => error.message,
+    );
+  }
+  return found;
+}"""
+
+
+def test_masks_are_read_by_the_rule_of_the_command(page: Page) -> None:
+    masks = masks_at_the_bounds()
+    found = page.evaluate(DECODE_MASKS, {name: list(as_png(m)) for name, m in masks.items()})
+    refused = set()
+    for name, mask in masks.items():
+        try:
+            white = white_of_image(mask).white
+        except PhotoError:
+            refused.add(name)
+            assert "is mostly grey" in found[name], name
+        else:
+            assert found[name] == "".join(map(str, white.astype(int).ravel())), name
+    assert refused == {"more grey", "grey alpha", "photo"}
+
+
+def test_a_grey_picture_and_an_empty_file_are_no_masks(
+    page: Page, photo: Path, tmp_path: Path
+) -> None:
+    load(page, photo)
+    drag(page, (0.4, 0.4), (0.5, 0.5))
+    share = page.locator("#share").inner_text()
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    for file, sentence in {
+        saved(Image.new("L", (300, 200), 128), tmp_path / "grey.png"): "The mask is mostly grey",
+        empty: "The file empty.png is empty: choose another file.",
+    }.items():
+        page.get_by_label("Mask", exact=True).set_input_files(file)
+        expect(page.get_by_role("alert")).to_contain_text(sentence)
+        expect(page.locator("#share")).to_have_text(share)
+    black = saved(Image.new("L", (300, 200)), tmp_path / "black.png")
+    page.get_by_label("Mask", exact=True).set_input_files(black)
+    expect(page.get_by_role("status")).to_have_text(
+        "The mask is open. It has no hole: nothing in it is white."
+    )
+    white = saved(Image.new("L", (300, 200), 255), tmp_path / "white.png")
+    page.get_by_label("Mask", exact=True).set_input_files(white)
+    expect(page.get_by_role("alert")).to_contain_text("The hole is the whole photo")
 
 
 def test_a_promotion_while_the_page_is_open(page: Page, photo: Path, served: Served) -> None:
@@ -601,18 +702,50 @@ def test_a_promotion_while_the_page_is_open(page: Page, photo: Path, served: Ser
         promote(store, "dpnet", 1, "the test is over")
 
 
+def wait_for_the_next_look(page: Page) -> None:
+    """Let the page ask for the models again."""
+    time.sleep(1.2)  # the server looks once a second
+    page.clock.run_for(10 * SECOND)
+
+
+def test_an_open_page_shows_a_new_champion_and_a_broken_root(page: Page, served: Served) -> None:
+    page.clock.install()
+    page.reload()
+    version, problem = page.get_by_label("Version"), page.locator("#problem")
+    expect(version).to_contain_text("Champion: dpnet version 1")
+    expect(problem).to_be_hidden()
+    registry, away = served.root / "registry", served.root / "away"
+    try:
+        promote(LocalStore(served.root), "dpnet", 2, "a test")
+        wait_for_the_next_look(page)
+        expect(version).to_contain_text("Champion: dpnet version 2")
+        registry.rename(away)
+        wait_for_the_next_look(page)
+        expect(problem).to_contain_text(re.compile("[A-Z].+"))
+        page.reload()
+        expect(problem).to_contain_text(re.compile("[A-Z].+"))
+    finally:
+        if away.exists():
+            away.rename(registry)
+        promote(LocalStore(served.root), "dpnet", 1, "the test is over")
+    wait_for_the_next_look(page)
+    expect(version).to_contain_text("Champion: dpnet version 1")
+    expect(problem).to_be_hidden()
+
+
 def test_two_versions_side_by_side_with_a_blind_vote(
     page: Page, picture: Path, served: Served
 ) -> None:
     load(page, picture)
     drag(page, (0.45, 0.3), (0.55, 0.4), (0.62, 0.32))
-    page.get_by_label("Compare with").select_option(label="dpnet version 1")
-    page.get_by_label("Version").select_option(label="dpnet version 1")
-    press_fill = page.get_by_role("button", name="Fill", exact=True)
-    press_fill.click()
-    expect(page.get_by_role("alert")).to_contain_text("Both sides are the same version")
-
+    rival = page.get_by_label("Compare with")
+    assert rival.locator("option").all_inner_texts() == ["Nothing", "dpnet version 2"]
+    rival.select_option(label="dpnet version 2")
     page.get_by_label("Version").select_option(label="dpnet version 2")
+    expect(rival).to_have_value("")  # nothing to compare with itself
+    assert rival.locator("option").all_inner_texts() == ["Nothing", "dpnet version 1"]
+    rival.select_option(label="dpnet version 1")
+    press_fill = page.get_by_role("button", name="Fill", exact=True)
     models: list[str] = []
     page.on("response", lambda answer: models.append(answer.headers["x-dpnet-model"])
             if answer.url.endswith("/api/inpaint") else None)  # fmt: skip
@@ -627,7 +760,7 @@ def test_two_versions_side_by_side_with_a_blind_vote(
     expect(page.get_by_role("status")).to_contain_text("Your vote is stored")
     assert sorted(models) == ["dpnet@1", "dpnet@2"]
     loser, winner = (int(model.rpartition("@")[2]) for model in models)
-    (vote,) = read_votes(LocalStore(served.root), "dpnet")
+    *_, vote = read_votes(LocalStore(served.root), "dpnet")
     assert (vote.winner, vote.loser, vote.blind) == (winner, loser, True)
     assert vote.reason == "The <b>edge</b> is sharper."
     page.get_by_role("button", name="Continue with A").click()
@@ -709,32 +842,52 @@ def test_a_cut_connection_loses_nothing(
     fill(page)
 
 
-def strange_files(folder: Path) -> dict[str, Path]:
-    text = folder / "text.png"
+def strange_files(folder: Path) -> dict[Path, str]:
+    """Return files that are refused when they are opened, with a part of the sentence."""
+    text, empty = folder / "text.png", folder / "empty.jpg"
     text.write_text("This is no picture.")
-    moments = [photograph(seed=number) for number in range(3)]
-    moments[0].save(folder / "moving.gif", save_all=True, append_images=moments[1:])
-    deep = Image.fromarray(np.arange(60_000, dtype=np.uint16).reshape(200, 300))
+    empty.touch()
+    moments = [photograph(30, 20, number) for number in range(3)]
+    moving = {"save_all": True, "append_images": moments[1:]}
+    deep = Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30))
+    four = moments[0].convert("CMYK")
+    exif = Image.Exif()
+    exif[0x010F] = "Maker"
     return {
-        "cannot be decoded": text,
-        "not animated": folder / "moving.gif",
-        "more than 8 bits": saved(deep, folder / "deep.png"),
-    }
+        text: "cannot be decoded",
+        empty: "The file empty.jpg is empty: choose another file.",
+        **{saved(moments[0], folder / f"moving.{kind}", **moving): "not animated"
+           for kind in ("gif", "webp", "png")},
+        saved(deep, folder / "deep.png"): "more than 8 bits",
+        saved(four, folder / "print.jpg", exif=exif, progressive=True): "CMYK",
+    }  # fmt: skip
+
+
+def usual_files(folder: Path) -> list[Path]:
+    image = photograph(30, 20)
+    palette = image.quantize(8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return [
+        saved(image, folder / "still.gif"),
+        saved(image, folder / "still.webp", icc_profile=profile),
+        saved(palette, folder / "palette.png", transparency=0),
+        saved(image.convert("L"), folder / "grey.jpg", progressive=True, icc_profile=profile),
+    ]
 
 
 def test_a_strange_file_shows_the_sentence_of_the_server(
     page: Page, tmp_path: Path, allowed: list[str]
 ) -> None:
     allowed.append(r"400 \(Bad Request\)")
-    for sentence, file in strange_files(tmp_path).items():
+    for file, sentence in strange_files(tmp_path).items():
         page.get_by_label("Photo", exact=True).set_input_files(file)
-        if file.name != "text.png":
-            expect(page.get_by_role("status")).to_contain_text(f"{file.name} is open")
-            drag(page, (0.4, 0.4), (0.5, 0.5))
-            page.get_by_role("button", name="Fill", exact=True).click()
         expect(page.get_by_role("alert")).to_contain_text(sentence)
-    page.get_by_role("button", name="Close this message").click()
-    expect(page.get_by_role("alert")).to_be_hidden()
+        expect(page.get_by_role("button", name="Choose a photo")).to_be_visible()
+        page.get_by_role("button", name="Close this message").click()
+        expect(page.get_by_role("alert")).to_be_hidden()
+    for file in usual_files(tmp_path):
+        page.get_by_label("Photo", exact=True).set_input_files(file)
+        expect(page.get_by_role("status")).to_have_text(f"{file.name} is open: 30 x 20 pixels.")
 
 
 def test_a_page_with_a_hole_asks_before_it_is_closed(page: Page, photo: Path) -> None:
@@ -753,15 +906,29 @@ def test_a_page_with_a_hole_asks_before_it_is_closed(page: Page, photo: Path) ->
     expect(page.locator("#share")).to_contain_text("Hole")
 
 
-def test_no_hole_and_all_hole(page: Page, photo: Path, allowed: list[str]) -> None:
-    allowed.append(r"400 \(Bad Request\)")
+def test_no_hole_and_all_hole(page: Page, photo: Path) -> None:
     load(page, photo)
-    page.get_by_role("button", name="Fill", exact=True).click()
-    expect(page.get_by_role("alert")).to_contain_text("There is no hole")
+    press_fill, alert = page.get_by_role("button", name="Fill", exact=True), page.locator("#alert")
+    press_fill.click()
+    expect(alert).to_contain_text("There is no hole")
     page.get_by_role("button", name="Invert the hole").click()
-    page.get_by_role("button", name="Fill", exact=True).click()
-    expect(page.get_by_role("alert")).to_contain_text("white everywhere")
+    expect(alert).to_contain_text("The hole is the whole photo")
     expect(page.locator("#share")).to_have_text("Hole 100.0 %")
+    page.get_by_role("button", name="Close this message").click()
+    press_fill.click()
+    expect(alert).to_contain_text("The hole is the whole photo")
+    drag(page, (0.4, 0.4), (0.5, 0.5), button="right")
+    expect(alert).to_be_hidden()
+
+
+def test_ctrl_enter_fills_while_the_size_has_the_focus(page: Page, photo: Path) -> None:
+    load(page, photo)
+    drag(page, (0.4, 0.4), (0.5, 0.5))
+    size = page.get_by_label("Size in pixels")
+    size.press("Enter")
+    expect(page.get_by_role("button", name="Fill", exact=True)).to_be_visible()
+    size.press("Control+Enter")
+    expect(page.get_by_role("status")).to_contain_text("Filled by dpnet version 1")
 
 
 def test_the_keyboard_alone(recorded_page: Page, recording: Recording, photo: Path) -> None:
@@ -839,7 +1006,14 @@ def touch(client: Any, kind: str, *fingers: tuple[float, float]) -> None:
 
 def test_a_phone_paints_with_one_finger_and_zooms_with_two(new_page: Open, picture: Path) -> None:
     page = new_page(viewport=PHONE, has_touch=True, is_mobile=True, color_scheme="dark")
+    expect(page.get_by_text("Drop a photo here")).to_be_hidden()
+    expect(page.get_by_text("Ctrl+V")).to_be_hidden()
+    page.get_by_role("button", name="Help and keys").click()
+    expect(page.locator("#help p:visible").first).to_contain_text("one finger paints")
+    page.get_by_role("button", name="Close", exact=True).click()
     load(page, picture)
+    page.get_by_role("button", name="Fill", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("There is no hole")
     client = page.context.new_cdp_session(page)
     (x, y) = at(page, 0.4, 0.5)
     touch(client, "touchStart", (x, y))
@@ -847,6 +1021,7 @@ def test_a_phone_paints_with_one_finger_and_zooms_with_two(new_page: Open, pictu
     touch(client, "touchEnd")
     share = page.locator("#share").inner_text()
     assert share.startswith("Hole ")
+    expect(page.get_by_role("alert")).to_be_hidden()
     zoom = page.locator("#zoom").inner_text()
     y += 60  # where nothing is painted
     touch(client, "touchStart", (x, y))

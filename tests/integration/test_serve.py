@@ -29,6 +29,7 @@ from sockets import interfaces, listening
 from data_prep.core.storage.local import LocalStore
 from dpnet.cli.main import main
 from dpnet.registry.promotion import promote
+from dpnet.serving.server import own_number
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -195,6 +196,8 @@ def start(whole: Path, tmp_path: Path) -> Iterator[Start]:
         folder.mkdir()
         if copy:
             shutil.copytree(whole, folder / "root")
+        else:
+            (folder / "root").mkdir()
         started.append(Served(folder, "--root", "root", *options, **environ))
         return started[-1]
 
@@ -265,6 +268,7 @@ BAD = {
     "no picture": (b"<svg onload=alert(1)>", MASK, {}, 400, "not an image"),
     "a program": (b"\x7fELF" * 100, MASK, {}, 400, "not an image"),
     "a pickle": (b"\x80\x04cos\nsystem\n", MASK, {}, 400, "not an image"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(60), MASK, {}, 400, "export it as JPEG"),
     "animated": (MOVING, MASK, {}, 400, "not animated"),
     "16 bits": (saved(photo().convert("L").convert("I;16")), MASK, {}, 400, "8 bits"),
     "CMYK": (saved(photo().convert("CMYK"), "JPEG"), MASK, {}, 400, "convert it to 8-bit RGB"),
@@ -405,12 +409,12 @@ def test_a_cut_connection_stops_computing(server: Served) -> None:
 def test_a_job_is_cancelled_by_its_id(server: Served) -> None:
     thread, replies, _ = large_job(server, "cancelled-by-id")
     wait_for(lambda: state(server, "cancelled-by-id")["done"] >= 1)
-    other = "a-job-that-waits"
-    with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(server.fill, IMAGE, MASK, job=other)
-        wait_for(lambda: state(server, other).get("position") == 1)
-        assert server.ask("/api/jobs/cancelled-by-id", "DELETE").status == 204
-        assert waiting.result(WAIT_S).status == 200
+    other = "a-small-photo"
+    # A small photo is filled between the tiles of the large one.
+    between = server.fill(IMAGE, MASK, job=other)
+    assert state(server, "cancelled-by-id")["state"] == "running"
+    assert server.ask("/api/jobs/cancelled-by-id", "DELETE").status == 204
+    assert (pixels(between.body) == pixels(server.fill(IMAGE, MASK).body)).all()
     thread.join(WAIT_S)
     assert replies[0].status == 409
     assert "cancelled" in replies[0].error
@@ -446,14 +450,49 @@ def test_a_promotion_is_followed_without_a_restart_and_gone_files_leave_the_old_
 
 def test_without_a_model_the_page_opens_and_says_what_to_do(start: Start, tmp_path: Path) -> None:
     server = start(copy=False)
-    assert server.ask("/").status in (200, 404)  # 404 while the page is not there
+    assert server.ask("/").status == 200
+    wait_for(lambda: "no photo can be filled yet" in server.text())
     for answer in (server.ask("/healthz"), server.fill(IMAGE, MASK)):
         assert answer.status == 503
     assert "run the pipeline there first" in server.fill(IMAGE, MASK).error
     assert server.get("/api/models")["models"] == []
+    assert "run the pipeline there first" in server.get("/api/models")["problem"]
     small_root.champion(LocalStore(tmp_path / "server0" / "root"))
     wait_for(lambda: server.ask("/healthz").status == 200)
     works(server)
+    assert server.get("/api/models")["problem"] == ""
+
+
+def test_a_root_that_is_no_folder_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DPNET_ROOT", raising=False)
+    for options, said in (
+        ([], "dpnet-demo does not exist: name the folder"),
+        (["--root", "none"], "none does not exist: name the folder"),
+        (["--root", "none", "--model", "models:/dpnet/1"], "none does not exist: name the folder"),
+        (["--root", "file"], "file is a file: name the folder"),
+    ):
+        assert main(["serve", *options]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_s3_that_does_not_answer_is_said_at_the_start_and_on_the_page(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = nobody.getsockname()[1]
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
+    server = Served(
+        tmp_path / "server", "--root", "s3://bucket/root",
+        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", **keys,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: "no photo can be filled yet" in server.text())
+        found = server.get("/api/models")
+        assert (found["models"], "s3://bucket" in found["problem"]) == ([], True)
+    finally:
+        server.stop()
 
 
 def test_a_full_queue_asks_to_come_back(start: Start) -> None:
@@ -527,7 +566,11 @@ def test_bound_elsewhere_every_request_needs_the_token(start: Start, tmp_path: P
     assert (entered.status, token in cookie) == (204, False)
     assert server.ask("/api/models", cookie=cookie).status == 200
     assert server.ask("/api/models", cookie=cookie, host="evil.example").status == 403
-    assert server.text().count(token) == 1  # in the address, and nowhere else
+    shown = re.findall(r"^(?:page and API|or) +http://(\S+)/login#", server.text(), re.MULTILINE)
+    assert server.text().count(token) == len(shown)  # in the addresses, and nowhere else
+    assert len(shown) == (2 if own_number() else 1)
+    for host in shown:
+        assert server.ask("/api/models", cookie=cookie, host=host).status == 200
     command = Path(f"/proc/{server.process.pid}/cmdline").read_bytes()
     assert token.encode() not in command
 
@@ -631,14 +674,21 @@ def test_two_hundred_requests_of_twenty_clients_are_all_answered_and_memory_stay
     assert 'dpnet_serve_model{model="dpnet@1"} 1.0' in metrics
 
 
-def test_ctrl_c_ends_the_server_with_a_sentence_while_it_computes(start: Start) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_computes_ends_with_one_sentence_for_everybody(
+    start: Start, sent: signal.Signals
+) -> None:
     server = start()
-    thread, _, connection = large_job(server, "until-the-end")
+    thread, replies, connection = large_job(server, "until-the-end")
     wait_for(lambda: state(server, "until-the-end")["done"] >= 1)
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) == 130
+    # An upload that never ends: its answer is cut off.
+    other = raw(server, HEAD.format(port=server.port, size=1000) + "--cut")
+    server.process.send_signal(sent)
+    assert server.process.wait(WAIT_S) == 130
     thread.join(WAIT_S)
     connection.close()
-    assert server.text().splitlines()[-1] == (
-        "dpnet: stopped serving. The same command starts it again."
-    )
+    assert (replies[0].status, "the server is stopping" in replies[0].error) == (503, True)
+    with other:
+        assert b"the server is stopping" in other.recv(4000)
+    _, _, printed = server.text().partition("Ctrl-C stops the server.\n")
+    assert printed == "dpnet: stopped serving. The same command starts it again.\n"

@@ -15,7 +15,13 @@ def serve(args: Namespace) -> Outcome:
     from dpnet.serving.limits import ServeLimits
     from dpnet.serving.login import TOKEN
     from dpnet.serving.models import open_source
-    from dpnet.serving.server import PORT, address_of, run_server, why_unwritable
+    from dpnet.serving.server import (
+        PORT,
+        address_of,
+        run_server,
+        warn_without_model,
+        why_unwritable,
+    )
 
     defaults = ServeLimits()
     limits = ServeLimits(
@@ -34,7 +40,9 @@ def serve(args: Namespace) -> Outcome:
 
         def announce() -> None:
             found = {"ok": True, "url": address.url, "login_url": address.login_url}
-            lines = [f"page and API  {address.login_url}", ""]
+            lines = [f"page and API  {address.login_url}"]
+            lines += [f"or            {address.by_number}"] if address.by_number else []
+            lines.append("")
             if address.token and address.login_url == address.url:
                 lines.append(f"Log in with the token of {TOKEN}.")
             elif address.token:
@@ -43,5 +51,6 @@ def serve(args: Namespace) -> Outcome:
             print(json.dumps(found) if args.json else text, flush=True)
 
         announce()
+        warn_without_model(source)
         run_server(source, listener, address, limits, why_unwritable(source, check_root))
     return {"ok": True, "url": address.url}, "the server has ended"

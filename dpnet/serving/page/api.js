@@ -3,7 +3,13 @@
 const LOOK_MS = 300; // between two looks at a job's progress
 const MOST_WAIT_S = 30;
 
-export class ServerError extends Error {}
+/** The server has answered with an error and its sentence. */
+export class ServerError extends Error {
+  constructor(status, sentence) {
+    super(sentence);
+    this.status = status;
+  }
+}
 
 /** The server did not answer at all; it may be back later. */
 export class ConnectionError extends Error {
@@ -15,7 +21,7 @@ export class ConnectionError extends Error {
   }
 }
 
-/** Return what the server says about its models: models, default and limits. */
+/** Return what the server says about its models: models, default, limits and problem. */
 export async function readModels() {
   return (await request("/api/models")).json();
 }
@@ -36,7 +42,7 @@ export async function vote(choice) {
  *
  * @param order {image, mask, model, format}: the files, the model's id or "", "png" or "same".
  * @param signal ends the request, and the server's work for it.
- * @param report called with {state, position, done, total}, and {state: "busy", seconds}.
+ * @param report called with {state, position, done, total, seconds_left}, and {state: "busy", seconds}.
  */
 export async function fill(order, signal, report) {
   for (;;) {
@@ -100,7 +106,7 @@ async function request(path, options = {}, allowed = []) {
     throw error.name === "AbortError" ? error : new ConnectionError();
   }
   if (answer.ok || allowed.includes(answer.status)) return answer;
-  throw new ServerError(await sentence(answer));
+  throw new ServerError(answer.status, await sentence(answer));
 }
 
 async function sentence(answer) {

@@ -1,19 +1,25 @@
 // The page: one photo, its hole and its results, and what each button and key does with them.
 
 import { ConnectionError, ServerError, fill, isThere, vote } from "./api.js";
+import { formatOf, isUnusual } from "./formats.js";
 import { Input } from "./input.js";
 import { Mask } from "./mask.js";
 import { Models } from "./models.js";
-import { element, hideError, percent, save, say, showBar, showError, stem } from "./page.js";
+import {
+  about, element, hideError, percent, save, say, showBar, showError, showProblem, stem,
+} from "./page.js";
 import { Painter } from "./paint.js";
-import { formatOf, openPhoto } from "./photo.js";
+import { openPhoto } from "./photo.js";
 import { decodeMask, encodeMask } from "./png.js";
 import { Results, describe } from "./results.js";
 import { View } from "./view.js";
 
 const MOST_STEPS = 20; // fills that can be taken back
 const SAME_VERSION = "Both sides are the same version: choose two different ones.";
+const NO_HOLE = "There is no hole: paint over what should go.";
+const ALL_HOLE = "The hole is the whole photo: leave a part around what should go.";
 const BACK_MS = 2000; // between two questions whether the server is back
+const LOOK_MS = 10_000; // between two questions about the models
 const SPEAK_MS = 500; // the keyboard's cursor is announced when it rests this long
 const EXTENSIONS = { JPEG: "jpg", WebP: "webp" }; // of formats that are not exact, as PNG is
 
@@ -25,7 +31,7 @@ const view = new View(stage, {
 });
 const models = new Models();
 const results = new Results(view);
-const painter = new Painter(view, showHole);
+const painter = new Painter(view, changed);
 const input = new Input(stage, view, {
   canPaint: () => painter.canPaint(),
   start: (pixel, erase) => painter.start(pixel, erase),
@@ -41,6 +47,7 @@ let mask = null;
 let original = null; // the file that the person gave
 let ownFormat = ""; // of that file
 let steps = []; // earlier photos, {file, maskFile}: filled, and then filled again
+let lastChampion = ""; // its id when the page was opened, or at the last result
 let working = null; // the AbortController of the work in progress
 let speaking = 0;
 let opening = 0; // counts, so that of two files opened at once the later one stays
@@ -53,11 +60,7 @@ async function open(file) {
   const number = ++opening;
   hideError();
   say("Opening the photo.");
-  try {
-    await models.refresh();
-  } catch {
-    // Painting works without the server; Fill says what is wrong.
-  }
+  await look();
   try {
     checkBytes(file);
     const opened = await decoded(file);
@@ -76,29 +79,41 @@ async function open(file) {
 }
 
 async function decoded(file) {
+  let opened;
   try {
-    return await openPhoto(file);
+    opened = await openPhoto(file);
   } catch {
-    throw new Error(await reasonFor(file));
+    throw new Error((await refusalOf(file)) ||
+      "This browser cannot show the file: open a JPEG, PNG or WebP photo.");
   }
+  const refusal = (await isUnusual(file)) ? await refusalOf(file) : "";
+  if (!refusal) return opened;
+  opened.close();
+  throw new Error(refusal);
 }
 
-/** Ask the server why a file is no photo: its sentence names the reason. */
-async function reasonFor(file) {
-  const own = "This browser cannot show the file: open a JPEG, PNG or WebP photo.";
+/** Return the sentence with which the server refuses a photo; "" if it takes it or is busy. */
+async function refusalOf(file) {
   const dot = new Mask(1, 1);
   dot.invert();
   const order = { image: file, mask: await encodeMask(dot), model: "", format: "png" };
+  const stop = new AbortController();
   try {
-    await fill(order, new AbortController().signal, () => {});
-    return own;
+    await fill(order, stop.signal, ({ state }) => state === "busy" && stop.abort());
   } catch (error) {
-    // A sentence about the mask means that the server can read the file and the browser cannot.
-    return error instanceof ServerError && !/mask/i.test(error.message) ? error.message : own;
+    // A sentence about the mask, which has one pixel, means that the server can read the photo.
+    const isRefused = error instanceof ServerError && error.status < 500;
+    if (isRefused && !/mask/i.test(error.message)) return error.message;
   }
+  return "";
+}
+
+function checkNotEmpty(file) {
+  if (!file.size) throw new Error(`The file ${file.name} is empty: choose another file.`);
 }
 
 function checkBytes(file) {
+  checkNotEmpty(file);
   const most = models.limits.bytes;
   if (most && file.size > most) {
     throw new Error(`The file has ${millions(file.size)} MB and this server takes at most ` +
@@ -143,9 +158,22 @@ function paint() {
 
 // Hole
 
+const isAllHole = () => mask.total === mask.width * mask.height;
+
+/** Show the hole after a person has changed it; an older message no longer fits. */
+function changed() {
+  hideError();
+  if (isAllHole()) showError(ALL_HOLE);
+  showHole();
+}
+
+function holeText() {
+  const share = percent(mask.total / (mask.width * mask.height));
+  return mask.total ? `The hole is ${share} of the photo.` : "No hole yet.";
+}
+
 function showHole() {
-  const share = mask.total / (mask.width * mask.height);
-  const text = mask.total ? `The hole is ${percent(share)} of the photo.` : "No hole yet.";
+  const [share, text] = [mask.total / (mask.width * mask.height), holeText()];
   element("share").textContent = mask.total ? `Hole ${percent(share)}` : "No hole";
   stage.setAttribute("aria-label", `Photo, ${mask.width} x ${mask.height} pixels. ${text}`);
   element("undo").disabled = !mask.past.length && !steps.length;
@@ -194,7 +222,7 @@ function change(action) {
   if (!painter.mask) return;
   painter.finish();
   view.redrawHole(action());
-  showHole();
+  changed();
 }
 
 async function undo() {
@@ -220,9 +248,10 @@ async function openMask(file) {
   if (!file || !painter.mask) return;
   hideError();
   try {
+    checkNotEmpty(file);
     const pixels = await decodeMask(file, mask.width, mask.height);
     change(() => mask.load(pixels));
-    say(`The mask is open. ${element("share").textContent} of the photo.`);
+    say(`The mask is open. ${mask.total ? holeText() : "It has no hole: nothing in it is white."}`);
   } catch (error) {
     showError(error.message);
   }
@@ -256,7 +285,8 @@ async function work(doing, job) {
   }
 }
 
-function showProgress(what, { state, position, done, total, seconds, side = "" }) {
+function showProgress(what, news) {
+  const { state, position, done, total, seconds, seconds_left: left, side = "" } = news;
   const bar = element("progress");
   const doing = what + side;
   let text = doing;
@@ -267,7 +297,7 @@ function showProgress(what, { state, position, done, total, seconds, side = "" }
     text = `${doing}: ${done} of ${total} tiles`;
     [bar.max, bar.value] = [total, done];
   }
-  element("busy-text").textContent = text;
+  element("busy-text").textContent = left > 0 ? `${text}, ${about(left)} left` : text;
 }
 
 /** Say when a server that was gone answers again. */
@@ -280,11 +310,9 @@ async function waitForServer() {
 async function startFill() {
   if (!painter.mask) return;
   painter.finish();
-  if (!mask.total) return showError("There is no hole: paint over what should go.");
+  if (!mask.total) return showError(NO_HOLE);
+  if (isAllHole()) return showError(ALL_HOLE);
   const chosen = models.chosen();
-  if (chosen.length > 1 && chosen[1] === (chosen[0] || models.champion()?.id)) {
-    return showError(SAME_VERSION);
-  }
   const blind = chosen.length > 1 && models.votes && element("blind").checked;
   if (blind && Math.random() < 0.5) chosen.reverse();
   const found = await work("Filling", (signal, report) => fillWith(chosen, signal, report));
@@ -309,15 +337,14 @@ async function fillWith(chosen, signal, report) {
 }
 
 async function showResults(found, blind) {
-  const before = models.champion()?.id;
-  await models.refresh().catch(() => {});
+  await look();
   const shown = found.map(({ photo: its, answer, maskFile }) => ({
     photo: its,
     maskFile,
     model: models.find(answer.model),
     seconds: answer.seconds,
   }));
-  if (shown.length === 1) return showOne(shown[0], before);
+  if (shown.length === 1) return showOne(shown[0]);
   if (shown[0].model.id === shown[1].model.id) {
     for (const { photo: its } of shown) its.close();
     paint();
@@ -328,7 +355,7 @@ async function showResults(found, blind) {
   say(models.votes ? "Two results are here. Look at both, then vote." : "Two results are here.");
 }
 
-function showOne(result, champion) {
+function showOne(result) {
   results.showOne(photo, result);
   showMoving();
   // After a second fill the photo is a PNG file, and its own format is of no use.
@@ -336,7 +363,8 @@ function showOne(result, champion) {
   element("save-own").hidden = !offered;
   if (offered) element("save-own").querySelector("span").textContent = `Download ${ownFormat}`;
   const now = models.champion()?.id;
-  const promoted = champion && now !== champion && result.model.id === now;
+  const promoted = lastChampion && now !== lastChampion && result.model.id === now;
+  lastChampion = now;
   say(`${describe(result)}${promoted ? " It is the new champion." : ""}`);
 }
 
@@ -467,8 +495,9 @@ const NEEDS_PHOTO = new Set(["o", "?", "Escape"]);
 document.addEventListener("keydown", (event) => {
   if (event.defaultPrevented || event.altKey || element("help").open) return;
   const place = event.target;
-  if (place.matches("select, input:not([type=radio], [type=range], [type=checkbox])")) return;
   const withCtrl = event.ctrlKey || event.metaKey;
+  const takesKeys = "select, input:not([type=radio], [type=range], [type=checkbox])";
+  if (place.matches(takesKeys) && !(withCtrl && event.key === "Enter")) return;
   if (!withCtrl && !element("letters").checked && place !== stage) return;
   const key = event.shiftKey || event.key.length > 1 ? event.key : event.key.toLowerCase();
   const action = (withCtrl ? WITH_CTRL : LETTERS)[key];
@@ -513,9 +542,22 @@ document.addEventListener("drop", (event) => {
 window.addEventListener("beforeunload", (event) => {
   if (mask?.total || results.shown.length) event.preventDefault();
 });
-document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) models.refresh().catch(() => {});
-});
+
+/** Ask for the models, and show what is wrong with them. */
+async function look() {
+  try {
+    await models.refresh();
+    showProblem(models.problem);
+    lastChampion ||= models.champion()?.id;
+  } catch (error) {
+    // Painting works without the server; Fill says that it does not answer.
+    if (error instanceof ServerError) showProblem(error.message);
+  }
+}
+
+const lookIfSeen = () => document.hidden || look();
+document.addEventListener("visibilitychange", lookIfSeen);
+setInterval(lookIfSeen, LOOK_MS);
 
 view.onChange = () => {
   element("zoom").textContent = `${Math.round(100 * view.scale)} %`;
@@ -523,4 +565,4 @@ view.onChange = () => {
 view.onResize = () => {
   if (view.scale === view.fitScale) view.fit();
 };
-models.refresh().catch((error) => showError(error.message));
+look();

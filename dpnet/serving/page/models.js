@@ -8,6 +8,8 @@ export class Models {
     this.all = [];
     this.limits = {};
     this.votes = true; // whether the server can store votes
+    this.problem = ""; // a sentence about what is wrong with the models
+    element("model").addEventListener("change", () => this.#offerRivals());
   }
 
   /** Ask the server again, and keep what is chosen. Throw if it cannot answer. */
@@ -16,11 +18,12 @@ export class Models {
     this.all = answer.models ?? [];
     this.limits = answer.limits ?? {};
     this.votes = answer.votes ?? true;
+    this.problem = answer.problem ?? "";
     element("blind").disabled = !this.votes;
     const champion = this.champion();
     const first = champion ? `Champion: ${champion.name}` : "The server's choice";
-    this.#offer(element("model"), first);
-    this.#offer(element("rival"), "Nothing");
+    this.#offer(element("model"), first, this.all);
+    this.#offerRivals();
   }
 
   /** Return the version that answers if none is chosen. */
@@ -40,10 +43,18 @@ export class Models {
     return found ?? { id: text, name: text };
   }
 
-  #offer(list, first) {
+  /** Offer every version but the chosen one to compare with. */
+  #offerRivals() {
+    const chosen = element("model").value || this.champion()?.id;
+    this.#offer(element("rival"), "Nothing", this.all.filter((model) => model.id !== chosen));
+  }
+
+  #offer(list, first, models) {
+    const options = [["", first], ...models.map((model) => [model.id, model.name])];
+    const shown = [...list.options].map((option) => [option.value, option.text]);
+    if (JSON.stringify(options) === JSON.stringify(shown)) return; // a list that is open stays so
     const chosen = list.value;
-    const options = this.all.map((model) => new Option(model.name, model.id));
-    list.replaceChildren(new Option(first, ""), ...options);
+    list.replaceChildren(...options.map(([id, name]) => new Option(name, id)));
     list.value = chosen;
     if (list.selectedIndex < 0) list.value = ""; // the chosen version is gone
   }

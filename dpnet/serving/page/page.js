@@ -21,6 +21,14 @@ export function hideError() {
   element("alert").textContent = "";
 }
 
+/** Show what is wrong with the models until it is mended; "" is nothing. */
+export function showProblem(text) {
+  const shown = element("problem");
+  shown.hidden = !text;
+  const sentence = text.charAt(0).toUpperCase() + text.slice(1);
+  if (shown.textContent !== sentence) shown.textContent = sentence; // it is read out once
+}
+
 /** Show one of the bars below the photo. The focus does not stay in a bar that disappears. */
 export function showBar(name) {
   const left = document.activeElement?.closest(".bar");
@@ -41,6 +49,13 @@ export function save(blob, name) {
 /** Return a file's name without its extension. */
 export function stem(name) {
   return name.replace(/\.[^.]*$/, "") || "photo";
+}
+
+/** Return seconds as text, no more exact than an estimate is. */
+export function about(seconds) {
+  if (seconds >= 90) return `about ${Math.round(seconds / 60)} minutes`;
+  const step = seconds > 20 ? 5 : 1;
+  return `about ${Math.max(1, Math.round(seconds / step) * step)} s`;
 }
 
 /** Return a share as text with a sensible number of digits. */

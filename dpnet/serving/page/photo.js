@@ -23,15 +23,6 @@ export class Photo {
   }
 }
 
-/** Return "JPEG", "PNG" or "WebP" by the first bytes of a file, or "" for another format. */
-export async function formatOf(file) {
-  const bytes = new Uint8Array(await file.slice(0, 12).arrayBuffer());
-  const text = String.fromCharCode(...bytes);
-  if (text.startsWith("\xff\xd8\xff")) return "JPEG";
-  if (text.startsWith("\x89PNG")) return "PNG";
-  return text.startsWith("RIFF") && text.endsWith("WEBP") ? "WebP" : "";
-}
-
 /** Decode a picture file. The browser turns it upright by its EXIF orientation. */
 export async function openPhoto(file) {
   const levels = [await createImageBitmap(file)];

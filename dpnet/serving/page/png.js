@@ -1,10 +1,13 @@
 // Masks as PNG files. They are written here and not by a canvas, because a canvas of a large
 // photo does not fit into some browsers, and one bit for each pixel is exact.
 
+import { hasPaletteOfLabels } from "./formats.js";
 import { HOLE, packRow } from "./mask.js";
+import { percent } from "./page.js";
 
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 const STRIP = 2 ** 20; // pixels that are decoded at a time
+const MOST_GREY = 0.5; // share of grey pixels above which a picture is not a mask
 
 /** Return a mask as a PNG file with one bit for each pixel; white is the hole. */
 export async function encodeMask(mask) {
@@ -59,7 +62,7 @@ function checksum(bytes) {
 
 /**
  * Return the pixels of a mask file, 255 in the hole. White is the hole, by the rule of
- * `dpnet inpaint`. Throw an Error with a sentence if the file has another size.
+ * `dpnet inpaint`. Throw an Error with a sentence if the file has another size or is no mask.
  */
 export async function decodeMask(file, width, height) {
   let bitmap;
@@ -78,7 +81,7 @@ export async function decodeMask(file, width, height) {
           `${width} x ${height}: open the mask of this photo.`,
       );
     }
-    const isHole = ruleFor(bitmap);
+    const isHole = ruleFor(bitmap, await hasPaletteOfLabels(file));
     const pixels = new Uint8Array(width * height);
     eachStrip(bitmap, (data, first) => {
       for (let place = 0; place < data.length; place += 4) {
@@ -91,26 +94,45 @@ export async function decodeMask(file, width, height) {
   }
 }
 
-/** Look at all pixels, and return the function that says which are the hole. */
-function ruleFor(bitmap) {
+/**
+ * Look at all pixels, and return the function that says which are the hole. Throw an Error with a
+ * sentence if they are mostly grey. With a `palette` of labels, colours are labels.
+ */
+function ruleFor(bitmap, palette) {
   let [most, seesThrough, opaque, white, black] = [0, false, false, false, false];
+  let [greys, faint, coloured] = [0, 0, false]; // grey pixels by colour, and by alpha
   eachStrip(bitmap, (data) => {
     for (let place = 0; place < data.length; place += 4) {
+      if (isGrey(data[place + 3])) faint++;
       if (data[place + 3] < 128) {
         seesThrough = true;
         continue;
       }
       opaque = true;
       most = Math.max(most, data[place], data[place + 1], data[place + 2]);
+      if (isGrey(sum(data, place) / 3)) greys++;
+      if (palette && 3 * data[place] !== sum(data, place)) coloured = true;
       if (sum(data, place) >= 384) white = true;
       else black = true;
     }
   });
   const isOpaque = (data, place) => data[place + 3] >= 128;
-  if (seesThrough && opaque && white !== black) return isOpaque;
+  if (coloured) return (data, place) => sum(data, place) > 0;
+  const byAlpha = seesThrough && opaque && white !== black;
+  const grey = (byAlpha ? faint : greys) / (bitmap.width * bitmap.height);
+  if (grey > MOST_GREY) {
+    throw new Error(
+      `The mask is mostly grey (${percent(grey)} of it), so it is not a mask: open a picture that ` +
+        "is black and white.",
+    );
+  }
+  if (byAlpha) return isOpaque;
   const least = most === 1 ? 1 : 384; // a mask of only 0 and 1
   return (data, place) => isOpaque(data, place) && sum(data, place) >= least;
 }
+
+/** Return whether a level is between an eighth and seven eighths of white. */
+const isGrey = (level) => level > 31.875 && level < 223.125;
 
 function sum(data, place) {
   return data[place] + data[place + 1] + data[place + 2];

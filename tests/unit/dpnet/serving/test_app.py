@@ -119,6 +119,16 @@ def test_a_request_that_cannot_be_filled_is_refused_and_leaves_nothing(
     assert b'dpnet_serve_requests_total{outcome="refused"} 1.0' in service.metrics.text("")
 
 
+def test_head_is_answered_as_get_is(service: Service) -> None:
+    service.models.get()
+    app = guarded_app(service, PORT)
+    for path in ("/", "/healthz", "/livez", "/docs", "/api/models"):
+        assert ask(app, "HEAD", path).status_code == 200
+    assert ask(app, "HEAD", "/nothing").status_code == 404
+    paths = ask(app, "GET", "/openapi.json").json()["paths"]
+    assert not any("head" in methods for methods in paths.values())
+
+
 def test_an_error_of_ours_is_logged_and_shows_nothing_of_it(
     service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 
 import pytest
 
@@ -37,8 +38,23 @@ def test_json_has_the_same_fields_as_a_form_with_base64() -> None:
     assert found == Form(BYTES, b"m", "dpnet@3", "png", "", True)
 
 
-def test_fields_that_are_not_ours_are_ignored() -> None:
-    assert parse_form(MULTIPART, form_of(image=b"i", mask=b"m", other=b"x")).image == b"i"
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Mask", "did you mean mask? The fields are image, mask, model, format, job."),
+        ("img", "did you mean image? "),
+        ("<b>zzz", "there is an unknown field: The fields are"),
+        ("", "there is an unknown field: The fields are"),
+    ],
+)
+def test_an_unknown_field_is_refused_and_the_nearest_is_named(name: str, said: str) -> None:
+    fields = {"image": b"bQ==", "mask": b"bQ==", name: b"x"}
+    as_json = json.dumps({key: value.decode() for key, value in fields.items()}).encode()
+    for kind, body in ((MULTIPART, form_of(**fields)), ("application/json", as_json)):
+        with pytest.raises(RequestError, match=re.escape(said)) as error:
+            parse_form(kind, body)
+        assert error.value.status == 400
+        assert "<b>" not in str(error.value)
 
 
 @pytest.mark.parametrize(

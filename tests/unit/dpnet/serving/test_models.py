@@ -132,7 +132,8 @@ def test_without_a_champion_the_answer_says_what_to_do_until_there_is_one(tmp_pa
         models.get()
     assert error.value.status == 503
     assert models.health()[0] is None
-    assert models.listed() == []
+    versions, problem = models.listed()
+    assert (versions, "run the pipeline there first" in problem) == ([], True)
     small_root.champion(LocalStore(tmp_path))
     clock.now += LOOK_S
     assert models.get().version.id == "dpnet@1"
@@ -157,12 +158,31 @@ def test_an_id_that_is_not_listed_is_refused_and_never_a_path(root: Path, id: st
 
 def test_the_versions_are_listed_newest_first(root: Path) -> None:
     models, _, _ = models_of(root)
+    assert models.listed()[1] == ""  # while the first is loaded
     models.get()
-    found = models.listed()
+    found, problem = models.listed()
+    assert problem == ""
     assert [each["id"] for each in found] == ["dpnet@2", "dpnet@1"]
     assert [each["champion"] for each in found] == [False, True]
     assert [each["state"] for each in found] == ["challenger", "champion"]
     assert all(len(each["digest"]) == 64 for each in found)
+
+
+def test_versions_that_cannot_be_read_again_are_still_listed_with_the_reason(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, _, _ = models_of(root)
+    models.get()
+    before, _ = models.listed()
+
+    def fail() -> list[dict[str, Any]]:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(models.source, "facts", fail)
+    assert models.listed() == (
+        before,
+        "the model's files cannot be read (the disk is gone): check the storage.",
+    )
 
 
 def test_a_named_version_does_not_follow_promotions(root: Path) -> None:
@@ -208,6 +228,10 @@ def test_packaged_weights_answer_where_no_root_is_given_and_none_is_found(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DPNET_ROOT", raising=False)
+    with pytest.raises(ConfigError, match="dpnet-demo does not exist"):
+        open_source(None, "")
+    (tmp_path / "dpnet-demo").mkdir()
+    (tmp_path / "empty").mkdir()
     assert isinstance(open_source(None, ""), Registry)  # no weights: it waits for a champion
     exported(root, tmp_path / "weights")
     monkeypatch.setattr(packaged, "_FOLDER", tmp_path / "weights")

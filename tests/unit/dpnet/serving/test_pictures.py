@@ -138,6 +138,41 @@ def test_a_photo_that_cannot_be_used_is_refused_with_the_reason(image: bytes, sa
         decode(image, MASK, 10_000)
 
 
+@pytest.mark.parametrize(
+    ("image", "sentence"),
+    [
+        (
+            saved(MOVING[0], "GIF", save_all=True, append_images=MOVING[1:]),
+            "the photo has 2 pages or moments: send a picture that is not animated.",
+        ),
+        (
+            saved(picture("L").convert("I;16")),
+            "the photo has more than 8 bits a channel: convert it to 8 bits first.",
+        ),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60),
+            "the photo is HEIC, the format of iPhones, which cannot be read: export it as JPEG.",
+        ),
+        (
+            b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(60),
+            "the photo is HEIC, the format of iPhones, which cannot be read: export it as JPEG.",
+        ),
+    ],
+)
+def test_an_undamaged_photo_of_another_kind_is_not_called_broken(
+    image: bytes, sentence: str
+) -> None:
+    with pytest.raises(PipelineError) as error:
+        decode(image, MASK, 10_000)
+    assert str(error.value) == sentence
+
+
+def test_an_animated_mask_is_not_called_broken() -> None:
+    mask = saved(MOVING[0], "GIF", save_all=True, append_images=MOVING[1:])
+    with pytest.raises(PipelineError, match=r"^the mask has 2 pages or moments"):
+        decode(saved(picture()), mask, 10_000)
+
+
 def test_a_photo_of_two_exposures_is_no_animation() -> None:
     second = Image.new("RGB", SIZE)
     photo, _ = decode(saved(picture(), "MPO", save_all=True, append_images=[second]), MASK, 10_000)

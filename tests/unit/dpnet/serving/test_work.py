@@ -16,6 +16,7 @@ import torch
 
 from dpnet.inpainting.api import Hole, find_hole
 from dpnet.model import build_generator
+from dpnet.serving.batches import is_quick
 from dpnet.serving.limits import RequestError, ServeLimits
 from dpnet.serving.models import Models, Version
 from dpnet.serving.work import CancelledError, Filled, Job, Work
@@ -148,7 +149,7 @@ def test_a_job_that_is_cancelled_before_it_is_queued_is_never_computed(
         work.put(job, hole_of(32, 32)).result(60)
     put(work, "job-00002")[1].result(60)
     work.stop(60)
-    with pytest.raises(CancelledError):
+    with pytest.raises(RequestError, match="the server is stopping"):
         put(work, "job-00003")[1].result(60)
     assert gate.calls == 1
 
@@ -188,6 +189,63 @@ def test_a_job_that_takes_too_long_ends_at_its_next_tile(gate: Gate, start: Star
     with pytest.raises(RequestError, match="not filled within 5 s") as error:
         result.result(60)
     assert (error.value.status, job.state, gate.calls) == (504, "failed", 1)
+
+
+def test_small_photos_are_filled_between_the_tiles_of_a_large_one_with_the_same_pixels(
+    gate: Gate, start: Start
+) -> None:
+    with torch.no_grad():  # a new network adds nothing to the smooth fill
+        for each in gate.inner.parameters():
+            each.add_(torch.randn_like(each) / 4)
+    gate.open()
+    expected = [
+        put(start(), "job-00001", hole)[1].result(60).colours
+        for hole in (hole_of(80, 80), hole_of(32, 32))
+    ]
+    while gate.let.acquire(blocking=False):
+        pass
+    while gate.entered.acquire(blocking=False):
+        pass
+    work = start()
+    (large, first), (small, second) = (
+        put(work, "job-00001", hole_of(80, 80)), put(work, "job-00002")
+    )  # fmt: skip
+    other, third = put(work, "job-00003", hole_of(80, 96))
+    for _ in range(5):  # four tiles for the statistics, and the small photo after the first
+        entered(gate)
+        gate.let.release()
+    assert torch.equal(second.result(60).colours, expected[1])
+    assert (large.state, other.state, large.done < large.total) == ("running", "waiting", True)
+    assert small.total == 1
+    gate.open()
+    assert torch.equal(first.result(60).colours, expected[0])
+    third.result(60)
+
+
+def test_a_large_photo_with_a_small_hole_is_quick() -> None:
+    made = np.zeros((300, 300, 3), np.uint8)
+    mask = np.zeros((300, 300), bool)
+    mask[100:110, 280:290] = True
+    assert is_quick(find_hole(made, mask, "i", "m", print), 64)  # type: ignore[arg-type]
+    mask[100:160, 280:290] = True
+    assert not is_quick(find_hole(made, mask, "i", "m", print), 64)  # type: ignore[arg-type]
+
+
+def test_a_job_that_will_take_too_long_ends_after_some_tiles(gate: Gate, start: Start) -> None:
+    now = [0.0]
+    work = start(ServeLimits(seconds=600), clock=lambda: now[0])
+    job, result = put(work, "job-00001", hole_of(200, 200))
+    lefts = []
+    for _ in range(4):
+        entered(gate)
+        lefts.append(job.seconds_left)
+        now[0] += 60
+        gate.let.release()
+    with pytest.raises(RequestError, match=r"needs about \d+ minutes, and the limit is 10 min"):
+        result.result(60)
+    assert (gate.calls, lefts[:2]) == (4, [None, None])
+    assert lefts[2] == 60 * (job.total - 2)
+    assert job.seconds_left is None
 
 
 def test_an_error_of_one_job_leaves_the_thread_for_the_next(gate: Gate, start: Start) -> None:
@@ -253,13 +311,15 @@ def test_small_jobs_of_one_size_run_together_where_batches_are_on(gate: Gate, st
     assert all(torch.equal(results[0], each) for each in results)  # they are the same photo
 
 
-def test_stopping_cancels_everything_and_ends_the_thread(gate: Gate, start: Start) -> None:
+def test_stopping_answers_everything_at_once_and_ends_the_thread(gate: Gate, start: Start) -> None:
     work = start()
     running, waiting = put(work, "job-00001", hole_of(64, 160)), put(work, "job-00002")
     entered(gate)
-    threading.Thread(target=lambda: (time.sleep(0.2), gate.let.release()), daemon=True).start()
-    work.stop(60)
+    work.end()
     for _, result in (running, waiting):
-        with pytest.raises(CancelledError):
-            result.result(1)
+        with pytest.raises(RequestError, match="the server is stopping") as error:
+            result.result(1)  # the tile is still being computed
+        assert error.value.status == 503
+    gate.let.release()
+    work.stop(60)
     assert gate.calls == 1
