@@ -174,4 +174,8 @@ def run_server(
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             await super().shutdown(sockets)
 
-    Server(config).run(sockets=[listener])
+    try:
+        Server(config).run(sockets=[listener])
+    finally:
+        # Python aborts if a thread still computes when it ends. A second signal ends it at once.
+        service.work.stop()

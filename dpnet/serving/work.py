@@ -31,7 +31,6 @@ from dpnet.serving.pace import Pace
 log = logging.getLogger(__name__)
 
 IDLE_S = 5.0  # without work, the champion is looked at again after this time
-_TILE_S = 60.0  # the longest time of one tile: Python aborts if its thread still runs at the end
 _REMEMBERED = 256  # finished jobs whose state is still known
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
@@ -127,11 +126,11 @@ class Work:
             self._queue.clear()
             self._changed.notify()
 
-    def stop(self, longest_s: float = _TILE_S) -> None:
-        """End every job and wait for the thread."""
+    def stop(self) -> None:
+        """End every job and wait for the thread, which ends after its tile."""
         self.end()
         if self._thread.ident is not None:
-            self._thread.join(longest_s)
+            self._thread.join()
 
     @property
     def waiting(self) -> int:

@@ -6,6 +6,7 @@ screenshots of docs/ui.md to that folder.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -185,9 +186,14 @@ def completed(page: Page, up: Platform) -> str:
 
 def artifact(page: Page, run: str, key: str) -> None:
     """Open one artifact of a run."""
-    # By address: a click on the tab of a page that still loads can be lost.
-    page.goto(f"{run}?tab=Artifacts")
-    page.locator("a[href*='/artifacts/artifact/']", has_text=key).click()
+    page.goto(run)
+    link = page.locator("a[href*='/artifacts/artifact/']", has_text=key)
+    for _ in range(12):
+        tab(page, "Artifacts")
+        with contextlib.suppress(sync_api.TimeoutError):
+            link.wait_for(timeout=5 * SECOND)
+            break  # else the page has gone back to its first tab when it had loaded the run
+    link.click()
     page.wait_for_url("**/artifacts/artifact/*")
 
 

@@ -148,7 +148,7 @@ def test_a_job_that_is_cancelled_before_it_is_queued_is_never_computed(
     with pytest.raises(CancelledError):
         work.put(job, hole_of(32, 32)).result(60)
     put(work, "job-00002")[1].result(60)
-    work.stop(60)
+    work.stop()
     with pytest.raises(RequestError, match="the server is stopping"):
         put(work, "job-00003")[1].result(60)
     assert gate.calls == 1
@@ -321,5 +321,5 @@ def test_stopping_answers_everything_at_once_and_ends_the_thread(gate: Gate, sta
             result.result(1)  # the tile is still being computed
         assert error.value.status == 503
     gate.let.release()
-    work.stop(60)
+    work.stop()
     assert gate.calls == 1
