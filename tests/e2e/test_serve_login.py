@@ -29,6 +29,7 @@ LONG = 60_000.0  # Playwright counts milliseconds
 @pytest.fixture
 def addresses(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Serve an empty root on all interfaces, and return its addresses on this machine."""
+    (tmp_path / "root").mkdir()
     command = [sys.executable, "-m", "dpnet", "serve", "--root", str(tmp_path / "root"), "--json"]
     process = subprocess.Popen(
         [*command, "--host", "0.0.0.0"],

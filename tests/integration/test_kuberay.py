@@ -675,8 +675,9 @@ def test_refused_credentials_name_the_clock_that_is_off(place: Place, tmp_path: 
             place.started()
     finally:
         place.proxy.ahead = 0.0
-    assert "or have expired (its clock is 3 h 0 min ahead of the clock of this machine)): get" in (
-        str(found.value)
+    assert (
+        "or have expired (its clock is 3 h 0 min ahead of the clock of this machine)): log in"
+        in (str(found.value))
     )
 
 
