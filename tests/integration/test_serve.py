@@ -492,19 +492,19 @@ def test_a_root_that_is_no_folder_is_refused_before_anything_starts(
 
 
 def test_s3_that_does_not_answer_is_said_at_the_start_and_on_the_page(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "us-east-1"}
-    server = Served(
-        tmp_path / "server", "--root", "s3://bucket/root",
-        AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", **keys,
-    )  # fmt: skip
-    try:
-        wait_for(lambda: "no photo can be filled yet" in server.text())
-        found = server.get("/api/models")
-        assert (found["models"], "s3://bucket" in found["problem"]) == ([], True)
-    finally:
-        server.stop()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # it never listens, and no other test gets the port
+        server = Served(
+            tmp_path / "server", "--root", "s3://bucket/root",
+            AWS_ENDPOINT_URL=f"http://127.0.0.1:{nobody.getsockname()[1]}", **keys,
+        )  # fmt: skip
+        try:
+            wait_for(lambda: "no photo can be filled yet" in server.text())
+            found = server.get("/api/models")
+            assert (found["models"], "s3://bucket" in found["problem"]) == ([], True)
+        finally:
+            server.stop()
 
 
 def test_a_full_queue_asks_to_come_back(start: Start) -> None:
