@@ -22,6 +22,8 @@ from kube_server import KubeServer, Namespace
 from PIL import Image
 from platforms import ENDED, Platform, environment, platform
 
+from dpnet.training.ray.kube_client import read_template
+
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
@@ -70,6 +72,22 @@ def unready() -> Script:
     return script
 
 
+def with_volume(root: Path) -> Path:
+    """Write a template whose pods mount a shared volume at the root, and return its path."""
+    template = read_template(None)
+    cluster = template["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        claim = {"claimName": "dpnet"}
+        pod.setdefault("volumes", []).append({"name": "root", "persistentVolumeClaim": claim})
+        for container in pod["containers"]:
+            mount = {"name": "root", "mountPath": str(root)}
+            container.setdefault("volumeMounts", []).append(mount)
+    file = root.with_name("template.yaml")
+    file.write_text(yaml.safe_dump(template))
+    return file
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flow")
@@ -85,8 +103,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "masks": {"name": "f", "size": 32, "train": 30, "eval_per_bin": 1},
         "model": {"preset": "tiny"},
         "train": {"steps": 10, "batch_size": 1, "warmup_steps": 2, "validation_pairs": 1},
-        "launch": {"launcher": "kuberay", "image": "registry/dpnet:1"},
-    }
+        "launch": {
+            "launcher": "kuberay", "image": "registry/dpnet:1",
+            "template": str(with_volume(folder / "root")),
+        },
+    }  # fmt: skip
     (folder / "flow.yaml").write_text(yaml.safe_dump(text))
     return folder / "flow.yaml"
 

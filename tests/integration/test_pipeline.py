@@ -190,7 +190,7 @@ def test_the_page_of_a_run_has_the_plan_before_training(pipeline: Pipeline) -> N
     ]
     assert "their number is unknown" in plans[0]
     assert "4 steps of 4 samples" in plans[1]
-    assert "0 steps of 4 samples" in plans[-1]  # the second run found everything done
+    assert "no step is left" in plans[-1]  # the second run found everything done
 
 
 def test_the_exporter_has_metrics_of_the_training_the_dataset_and_the_champion(
