@@ -6,6 +6,7 @@ KubeRay's operator, one of ours moves the RayJobs through KubeRay's states; no R
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def unready() -> Script:
 
 def with_volume(root: Path) -> Path:
     """Write a template whose pods mount a shared volume at the root, and return its path."""
-    template = read_template(None)
+    template = json.loads(json.dumps(read_template(None)))  # its pods share parts
     cluster = template["spec"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
