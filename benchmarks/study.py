@@ -256,6 +256,7 @@ def train(study: Study, name: str, seed: int, deadline: float) -> TrainState | N
     folder.mkdir(exist_ok=True)
     settings = study.settings.model_copy(update={"seed": seed, **variant.train})
     losses = LossSettings(**{**study.losses, **variant.losses}, vgg="vgg16")
+    check_recipe(folder / "recipe.json", study, settings, losses)
     state = build(study, variant, settings)
     file = folder / "state.pt"
     if file.exists():
@@ -302,6 +303,24 @@ def train(study: Study, name: str, seed: int, deadline: float) -> TrainState | N
             batches.close()
             return None
     return state
+
+
+def check_recipe(file: Path, study: Study, settings: TrainSettings, losses: LossSettings) -> None:
+    """Write down how a variant is trained, or end the script if it was trained in another way."""
+    recipe = json.loads(
+        json.dumps(
+            {
+                "data": [study.images.content_digest, study.masks.content_digest],
+                "network": study.config.to_json(),
+                "losses": losses.model_dump(),
+                "train": settings.model_dump(exclude={"steps"}),  # it may grow
+            }
+        )
+    )
+    if not file.exists():
+        file.write_text(json.dumps(recipe))
+    elif json.loads(file.read_text()) != recipe:
+        sys.exit(f"{file.parent} was trained with other options or photos: choose another --work.")
 
 
 def judge(study: Study, name: str, seed: int, state: TrainState) -> list[dict[str, Any]]:
