@@ -97,7 +97,7 @@ def load_model(reference: str = "", root: str | None = None) -> Generator:
         The generator in eval mode, on the GPU if there is one.
 
     Raises:
-        PipelineError: there is no such model, or its files are damaged.
+        PipelineError: the model does not exist, or its files are damaged.
     """
     store, folder, _ = find_model(reference, root)
     return on_fastest_device(load_generator(store, folder))

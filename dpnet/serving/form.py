@@ -18,7 +18,7 @@ JOB = re.compile(r"[A-Za-z0-9-]{8,64}")
 PNG, SAME = "png", "same"  # values of the field `format`
 _PARTS = 12  # a form of ours has five; ours
 _HEAD = 8_000  # bytes of the headers of a part; ours
-_TEXT = 200  # bytes of a field that is no picture; ours
+_TEXT = 200  # bytes of a field other than a picture; ours
 _FIELDS = ("image", "mask", "model", "format", "job")
 _CUT = "the upload ended before its end: send it again."
 
@@ -108,7 +108,7 @@ def _json_fields(body: bytes | bytearray) -> dict[str, bytes]:
         if value is None:
             continue
         if not isinstance(value, str):
-            raise RequestError(400, f"the field {name} is no text: send a JSON string.")
+            raise RequestError(400, f"the field {name} is not text: send a JSON string.")
         is_file = name in ("image", "mask")
         fields[name] = _from_base64(name, value) if is_file else value.encode()
     return fields
@@ -158,7 +158,7 @@ def _parts(body: bytes, boundary: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _end_of_part(body: bytes, mark: bytes, start: int) -> int:
-    """Return where the line with the next mark begins, or -1; a longer line is no mark."""
+    """Return where the line with the next mark begins, or -1. A longer line does not count."""
     end = start
     while (end := body.find(b"\r\n" + mark, end)) >= 0:
         after = end + 2 + len(mark)

@@ -154,7 +154,7 @@ def open_source(root: str | None, reference: str) -> Source:
     """Return the source that the options --root and --model name.
 
     Raises:
-        PipelineError: there is no such model.
+        PipelineError: the model does not exist.
     """
     if reference and not reference.startswith("models:/"):
         return OneModel(*find_model(reference, root))
