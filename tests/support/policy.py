@@ -54,8 +54,25 @@ def allowed_skips(text: str) -> list[re.Pattern[str]]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker of tests that take turns in CI."""
+    """Declare the marker of tests that take turns in CI, and print CI's failures at once."""
     config.addinivalue_line("markers", "rotated(n): in CI, one in n of the file's tests runs")
+    if os.environ.get("CI") == "true" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Failures(config))
+
+
+class _Failures:
+    """Prints a failure when it happens. A run that CI ends for time prints nothing at its end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal and report.failed:
+            terminal.write_line("")
+            terminal.write_line(f"{report.when} of {report.nodeid} failed:")
+            terminal.write_line(report.longreprtext[-5000:])
+            terminal.flush()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

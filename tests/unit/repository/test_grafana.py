@@ -15,6 +15,8 @@ import yaml
 
 from dpnet.pipeline.exporter import HOST, PORT
 from dpnet.pipeline.root_metrics import METRICS
+from dpnet.serving.metrics import Metrics
+from dpnet.serving.server import PORT as SERVE_PORT
 
 FOLDER = Path(__file__).parents[3] / "infra" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dpnet.json").read_text("utf-8"))
@@ -37,9 +39,19 @@ def expressions() -> list[str]:
 
 
 def test_every_metric_of_ours_in_use_is_exported_and_all_but_one_are_in_use() -> None:
-    used = names_in(expressions(), "dpnet")
+    used = names_in(expressions(), "dpnet") - names_in(expressions(), "dpnet_serve")
     assert used <= METRICS.keys()
     assert METRICS.keys() - used == {"dpnet_up"}
+
+
+def test_every_metric_of_the_page_that_fills_photos_is_served_and_in_use() -> None:
+    text = Metrics(lambda: 0, lambda: 0).text("1").decode()
+    served = set(re.findall(r"^(dpnet_serve_\w+)[{ ]", text, re.MULTILINE))
+    used = names_in(expressions(), "dpnet_serve")
+    assert used <= served
+    families = re.findall(r"^# HELP (dpnet_serve_\w+) ", text, re.MULTILINE)
+    known = [name for name in families if not name.endswith("_created")]
+    assert [name for name in known if not any(each.startswith(name) for each in used)] == []
 
 
 def test_every_metric_of_ray_in_use_is_in_rays_own_dashboards() -> None:
@@ -122,27 +134,33 @@ def test_promtool_accepts_the_scrape_configuration_of_a_cluster(
     check_config(promtool, tmp_path / "prometheus.yml")
 
 
-def test_prometheus_scrapes_the_default_address_of_the_exporter() -> None:
+def test_prometheus_scrapes_the_default_addresses() -> None:
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text("utf-8"))
     jobs = {job["job_name"]: job for job in config["scrape_configs"]}
-    assert jobs.keys() == {"dpnet", "ray"}
-    (target,) = jobs["dpnet"]["static_configs"][0]["targets"]
-    assert target == f"{HOST}:{PORT}"
+    assert jobs.keys() == {"dpnet", "dpnet-serve", "ray"}
+    for name, port in (("dpnet", PORT), ("dpnet-serve", SERVE_PORT)):
+        assert jobs[name]["static_configs"][0]["targets"] == [f"{HOST}:{port}"]
     assert all((FOLDER / name).is_file() for name in config["rule_files"])
 
 
-def test_prometheus_in_a_cluster_finds_the_pods_of_the_exporter_and_asks_with_its_user() -> None:
-    config = yaml.safe_load((FOLDER / "prometheus-kubernetes.yml").read_text("utf-8"))
-    jobs = {job["job_name"]: job for job in config["scrape_configs"]}
-    (alert,) = [rule for rule in ALERTS if rule["alert"] == "DpnetExporterDown"]
-    assert alert["expr"] == 'up{job="dpnet"} == 0'
-    (pods,) = jobs["dpnet"]["kubernetes_sd_configs"]
+@pytest.mark.parametrize(("job", "name"), [("dpnet", "exporter"), ("dpnet-serve", "serve")])
+def test_prometheus_in_a_cluster_finds_the_pods(job: str, name: str) -> None:
+    (pods,) = cluster_jobs()[job]["kubernetes_sd_configs"]
     assert pods == {"role": "pod", "namespaces": {"names": ["dpnet"]}}
-    (rule,) = jobs["dpnet"]["relabel_configs"]
-    exporter = FOLDER.parent / "k8s/base/exporter.yaml"
-    deployment = next(yaml.safe_load_all(exporter.read_text("utf-8")))
+    (rule,) = cluster_jobs()[job]["relabel_configs"]
+    file = FOLDER.parent / f"k8s/base/{name}.yaml"
+    deployment = next(yaml.safe_load_all(file.read_text("utf-8")))
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert labels["app.kubernetes.io/name"] == rule["regex"]
+    assert f'up{{job="{job}"}} == 0' in [rule["expr"] for rule in ALERTS]
+
+
+def cluster_jobs() -> dict[str, Any]:
+    config = yaml.safe_load((FOLDER / "prometheus-kubernetes.yml").read_text("utf-8"))
+    return {job["job_name"]: job for job in config["scrape_configs"]}
+
+
+def test_prometheus_in_a_cluster_asks_with_the_user_of_the_exporter() -> None:
     page = (FOLDER.parents[1] / "docs/operations.md").read_text("utf-8")
-    user = jobs["dpnet"]["basic_auth"]["username"]
+    user = cluster_jobs()["dpnet"]["basic_auth"]["username"]
     assert f"--from-literal=DPNET_REPORTS_PASSWORD={user}:" in page

@@ -147,7 +147,7 @@ def test_promtool_accepts_the_rules() -> None:
         pytest.skip("promtool is not installed")
     done = subprocess.run(shlex.split(line), cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 rules found" in done.stdout
+    assert "6 rules found" in done.stdout
 
 
 def test_every_other_command_is_run_by_a_test_that_names_it() -> None:

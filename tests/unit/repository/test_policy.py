@@ -56,6 +56,14 @@ def test_a_test_that_hangs_is_ended(tmp_path: Path) -> None:
     assert "Timeout (>1.0s)" in done.stdout
 
 
+def test_ci_prints_a_failure_when_it_happens(tmp_path: Path) -> None:
+    text = "import os\n\ndef test_a(): assert 1 == 2\n\ndef test_b(): os.kill(os.getpid(), 9)\n"
+    done = run(tmp_path, text, "-p", "no:xdist")
+    assert done.returncode == -9, done.stdout
+    assert "call of test_it.py::test_a failed:" in done.stdout
+    assert "assert 1 == 2" in done.stdout
+
+
 ROTATED = """
 import pytest
 pytestmark = pytest.mark.rotated(4)
