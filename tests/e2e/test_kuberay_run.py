@@ -27,7 +27,7 @@ from servers import Server
 
 from data_prep.core.storage.open import open_store
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.rotated(2), pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.rotated(4), pytest.mark.timeout(1500)]
 STEPS, EVERY = 60, 10
 WAIT_S = 400.0  # far longer than needed on an idle machine
 

@@ -21,7 +21,7 @@ from servers import Server
 
 from data_prep.core.storage.open import open_store
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.rotated(4)]
 
 STEPS = 24
 CONFIG = """

@@ -1,7 +1,7 @@
 """The manifests of infra/k8s on a real Kubernetes API server: accepted, and with the right rights.
 
-The server is of version 1.20 for built-in kinds, so it does not know policy/v1. KubeRay's kinds are
-served by version 1.36 with full validation.
+The server is of version 1.20 for built-in kinds, so it does not know policy/v1, and it has
+autoscaling/v2 by its older name. KubeRay's kinds are served by version 1.36 with full validation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from k8s_manifests import OVERLAYS, Manifest, flow_job, named, of_kind, ray_job,
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 UNKNOWN = {"PodDisruptionBudget"}  # to this server
+OLD_NAMES = {"autoscaling/v2": "autoscaling/v2beta2"}  # the same fields
 PLURALS = {"NetworkPolicy": "networkpolicies"}
 
 
@@ -54,6 +55,12 @@ def create(server: Any, manifest: Manifest, *, dry: bool = True) -> Any:
     )
 
 
+def known(overlay: str) -> list[Manifest]:
+    """Return the objects of an overlay that the server knows, by the names that it knows."""
+    found = [m for m in rendered(overlay) if m["kind"] not in UNKNOWN]
+    return [{**m, "apiVersion": OLD_NAMES.get(m["apiVersion"], m["apiVersion"])} for m in found]
+
+
 def launched(overlay: str) -> Manifest:
     """Return the RayJob that the launcher makes of an overlay's template."""
     from dpnet.training.ray.rayjob import Attempt, render_rayjob
@@ -72,11 +79,12 @@ def launched(overlay: str) -> Manifest:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_server_accepts_every_object_of_an_overlay(overlay: str, server: Any) -> None:
     there = {"Namespace", "ServiceAccount", "Role", "RoleBinding"}
-    asked = [m for m in rendered(overlay) if m["kind"] not in there | UNKNOWN]
+    asked = [m for m in known(overlay) if m["kind"] not in there]
     for manifest in [*asked, flow_job(overlay), launched(overlay)]:
         made = create(server, manifest)
         assert made["metadata"]["uid"], manifest["kind"]
-    assert {"RayCluster", "Deployment", "NetworkPolicy"} <= {m["kind"] for m in asked}
+    kinds = {"RayCluster", "Deployment", "NetworkPolicy", "HorizontalPodAutoscaler"}
+    assert kinds <= {m["kind"] for m in asked}
 
 
 @pytest.mark.parametrize("forced", [False, True])
@@ -86,7 +94,7 @@ def test_an_overlay_is_applied_again_after_its_replicas_were_set_by_hand(
     """`kubectl scale` takes the replicas from the manifests; here `kubectl patch` does."""
     kubectl = ["kubectl", f"--kubeconfig={server.folder / 'admin.kubeconfig'}", "-n", "dpnet"]
     file = tmp_path / "all.yaml"
-    file.write_text(yaml.safe_dump_all(m for m in rendered("gpu") if m["kind"] not in UNKNOWN))
+    file.write_text(yaml.safe_dump_all(known("gpu")))
     apply = [*kubectl, "apply", "--server-side", f"--filename={file}"]
 
     def done(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -374,7 +374,7 @@ def test_slow_clients_are_ended_and_hold_up_nobody(server: Served) -> None:
     for connection in half + silent:
         connection.close()
     assert server.get("/healthz")["ok"]
-    assert b"dpnet_serve_open_requests 0.0" in server.ask("/metrics").body
+    wait_for(lambda: b"dpnet_serve_open_requests 0.0" in server.ask("/metrics").body)
 
 
 LARGE = (1400, 1400)

@@ -28,7 +28,7 @@ from dpnet.pipeline.verify import verify
 from dpnet.training.job import plan_training
 from dpnet.training.stage import train
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.rotated(3)]
 
 
 class Prepared(NamedTuple):

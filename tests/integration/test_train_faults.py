@@ -43,7 +43,7 @@ from dpnet.tracking.run_log import read_log
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.rotated(4),
+    pytest.mark.rotated(8),
 ]
 
 STEPS, EVERY, VALIDATE, BATCH = 90, 10, 30, 4

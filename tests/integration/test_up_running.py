@@ -41,7 +41,7 @@ from flows.local_server.up import find_running
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.rotated(2),
+    pytest.mark.rotated(4),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc"),
 ]
 PASSWORD = "admin:correct-horse"

@@ -33,6 +33,15 @@ ALONE = (
     "tests/integration/test_mutants.py", "tests/integration/test_s3.py",
     "tests/integration/test_serve.py",
 )  # fmt: skip
+# Slow files that go through much of the same code: in CI, one of each line runs for each commit.
+TURNS = (
+    ("tests/e2e/test_kuberay_run.py", "tests/integration/test_kuberay_flow.py"),
+    ("tests/e2e/test_train_killed.py", "tests/integration/test_ray_machines.py",
+     "tests/integration/test_train_faults.py"),
+    ("tests/integration/test_flow_faults.py", "tests/integration/test_new_data.py",
+     "tests/integration/test_up_running.py"),
+    ("tests/e2e/test_images_killed.py", "tests/integration/test_stages_killed.py"),
+)  # fmt: skip
 FAST_S, REAL_S, SLOW_S = 120, 300, 900  # on a loaded machine; a test takes a fraction of it
 
 
@@ -106,16 +115,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduler | 
 
 
 def not_this_time(items: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:
-    """Return the rotated tests that do not run for this commit.
+    """Return the tests that do not run for this commit: of TURNS, and those marked `rotated`.
 
-    Tests in which several clusters die take minutes each, so CI runs some of them for each commit,
-    and others for the next one. `make test-all` without CI=true runs all of them.
+    Tests in which several clusters or servers die take minutes each, so CI runs some of them for
+    each commit, and others for the next one. `make test-all` without CI=true runs all of them.
     """
+    resting = {
+        file for files in TURNS for file in sorted(files, key=lambda f: _rank(commit, f))[1:]
+    }
     files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("rotated"):
-            files.setdefault(item.path, []).append(item)
     left_out = []
+    for item in items:
+        if item.nodeid.partition("::")[0] in resting:
+            left_out.append(item)
+        elif item.get_closest_marker("rotated"):
+            files.setdefault(item.path, []).append(item)
     for found in files.values():
         mark = found[0].get_closest_marker("rotated")
         assert mark

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from policy import ALONE, PLATFORMS, SKIPS, allowed_skips, not_this_time
+from policy import ALONE, PLATFORMS, SKIPS, TURNS, allowed_skips, not_this_time
 
 SUPPORT = Path(__file__).parents[2] / "support"
 SKIPPED = "import pytest\n\n@pytest.mark.skip(reason={reason!r})\ndef test_it(): pass\n"
@@ -101,6 +101,24 @@ def test_other_commits_run_other_rotated_tests() -> None:
     assert set().union(*turns) == {item.nodeid for item in items}
 
 
+def test_one_file_of_each_line_runs_and_other_commits_run_the_others() -> None:
+    class Item:
+        def __init__(self, file: str) -> None:
+            self.path, self.nodeid = Path(file), f"{file}::test_it"
+
+        def get_closest_marker(self, name: str) -> None:
+            return None
+
+    items = [Item(file) for files in TURNS for file in files]
+    turns = []
+    for commit in range(60):
+        left_out = not_this_time(items, str(commit))  # type: ignore[arg-type]
+        turns.append({str(item.path) for item in items if item not in left_out})
+    for files in TURNS:
+        assert {len(turn & set(files)) for turn in turns} == {1}
+    assert set().union(*turns) == {file for files in TURNS for file in files}
+
+
 def test_every_line_of_the_list_gives_its_reason() -> None:
     assert allowed_skips(SKIPS.read_text("utf-8"))
     with pytest.raises(ValueError, match="gives no reason"):
@@ -129,7 +147,8 @@ def test_tests_of_one_kind_run_in_one_process_and_the_others_beside_them(tmp_pat
 
 def test_the_slow_tests_that_are_sorted_by_kind_exist() -> None:
     top = Path(__file__).parents[3]
-    assert [file for file in (*ALONE, *PLATFORMS) if not (top / file).is_file()] == []
+    sorted_ones = [*ALONE, *PLATFORMS, *(file for files in TURNS for file in files)]
+    assert [file for file in sorted_ones if not (top / file).is_file()] == []
 
 
 def test_the_rules_hold_without_xdist(tmp_path: Path) -> None:
