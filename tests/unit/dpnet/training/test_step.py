@@ -116,6 +116,7 @@ def assert_near(ours, theirs, relative):
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(4)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_each_kind_of_layer_is_compiled_once_and_computes_the_same():
     config = replace(SMALL, blocks=3)
@@ -133,6 +134,7 @@ def test_each_kind_of_layer_is_compiled_once_and_computes_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(4)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_generated_code_computes_the_same():
     if problem := compiler_problem(CPU):
@@ -193,6 +195,7 @@ def ranks(folder, world, samples, steps=range(4), start="-", backend=""):
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(4)
 @pytest.mark.parametrize(("samples", "backend"), [(2, ""), (2, "aot_eager"), (3, "")])
 def test_two_ranks_train_like_one_rank_even_with_unequal_shares(samples, backend, tmp_path):
     norms, saved = ranks(tmp_path / "two", 2, samples, backend=backend)
@@ -205,6 +208,7 @@ def test_two_ranks_train_like_one_rank_even_with_unequal_shares(samples, backend
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(4)
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_ranks_that_resume_end_bit_identical(world, tmp_path):
     _, whole = ranks(tmp_path / "whole", world, 6, range(STEPS))
@@ -635,6 +639,7 @@ distributed.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(4)
 def test_a_bad_loss_on_one_of_two_ranks_changes_nothing_on_either(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{Path.cwd()}"}
     given = [str(tmp_path / "meet"), str(tmp_path / "result")]
