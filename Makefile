@@ -40,7 +40,7 @@ demo: setup
 	@$(BIN)/dpnet demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow and not e2e and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not slow and not e2e and not gpu" $(ARGS)
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 30 -m "slow or e2e" $(ARGS)

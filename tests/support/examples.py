@@ -13,7 +13,7 @@ COMMON = {"deadline": None, "derandomize": False, "database": None, "print_blob"
 
 
 def use_profile() -> None:
-    """Choose the number of examples: 30, in CI 100."""
+    """Choose the number of examples: 30, in CI 50."""
     settings.register_profile("default", max_examples=30, **COMMON)
-    settings.register_profile("ci", max_examples=100, **COMMON)
+    settings.register_profile("ci", max_examples=50, **COMMON)
     settings.load_profile("ci" if os.environ.get("CI") == "true" else "default")

@@ -196,6 +196,8 @@ CASES: dict[str, tuple[str, Callable[[], bytes] | Callable[[Path], None], str]] 
 }
 
 
+@pytest.mark.slow
+@pytest.mark.rotated(3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_small_file_takes_little_memory(case: str, tmp_path: Path) -> None:
     name, make, expected = CASES[case]

@@ -83,6 +83,8 @@ def test_a_graph_keeps_known_pixels_and_ignores_the_pixels_in_the_hole(graph: ex
     assert not torch.isclose(one[hole], image[hole]).all()
 
 
+@pytest.mark.slow
+@pytest.mark.rotated(3)
 @pytest.mark.parametrize(
     "switches",
     [
@@ -200,11 +202,14 @@ def run_card(folder: Path, work: Path, generator_files: list[str]) -> None:
     assert np.abs(filled[mask > 0] - want[mask > 0]).max() <= 1
 
 
+@pytest.mark.slow
+@pytest.mark.rotated(3)
 def test_the_code_in_the_card_works(folder: Path, tmp_path: Path) -> None:
     run_card(folder, tmp_path, ["generator.onnx", "generator.ts"])
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(3)
 def test_the_code_in_the_card_works_for_torch_export(run: str, tmp_path: Path) -> None:
     out, work = exported(run, tmp_path / "out", "torch-export"), tmp_path / "work"
     work.mkdir()

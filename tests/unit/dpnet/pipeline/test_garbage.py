@@ -648,6 +648,7 @@ def test_a_lease_that_is_renewed_meanwhile_keeps_its_folder(
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_gc_on_s3(moto_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     store = open_store(moto_root)
@@ -665,6 +666,7 @@ def test_gc_on_s3(moto_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.slow
 def test_a_kill_on_s3_is_finished_by_the_next_gc(
     moto_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,7 +49,7 @@ def decided(seed: int, each: int, psnr: float = 0.0, second: float = 0.0) -> Dec
     return decide(*models(seed, each, psnr, second), "version 1", rng(seed + 10_000_000))
 
 
-@pytest.mark.parametrize("each", [2, 5, 40])
+@pytest.mark.parametrize("each", [2, 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_an_equal_model_is_promoted_in_at_most_five_percent(each: int) -> None:
     runs = 400
     promoted = sum(decided(seed, each).better for seed in range(runs))
