@@ -9,10 +9,12 @@ import pytest
 from examples import use_profile
 from kube_server import KubeServer, kube_server
 from policy import (  # noqa: F401 - hooks of pytest
+    pytest_collection,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_make_collect_report,
     pytest_runtest_makereport,
+    pytest_runtest_protocol,
     pytest_xdist_make_scheduler,
 )
 from servers import Server, ceph_server, moto_server

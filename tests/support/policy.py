@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import re
@@ -159,6 +160,32 @@ def _limit(items: Sequence[pytest.Item]) -> None:
             real = item.get_closest_marker("integration")
             seconds = SLOW_S if slow else REAL_S if real else FAST_S
             item.add_marker(pytest.mark.timeout(seconds))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import all tests without looking for garbage: that took a quarter of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Free what a file's tests leave, and let later searches for garbage not look at what stays.
+
+    The imports of all tests have millions of objects: one whole search took two seconds.
+    """
+    done = yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    return done
 
 
 @pytest.hookimpl(wrapper=True)
