@@ -212,6 +212,12 @@ class Models:
         """Return the default version that answers, or None before one was loaded."""
         return self._current
 
+    @property
+    def problem(self) -> str:
+        """Return a sentence about what is wrong by the last look, or ""."""
+        with self._lock:
+            return "" if self._problem == _LOADING else self._problem
+
     def get(self, id: str = "") -> Loaded:
         """Return the version with this id, "" or champion for the default; load it if necessary.
 
@@ -295,9 +301,7 @@ class Models:
 
     def listed(self) -> tuple[list[dict[str, Any]], str]:
         """Return what is known about each version, and a sentence about what is wrong, or ""."""
-        champion = self.look()
-        with self._lock:
-            problem = "" if self._problem == _LOADING else self._problem
+        champion, problem = self.look(), self.problem
         try:
             self._facts = self.source.facts()
         except (PipelineError, OSError) as error:  # the versions that were known are still shown

@@ -104,12 +104,10 @@ def environment_token(others: bool) -> str:
     return given
 
 
-def warn_without_model(source: Source) -> None:
+def warn_without_model(models: Models) -> None:
     """Log a warning if no version can answer yet."""
-    try:
-        source.default()
-    except PipelineError as error:
-        log.warning("no photo can be filled yet: %s The server looks again.", error)
+    if models.look() is None:
+        log.warning("no photo can be filled yet: %s The server looks again.", models.problem)
 
 
 def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:
@@ -129,7 +127,7 @@ def why_unwritable(source: Source, check: Callable[[Store], None]) -> str:
 
 
 def run_server(
-    source: Source,
+    models: Models,
     listener: socket.socket,
     address: Address,
     limits: ServeLimits,
@@ -138,7 +136,7 @@ def run_server(
     """Serve until a signal.
 
     Args:
-        source: where the versions come from.
+        models: that it uses.
         listener: the socket to listen on.
         address: of this server.
         limits: of requests.
@@ -149,7 +147,7 @@ def run_server(
     from dpnet.serving.app import Service, guarded_app
     from dpnet.serving.protocol import PatientProtocol
 
-    service = Service(Models(source), limits, Votes(source, unwritable))
+    service = Service(models, limits, Votes(models.source, unwritable))
     port = listener.getsockname()[1]
     names: Collection[str] = address.names
     config = uvicorn.Config(

@@ -14,7 +14,7 @@ def serve(args: Namespace) -> Outcome:
     """Serve the page and the API until Ctrl-C."""
     from dpnet.serving.limits import ServeLimits
     from dpnet.serving.login import TOKEN
-    from dpnet.serving.models import open_source
+    from dpnet.serving.models import Models, open_source
     from dpnet.serving.server import (
         PORT,
         address_of,
@@ -30,7 +30,7 @@ def serve(args: Namespace) -> Outcome:
         seconds=args.max_seconds or defaults.seconds,
         queue=args.queue or defaults.queue,
     )
-    source = open_source(args.root or None, args.model)
+    models = Models(open_source(args.root or None, args.model))
     if args.listener is None:
         listener = open_listener(args.host, args.port, PORT)
     else:
@@ -51,6 +51,7 @@ def serve(args: Namespace) -> Outcome:
             print(json.dumps(found) if args.json else text, flush=True)
 
         announce()
-        warn_without_model(source)
-        run_server(source, listener, address, limits, why_unwritable(source, check_root))
+        warn_without_model(models)
+        unwritable = why_unwritable(models.source, check_root)
+        run_server(models, listener, address, limits, unwritable)
     return {"ok": True, "url": address.url}, "the server has ended"

@@ -139,6 +139,13 @@ def test_without_a_champion_the_answer_says_what_to_do_until_there_is_one(tmp_pa
     assert models.get().version.id == "dpnet@1"
 
 
+def test_the_first_look_is_known_to_everybody_after_it(tmp_path: Path) -> None:
+    models, _, _ = models_of(tmp_path)
+    assert models.problem == ""
+    assert models.look() is None
+    assert "run the pipeline there first" in models.problem
+
+
 def test_two_versions_are_in_memory_and_the_champion_is_not_forgotten(root: Path) -> None:
     small_root.another_version(LocalStore(root), seed=3)
     models, loads, _ = models_of(root)
