@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from dpnet.training.checkpoints import (
     marks,
     newest,
 )
+from dpnet.training.compile_progress import compile_progress
 from dpnet.training.exported_state import load_state
 from dpnet.training.job import PATIENCE_S, TrainJob, is_finished
 from dpnet.training.reporting import Meter, Reporter
@@ -70,11 +72,14 @@ def train_loop(job: TrainJob, session: Session) -> bool:
     reporter = Reporter(job, session, store, state.step, loader.size, problem)
     saver = Saver(job, session, store)
     with closing(reporter), closing(saver):
-        if backend is not None:
-            reporter.status(state.step, log, "compiling the network's layers")
         if world > 1 or backend is not None:
             own = len(rank_cursors(0, settings.batch_size, rank, world))
-            train_step.warm_up(max(1, own // settings.accumulate), loader.size, device)
+            shape = (max(1, own // settings.accumulate), loader.size, device)
+            if backend is None:
+                train_step.warm_up(*shape)
+            else:
+                with compile_progress(partial(reporter.status, state.step, log)) as progress:
+                    train_step.warm_up(*shape, progress.begin)
         meter = Meter(loader, state, settings)
         with closing(loader.batches(state.step, settings.steps)) as batches:
             for step, batch in batches:

@@ -10,6 +10,7 @@ compiled twice. The step reads nothing back from the device, so the host never w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -88,18 +89,25 @@ class Step:
         self._likeness = _compiled(_Likeness(losses, vgg, bf16), backend)
         self._persuade = _compiled(_Persuade(state.discriminator, losses.gan, bf16), backend)
 
-    def warm_up(self, samples: int, size: int, device: torch.device) -> None:
+    def warm_up(
+        self,
+        samples: int,
+        size: int,
+        device: torch.device,
+        begin: Callable[[str], None] = lambda part: None,
+    ) -> None:
         """Run one pass forward and backward that changes nothing.
 
         After its first backward pass, DDP rearranges the gradients. With three ranks or more it
         then sums them in another order, so a resumed run would differ from an undisturbed one by
         rounding. With a pass before the first step, both are the same. The pass also compiles
-        nearly all layers.
+        everything, so that no later step waits for the compiler.
 
         Args:
             samples: Samples of this rank in one part of a batch.
             size: Side of the images in pixels.
             device: Device of the networks.
+            begin: Gets the name of each part before it runs.
         """
         image = torch.full((samples, 3, size, size), 0.5, device=device)
         image = image.contiguous(memory_format=torch.channels_last)
@@ -107,9 +115,18 @@ class Step:
         valid[:, :, size // 4 : size // 2] = 0
         networks = (self.state.generator, self.state.discriminator)
         buffers = [(buffer, buffer.clone()) for each in networks for buffer in each.buffers()]
+        begin("the generator")
         raw, composite = self._inpaint(image, valid)
+        begin("the discriminator")
         self._judge(image, composite.detach(), valid).backward()
-        self._likeness(raw, composite, image, valid)[0].backward()
+        begin("the losses")
+        self.state.discriminator.requires_grad_(False)
+        total = self._likeness(raw, composite, image, valid)[0]
+        if self.losses.adversarial > 0:
+            total = total + self._persuade(composite, valid)
+        begin("the backward pass")
+        total.backward()
+        self.state.discriminator.requires_grad_(True)
         for buffer, before in buffers:
             buffer.copy_(before)
         for each in networks:

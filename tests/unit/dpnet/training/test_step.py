@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_prep.core.errors import PipelineError
 from dpnet.model import ModelConfig
 from dpnet.model import losses as L
+from dpnet.training.compile_progress import compile_progress
 from dpnet.training.schedule import adversarial_weight, rate
 from dpnet.training.state import TrainState
 from dpnet.training.step import Step, _Likeness, compiler_problem
@@ -710,6 +711,26 @@ def test_warming_up_changes_nothing():
     Step(state, losses(), settings()).warm_up(2, 32, CPU)
     assert equal(state.to_dict(), before)
     assert all(p.grad is None for p in state.generator.parameters())
+
+
+@pytest.mark.slow
+def test_warming_up_compiles_everything_and_tells_each_part():
+    told = []
+    state = TrainState(SMALL, settings(), CPU)
+    step = Step(state, losses(), settings(adversarial_from=2), backend="aot_eager")
+    with compile_progress(told.append) as progress:
+        step.warm_up(2, 32, CPU, progress.begin)
+        graphs = progress.graphs
+        for number in range(4):  # the GAN sets in
+            step(number, *batch(number, 2))
+        assert progress.graphs == graphs
+    parts = [line.partition(":")[0] for line in told]
+    assert list(dict.fromkeys(parts)) == [
+        "compiling the generator", "compiling the discriminator", "compiling the losses",
+        "compiling the backward pass",
+    ]  # fmt: skip
+    assert told[0].startswith("compiling the generator: 0 graphs, 0.0 s")
+    assert told[-1].startswith(f"compiling the backward pass: {graphs} graphs, ")
 
 
 def test_vgg_weights_are_read_from_both_kinds_of_files(tmp_path):
