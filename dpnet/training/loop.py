@@ -41,6 +41,7 @@ from dpnet.training.reporting import Meter, Reporter
 from dpnet.training.session import Session, share_from_first
 from dpnet.training.state import TrainState
 from dpnet.training.step import Step, compiler_problem
+from dpnet.training.step_memory import advice, explained_out_of_memory, room_logged, step_memory
 from dpnet.training.validation import Validation, mask_size
 from dpnet.training.vgg import load_vgg
 
@@ -71,15 +72,21 @@ def train_loop(job: TrainJob, session: Session) -> bool:
         log.append(validation.measure(state.ema, 0, rank, world))
     reporter = Reporter(job, session, store, state.step, loader.size, problem)
     saver = Saver(job, session, store)
-    with closing(reporter), closing(saver):
-        if world > 1 or backend is not None:
-            own = len(rank_cursors(0, settings.batch_size, rank, world))
-            shape = (max(1, own // settings.accumulate), loader.size, device)
-            if backend is None:
-                train_step.warm_up(*shape)
-            else:
-                with compile_progress(partial(reporter.status, state.step, log)) as progress:
-                    train_step.warm_up(*shape, progress.begin)
+    own = len(rank_cursors(0, settings.batch_size, rank, world))
+
+    def advise(total: int) -> str:
+        bf16 = device.type == "cuda"
+        needs = step_memory(state.config, job.losses, loader.size, vgg=train_step.vgg, bf16=bf16)
+        return advice(needs, total, own, settings.accumulate)
+
+    with closing(reporter), closing(saver), explained_out_of_memory(advise):
+        shape = (max(1, own // settings.accumulate), loader.size, device)
+        if backend is not None:
+            tell = partial(reporter.status, state.step, log)
+            with room_logged(shape[0], device), compile_progress(tell) as progress:
+                train_step.warm_up(*shape, progress.begin)
+        elif world > 1:
+            train_step.warm_up(*shape)
         meter = Meter(loader, state, settings)
         with closing(loader.batches(state.step, settings.steps)) as batches:
             for step, batch in batches:

@@ -72,22 +72,22 @@ class Step:
         bf16: bool = False,
         backend: str | None = None,
     ) -> None:
-        self.state, self.losses, self.settings = state, losses, settings
+        self.state, self.losses, self.settings, self.vgg = state, losses, settings, vgg
         if world > 1 and backend is not None:
             # DDP would split each graph, to average gradients while others are computed. It cannot
             # split every graph, and averaging the gradients of these networks takes little time.
             torch._dynamo.config.optimize_ddp = False
         if backend is not None:
             _compile_layers(state.generator, backend)
-        inpaint: nn.Module = _Inpaint(state.generator, bf16)
+        inpaint: nn.Module = Inpaint(state.generator, bf16)
         judge = _compiled(_Judge(state.discriminator, losses.gan, bf16), backend)
         if world > 1:
             # No broadcast is needed: the vectors of the spectral norms are equal on every rank.
             inpaint = DistributedDataParallel(inpaint, broadcast_buffers=False)
             judge = DistributedDataParallel(judge, broadcast_buffers=False)
         self._inpaint, self._judge = inpaint, judge
-        self._likeness = _compiled(_Likeness(losses, vgg, bf16), backend)
-        self._persuade = _compiled(_Persuade(state.discriminator, losses.gan, bf16), backend)
+        self._likeness = _compiled(Likeness(losses, vgg, bf16), backend)
+        self._persuade = _compiled(Persuade(state.discriminator, losses.gan, bf16), backend)
 
     def warm_up(
         self,
@@ -245,7 +245,7 @@ def _last_syncs(module: nn.Module, last: bool) -> AbstractContextManager[None]:
     return context
 
 
-class _Inpaint(nn.Module):
+class Inpaint(nn.Module):
     """The generator: returns the raw prediction and the composite, both N3HW."""
 
     def __init__(self, generator: Generator, bf16: bool) -> None:
@@ -272,7 +272,7 @@ class _Judge(nn.Module):
         return L.discriminator_loss(of_real, of_fake, self.kind)
 
 
-class _Persuade(nn.Module):
+class Persuade(nn.Module):
     """The generator's adversarial loss."""
 
     def __init__(self, discriminator: nn.Module, kind: L.Adversarial, bf16: bool) -> None:
@@ -285,7 +285,7 @@ class _Persuade(nn.Module):
         return L.generator_adversarial(logits, self.kind)
 
 
-class _Likeness(nn.Module):
+class Likeness(nn.Module):
     """The losses against the truth: their weighted sum, and each term without its weight."""
 
     def __init__(self, losses: LossSettings, vgg: L.VGGFeatures | None, bf16: bool) -> None:

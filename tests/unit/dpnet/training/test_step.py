@@ -21,7 +21,7 @@ from dpnet.model import losses as L
 from dpnet.training.compile_progress import compile_progress
 from dpnet.training.schedule import adversarial_weight, rate
 from dpnet.training.state import TrainState
-from dpnet.training.step import Step, _Likeness, compiler_problem
+from dpnet.training.step import Likeness, Step, compiler_problem
 from dpnet.training.vgg import load_vgg
 
 SMALL = ModelConfig((8, 16, 16), 1, 8, 7, (8, 8, 8, 8))
@@ -332,7 +332,7 @@ def test_the_perceptual_loss_sees_the_raw_image_and_the_composite():
     raw = batch(1)[0]
     composite = torch.where(valid > 0, image, raw)
     vgg = L.VGGFeatures(vgg_weights(), "vgg19")
-    _, terms = _Likeness(losses(), vgg, False)(raw, composite, image, valid)
+    _, terms = Likeness(losses(), vgg, False)(raw, composite, image, valid)
     of_both = [L.perceptual(vgg(each), vgg(image)) for each in (raw, composite)]
     torch.testing.assert_close(terms["perceptual"], sum(of_both))
     torch.testing.assert_close(terms["style"], L.style(vgg(composite), vgg(image)))
