@@ -60,7 +60,7 @@ from dpnet.training.job import TrainJob
 from dpnet.training.loop import open_loader
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 from dpnet.training.state import TrainState
-from dpnet.training.step import Step
+from dpnet.training.step import Likeness, Step
 from dpnet.training.validation import Validation
 from dpnet.training.vgg import load_vgg
 
@@ -139,6 +139,7 @@ class Study:
     lpips: Path | None
     vgg: Path | None
     split: str
+    bf16_features: bool
 
     @property
     def root(self) -> str:
@@ -169,6 +170,9 @@ def main() -> None:
     parser.add_argument("--loss", action="append", default=[], metavar="TERM=WEIGHT")
     parser.add_argument("--lpips", type=Path, help="AlexNet's weights, .safetensors")
     parser.add_argument("--vgg", type=Path, help="VGG16's weights, for perceptual and style")
+    parser.add_argument(
+        "--bf16-features", action="store_true", help="VGG in bfloat16: 1.5 times faster with AMX"
+    )
     parser.add_argument("--per-bin", type=int, default=40, help="pairs of each ratio bin")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after a checkpoint then")
     parser.add_argument("--threads", type=int, default=0)
@@ -226,7 +230,7 @@ def prepare(arguments: argparse.Namespace) -> Study:
     given = {term: float(weight) for term, _, weight in (e.partition("=") for e in arguments.loss)}
     return Study(
         work, images, masks, MODELS[arguments.model], settings, LOSSES | given, arguments.lpips,
-        arguments.vgg, "test" if arguments.test else "val",
+        arguments.vgg, "test" if arguments.test else "val", arguments.bf16_features,
     )  # fmt: skip
 
 
@@ -274,6 +278,8 @@ def train(study: Study, name: str, seed: int, deadline: float) -> TrainState | N
     every = max(1, min(500, settings.steps // 4))
     gpu = here.device.type == "cuda"
     step = Step(state, losses, settings, vgg=vgg, bf16=gpu, backend="inductor" if gpu else None)
+    if study.bf16_features and isinstance(step._likeness, Likeness):
+        step._likeness.bf16 = True
     state.generator.train()
     start, since = time.perf_counter(), state.step
     batches = open_loader(job, here, store).batches(state.step, settings.steps)  # type: ignore[arg-type]
