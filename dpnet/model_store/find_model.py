@@ -12,6 +12,7 @@ from dpnet.model_store.layout import find_layout, has_model
 from dpnet.model_store.packaged import packaged_weights
 
 PACKAGED = "the packaged weights"  # their name for messages
+PRETRAINED = "pretrained"  # their reference
 
 
 def find_model(reference: str, root: str | None) -> tuple[Store, str, str]:
@@ -19,13 +20,22 @@ def find_model(reference: str, root: str | None) -> tuple[Store, str, str]:
 
     Args:
         reference: a run's folder, the folder of an exported model, a model reference such as
-            models:/NAME@champion, or "" for the champion of the only model.
+            models:/NAME@champion, "pretrained" for the packaged weights, or "" for the champion
+            of the only model.
         root: the root of runs and model references. None means DPNET_ROOT, else ./dpnet-demo; if
             that has no model and none is named, the packaged weights are used.
 
     Raises:
         PipelineError: there is no such model.
     """
+    if reference == PRETRAINED:
+        packaged = find_packaged()
+        if packaged is None:
+            raise ConfigError(
+                "this installation has no packaged weights: install the released package, or name"
+                " another model."
+            )
+        return (*packaged, PACKAGED)
     given, root = is_given(root), the_root(root)
     if not reference or reference.startswith("models:/"):
         from dpnet.model_store.records import find_record

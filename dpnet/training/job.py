@@ -163,7 +163,7 @@ def check_settings(settings: TrainSettings) -> None:
 class Initial(NamedTuple):
     """The generator that a run starts from."""
 
-    store: str  # URI
+    store: str  # URI; "pretrained" for the weights in the package, wherever that is installed
     folder: str
     sha256: str  # of its weights
     run: StageRef | None  # the run that made it, if that run is in this root
@@ -174,7 +174,7 @@ def find_initial(reference: str | None, store: Store) -> Initial | None:
     """Find the generator that `train.init_from` names. Return None without a reference."""
     if reference is None:
         return None
-    from dpnet.model_store.find_model import find_model
+    from dpnet.model_store.find_model import PRETRAINED, find_model
     from dpnet.model_store.layout import EXPORTED, RUN, TRAINING_STATE
     from dpnet.model_store.weights import read_config, training_state_sha256
 
@@ -185,7 +185,8 @@ def find_initial(reference: str | None, store: Store) -> Initial | None:
         ref = load_reference(store, folder)
     if layout == EXPORTED and place.exists(f"{folder}/{TRAINING_STATE}"):
         state = training_state_sha256(record, f"{place.label}/{folder}")
-    return Initial(place.uri, folder, record["weights_sha256"], ref, state)
+    uri = PRETRAINED if reference == PRETRAINED else place.uri
+    return Initial(uri, folder, record["weights_sha256"], ref, state)
 
 
 def stage_request(training: TrainRequest, init: Initial | None = None) -> Request:

@@ -8,6 +8,7 @@ same weights as an undisturbed one.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,8 @@ from dpnet.loading.order import rank_cursors
 from dpnet.loading.shard_cache import ShardCache
 from dpnet.loading.shard_files import ShardFiles, check_enough, find_shards
 from dpnet.model.config import preset
-from dpnet.model_store.weights import load_generator
+from dpnet.model_store.find_model import PRETRAINED, find_model
+from dpnet.model_store.weights import load_generator, read_config
 from dpnet.training.checkpoints import (
     Loaded,
     Log,
@@ -180,7 +182,7 @@ def resume(job: TrainJob, session: Session, store: Store, state: TrainState) -> 
     folder = share_from_first(loaded.mark.folder if loaded else None, session)
     if folder is None:
         if job.init is not None:
-            load_initial(state, *job.init, job.asked["sha256"].get("init_state"))
+            load_initial(state, *job.init, job.asked["sha256"])
         return [], ""
     if loaded is None:
         run = folder.rpartition("/")[0]
@@ -209,24 +211,33 @@ def _extended(job: TrainJob, store: Store) -> Loaded | None:
         ) from None
 
 
-def load_initial(state: TrainState, uri: str, folder: str, sha256: str | None) -> None:
+def load_initial(state: TrainState, uri: str, folder: str, sha256: Mapping[str, str]) -> None:
     """Start from a model: from its training state, or from its generator alone.
 
     Args:
         state: The state to change.
-        uri: The store of the model.
+        uri: The store of the model, or "pretrained".
         folder: Key of its folder.
-        sha256: Hash of the training state beside it. With None the discriminator is new.
+        sha256: Hash of the weights (init) and of the training state beside them (init_state).
+            Without the second the discriminator is new.
     """
-    store = open_store(uri)
+    if uri == PRETRAINED:
+        store, folder, _ = find_model(PRETRAINED, None)
+    else:
+        store = open_store(uri)
+    if read_config(store, folder)[0]["weights_sha256"] != sha256["init"]:
+        raise PipelineError(
+            f"the weights in {store.label}/{folder} are not those that this training was started"
+            " with: restore them, or install the same version of dpnet on every machine."
+        )
     generator = load_generator(store, folder)
     if generator.config.to_json() != state.config.to_json():
         raise PipelineError(
             f"train.init_from names {store.label}/{folder}, a network that differs from this"
             " config's: set the same preset and switches in `model`, or leave train.init_from out."
         )
-    if sha256 is not None:
-        load_state(state, store, folder, sha256)
+    if "init_state" in sha256:
+        load_state(state, store, folder, sha256["init_state"])
         return
     for each in (state.generator, state.ema):
         each.load_state_dict(generator.state_dict())

@@ -154,8 +154,9 @@ class TrainSettings(BaseModel):
     )
     init_from: str | None = Field(
         None,
-        description="Generator to start from: models:/NAME@champion, models:/NAME/VERSION, the"
-        " folder of a run, or the folder of an exported model. A training state in that folder"
+        description="Generator to start from: pretrained (the weights in the package),"
+        " models:/NAME@champion, models:/NAME/VERSION, the folder of a run, or the folder of an"
+        " exported model. A training state in that folder"
         " (`dpnet export --training-state`) is continued too: discriminator and optimisers.",
     )
     validate_every: int = Field(2000, ge=1, description="Steps between validations.")

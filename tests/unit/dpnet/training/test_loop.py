@@ -23,6 +23,7 @@ from data_prep.core import lease as lease_module
 from data_prep.core.errors import ConfigError, LeaseLostError, PipelineError
 from data_prep.core.lease import Follower
 from data_prep.core.stage import Work
+from data_prep.core.storage.local import LocalStore
 from data_prep.core.storage.open import open_store
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
@@ -31,7 +32,7 @@ from data_prep.masks.stage import prepare_masks
 from dpnet.loading.pairs import validation_pairs
 from dpnet.loading.samples import Samples
 from dpnet.model import losses as L
-from dpnet.model_store.weights import load_generator, save_generator
+from dpnet.model_store.weights import load_generator, read_config, save_generator
 from dpnet.tracking.run_log import encode_log, read_log
 from dpnet.training import loop
 from dpnet.training import stage as training
@@ -397,7 +398,9 @@ def test_a_run_starts_from_another_runs_generator(prepared, tmp_path):
     generator = build_generator("tiny")
     store = open_store(str(tmp_path))
     save_generator(store, "model", generator, {"step": 1})
-    job = replace(make_job(prepared, steps=1), init=(store.uri, "model"))
+    sha256 = read_config(store, "model")[0]["weights_sha256"]
+    asked = {"sha256": {"init": sha256}}
+    job = replace(make_job(prepared, steps=1), init=(store.uri, "model"), asked=asked)
     state = loop.initial_state(job, torch.device("cpu"))
     assert resume(job, Session(), open_store(job.root), state) == ([], "")
     for mine in (state.generator, state.ema):
@@ -406,6 +409,43 @@ def test_a_run_starts_from_another_runs_generator(prepared, tmp_path):
     state = loop.initial_state(other, torch.device("cpu"))
     with pytest.raises(PipelineError, match=r"train\.init_from names .*a network that differs"):
         resume(other, Session(), open_store(job.root), state)
+    save_generator(store, "model", build_generator("tiny"), {"step": 1})
+    with pytest.raises(PipelineError, match="are not those that this training was started with"):
+        resume(job, Session(), open_store(job.root), loop.initial_state(job, torch.device("cpu")))
+
+
+def test_a_run_starts_from_the_weights_of_the_package_wherever_it_is_installed(
+    prepared, tmp_path, monkeypatch
+):
+    from dpnet.model import build_generator
+    from dpnet.model_store import packaged
+    from dpnet.model_store.layout import EXPORTED
+
+    def installed(folder, seed=7):
+        torch.manual_seed(seed)
+        generator = build_generator("tiny")
+        save_generator(LocalStore(tmp_path), folder, generator, {}, EXPORTED)
+        monkeypatch.setattr(packaged, "_FOLDER", tmp_path / folder)
+        return generator
+
+    store = prepared[0]
+    monkeypatch.setattr(packaged, "_FOLDER", tmp_path / "none")
+    with pytest.raises(ConfigError, match="this installation has no packaged weights"):
+        find_initial("pretrained", store)
+    generator = installed("here/weights")
+    init = find_initial("pretrained", store)
+    assert init.store == "pretrained"
+    job = replace(
+        make_job(prepared, steps=1), init=(init.store, init.folder),
+        asked={"sha256": {"init": init.sha256}},
+    )  # fmt: skip
+    installed("another/machine/weights")
+    state = loop.initial_state(job, torch.device("cpu"))
+    resume(job, Session(), open_store(job.root), state)
+    assert equal(dict(state.ema.state_dict()), dict(generator.state_dict()))
+    installed("another/release/weights", seed=8)
+    with pytest.raises(PipelineError, match="install the same version of dpnet"):
+        resume(job, Session(), open_store(job.root), state)
 
 
 def test_the_initial_generator_is_part_of_the_request_and_its_run_an_input(prepared, tmp_path):
