@@ -41,6 +41,7 @@ from study_networks import NETWORKS
 from data_prep.core.digest import sha256_file
 from data_prep.core.manifest import StageRef
 from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.masks.settings import MasksSettings
@@ -55,7 +56,10 @@ from dpnet.evaluation.settings import EvaluateSettings
 from dpnet.evaluation.weights import WeightsFile
 from dpnet.loading.batch import to_device
 from dpnet.model.config import PRESETS, ModelConfig
+from dpnet.model.generator import Generator
 from dpnet.model.normalization import DecoderNorm, EncoderNorm
+from dpnet.model_store.layout import EXPORTED
+from dpnet.model_store.weights import save_generator
 from dpnet.training.job import TrainJob
 from dpnet.training.loop import open_loader
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
@@ -167,6 +171,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument(
+        "--final",
+        type=float,
+        default=0.0,
+        help="last share of the steps, in which the learning rate falls",
+    )
     parser.add_argument("--loss", action="append", default=[], metavar="TERM=WEIGHT")
     parser.add_argument("--lpips", type=Path, help="AlexNet's weights, .safetensors")
     parser.add_argument("--vgg", type=Path, help="VGG16's weights, for perceptual and style")
@@ -177,6 +187,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after a checkpoint then")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="judge the test split, once at the end")
+    parser.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="photos of another kind to judge on too, on their val split",
+    )
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write the last variant's model")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -185,9 +203,12 @@ def main() -> None:
         arguments.samples, arguments.size, arguments.per_bin = 320, 32, 4
         arguments.work = arguments.work / "quick"
     study = prepare(arguments)
+    others = {
+        each: replace(study, images=shards(study, arguments, each)) for each in arguments.judge
+    }
     names = list(VARIANTS) if arguments.variants == "all" else arguments.variants.split(",")
     deadline = time.monotonic() + 60 * arguments.minutes
-    results: dict[str, list[Any]] = {}
+    results: dict[str, dict[str, list[Any]]] = {}
     for seed in map(int, arguments.seeds.split(",")):
         for name in names:
             if study.vgg is None and {"perceptual", "style"} & set(VARIANTS[name].losses):
@@ -196,8 +217,13 @@ def main() -> None:
             state = train(study, name, seed, deadline)
             if state is None:
                 sys.exit("the time is over: run the same command again to go on.")
-            results.setdefault(name, []).append(judge(study, name, seed, state))
-    print(table(results))
+            for where, judged in {arguments.photos: study, **others}.items():
+                rows = judge(judged, name, seed, state)
+                results.setdefault(where, {}).setdefault(name, []).append(rows)
+            if arguments.export:
+                export(arguments.export, study, name, state)
+    for where, of_place in results.items():
+        print(f"\n{where or 'sample photographs'}, {study.split} split\n\n{table(of_place)}")
 
 
 def prepare(arguments: argparse.Namespace) -> Study:
@@ -209,28 +235,37 @@ def prepare(arguments: argparse.Namespace) -> Study:
         photos = str(work / "photos")
         write_sample_photos(Path(photos))
     store = open_store(str(work / "root"))
-    size = arguments.size
-    images = prepare_images(
-        ImagesSettings(
-            source=photos, name="study", mode="tiles", size=size,
-            tile=[side for side in (96, 128, 192, 256) if side >= size], tile_stride=0.5,
-            max_tiles=16, format="png", max_failure_ratio=0.5,
-        ),
-        store,
-    )  # fmt: skip
+    images, size = _shards(store, photos, "study", arguments.size), arguments.size
     masks = prepare_masks(
         MasksSettings(name="study", size=size, train=4000, eval_per_bin=arguments.per_bin), store
     )
     settings = TrainSettings(
         steps=-(-arguments.samples // arguments.batch), batch_size=arguments.batch,
         learning_rate=arguments.rate, discriminator_learning_rate=1e-4, beta1=0.9,
-        warmup_steps=50, finetune_share=0, ema_decay=0.998,
+        warmup_steps=50, finetune_share=arguments.final, ema_decay=0.998,
         adversarial_from=200, validation_pairs=120,
     )  # fmt: skip
     given = {term: float(weight) for term, _, weight in (e.partition("=") for e in arguments.loss)}
     return Study(
         work, images, masks, MODELS[arguments.model], settings, LOSSES | given, arguments.lpips,
         arguments.vgg, "test" if arguments.test else "val", arguments.bf16_features,
+    )  # fmt: skip
+
+
+def shards(study: Study, arguments: argparse.Namespace, photos: str) -> StageRef:
+    """Make the shards of other photos in the study's root, unless they are there."""
+    name = "-".join(Path(photos).absolute().parts[-2:]).lower()
+    return _shards(open_store(study.root), photos, name, arguments.size)
+
+
+def _shards(store: Store, photos: str, name: str, size: int) -> StageRef:
+    return prepare_images(
+        ImagesSettings(
+            source=photos, name=name, mode="tiles", size=size,
+            tile=[side for side in (96, 128, 192, 256) if side >= size], tile_stride=0.5,
+            max_tiles=16, format="png", max_failure_ratio=0.5,
+        ),
+        store,
     )  # fmt: skip
 
 
@@ -319,7 +354,9 @@ def check_recipe(file: Path, study: Study, settings: TrainSettings, losses: Loss
                 "data": [study.images.content_digest, study.masks.content_digest],
                 "network": study.config.to_json(),
                 "losses": losses.model_dump(),
-                "train": settings.model_dump(exclude={"steps"}),  # it may grow
+                "train": settings.model_dump(
+                    exclude={"steps", "finetune_share"}
+                ),  # they may change
             }
         )
     )
@@ -331,7 +368,8 @@ def check_recipe(file: Path, study: Study, settings: TrainSettings, losses: Loss
 
 def judge(study: Study, name: str, seed: int, state: TrainState) -> list[dict[str, Any]]:
     """Return the rows of metrics of a trained variant, measured once."""
-    file = study.work / f"{name}-{seed}" / f"{study.split}-{state.step}.json"
+    place = study.images.folder.rpartition("/")[2]
+    file = study.work / f"{name}-{seed}" / f"{study.split}-{state.step}-{place}.json"
     if file.exists():
         found: list[dict[str, Any]] = json.loads(file.read_text())
         return found
@@ -339,6 +377,20 @@ def judge(study: Study, name: str, seed: int, state: TrainState) -> list[dict[st
         rows = [row for some in measure.measure(measure.frozen.pairs) for row in some.rows]
     file.write_text(json.dumps(rows))
     return rows
+
+
+def export(folder: Path, study: Study, name: str, state: TrainState) -> None:
+    """Write the averaged generator as an exported model, with how it was trained."""
+    if not isinstance(state.ema, Generator):
+        sys.exit(f"{name} is another network: only DPNet's can be exported.")
+    trained = {
+        "variant": VARIANTS[name].what,
+        "samples": state.step * study.settings.batch_size,
+        "images": study.images.content_digest,
+        "masks": study.masks.content_digest,
+    }
+    store = open_store(str(folder.absolute().parent))
+    save_generator(store, folder.name, state.ema, {"trained": trained}, EXPORTED)
 
 
 @contextmanager
