@@ -49,7 +49,11 @@ def fill_loss(image: Tensor, valid: Tensor) -> Tensor:
 
 
 def train(job: TrainJob, seconds: float) -> tuple[list[float], list[float], float]:
-    """Train for some seconds. Return each step's losses, ours and the fill's, and the images/s."""
+    """Train for some seconds, or to the last step of the job.
+
+    Returns:
+        Each step's loss; that of the smooth fill; and the images/s.
+    """
     session: Any = OneProcess()
     device = session.device
     start = time.monotonic()
@@ -81,18 +85,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seconds", type=float, default=120.0, help="with the first step")
+    parser.add_argument("--steps", type=int, default=10**7, help="stop after so many")
     parser.add_argument("--preset", default="tiny", choices=["tiny", "base", "large"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args()
     job = job_on(
-        *load_sets(options.data), options.preset, options.batch, steps=10**7, beta1=0.9,
+        *load_sets(options.data), options.preset, options.batch, steps=options.steps, beta1=0.9,
         learning_rate=options.rate, warmup_steps=20,
     )  # fmt: skip
     ours, fills, rate = train(job, options.seconds)
     if len(ours) < LEAST:
-        sys.exit(f"only {len(ours)} steps in {options.seconds:g} s: give --seconds more")
+        sys.exit(f"only {len(ours)} steps in {options.seconds:g} s, fewer than {LEAST}")
     share = [own / fill for own, fill in zip(ours, fills, strict=True)]
     tenth = len(ours) // 10
     rows = [Row("steps", [len(ours)], ""), Row("speed", [rate], "images/s")]
@@ -105,7 +110,7 @@ def main() -> None:
         ]
     first, last = (statistics.mean(share[part]) for part in ends.values())
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    title = f"A training of {options.seconds:g} s of {options.preset}, batch {options.batch}"
+    title = f"A training of {len(ours)} steps of {options.preset}, batch {options.batch}"
     report(
         f"{title}, {where}, torch {torch.__version__}", rows, {"loss_of_start": last / first},
         as_json=options.json,

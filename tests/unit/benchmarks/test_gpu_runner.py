@@ -142,10 +142,14 @@ def test_ctrl_c_ends_with_the_table_so_far(runner: Any, capfd: pytest.CaptureFix
     assert "three" not in shown
 
 
-def test_the_limits_follow_the_minutes(runner: Any) -> None:
+@pytest.mark.parametrize(("gpu", "limit"), [("a GPU", 18), (None, 36)])
+def test_the_limits_follow_the_minutes(
+    runner: Any, monkeypatch: pytest.MonkeyPatch, gpu: str | None, limit: float
+) -> None:
+    monkeypatch.setattr(runner, "about_the_machine", lambda: {**MACHINE, "gpu": gpu})
     add(runner, "one", "", 9)
     assert run(runner, "--minutes", "18") == 0
-    assert result(runner, "one")["limit_s"] == 18
+    assert result(runner, "one")["limit_s"] == limit
 
 
 @pytest.mark.parametrize(
