@@ -2,6 +2,8 @@
 # make test       the fast tests and one run of the whole flow, at most ten minutes
 # make test-all   the rest: crashes, clusters, S3, a browser, the product as a user runs it
 # make mutants    breaks each guarantee in one line and runs its tests (ARGS="--only lease")
+# make gpu        checks and benchmarks on a GPU, nine minutes (ARGS="--only step"; "--quick" on a CPU)
+# make gpu-pack   one folder with all of it, for a borrowed machine (PHOTOS=DIR: photos to train on)
 # make lint       style and types
 # make up         Prefect with its UI, a worker and MLflow, local, until Ctrl-C (ARGS="--ray")
 # make setup      the virtual environment that all of them use; made once
@@ -16,8 +18,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 ARGS ?=
+PHOTOS ?=
 
-.PHONY: help setup demo test test-all mutants lint up
+.PHONY: help setup demo test test-all mutants gpu gpu-pack lint up
 
 help:
 	@sed -n '/^[^\#]/q;/^$$/q;s/^\# \{0,1\}//p' Makefile
@@ -47,6 +50,14 @@ test-all: setup
 
 mutants: setup
 	$(BIN)/python tests/mutants/run.py $(ARGS)
+
+gpu: setup
+	@$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+gpu-pack: setup
+	@test -n "$(PHOTOS)" || { \
+	  echo "make: which photos? Run 'make gpu-pack PHOTOS=DIR' with the name of a folder." >&2; exit 1; }
+	@$(BIN)/python benchmarks/gpu_pack.py --photos "$(PHOTOS)" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -78,6 +78,18 @@ class DefaultAdam(torch.optim.Adam):
     found_inf = property(lambda self: None, lambda self, value: None)
 
 
+def random_batch(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images N3HW in channels_last, and masks N1HW with a square hole in the middle."""
+    torch.manual_seed(0)
+    image = torch.rand(options.batch, 3, options.size, options.size, device=device)
+    valid = torch.ones_like(image[:, :1])
+    quarter = options.size // 4
+    valid[:, :, quarter:-quarter, quarter:-quarter] = 0
+    return image.contiguous(memory_format=torch.channels_last), valid
+
+
 class Contender:
     """A model with its step on random images, and its memory on the device."""
 
@@ -86,16 +98,10 @@ class Contender:
         self.device, self.steps, self.ours = device, options.steps, ours
         self.resident = 0  # until it is known
         state = TrainState(PRESETS[options.preset], SETTINGS, device)
-        vgg = _vgg(options.vgg, device)
-        torch.manual_seed(0)
-        image = torch.rand(options.batch, 3, options.size, options.size, device=device)
-        self.valid = torch.ones_like(image[:, :1])
-        quarter = options.size // 4
-        self.valid[:, :, quarter:-quarter, quarter:-quarter] = 0
-        if ours:
-            self.image = image.contiguous(memory_format=torch.channels_last)
-        else:
-            self.image = image
+        vgg = feature_network(options.vgg, device)
+        self.image, self.valid = random_batch(options, device)
+        if not ours:
+            self.image = self.image.contiguous()
             for module in (state.generator, state.discriminator, vgg):
                 module.to(memory_format=torch.contiguous_format)
             for name in ("generator", "discriminator"):
@@ -124,11 +130,11 @@ class Contender:
         others = _allocated(self.device) - self.resident
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        _wait(self.device)
+        wait(self.device)
         start = time.perf_counter()
         for _ in range(steps):
             self.run()
-        _wait(self.device)
+        wait(self.device)
         seconds = (time.perf_counter() - start) / steps
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
         return Turn(seconds, peak - others)
@@ -140,11 +146,11 @@ def matmul_rate(device: torch.device) -> float:
     side, times = (8192, 30) if cuda else (2048, 3)
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if cuda else None)
     a @ b
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     for _ in range(times):
         a @ b
-    _wait(device)
+    wait(device)
     return 2 * side**3 * times / (time.perf_counter() - start)
 
 
@@ -164,7 +170,8 @@ def _convolution_backward(grad, x, weight, *rest, out_shape=None, **_) -> int:  
     return sum(wanted[:2]) * conv_flop_count(x, weight, grad)
 
 
-def _vgg(file: Path | None, device: torch.device) -> losses.VGGFeatures:
+def feature_network(file: Path | None, device: torch.device) -> losses.VGGFeatures:
+    """Return VGG19 with the weights of a file, or with random ones."""
     if file is not None:
         return load_vgg(file, "vgg19", device)
     random = torch.Generator().manual_seed(0)
@@ -182,25 +189,32 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def options_of_a_step(text: str | None, device: torch.device) -> argparse.ArgumentParser:
+    """Return a parser of the options of our step, for a script with this docstring."""
     cuda = device.type == "cuda"
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(text or "").partition("\n")[0])
     parser.add_argument("--preset", choices=sorted(PRESETS), default="base" if cuda else "tiny")
     parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=8 if cuda else 2)
     parser.add_argument("--steps", type=int, default=10 if cuda else 1, help="steps of a turn")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=cuda, help="ours, by inductor"
     )
     parser.add_argument("--vgg", type=Path, help="file of VGG19 weights; speed is the same")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    parser = options_of_a_step(__doc__, device)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
 
     flop = flop_per_image(options, device)

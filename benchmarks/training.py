@@ -17,12 +17,14 @@ made its next step, `steps_lost` the number of steps made twice. This run has a 
 steps.
 
 Without --photos the photos are those of scikit-image, cut into tiles. Without Ray only B5 runs.
+--data DIR takes shards of `benchmarks/gpu_data.py` instead, and only B5 runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -39,9 +41,12 @@ from typing import Any, NamedTuple
 
 import torch
 from compare import Row, ratio, report, take_turns
+from gpu_data import load_sets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_prep.core.manifest import StageRef
 from data_prep.core.storage.open import open_store
+from data_prep.core.storage.store import Store
 from data_prep.images.settings import ImagesSettings
 from data_prep.images.stage import prepare_images
 from data_prep.masks.settings import MasksSettings
@@ -52,6 +57,7 @@ from dpnet.tracking.run_log import read_log, read_status
 from dpnet.training.job import TrainJob, TrainRequest, requested, stage_request
 from dpnet.training.loop import initial_state, open_loader, train_loop
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
+from dpnet.training.state import TrainState
 from dpnet.training.step import Step
 
 WORKERS = 2
@@ -102,24 +108,48 @@ def prepared(arguments: argparse.Namespace, root: Path) -> TrainJob:
     masks = prepare_masks(
         MasksSettings(name="b", size=arguments.size, train=4000, eval_per_bin=10), store
     )
-    model, losses = ModelSettings(preset=arguments.preset), LossSettings(adversarial=0.005)
-    settings = TrainSettings(
-        steps=STEPS, batch_size=arguments.batch, warmup_steps=2, workers=WORKERS,
-        validate_every=10**6, validation_pairs=4, checkpoint_every=10**6, finetune_share=0,
-    )  # fmt: skip
+    return job_on(store, images, masks, arguments.preset, arguments.batch)
+
+
+def job_on(
+    store: Store, images: StageRef, masks: StageRef, preset: str, batch: int, **changes: Any
+) -> TrainJob:
+    """Return a job of the benchmarks.
+
+    Args:
+        store: the root.
+        images: its image shards.
+        masks: its mask shards.
+        preset: the network.
+        batch: samples of a step.
+        changes: other settings of training.
+    """
+    model, losses = ModelSettings(preset=preset), LossSettings(adversarial=0.005)
+    fixed = {
+        "steps": STEPS, "batch_size": batch, "warmup_steps": 2, "workers": WORKERS,
+        "validate_every": 10**6, "validation_pairs": 4, "checkpoint_every": 10**6,
+        "finetune_share": 0,
+    }  # fmt: skip
+    settings = TrainSettings(**{**fixed, **changes})
     what = (images, masks, model, losses, settings)
     asked = requested(stage_request(TrainRequest("b", *what)))
     return TrainJob(store.uri, "runs/b-000000000000", *what, asked)
 
 
-def loader_or_device(job: TrainJob, repeats: int) -> dict[str, list[float]]:
+def step_of(job: TrainJob, state: TrainState, device: torch.device) -> Step:
+    """Return the step of a job, as the training loop runs it without Ray."""
+    gpu = device.type == "cuda"
+    backend = "inductor" if gpu else None
+    return Step(state, job.losses, job.settings, bf16=gpu, backend=backend)
+
+
+def loader_or_device(job: TrainJob, repeats: int, turn_s: float) -> dict[str, list[float]]:
     """Return the images/s of the step with the loader, and on a batch on the device."""
     session: Any = OneProcess()
     device = session.device
     loader = open_loader(job, session, open_store(job.root))
     state = initial_state(job, device)
-    gpu = device.type == "cuda"
-    step = Step(state, job.losses, job.settings, bf16=gpu, backend="inductor" if gpu else None)
+    step = step_of(job, state, device)
     batches = loader.batches(0, 10**9)
 
     def fed() -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,11 +159,11 @@ def loader_or_device(job: TrainJob, repeats: int) -> dict[str, list[float]]:
 
     def rate(feed: Any) -> float:
         count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < TURN_S:
+        while time.perf_counter() - start < turn_s:
             # Not by the loader's own number, so that both turns have the same schedule.
             step(0, *feed())
             count += 1
-        if gpu:
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return count * job.settings.batch_size / (time.perf_counter() - start)
 
@@ -261,6 +291,14 @@ def recovery(job: TrainJob) -> tuple[float, int]:
             time.sleep(0.05)
 
 
+def ray_is_installed() -> bool:
+    """Return whether B6 can run, and print why not."""
+    if importlib.util.find_spec("ray") is None:
+        print("Ray is not installed: B6 does not run", file=sys.stderr)
+        return False
+    return True
+
+
 def run_ray(job: TrainJob) -> None:
     from dpnet.training.ray.launch_local import LocalLauncher
     from dpnet.training.settings import LaunchSettings
@@ -281,6 +319,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--turn", type=float, default=TURN_S, help="B5: seconds of a turn")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared shards; only B5 runs")
     parser.add_argument("--spare-core", action="store_true", help="B6: workers leave a core free")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--worker", metavar="SPEC", help=argparse.SUPPRESS)
@@ -298,23 +338,23 @@ def main() -> None:
         return
 
     with tempfile.TemporaryDirectory(prefix="dpnet-training-") as root:
-        job = prepared(arguments, Path(root))
+        if arguments.data:
+            sets = load_sets(arguments.data)
+            job = job_on(*sets, arguments.preset, arguments.batch)
+        else:
+            job = prepared(arguments, Path(root))
         number = iter(range(10**6))
 
         def fresh() -> TrainJob:
             return replace(job, folder=f"runs/b-{next(number):012x}")
 
-        fed = loader_or_device(job, arguments.repeats)
+        fed = loader_or_device(job, arguments.repeats, arguments.turn)
         rows = [
             Row("step, with the loader", fed["loader"], "images/s"),
             Row("step, batch on the device", fed["device"], "images/s"),
         ]
         ratios = {"of_device_only": ratio(fed["loader"], fed["device"])}
-        try:
-            import ray  # noqa: F401
-        except ImportError:
-            print("Ray is not installed: B6 does not run", file=sys.stderr)
-        else:
+        if arguments.data is None and ray_is_installed():
             spare = arguments.spare_core
             both = {
                 "Ray": lambda: under_ray(fresh(), spare=spare),

@@ -28,11 +28,11 @@ PLATFORMS = (
 # Slow tests that start none of these, and no Ray.
 ALONE = (
     "tests/e2e/test_image_steps.py", "tests/e2e/test_images_killed.py", "tests/e2e/test_wheel.py",
-    "tests/integration/test_deadly_photos.py", "tests/integration/test_images_s3.py",
-    "tests/integration/test_k8s_apply.py", "tests/integration/test_k8s_servers.py",
-    "tests/integration/test_k8s_worker.py", "tests/integration/test_kuberay.py",
-    "tests/integration/test_mutants.py", "tests/integration/test_s3.py",
-    "tests/integration/test_serve.py",
+    "tests/integration/test_deadly_photos.py", "tests/integration/test_gpu_pack_alone.py",
+    "tests/integration/test_images_s3.py", "tests/integration/test_k8s_apply.py",
+    "tests/integration/test_k8s_servers.py", "tests/integration/test_k8s_worker.py",
+    "tests/integration/test_kuberay.py", "tests/integration/test_mutants.py",
+    "tests/integration/test_s3.py", "tests/integration/test_serve.py",
 )  # fmt: skip
 # Slow files that go through much of the same code: in CI, one of each line runs for each commit.
 TURNS = (

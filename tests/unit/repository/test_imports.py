@@ -81,6 +81,8 @@ def test_a_pipeline_of_finished_stages_needs_no_heavy_library() -> None:
         "dpnet/training/step.py",
         "benchmarks/attention.py",
         "benchmarks/step.py",
+        "benchmarks/first_step.py",
+        "benchmarks/kernels.py",
         "benchmarks/inpaint.py",
     ],
 )
