@@ -19,7 +19,8 @@ from dpnet.model import attention_check as check
 
 SCRIPT = Path(__file__).parents[3] / "support" / "attention_kernels_on_cpu.py"
 CPU = torch.device("cpu")
-LIMITS = {"bf16": 2e-2, "fp32": 1e-5}  # the others are float64
+# The interpreter rounds to bfloat16 by cutting off, a GPU to the nearest. Other cases are float64.
+LIMITS = {"bf16": 2e-2, "fp32": 1e-5}
 
 
 def printed(*arguments, interpret):
