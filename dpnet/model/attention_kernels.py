@@ -36,6 +36,8 @@ FIELDS = tl.constexpr(10)
 
 # Names of whole numbers, for which no further kernels should be compiled.
 NUMBERS = ["pixels", "width", "padded", "keys", "slots", "across", "rows_used", "columns_used"]
+# Nor for these, which start anywhere in memory: they are parts of a batch.
+PARTS = ["row", "column", "bias"]
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def _exponentials(scores, r, c, b):
     return tl.exp(scores * (r[:, None] * c[None, :]) + b[None, :])
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS)
 def weigh(
     products,
     of_weights,
@@ -159,7 +161,7 @@ def weigh(
         y += 1
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=PARTS)
 def differentiate(
     products,
     of_weights,

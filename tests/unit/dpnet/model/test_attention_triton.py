@@ -47,12 +47,13 @@ def test_output_and_gradients_of_the_kernels_are_those_of_the_definition_in_floa
 
 
 @pytest.mark.slow
-def test_the_compiler_makes_machine_code_of_each_kernel(tmp_path, monkeypatch):
+def test_the_compiler_makes_five_kernels_for_a_card_whatever_the_sizes(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    sizes = printed("--compile", interpret=False)
-    assert len(sizes) == 5
-    assert all(size > 1000 for size in sizes.values())
+    found = printed("--compile", interpret=False)
+    counts = {name: len(sizes) for name, sizes in found.items()}
+    assert counts == {"weigh": 2, "differentiate": 1, "spread": 2}  # two have two forms
+    assert all(size > 1000 for sizes in found.values() for size in sizes)
 
 
 @pytest.fixture
