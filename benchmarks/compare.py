@@ -49,11 +49,24 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def in_a_process(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Any:
-    """Run a process and return the JSON in its last line. Raises SystemExit if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def in_a_process(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    limit: float | None = None,
+) -> Any:
+    """Run a process and return the JSON in its last line.
+
+    Raises SystemExit if it fails, or is not done after `limit` seconds and therefore killed.
+    """
+    name = " ".join(command)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        sys.exit(f"{name} was not done after {limit:.0f} s.")
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+        sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
 
 

@@ -11,23 +11,24 @@ This module never cuts out a patch. The product of two patches is the sum of nin
 
 so the scores are 3x3 sums along the diagonals of the pixel products. This takes a ninth of the
 multiplications. Pasting the weighted value patches back is the same sum over the weights, followed
-by one product with the value pixels. Rows of queries are computed in blocks, and again in the
-backward pass, so the whole score matrix never exists.
+by one product with the value pixels. Queries are computed in blocks, and again in the backward
+pass, so the whole score matrix never exists. `attention_blocks.py` does this by torch's own
+operations. On a GPU `attention_triton.py` does it, after `attention_check.py` has compared the two.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpnet.model import attention_blocks
+from dpnet.model.attention_check import checked_kernels
 from dpnet.model.config import Attention
 from dpnet.model.dtype import full, is_traced
 from dpnet.model.plain_attention import (
@@ -40,11 +41,8 @@ from dpnet.model.plain_attention import (
 )
 
 GRID_MAX = 128 * 128  # most queries; larger maps and their keys are averaged down first
-# Scores in one block. On a CPU they should fit into its caches; a GPU needs many to be busy.
-BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 Grid = tuple[int, int]
-R = TypeVar("R")
 
 
 def attend(
@@ -71,8 +69,7 @@ def attend(
         column,
         bias,
         [side for k in keys for side in k.shape[2:]],
-        # Only in training, where shapes stay the same: each new size would compile again.
-        query.is_cuda and torch.is_grad_enabled(),
+        query.is_cuda and not _blocks_only,
     )
     out = out.permute(0, 3, 1, 2) / overlaps((height, width), out)
     return torch.where(some.view(n, 1, 1, 1), out, 0.0)
@@ -131,7 +128,7 @@ def _attend(
     column: Tensor,
     bias: Tensor,
     sides: list[int],
-    fused: bool,
+    kernels: bool,
 ) -> Tensor:
     """Compute the weighted value patches and sum them where they overlap.
 
@@ -145,18 +142,13 @@ def _attend(
         column: N K, the factor of a key.
         bias: N K, the offset of a key.
         sides: h, w of each level of keys in turn.
-        fused: Compile the steps of a block.
+        kernels: Use the Triton kernels, if they work.
 
     Returns:
         N H W E in the type of `v`.
     """
-    forward = _fused(_forward_block) if fused else _forward_block
-    q = F.pad(q, (0, 0, 0, 0, 1, 1))  # a row of zeros above and below
-    out = full(v).new_zeros(*q.shape[:3], v.shape[2])
-    for n, top, end in _blocks(row.shape, k.shape[1], q.device):
-        here = slice(top, end + 2)
-        out[n, here] += forward(q[n, here], k[n], v[n], row[n, top:end], column[n], bias[n], sides)
-    return out[:, 1:-1].to(v.dtype, copy=True)
+    form = _form(q, k, v, kernels)
+    return form.forward(q, k, v, row, column, bias, sides)  # type: ignore[no-any-return]
 
 
 @_attend.register_fake
@@ -174,31 +166,14 @@ def _attend_backward(
     column: Tensor,
     bias: Tensor,
     sides: list[int],
-    fused: bool,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v, row and column. Blocks are computed again, one by one.
+    """Return the gradients of q, k, v, row and column.
 
     `gradient` is N H W E; the other arguments are those of `_attend`.
     """
-    backward = _fused(_backward_block) if fused else _backward_block
-    kind = q.dtype
-    q, gradient = (F.pad(x, (0, 0, 0, 0, 1, 1)) for x in (q, gradient.to(v.dtype)))
-    d_q, d_k, d_v = (
-        torch.zeros_like(full(x), memory_format=torch.contiguous_format) for x in (q, k, v)
-    )
-    d_row, d_column = torch.zeros_like(row), torch.zeros_like(column)
-    for n, top, end in _blocks(row.shape, k.shape[1], q.device):
-        here = slice(top, end + 2)
-        of_q, of_k, of_v, of_row, of_column = backward(
-            gradient[n, here], q[n, here], k[n], v[n], row[n, top:end], column[n], bias[n], sides
-        )
-        d_q[n, here] += of_q
-        d_k[n] += of_k
-        d_v[n] += of_v
-        d_row[n, top:end] = of_row
-        d_column[n] += of_column
-    d_q = d_q[:, 1:-1].to(kind, copy=True)
-    return d_q, d_k.to(k.dtype), d_v.to(v.dtype), d_row, d_column
+    form = _form(q, k, v, kernels)
+    return form.backward(gradient, q, k, v, row, column, bias, sides)  # type: ignore[no-any-return]
 
 
 @_attend_backward.register_fake
@@ -208,158 +183,22 @@ def _(gradient: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, T
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.sides, ctx.fused = inputs
+    *tensors, ctx.sides, ctx.kernels = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_attend_backward(gradient, *ctx.saved_tensors, ctx.sides, ctx.fused), None, None, None)
+    found = _attend_backward(gradient, *ctx.saved_tensors, ctx.sides, ctx.kernels)
+    return (*found, None, None, None)
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
-def _blocks(shape: torch.Size, keys: int, device: torch.device) -> Iterator[tuple[slice, int, int]]:
-    """Yield the samples, first row and end row of each block."""
-    samples, height, width = shape
-    budget = BLOCK.get(device.type, BLOCK["cuda"]) // (width * keys)
-    rows = min(max(budget - 2, 1), height)  # a block reads one more row above and below
-    together = max(budget // (height + 2), 1)
-    for first in range(0, samples, together):
-        for top in range(0, height, rows):
-            yield slice(first, min(first + together, samples)), top, min(top + rows, height)
-
-
-@cache
-def _fused(block: Callable[..., R]) -> Callable[..., R]:
-    """Compile the steps of `block` into one: on a GPU, memory access limits their speed.
-
-    If the compiler does not work, for example without a C compiler, `block` runs uncompiled.
-    """
-    from torch._dynamo.exc import BackendCompilerFailed  # seconds to import
-
-    compiled = torch.compile(block, dynamic=False)
-
-    def run(*inputs: Any) -> R:
-        nonlocal compiled
-        try:
-            return compiled(*inputs)
-        except BackendCompilerFailed as error:
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"attention runs uncompiled, which is slower: {reason}", stacklevel=2)
-            compiled = block
-            return block(*inputs)
-
-    return run
-
-
-def _forward_block(
-    q: Tensor, k: Tensor, v: Tensor, row: Tensor, column: Tensor, bias: Tensor, sides: list[int]
-) -> Tensor:
-    """Return the sum that R rows of queries add to R + 2 rows of output; q holds R + 2 rows."""
-    _, weights = _weights(q, k, row, column, bias, sides)
-    pixels = _spread(weights.to(v.dtype), sides)
-    return (pixels.flatten(1, 2) @ v).view(*q.shape[:3], -1)
-
-
-def _backward_block(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row: Tensor,
-    column: Tensor,
-    bias: Tensor,
-    sides: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of q (R + 2 rows), k, v, row and column from R rows of queries."""
-    scores, weights = _weights(q, k, row, column, bias, sides)
-    gradient = gradient.flatten(1, 2)
-    pixels = _spread(weights.to(v.dtype), sides).flatten(1, 2)
-    d_v = pixels.transpose(1, 2) @ gradient
-    products = (gradient @ v.transpose(1, 2)).view(*q.shape[:3], -1)
-    d_weights = _collect(products, sides)
-    d_logits = weights * (d_weights - (weights * d_weights).sum(3, keepdim=True))
-    by_score = d_logits * scores
-    d_row = (by_score @ column[:, None, :, None])[..., 0]
-    d_column = (by_score * row[..., None]).sum((1, 2))
-    d_scores = (d_logits * row[..., None] * column[:, None, None]).to(q.dtype)
-    d_products = _spread(d_scores, sides).flatten(1, 2)
-    d_q = (d_products @ k).view(q.shape)
-    d_k = d_products.transpose(1, 2) @ q.flatten(1, 2)
-    return d_q, d_k, d_v, d_row, d_column
-
-
-def _weights(
-    q: Tensor, k: Tensor, row: Tensor, column: Tensor, bias: Tensor, sides: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Return scores S and softmax weights, N R W K in fp32, of all rows of q but the outer two."""
-    products = (q.flatten(1, 2) @ k.transpose(1, 2)).view(*q.shape[:3], -1)
-    scores = _collect(products, sides)
-    logits = scores * row[..., None] * column[:, None, None] + bias[:, None, None]
-    return scores, logits.softmax(dim=3)
-
-
-def _collect(products: Tensor, sides: list[int]) -> Tensor:
-    """Sum along the diagonals, 3x3: pixels N R+2 W K -> patches N R W K, in fp32."""
-    rows = products.shape[1] - 2
-    if torch.compiler.is_compiling():
-        return _sum_of_shifts(full(products), rows, sides, 0)
-    out = full(products[:, 1:-1]).clone(memory_format=torch.contiguous_format)
-    for level, part in zip(_levels(products, sides), _levels(out, sides), strict=True):
-        part[:, :, :, :-1] += level[:, 2:, :, 1:]
-        part[:, :, :, 1:] += level[:, :-2, :, :-1]
-    return _across(out, sides)
-
-
-def _spread(patches: Tensor, sides: list[int]) -> Tensor:
-    """Apply the transpose of `_collect`: N R W K -> N R+2 W K, in the type of `patches`."""
-    if torch.compiler.is_compiling():
-        rows = patches.shape[1] + 2
-        return _sum_of_shifts(full(patches), rows, sides, 2).to(patches.dtype)
-    across = _across(full(patches), sides)
-    out = F.pad(across, (0, 0, 0, 0, 1, 1))
-    for level, part in zip(_levels(across, sides), _levels(out, sides), strict=True):
-        part[:, 2:, :, 1:] += level[:, :, :, :-1]
-        part[:, :-2, :, :-1] += level[:, :, :, 1:]
-    return out.to(patches.dtype)
-
-
-def _across(x: Tensor, sides: list[int]) -> Tensor:
-    """Sum within rows. This map is its own transpose."""
-    out = x.clone()
-    for level, part in zip(_levels(x, sides), _levels(out, sides), strict=True):
-        part[:, :, :-1, :, :-1] += level[:, :, 1:, :, 1:]
-        part[:, :, 1:, :, 1:] += level[:, :, :-1, :, :-1]
-    return out
-
-
-def _sum_of_shifts(x: Tensor, rows: int, sides: list[int], above: int) -> Tensor:
-    """Compute the same sums as one expression, which the compiler makes into one kernel.
-
-    Args:
-        x: N R W K.
-        rows: Number of rows of the result.
-        sides: h, w of each level of keys in turn.
-        above: Rows of zeros to add above and below first.
-    """
-    width, parts = x.shape[2], []
-    for level in _levels(x, sides):
-        h, w = level.shape[3:]
-        level = F.pad(level, (1, 1, 1, 1, 1, 1, above, above))
-        total = torch.zeros((), dtype=x.dtype, device=x.device)
-        for a in range(PATCH):
-            for b in range(PATCH):
-                total = total + level[:, a : a + rows, b : b + width, a : a + h, b : b + w]
-        parts.append(total.flatten(3))
-    return torch.cat(parts, dim=3)
-
-
-def _levels(x: Tensor, sides: list[int]) -> list[Tensor]:
-    """Return a view N R W h w of each level of keys in N R W K."""
-    grids = list(zip(sides[::2], sides[1::2], strict=True))
-    parts = torch.split(x, [h * w for h, w in grids], dim=3)
-    return [p.view(*x.shape[:3], *grid) for p, grid in zip(parts, grids, strict=True)]
+def _form(q: Tensor, k: Tensor, v: Tensor, kernels: bool) -> Any:
+    """Return the module that computes attention: `attention_triton` or `attention_blocks`."""
+    same = q.dtype == k.dtype == v.dtype
+    return (kernels and same and checked_kernels(q.device, q.dtype)) or attention_blocks
 
 
 def _flat(maps: Sequence[Tensor]) -> Tensor:
@@ -413,7 +252,19 @@ def plain_attention() -> Iterator[None]:
         _plain = before
 
 
+@contextmanager
+def attention_by_blocks() -> Iterator[None]:
+    """Use torch's own operations on a GPU too while in the block, to compare."""
+    global _blocks_only
+    before, _blocks_only = _blocks_only, True
+    try:
+        yield
+    finally:
+        _blocks_only = before
+
+
 _plain = False
+_blocks_only = False
 
 
 def averaged_by(size: Grid) -> int:

@@ -56,10 +56,21 @@ def test_dpnet_does_not_import_flows_except_to_start_them(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules("dpnet/model"), ids=lambda p: p.name)
 def test_the_network_needs_only_torch(path: Path) -> None:
-    assert imported(path) <= {"torch", "dpnet"} | sys.stdlib_module_names
+    allowed = {"torch", "dpnet"} | sys.stdlib_module_names
+    if path.name == "attention_kernels.py":  # the next test: nothing imports it without need
+        allowed |= {"triton"}
+    assert imported(path) <= allowed
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dpnet"):
             assert str(node.module).startswith("dpnet.model")
+
+
+def test_the_network_does_not_load_the_kernels_of_a_gpu_before_it_uses_them() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import dpnet.model, dpnet.model.generator;"
+        " assert 'dpnet.model.attention_triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 def test_only_flows_import_prefect() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpnet.model import attention as A
+from dpnet.model import attention_blocks as blocks
 from dpnet.model.config import preset
 from dpnet.model.generator import build_generator
 from dpnet.model.plain_attention import plain_attend, plain_shares
@@ -115,12 +116,12 @@ def test_it_and_its_gradients_equal_the_definition(form, query, grids):
     st.sampled_from([40, 200, 1 << 22]),
 )
 def test_the_fast_form_equals_the_definition_on_any_grids_and_blocks(query, grids, seed, block):
-    before = dict(A.BLOCK)
-    A.BLOCK["cpu"] = block
+    before = dict(blocks.BLOCK)
+    blocks.BLOCK["cpu"] = block
     try:
         assert_same(A.attend, example(query, grids, seed=seed))
     finally:
-        A.BLOCK.update(before)
+        blocks.BLOCK.update(before)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -157,7 +158,7 @@ def test_the_weights_of_a_query_sum_to_one_and_are_zero_on_excluded_keys():
     padded = torch.nn.functional.pad(query.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1))
     sides = [side for k in keys for side in k.shape[2:]]
     with torch.no_grad():
-        _, weights = A._weights(padded, A._flat(keys), row, column, bias, sides)
+        _, weights = blocks._weights(padded, A._flat(keys), row, column, bias, sides)
     torch.testing.assert_close(weights.sum(3), torch.ones_like(weights[..., 0]))
     excluded = torch.cat([c.flatten(1) for c in shares], dim=1) < 0.05
     assert excluded.any()
@@ -190,21 +191,6 @@ def test_bfloat16_stays_within_its_own_error():
     assert ours < 1.5 * theirs  # as near to the exact result as the plain form in bfloat16
 
 
-@pytest.mark.parametrize("block", [A._forward_block, A._backward_block])
-def test_the_form_that_a_compiler_fuses_gives_the_same(block):
-    query, keys, values, shares = example((4, 3), ((4, 3), (2, 2)), n=2, dtype=torch.float64)
-    column, bias, _ = A.key_terms(keys, shares)
-    padded = torch.nn.functional.pad(query.permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1)).detach()
-    inputs = [padded, A._flat(keys).detach(), A._flat(values).detach()]
-    inputs += [A.inverse_norms(query)[:, 0].detach(), column.detach(), bias.detach()]
-    if block is A._backward_block:
-        torch.manual_seed(0)
-        inputs.insert(0, torch.randn(2, 6, 3, VALUES, dtype=torch.float64))
-    sides = [side for k in keys for side in k.shape[2:]]
-    fused = torch.compile(block, backend="aot_eager", fullgraph=True)(*inputs, sides)
-    torch.testing.assert_close(fused, block(*inputs, sides))
-
-
 def test_the_whole_score_matrix_never_exists():
     """No tensor of a forward and backward pass is as large as queries x keys."""
     largest = 0
@@ -221,7 +207,7 @@ def test_the_whole_score_matrix_never_exists():
     inputs = example((64, 64), ((64, 64), (32, 32), (16, 16)), dtype=torch.float32)
     with Watch():
         with_gradients(A.attend, *inputs)
-    assert 0 < largest <= A.BLOCK["cpu"] < 4096 * 5376 / 4
+    assert 0 < largest <= blocks.BLOCK["cpu"] < 4096 * 5376 / 4
 
 
 def test_large_maps_are_averaged_down_before_they_attend(monkeypatch):
