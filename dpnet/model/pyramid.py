@@ -99,7 +99,7 @@ class MaskAwareConv(nn.Module):
             ratio = known.clamp(min=1 / RATIO_MAX).reciprocal()
             b = b.to(y.dtype).view(1, -1, 1, 1)
             y = torch.addcmul(b, y, ratio.to(y.dtype))
-            outputs.append(torch.where(known >= EPSILON, y, 0.0))
+            outputs.append(y * (known >= EPSILON).to(y.dtype))
             confidences.append(share * known / _window_mean(ones, kernel, self.stride))
         # Rounding must not raise a confidence above 1.
         new_mask = sum(confidences[1:], start=confidences[0]).clamp(max=1)
