@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dpnet.model.config import Normalization, Statistics
-from dpnet.model.dtype import full
+from dpnet.model.dtype import full, is_traced
 
 SHRINK = 16.0  # n0: a region with 16 pixels counts half, the whole map the other half
 VARIANCE_EPSILON = 1e-5
@@ -35,17 +35,74 @@ def region_moments(x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
     An empty region has the mean of the whole map and variance 0.
     """
     x, m = full(x), full(m)
-    centre = x.mean(dim=(2, 3), keepdim=True)
+    centre = _mean(x).detach()
     away = x - centre  # the square of a small number loses fewer digits
     regions = []
     for weights in (m, 1 - m):
-        n = weights.sum(dim=(2, 3), keepdim=True)
-        count = torch.where(n > 0, n, 1.0)
         weighted = away * weights
-        first = weighted.sum(dim=(2, 3), keepdim=True) / count
-        second = (weighted * away).sum(dim=(2, 3), keepdim=True) / count
-        regions.append(Moments(n, centre + first, (second - first * first).clamp(min=0)))
+        first, second = _sum(weighted), _sum(weighted * away)
+        regions.append(_around(centre, _sum(weights), first, second))
     return regions[0], regions[1]
+
+
+def known_and_whole(x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
+    """Return the moments of the known region (weights m) and of the whole map, in fp32.
+
+    An empty region has the mean of the whole map and variance 0.
+    """
+    x, m = full(x), full(m)
+    centre, first, second, variance = _call(_Sums, x, m)
+    whole = Moments(_sum(torch.ones_like(m)), centre, variance)
+    return _around(centre.detach(), _sum(m), first, second), whole
+
+
+def _around(centre: Tensor, n: Tensor, first: Tensor, second: Tensor) -> Moments:
+    """Return the moments of a region with sums of weights, distances from `centre` and squares.
+
+    No moment of a region depends on the centre, so it needs no gradient. (The mean of an empty
+    region does, but its weight is 0.)
+    """
+    count = torch.where(n > 0, n, 1.0)
+    first, second = first / count, second / count
+    return Moments(n, centre + first, (second - first * first).clamp(min=0))
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dim=(2, 3), keepdim=True)
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(dim=(2, 3), keepdim=True)
+
+
+class _Sums(torch.autograd.Function):
+    """The mean of x, the sums of m a and m a^2, and the mean of a^2 (NC11 each).
+
+    a is the distance from the mean, which counts there as a constant (see `_around`). Torch's own
+    gradient makes twice as many passes over x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        centre = _mean(x)
+        away = x - centre
+        weighted = away * m
+        ctx.save_for_backward(x, m, centre)
+        return centre, _sum(weighted), _sum(weighted * away), _mean(away * away)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, m, centre = ctx.saved_tensors
+        of_centre, first, second, variance = grads
+        pixels = x.shape[2] * x.shape[3]
+        away = x - centre
+        # m (first + 2 second a) + (2 variance a + of_centre) / pixels
+        of_x = torch.addcmul(first, away, 2 * second).mul_(m)
+        of_x.addcmul_(away, 2 * variance / pixels).add_(of_centre / pixels)
+        of_m = None
+        if ctx.needs_input_grad[1]:
+            of_m = (torch.addcmul(first, away, second) * away).sum(dim=1, keepdim=True)
+        return of_x, of_m
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -58,7 +115,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 class SharedStatistics:
-    """Moments of both regions in every layer, gathered over several forward passes.
+    """The moments of every layer, gathered over several forward passes.
 
     `shared_statistics` makes one. While `gathering`, each layer uses its own statistics and adds
     them, sample by sample. After `use()`, each layer uses the gathered statistics.
@@ -66,25 +123,29 @@ class SharedStatistics:
 
     def __init__(self) -> None:
         self.gathering = True
-        self._layers: dict[nn.Module, tuple[Moments, Moments]] = {}
+        self._layers: dict[RegionStatistics, tuple[Moments, Moments]] = {}
 
     def use(self) -> None:
         """Use the gathered statistics from now on."""
         self.gathering = False
 
-    def moments(self, layer: nn.Module, x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
-        """Return the moments to normalise `x` with. Raises ValueError if none were gathered."""
+    def moments(self, layer: RegionStatistics, x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
+        """Return what `layer.moments` does, for all passes after `use()`.
+
+        Raises ValueError if none were gathered.
+        """
         if not self.gathering:
             if layer not in self._layers:
                 raise ValueError("no statistics were gathered: run the network before `use()`.")
             dtype = torch.promote_types(x.dtype, torch.float32)
-            known, hole = (Moments(*(t.to(dtype) for t in r)) for r in self._layers[layer])
-            return known, hole
-        own = region_moments(x, m)
-        known, hole = (Moments(*(t.detach().double() for t in region)) for region in own)
+            first, second = (Moments(*(t.to(dtype) for t in r)) for r in self._layers[layer])
+            return first, second
+        own = layer.moments(x, m)
+        first, second = (Moments(*(t.detach().double() for t in region)) for region in own)
         if layer in self._layers:
-            known, hole = merge(self._layers[layer][0], known), merge(self._layers[layer][1], hole)
-        self._layers[layer] = known, hole
+            before = self._layers[layer]
+            first, second = merge(before[0], first), merge(before[1], second)
+        self._layers[layer] = first, second
         return own
 
 
@@ -126,11 +187,11 @@ def _with_statistics(network: nn.Module, shared: SharedStatistics | None) -> Ite
 class RegionStatistics(nn.Module):
     """Scale and shift of each region.
 
-    `forward(x_NCHW, m_N1HW)` returns (scale, shift), each 2NC11 in fp32: first the known region,
-    then the hole. With the statistics `own`, x * scale + shift has mean 0 and variance 1 in each
-    region. With `known`, the known region's scale and shift apply to both regions, and with `whole`
-    those of the whole map. Then the hole keeps its difference from its surroundings, which is what
-    the network is to paint.
+    `forward(x_NCHW, m_N1HW)` returns (scale, shift) in fp32. With the statistics `own`, each is
+    2NC11, first the known region, then the hole. x * scale + shift has mean 0 and variance 1 in
+    each region. Otherwise each is 1NC11 for both regions: with `known` that of the known region,
+    with `whole` that of the whole map. Then the hole keeps its difference from its surroundings,
+    which is what the network is to paint.
 
     Mean and variance of a region are interpolated towards those of the whole map, with the weight
     n / (n + 16) for a region with sum of weights n. So a tiny or empty region neither erases the
@@ -143,20 +204,22 @@ class RegionStatistics(nn.Module):
         self.shared: SharedStatistics | None = None
 
     def forward(self, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        if self.shared is None:
-            known, hole = region_moments(x, m)
-        else:
-            known, hole = self.shared.moments(self, x, m)
-        whole = merge(known, hole)
-        regions = {"own": (known, hole), "known": (known, known), "whole": (whole, whole)}
+        moments = self.moments(x, m) if self.shared is None else self.shared.moments(self, x, m)
+        known, other = moments
+        whole = merge(known, other) if self.whose == "own" else other
+        regions = {"own": [known, other], "known": [known], "whole": [whole]}[self.whose]
         scales, shifts = [], []
-        for region in regions[self.whose]:
+        for region in regions:
             weight = region.n / (region.n + SHRINK)
             mu = torch.lerp(whole.mean, region.mean, weight)
             variance = torch.lerp(whole.variance, region.variance, weight)
             scales.append(torch.rsqrt(variance + VARIANCE_EPSILON))
             shifts.append(-mu * scales[-1])
         return torch.stack(scales), torch.stack(shifts)
+
+    def moments(self, x: Tensor, m: Tensor) -> tuple[Moments, Moments]:
+        """Return the moments of the known region, and of the hole (`own`) or the whole map."""
+        return region_moments(x, m) if self.whose == "own" else known_and_whole(x, m)
 
 
 class EncoderNorm(nn.Module):
@@ -226,11 +289,50 @@ class DecoderNorm(nn.Module):
 
 
 def _apply(x: Tensor, m: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Apply both regions' scale and shift (2NC11 each) to x, and mix by m: NCHW in fp32."""
+    """Apply scale and shift to x: NCHW in fp32. Those of two regions (2NC11) are mixed by m."""
     x = full(x)
-    known = torch.addcmul(shift[0], x, scale[0])
-    hole = torch.addcmul(shift[1], x, scale[1])
-    return torch.lerp(hole, known, full(m))
+    if scale.shape[0] == 1:
+        return torch.addcmul(shift[0], x, scale[0])
+    return _call(_Mixed, x, full(m), scale, shift)  # type: ignore[no-any-return]
+
+
+class _Mixed(torch.autograd.Function):
+    """Both regions' x * scale + shift, mixed by m. Torch's own gradient makes more passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, m: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        known = torch.addcmul(shift[0], x, scale[0])
+        hole = torch.addcmul(shift[1], x, scale[1])
+        ctx.save_for_backward(x, m, scale, shift)
+        return torch.lerp(hole, known, m)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        x, m, scale, shift = ctx.saved_tensors
+        (grad,) = grads
+        # The hole's sums are not the whole's minus the known region's: the difference of large sums
+        # would be inexact where the hole is small.
+        known, hole = grad * m, grad * (1 - m)
+        of_scale = torch.stack([_sum(known * x), _sum(hole * x)])
+        of_shift = torch.stack([_sum(known), _sum(hole)])
+        of_m = None
+        if ctx.needs_input_grad[1]:
+            of_m = grad * torch.addcmul(shift[0] - shift[1], x, scale[0] - scale[1])
+            of_m = of_m.sum(dim=1, keepdim=True)
+        of_x = known.mul_(scale[0]).addcmul_(hole, scale[1])
+        return of_x, of_m, of_scale, of_shift
+
+
+def _call(function: type[torch.autograd.Function], *args: Tensor) -> Any:
+    """Call a function with a gradient of its own. Graphs for export have none."""
+    if torch.compiler.is_exporting() or is_traced():
+        return function.forward(_NoContext(), *args)
+    return function.apply(*args)  # type: ignore[no-untyped-call]
+
+
+class _NoContext:
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Save nothing."""
 
 
 def _plain(channels: int, kind: Normalization) -> nn.Module:

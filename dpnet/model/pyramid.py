@@ -7,8 +7,10 @@ definition here (levels, groups, normalisation by the mask, soft update) is our 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 
 from dpnet.model.config import MaskUpdate
 from dpnet.model.dtype import full
+from dpnet.model.grouped_convolution import convolve_all
 
 RATIO_MAX = 8.0  # without a limit, values at a hole's edge grow 4 to 8 times in four layers
 EPSILON = 1e-4  # a window with a smaller known share gives 0
@@ -90,37 +93,19 @@ class MaskAwareConv(nn.Module):
         ones = torch.ones_like(m[:1])
         outputs, confidences = [], []
         bias = torch.split(self.bias, self.channels)
-        for conv, kernel, share, b in zip(self.convs, self.kernels, self.shares, bias, strict=True):
+        maps = convolve_all(masked, cast(Iterable[nn.Conv2d], self.convs))
+        for y, kernel, share, b in zip(maps, self.kernels, self.shares, bias, strict=True):
             known = _window_mean(m, kernel, self.stride)
             ratio = known.clamp(min=1 / RATIO_MAX).reciprocal()
-            y = _convolve(conv, masked)
             b = b.to(y.dtype).view(1, -1, 1, 1)
             y = torch.addcmul(b, y, ratio.to(y.dtype))
-            outputs.append(torch.where(known >= EPSILON, y, 0.0))
+            outputs.append(y * (known >= EPSILON).to(y.dtype))
             confidences.append(share * known / _window_mean(ones, kernel, self.stride))
         # Rounding must not raise a confidence above 1.
         new_mask = sum(confidences[1:], start=confidences[0]).clamp(max=1)
         if self.mask == "binary":
             new_mask = (new_mask > 0).to(m.dtype)
         return torch.cat(outputs, dim=1), new_mask
-
-
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """Apply `conv` to `x`. On a GPU in half precision, compute it without groups.
-
-    There, a dense convolution with zeros between the groups is faster than one with groups. For a
-    pyramid it takes 0.4 to 0.7 of the time (docs/performance.md).
-    """
-    assert isinstance(conv, nn.Conv2d)
-    if conv.groups == 1 or not (x.is_cuda and torch.is_autocast_enabled("cuda")):
-        return conv(x)  # type: ignore[no-any-return]
-    return F.conv2d(x, dense(conv.weight, conv.groups), None, conv.stride, conv.padding)
-
-
-def dense(weight: Tensor, groups: int) -> Tensor:
-    """Convert a weight with groups, O (I / groups) k k, to one without groups, O I k k."""
-    of_groups = weight.reshape(groups, -1, *weight.shape[1:]).movedim(0, -1)
-    return torch.diag_embed(of_groups, dim1=0, dim2=2).flatten(0, 1).flatten(1, 2)
 
 
 def _window_mean(m: Tensor, kernel: int, stride: int) -> Tensor:

@@ -77,6 +77,54 @@ def guided(norm, x, m, feature, whose):
     return normalised * (1 + maps[:, :channels]) + maps[:, channels:]
 
 
+def by_torch(norm, x, m, feature=None):
+    """The layer's formulas in whole maps, with torch's own gradients."""
+
+    def average(values, weights):
+        n = weights.sum((2, 3), keepdim=True)
+        return (values * weights).sum((2, 3), keepdim=True) / torch.where(n > 0, n, 1.0)
+
+    mean, ones = x.mean((2, 3), keepdim=True), torch.ones_like(m)
+    variance = (x - mean).square().mean((2, 3), keepdim=True)
+    masks = {"own": (m, 1 - m), "known": (m, m), "whole": (ones, ones)}
+    maps = []
+    for weights in masks[norm.statistics.whose]:
+        n = weights.sum((2, 3), keepdim=True)
+        own = torch.where(n > 0, average(x, weights), mean)
+        mu = torch.lerp(mean, own, n / (n + SHRINK))
+        var = torch.lerp(variance, average((x - own).square(), weights), n / (n + SHRINK))
+        maps.append((x - mu) * torch.rsqrt(var + VARIANCE_EPSILON))
+    if feature is not None:
+        guide = torch.cat([norm.project(feature), m], dim=1)
+        gamma, beta = norm.modulate(guide).chunk(2, dim=1)
+        return torch.lerp(maps[1], maps[0], m) * (1 + gamma) + beta
+    gamma, beta = (each.view(2, 1, -1, 1, 1) for each in (norm.gamma, norm.beta))
+    known, hole = (maps[i] * gamma[i] + beta[i] for i in (0, 1))
+    return torch.lerp(hole, known, m)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("whose", WHOSE)
+@pytest.mark.parametrize("mask_kind", MASKS)
+def test_gradients_equal_those_of_torch(mask_kind, whose, decoder):
+    torch.manual_seed(0)
+    norm = DecoderNorm(3, 2, 4, "dynamic", whose) if decoder else EncoderNorm(3, "dynamic", whose)
+    norm.double()
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    x = (torch.randn(2, 3, 11, 10).double() + 2).requires_grad_()
+    rest = [torch.randn(2, 2, 11, 10).double().requires_grad_()] if decoder else []
+    m = mask(mask_kind, 2, 11, 10)
+    leaves = {"x": x, **dict(norm.named_parameters())}
+    if decoder:
+        leaves["feature"] = rest[0]
+    if mask_kind in ("soft", "faint"):
+        leaves["m"] = m.requires_grad_()
+    assert_exact(
+        lambda: (norm(x, m, *rest),), lambda: (by_torch(norm, x, m, *rest),), leaves, 1e-12
+    )
+
+
 def encoder_inputs(kind, n, size, mask_kind, whose="known"):
     norm = EncoderNorm(3, kind, whose).double()
     for p in norm.parameters():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dpnet.model.pyramid import EPSILON, RATIO_MAX, Level, MaskAwareConv, dense, pyramid_levels
+from dpnet.model.pyramid import EPSILON, RATIO_MAX, Level, MaskAwareConv, pyramid_levels
 
 
 def reference(layer, levels, x, m, stride):
@@ -166,17 +166,6 @@ def test_half_precision_features_leave_the_mask_in_full():
     half_mask = m.bfloat16()
     _, of_half = layer.bfloat16()(x.bfloat16(), half_mask)
     assert torch.equal(of_half, layer.float()(x, half_mask.float())[1])
-
-
-@pytest.mark.parametrize("groups", [1, 2, 6])
-def test_a_convolution_without_groups_gives_the_same_with_zeros_between_them(groups):
-    conv = nn.Conv2d(12, 18, 3, padding=1, groups=groups, bias=False).double()
-    x = torch.randn(2, 12, 5, 7, dtype=torch.float64).requires_grad_()
-    assert_exact(
-        lambda: nn.functional.conv2d(x, dense(conv.weight, groups), padding=1),
-        lambda: conv(x),
-        {"x": x, "weight": conv.weight},
-    )
 
 
 def test_the_binary_rule_marks_every_window_with_a_known_pixel():

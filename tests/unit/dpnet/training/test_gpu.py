@@ -1,4 +1,4 @@
-"""The parts that differ on a GPU: half precision, compiled layers, convolutions without groups."""
+"""The parts that differ on a GPU: half precision, compiled layers, forms of convolutions."""
 
 import copy
 from contextlib import nullcontext
@@ -8,6 +8,7 @@ import torch
 from test_step import SMALL, STEPS, batch, floats, losses, settings
 
 from dpnet.model.attention import PyramidAttention, plain_attention
+from dpnet.model.grouped_convolution import convolve_as
 from dpnet.model.pyramid import MaskAwareConv, pyramid_levels
 from dpnet.training.state import TrainState
 from dpnet.training.step import Step
@@ -53,7 +54,8 @@ def test_attention_is_near_double_precision(bf16, limit):
         assert far(ours, theirs) < limit
 
 
-def test_a_pyramid_in_half_precision_is_near_full():
+@pytest.mark.parametrize("form", [None, "groups", 2, (1, 4), (1, 8), (2, 2), (4, 4)])
+def test_a_pyramid_in_half_precision_is_near_full(form):
     torch.manual_seed(0)
     layer = MaskAwareConv(64, pyramid_levels(64, 128, pyramid=True), stride=2).to(GPU)
     x, m = torch.randn(2, 64, 32, 32, device=GPU), torch.ones(2, 1, 32, 32, device=GPU)
@@ -61,7 +63,8 @@ def test_a_pyramid_in_half_precision_is_near_full():
 
     def passed(bf16):
         layer.zero_grad()
-        with half(bf16):
+        forms = dict.fromkeys((5, 7, 9), form) if form and bf16 else {}
+        with half(bf16), convolve_as(forms):
             y, _ = layer(x, m)
         y.float().square().mean().backward()
         return [y.detach(), *(p.grad.clone() for p in layer.parameters())]
