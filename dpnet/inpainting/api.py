@@ -89,9 +89,10 @@ def load_model(reference: str = "", root: str | None = None) -> Generator:
 
     Args:
         reference: "" (the champion of the root), `models:/NAME@champion`, `models:/NAME/VERSION`,
-            or the path or URI of a run's folder, of the folder `model` in it, or of a folder that
-            `dpnet export` has written.
-        root: where models are searched. None means DPNET_ROOT, else ./dpnet-demo.
+            `pretrained` (the packaged weights), or the path or URI of a run's folder, of the folder
+            `model` in it, or of a folder that `dpnet export` has written.
+        root: where models are searched. None means DPNET_ROOT, else ./dpnet-demo, else the packaged
+            weights.
 
     Returns:
         The generator in eval mode, on the GPU if there is one.

@@ -28,6 +28,7 @@ from sockets import interfaces, listening
 
 from data_prep.core.storage.local import LocalStore
 from dpnet.cli.main import main
+from dpnet.model_store import packaged
 from dpnet.registry.promotion import promote
 from dpnet.serving.server import own_number
 
@@ -481,6 +482,7 @@ def test_a_root_that_is_no_folder_is_refused_before_anything_starts(
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DPNET_ROOT", raising=False)
+    monkeypatch.setattr(packaged, "_FOLDER", tmp_path / "no-weights")
     for options, said in (
         ([], "dpnet-demo does not exist: name the folder"),
         (["--root", "none"], "none does not exist: name the folder"),

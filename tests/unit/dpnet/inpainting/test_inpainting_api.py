@@ -15,6 +15,8 @@ import dpnet
 from data_prep.core.errors import PipelineError
 from data_prep.core.storage.local import LocalStore
 from dpnet.model import build_generator
+from dpnet.model_store import packaged
+from dpnet.model_store.find_model import PACKAGED, find_model
 
 
 @pytest.fixture(scope="module")
@@ -350,11 +352,14 @@ def test_a_loaded_model_can_be_used_again(root):
     assert (dpnet.inpaint(photo(), HOLE, generator) == expected).all()
 
 
-def test_without_a_root_dpnet_root_is_used(root, monkeypatch, tmp_path):
+def test_without_a_root_dpnet_root_is_used_then_the_packaged_weights(root, monkeypatch, tmp_path):
     monkeypatch.setenv("DPNET_ROOT", str(root[0]))
     dpnet.load_model()
     monkeypatch.delenv("DPNET_ROOT")
     monkeypatch.chdir(tmp_path)
+    assert find_model("", None)[2] == PACKAGED
+    dpnet.load_model()
+    monkeypatch.setattr(packaged, "_FOLDER", tmp_path / "none")
     with pytest.raises(PipelineError, match="dpnet-demo has no champion yet"):
         dpnet.load_model()
 

@@ -235,6 +235,7 @@ def test_packaged_weights_answer_where_no_root_is_given_and_none_is_found(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DPNET_ROOT", raising=False)
+    monkeypatch.setattr(packaged, "_FOLDER", tmp_path / "none")
     with pytest.raises(ConfigError, match="dpnet-demo does not exist"):
         open_source(None, "")
     (tmp_path / "dpnet-demo").mkdir()
