@@ -25,7 +25,7 @@ from dpnet.evaluation.weights import find_weights
 from dpnet.evaluation.workers import Place
 from dpnet.pipeline.config import Config, resolve_root
 from dpnet.registry.stage import check_tracking_uri, register, tracking_uri
-from dpnet.training.job import check_settings, check_vgg_file, find_initial
+from dpnet.training.job import check_network, check_settings, check_vgg_file, find_initial
 from dpnet.training.ray.jobs_client import cluster_address
 from dpnet.training.ray.kube_client import check_cluster, read_template
 from dpnet.training.ray.rayjob import check_rayjob, check_shared_root
@@ -122,7 +122,8 @@ def check_config(config: Config, wanted: StageName = "register", root: str | Non
         if config.launch.launcher == "kuberay":
             _check_kuberay(config, resolve_root(root, config))
         if config.train.init_from is not None:
-            find_initial(config.train.init_from, open_store(resolve_root(root, config)))
+            store = open_store(resolve_root(root, config))
+            check_network(find_initial(config.train.init_from, store), config.model)
     if wanted in ("evaluate", "register"):
         find_weights(config.evaluate)
         if config.evaluate.compare:

@@ -129,6 +129,7 @@ def plan_training(training: TrainRequest, store: Store) -> tuple[Request, TrainJ
         path = str(Path(losses.vgg_weights).expanduser().absolute())
         losses = losses.model_copy(update={"vgg_weights": path})
     init = find_initial(training.settings.init_from, store)
+    check_network(init, training.model)
     request = stage_request(replace(training, losses=losses), init)
     job = TrainJob(
         root=store.uri,
@@ -163,6 +164,7 @@ def check_settings(settings: TrainSettings) -> None:
 class Initial(NamedTuple):
     """The generator that a run starts from."""
 
+    network: Mapping[str, Any]  # its config
     store: str  # URI; "pretrained" for the weights in the package, wherever that is installed
     folder: str
     sha256: str  # of its weights
@@ -186,7 +188,21 @@ def find_initial(reference: str | None, store: Store) -> Initial | None:
     if layout == EXPORTED and place.exists(f"{folder}/{TRAINING_STATE}"):
         state = training_state_sha256(record, f"{place.label}/{folder}")
     uri = PRETRAINED if reference == PRETRAINED else place.uri
-    return Initial(uri, folder, record["weights_sha256"], ref, state)
+    return Initial(record["model"], uri, folder, record["weights_sha256"], ref, state)
+
+
+def check_network(init: Initial | None, model: ModelSettings) -> None:
+    """Raise ConfigError if the generator to start from is another network than the config's."""
+    if init is None:
+        return
+    from dpnet.model.config import ModelConfig, preset
+
+    wanted = preset(model.preset, **model.model_dump(exclude={"preset"}))
+    if ModelConfig.from_json(dict(init.network)) != wanted:
+        raise ConfigError(
+            f"train.init_from names {init.folder}, a network that differs from this config's: set"
+            " the same preset and switches in `model`, or set train.init_from to null."
+        )
 
 
 def stage_request(training: TrainRequest, init: Initial | None = None) -> Request:

@@ -234,7 +234,7 @@ def plan(args: Namespace) -> Outcome:
     from dpnet.pipeline.plan_facts import Given, plan_config
     from dpnet.pipeline.plan_parts import Machines
     from dpnet.pipeline.plan_text import plan_text
-    from dpnet.training.job import find_initial
+    from dpnet.training.job import check_network, find_initial
 
     config = load_config(args.config, args.set)
     try:
@@ -247,7 +247,7 @@ def plan(args: Namespace) -> Outcome:
     given = Given(args.images, args.gpus, args.images_per_second)
     store = None if root is None else open_store(root)
     if store is not None:
-        find_initial(config.train.init_from, store)  # raises if there is no such model
+        check_network(find_initial(config.train.init_from, store), config.model)
     found = plan_config(config, store, given, machines)
     label = None if store is None else store.label
     return {"ok": True, "root": label, **found.to_json()}, plan_text(found)
