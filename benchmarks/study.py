@@ -207,6 +207,8 @@ def main() -> None:
         each: replace(study, images=shards(study, arguments, each)) for each in arguments.judge
     }
     names = list(VARIANTS) if arguments.variants == "all" else arguments.variants.split(",")
+    if arguments.export and VARIANTS[names[-1]].network:
+        parser.error(f"--export: {names[-1]} is another network, and only DPNet's are exported.")
     deadline = time.monotonic() + 60 * arguments.minutes
     results: dict[str, dict[str, list[Any]]] = {}
     for seed in map(int, arguments.seeds.split(",")):
@@ -220,10 +222,12 @@ def main() -> None:
             for where, judged in {arguments.photos: study, **others}.items():
                 rows = judge(judged, name, seed, state)
                 results.setdefault(where, {}).setdefault(name, []).append(rows)
-            if arguments.export:
-                export(arguments.export, study, name, state)
+    if arguments.export:
+        export(arguments.export, study, names[-1], state)
     for where, of_place in results.items():
         print(f"\n{where or 'sample photographs'}, {study.split} split\n\n{table(of_place)}")
+        for name, runs in of_place.items():
+            print(f"\n{name} by hole size\n\n{table_by_size(runs)}")
 
 
 def prepare(arguments: argparse.Namespace) -> Study:
@@ -381,8 +385,7 @@ def judge(study: Study, name: str, seed: int, state: TrainState) -> list[dict[st
 
 def export(folder: Path, study: Study, name: str, state: TrainState) -> None:
     """Write the averaged generator as an exported model, with how it was trained."""
-    if not isinstance(state.ema, Generator):
-        sys.exit(f"{name} is another network: only DPNet's can be exported.")
+    assert isinstance(state.ema, Generator)
     trained = {
         "variant": VARIANTS[name].what,
         "samples": state.step * study.settings.batch_size,
@@ -435,6 +438,22 @@ def _line(name: str, runs: Sequence[Any], method: str) -> str:
         low, high = np.quantile(means, [0.025, 0.975])
         cells.append(f"{ours.mean():.4f} ({gain.mean():+.4f}: {low:+.4f} to {high:+.4f})")
     return f"| {name} | {len(runs)} | " + " | ".join(cells) + " |"
+
+
+def table_by_size(runs: Sequence[Any]) -> str:
+    """Return a table in Markdown: hole PSNR and LPIPS of the network and the smooth fill by bin."""
+    chosen = ("hole_psnr", "lpips")
+    lines = [
+        "| hole | pairs | " + " | ".join(f"{m}, gain" for m in chosen) + " |",
+        "|---" * 4 + "|",
+    ]
+    for size in sorted({row["ratio_bin"] for row in runs[0]}):
+        of_bin = [[row for row in rows if row["ratio_bin"] == size] for rows in runs]
+        cells = _line("", of_bin, METHODS[0]).split(" | ")
+        values = dict(zip(METRICS, (cell.removesuffix(" |") for cell in cells[2:]), strict=True))
+        pairs = len(of_bin[0]) // len({row["method"] for row in of_bin[0]})
+        lines.append(f"| {size} | {pairs} | " + " | ".join(values[m] for m in chosen) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
