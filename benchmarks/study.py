@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from PIL import Image
 from study_networks import NETWORKS
 
 from data_prep.core.digest import sha256_file
@@ -195,6 +196,7 @@ def main() -> None:
         help="photos of another kind to judge on too, on their val split",
     )
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the last variant's model")
+    parser.add_argument("--pictures", type=Path, metavar="FILE", help="draw the last variant's")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
@@ -224,6 +226,8 @@ def main() -> None:
                 results.setdefault(where, {}).setdefault(name, []).append(rows)
     if arguments.export:
         export(arguments.export, study, names[-1], state)
+    if arguments.pictures:
+        draw(arguments.pictures, study, state)
     for where, of_place in results.items():
         print(f"\n{where or 'sample photographs'}, {study.split} split\n\n{table(of_place)}")
         for name, runs in of_place.items():
@@ -394,6 +398,26 @@ def export(folder: Path, study: Study, name: str, state: TrainState) -> None:
     }
     store = open_store(str(folder.absolute().parent))
     save_generator(store, folder.name, state.ema, {"trained": trained}, EXPORTED)
+
+
+def draw(file: Path, study: Study, state: TrainState) -> None:
+    """Draw the first two pairs of each hole size: truth, masked, DPNet, smooth fill, Telea."""
+    of_size: dict[str, list[Any]] = {}
+    with bench(study, state.ema) as measure:
+        for pair in measure.frozen.pairs:
+            of_size.setdefault(measure.frozen.keys(pair)["ratio_bin"], []).append(pair)
+        rows = []
+        for each in measure.fill([pair for pairs in of_size.values() for pair in pairs[:2]]):
+            masked = np.where(each.valid[..., None] > 0, each.truth, np.uint8(255))
+            filled = [each.methods[name] for name in METHODS[:3]]
+            framed = [
+                np.pad(p, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+                for p in (each.truth, masked, *filled)
+            ]
+            rows.append(np.concatenate(framed, axis=1))
+    sheet = np.concatenate([np.concatenate(rows[n::2]) for n in (0, 1)], axis=1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet.repeat(2, axis=0).repeat(2, axis=1)).save(file)
 
 
 @contextmanager
