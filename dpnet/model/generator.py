@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dpnet.model.attention import PyramidAttention, key_layers
 from dpnet.model.config import ModelConfig, preset
@@ -115,6 +116,7 @@ class Generator(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # whether the backward pass computes the blocks again
         full, half, quarter = config.widths
         self.stem = EncoderLayer(3, full, [Level(7, 1, full)], 1, config)
         self.down1 = self._down(full, half)
@@ -172,7 +174,11 @@ class Generator(nn.Module):
         f4, m4 = self.down2(f2, m2)
         m = m4
         for block in self.blocks:
-            f4, m = block(f4, m)
+            if self.checkpointing and torch.is_grad_enabled():
+                # The blocks draw no random numbers.
+                f4, m = checkpoint(block, f4, m, use_reentrant=False, preserve_rng_state=False)
+            else:
+                f4, m = block(f4, m)
         x = f4
         if self.attention is not None:
             layers = [f4]

@@ -25,9 +25,9 @@ from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 # These settings do not change the trained weights, so they are not part of the request. (The
 # weights that `init_from` names are part of it: by their hash.)
 _NOT_REQUESTED = {
-    "accumulate", "max_skipped", "init_from", "checkpoint_every", "keep_checkpoints", "keep_best",
-    "on_bad_sample", "loader_threads", "cache", "cache_gb", "workers", "min_workers",
-    "max_failures", "gpus", "compile",
+    "accumulate", "activation_checkpointing", "max_skipped", "init_from", "checkpoint_every",
+    "keep_checkpoints", "keep_best", "on_bad_sample", "loader_threads", "cache", "cache_gb",
+    "workers", "min_workers", "max_failures", "gpus", "compile",
 }  # fmt: skip
 
 

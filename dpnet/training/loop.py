@@ -77,8 +77,14 @@ def train_loop(job: TrainJob, session: Session) -> bool:
     own = len(rank_cursors(0, settings.batch_size, rank, world))
 
     def advise(total: int) -> str:
-        bf16 = device.type == "cuda"
-        needs = step_memory(state.config, job.losses, loader.size, vgg=train_step.vgg, bf16=bf16)
+        needs = step_memory(
+            state.config,
+            job.losses,
+            loader.size,
+            vgg=train_step.vgg,
+            bf16=device.type == "cuda",
+            checkpointing=settings.activation_checkpointing,
+        )
         return advice(needs, total, own, settings.accumulate)
 
     with closing(reporter), closing(saver), explained_out_of_memory(advise):
@@ -153,6 +159,7 @@ def _build_step(job: TrainJob, session: Session, state: TrainState, backend: str
     vgg = None
     if job.losses.vgg_weights is not None:
         vgg = load_vgg(Path(job.losses.vgg_weights), job.losses.vgg, session.device)
+    state.generator.checkpointing = job.settings.activation_checkpointing
     return Step(
         state,
         job.losses,

@@ -103,6 +103,11 @@ class TrainSettings(BaseModel):
         description="Number of parts in which each worker computes its share of a batch; more parts"
         " need less memory.",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep less for the backward pass, and compute the residual blocks again there:"
+        " less memory, but slower. The result is the same.",
+    )
     learning_rate: float = Field(
         1e-4, gt=0, le=1, description="Peak learning rate of the generator."
     )

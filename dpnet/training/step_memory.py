@@ -51,6 +51,7 @@ def step_memory(
     *,
     vgg: VGGFeatures | None = None,
     bf16: bool = False,
+    checkpointing: bool = False,
 ) -> StepMemory:
     """Estimate the memory of a step without computing one.
 
@@ -63,11 +64,13 @@ def step_memory(
         size: Side of the images in pixels.
         vgg: Feature network of the perceptual and style losses.
         bf16: Autocast to bfloat16.
+        checkpointing: The backward pass computes the residual blocks again.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         generator, discriminator = build_generator(config), build_discriminator(config)
+        generator.checkpointing = checkpointing
         own: list[nn.Module] = [generator, discriminator, *([vgg] if vgg is not None else [])]
         weights = {p.untyped_storage()._cdata for each in own for p in each.parameters()}
         kept: dict[int, torch.UntypedStorage] = {}

@@ -757,6 +757,14 @@ assert problem and "\\n" not in problem, problem
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+def test_the_option_switches_activation_checkpointing_on(prepared):
+    for wanted in (False, True):
+        job = make_job(prepared, steps=1, activation_checkpointing=wanted)
+        state = loop.initial_state(job, torch.device("cpu"))
+        loop._build_step(job, Session(), state, None)
+        assert (state.generator.checkpointing, state.ema.checkpointing) == (wanted, False)
+
+
 def test_validation_pairs_are_spread_over_the_masks(prepared):
     store, images, masks = prepared
     val, evaluation = Samples(store, images, "val"), Samples(store, masks, "eval")
@@ -790,6 +798,7 @@ def test_the_request_ignores_what_does_not_change_the_weights(prepared):
         return stage_request(training_of(job)).digest
 
     how = {"workers": 2, "min_workers": 1, "compile": True, "accumulate": 2, "max_failures": 9}
+    how |= {"activation_checkpointing": True}
     kept = {"checkpoint_every": 5, "keep_checkpoints": 9, "keep_best": 3}
     read = {"loader_threads": 3, "cache": "/tmp", "cache_gb": 1, "on_bad_sample": "skip"}
     assert digest() == digest(**how, **kept, **read)

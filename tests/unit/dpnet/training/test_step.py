@@ -116,6 +116,28 @@ def assert_near(ours, theirs, relative):
         assert mine == pytest.approx(other, rel=relative, abs=1e-6)
 
 
+def checkpointed(backend=None):
+    """Return the state after some steps that compute the blocks again in the backward pass."""
+    state = TrainState(SMALL, settings(), CPU)
+    state.generator.checkpointing = True
+    step = Step(state, losses(), settings(), backend=backend)
+    for number in range(STEPS):
+        step(number, *batch(number))
+    return state
+
+
+def test_activation_checkpointing_changes_no_bit():
+    assert equal(checkpointed().to_dict(), trained()[0].to_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
+def test_activation_checkpointing_works_with_compiled_layers():
+    compiled = checkpointed("aot_eager")
+    for mine, other in zip(compiled.ema.parameters(), trained()[0].ema.parameters(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.rotated(4)
 @pytest.mark.usefixtures("fresh_compiler")

@@ -1,5 +1,7 @@
 """The memory of a step: the estimate is what torch keeps, and the advice fits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_step import CPU, SMALL, losses, settings, vgg_weights
@@ -52,6 +54,13 @@ def test_the_estimate_for_an_image_is_what_a_real_step_keeps_for_one_more(with_v
     estimate = step_memory(SMALL, losses(), 32, vgg=vgg)
     real = kept_bytes(vgg, 3) - kept_bytes(vgg, 2)
     assert estimate.image == pytest.approx(real, rel=0.1)
+
+
+def test_checkpointing_keeps_less():
+    many = replace(preset("tiny"), blocks=8)
+    usual, less = (step_memory(many, losses(), 32, checkpointing=c) for c in (False, True))
+    assert less.fixed == usual.fixed
+    assert 0 < less.image < 0.8 * usual.image
 
 
 def test_the_estimate_grows_with_the_area_and_halves_in_half_precision():
