@@ -61,7 +61,7 @@ from dpnet.model.generator import Generator
 from dpnet.model.normalization import DecoderNorm, EncoderNorm
 from dpnet.model_store.layout import EXPORTED
 from dpnet.model_store.weights import save_generator
-from dpnet.training.job import TrainJob
+from dpnet.training.job import NOT_REQUESTED, TrainJob
 from dpnet.training.loop import open_loader
 from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 from dpnet.training.state import TrainState
@@ -362,9 +362,8 @@ def check_recipe(file: Path, study: Study, settings: TrainSettings, losses: Loss
                 "data": [study.images.content_digest, study.masks.content_digest],
                 "network": study.config.to_json(),
                 "losses": losses.model_dump(),
-                "train": settings.model_dump(
-                    exclude={"steps", "finetune_share"}
-                ),  # they may change
+                # The first two may change while the learning rate is still constant.
+                "train": settings.model_dump(exclude={"steps", "finetune_share", *NOT_REQUESTED}),
             }
         )
     )

@@ -24,7 +24,7 @@ from dpnet.training.settings import LossSettings, ModelSettings, TrainSettings
 
 # These settings do not change the trained weights, so they are not part of the request. (The
 # weights that `init_from` names are part of it: by their hash.)
-_NOT_REQUESTED = {
+NOT_REQUESTED = {
     "accumulate", "activation_checkpointing", "max_skipped", "init_from", "checkpoint_every",
     "keep_checkpoints", "keep_best", "on_bad_sample", "loader_threads", "cache", "cache_gb",
     "workers", "min_workers", "max_failures", "gpus", "compile",
@@ -232,7 +232,7 @@ def stage_request(training: TrainRequest, init: Initial | None = None) -> Reques
         settings={
             "model": model,
             "losses": losses,
-            "train": training.settings.model_dump(exclude=_NOT_REQUESTED),
+            "train": training.settings.model_dump(exclude=NOT_REQUESTED),
         },
         inputs=inputs,
         sources=sources,
