@@ -308,6 +308,7 @@ def train(study: Study, name: str, seed: int, deadline: float) -> TrainState | N
     file = folder / "state.pt"
     if file.exists():
         state.from_dict(torch.load(file, weights_only=True), str(file))
+    check_schedule(folder / "schedule.json", settings, state.step)
     vgg = None
     if study.vgg is not None and (losses.perceptual or losses.style):
         vgg = load_vgg(study.vgg, "vgg16", Here.device)
@@ -371,6 +372,19 @@ def check_recipe(file: Path, study: Study, settings: TrainSettings, losses: Loss
         file.write_text(json.dumps(recipe))
     elif json.loads(file.read_text()) != recipe:
         sys.exit(f"{file.parent} was trained with other options or photos: choose another --work.")
+
+
+def check_schedule(file: Path, settings: TrainSettings, step: int) -> None:
+    """Write down the schedule, or end the script if the learning rate fell by another one."""
+    now = {"steps": settings.steps, "finetune_share": settings.finetune_share}
+    before = json.loads(file.read_text()) if file.exists() else now
+    least = min(settings.model_copy(update=each).constant_until for each in (before, now))
+    if before != now and step > least:
+        sys.exit(
+            f"{file.parent} is at step {step}, and its learning rate fell by another --samples or"
+            " --final: give the same ones, or choose another --work."
+        )
+    file.write_text(json.dumps(now))
 
 
 def judge(study: Study, name: str, seed: int, state: TrainState) -> list[dict[str, Any]]:

@@ -101,7 +101,8 @@ class Step:
         After its first backward pass, DDP rearranges the gradients. With three ranks or more it
         then sums them in another order, so a resumed run would differ from an undisturbed one by
         rounding. With a pass before the first step, both are the same. The pass also compiles
-        everything, so that no later step waits for the compiler.
+        all parts, so that no later step waits for the compiler. With `accumulate` above 1, parts of
+        another size and the pass of the GAN without gradients are compiled when they first run.
 
         Args:
             samples: Samples of this rank in one part of a batch.

@@ -94,9 +94,14 @@ def step_memory(
     return StepMemory(fixed, needed)
 
 
+def gpu_memory() -> int:
+    """Return the memory of this rank's GPU in bytes."""
+    return torch.cuda.mem_get_info()[1]
+
+
 @contextmanager
 def explained_out_of_memory(
-    advise: Callable[[int], str], memory: Callable[[], int] = lambda: gpu_memory()
+    advise: Callable[[int], str], memory: Callable[[], int] = gpu_memory
 ) -> Iterator[None]:
     """Say what to change if the GPU's memory ends in the block.
 
@@ -113,11 +118,6 @@ def explained_out_of_memory(
         raise PipelineError(advise(memory())) from error
 
 
-def gpu_memory() -> int:
-    """Return the memory of this rank's GPU in bytes."""
-    return torch.cuda.mem_get_info()[1]
-
-
 def advice(needs: StepMemory, total: int, own: int, accumulate: int) -> str:
     """Return what to change so that a step fits into `total` bytes.
 
@@ -130,14 +130,14 @@ def advice(needs: StepMemory, total: int, own: int, accumulate: int) -> str:
     part = -(-own // accumulate)
     wanted = needs.fixed + part * needs.image
     said = (
-        f"the GPU's memory of {total / 1e9:.0f} GB is too small for {part} images at once, which"
-        f" need about {wanted / 1e9:.1f} GB"
+        f"the GPU's memory of {total / 1e9:.0f} GB is too small: a part of {part} needs about"
+        f" {wanted / 1e9:.1f} GB"
     )
     fits = min(needs.fits(total), part - 1)
     if fits < 1:
-        return f"{said}: choose a smaller model (model.preset) or smaller images (images.size)."
+        return f"{said}. Choose a smaller model (model.preset) or smaller images (images.size)."
     return (
-        f"{said}: set train.accumulate to {-(-own // fits)}, which computes {fits} at once and"
+        f"{said}. Set train.accumulate to {-(-own // fits)}: it computes {fits} images at once and"
         " changes nothing else."
     )
 
@@ -153,8 +153,8 @@ def room(before: int, peak: int, part: int, total: int) -> str:
     """
     fits = StepMemory(before, max(1, (peak - before) // part)).fits(total)
     return (
-        f"{part} images at once need {peak / 1e9:.1f} GB of the GPU's {total / 1e9:.0f} GB: up to"
-        f" {fits} would fit"
+        f"a part of {part} needs {peak / 1e9:.1f} GB of the GPU's {total / 1e9:.0f} GB: up to"
+        f" {fits} images would fit"
     )
 
 

@@ -21,7 +21,7 @@ from dpnet.training.step_memory import (
 
 
 def kept_bytes(vgg, samples):
-    """What a real generator step keeps for its backward pass, in bytes."""
+    """Return the bytes that a real generator step keeps for its backward pass."""
     state = TrainState(SMALL, settings(), CPU)
     step = Step(state, losses(), settings(), vgg=vgg)
     weights = {
@@ -81,17 +81,17 @@ def test_the_advice_fits(own, accumulate):
     needs = StepMemory(fixed=10**9, image=7 * 10**9)
     total = 24 * 10**9  # 2 images
     said = advice(needs, total, own, accumulate)
-    parts = int(said.split("train.accumulate to ")[1].split(",")[0])
+    parts = int(said.split("train.accumulate to ")[1].split(":")[0])
     assert needs.fixed + -(-own // parts) * needs.image <= total
     assert parts > accumulate
-    assert "which computes 2 at once" in said
+    assert "it computes 2 images at once" in said
 
 
 def test_a_model_that_does_not_fit_at_all_is_to_be_smaller():
     needs = StepMemory(fixed=10**9, image=7 * 10**9)
     assert advice(needs, 4 * 10**9, 16, 16) == (
-        "the GPU's memory of 4 GB is too small for 1 images at once, which need about 8.0 GB:"
-        " choose a smaller model (model.preset) or smaller images (images.size)."
+        "the GPU's memory of 4 GB is too small: a part of 1 needs about 8.0 GB. Choose a smaller"
+        " model (model.preset) or smaller images (images.size)."
     )
 
 
@@ -106,5 +106,5 @@ def test_the_end_of_the_gpus_memory_becomes_the_advice():
 def test_the_room_is_counted_from_what_a_pass_has_taken():
     gb = 10**9
     assert room(before=gb, peak=9 * gb, part=16, total=20 * gb) == (
-        "16 images at once need 9.0 GB of the GPU's 20 GB: up to 34 would fit"
+        "a part of 16 needs 9.0 GB of the GPU's 20 GB: up to 34 images would fit"
     )
