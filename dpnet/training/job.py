@@ -196,12 +196,14 @@ def check_network(init: Initial | None, model: ModelSettings) -> None:
     if init is None:
         return
     from dpnet.model.config import ModelConfig, preset
+    from dpnet.model_store.find_model import PACKAGED, PRETRAINED
 
     wanted = preset(model.preset, **model.model_dump(exclude={"preset"}))
     if ModelConfig.from_json(dict(init.network)) != wanted:
+        name = PACKAGED if init.store == PRETRAINED else init.folder
         raise ConfigError(
-            f"train.init_from names {init.folder}, a network that differs from this config's: set"
-            " the same preset and switches in `model`, or set train.init_from to null."
+            f"train.init_from names {name}, a network that differs from this config's: set the same"
+            " preset and switches in `model`, or set train.init_from to null."
         )
 
 

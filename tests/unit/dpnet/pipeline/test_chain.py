@@ -82,7 +82,7 @@ MASK_FILES_MISSING = ("masks.external=/no/such/masks", "masks.recipes.external=1
         (["evaluate.compare={theirs: 'models:/dpnet'}"], "is not a model reference"),
         (["train.init_from=models:/dpnet/7"], "no such model"),
         (["train.init_from=/no/such/run"], "'/no/such/run' holds no model"),
-        (["model.preset=base"], "train.init_from names weights, a network that differs"),
+        (["model.preset=base"], "names the packaged weights, a network that differs"),
         (["register.tracking_uri=localhost:5000"], "register.tracking_uri is 'localhost:5000'"),
         (["register.tracking_uri=htp://mlflow"], "register.tracking_uri is 'htp://mlflow'"),
         (["launch.launcher=ray-job", "launch.address=head:8265"], "launch.address is 'head:8265'"),
